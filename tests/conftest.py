@@ -44,3 +44,45 @@ def tokenizer(tiny_original):
     from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
     return ChatGLMTokenizer.from_pretrained(tiny_original)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_original):
+    """The tiny checkpoint in float32; shared, so tests that change one load their own."""
+    import torch
+
+    from visualglm_hf import VisualGLMForConditionalGeneration
+
+    return VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def half_model(tiny_original):
+    """The tiny checkpoint in float16, as it is stored."""
+    import torch
+
+    from visualglm_hf import VisualGLMForConditionalGeneration
+
+    return VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float16).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    """The processor of the tiny checkpoint."""
+    from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
+
+    return VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def pictures(golden_dir):
+    """The golden input pictures, as users have them."""
+    from PIL import Image
+
+    return [Image.open(path) for path in sorted((golden_dir / "images").iterdir())]
+
+
+@pytest.fixture(scope="session")
+def pixel_values(golden, pictures, processor):
+    """The golden input pictures as the model takes them, [5, 3, 224, 224]."""
+    return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]

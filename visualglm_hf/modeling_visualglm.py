@@ -81,8 +81,8 @@ def build_attention_mask(
         key_length: T, with a static cache its whole length.
 
     Returns:
-        [B, 1, S, T] boolean, True where a query may look; None when it may look everywhere. Queries that may look
-        nowhere (left padding) look everywhere, as with the original's constant fill: no NaN, and nobody reads them.
+        [B, 1, S, T] boolean, True where a query may look; None when it may look everywhere. Padding looks at the
+        context too, so its states are finite; nobody reads them.
     """
     batch_size, _, query_length = glm_position_ids.shape
     if query_length == 1 and attention_mask is None and key_length == past_length + 1:
@@ -96,7 +96,6 @@ def build_attention_mask(
     if attention_mask is not None:
         visible = F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))[:, None]
         mask = mask & visible
-        mask = mask | ~mask.any(-1, keepdim=True)
     return mask[:, None]
 
 

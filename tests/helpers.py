@@ -1,0 +1,30 @@
+"""What tests of several rooms compare with."""
+
+import numpy as np
+import torch
+
+
+FLOAT32_TOLERANCE = 2e-5  # of the array's scale: another order of summation
+HALF_LOGITS_TOLERANCE = 0.11  # absolute: what float16 rounding does to logits of standard deviation 1
+
+
+def relative_error(actual, expected) -> float:
+    """Largest difference as a fraction of the largest expected value."""
+    actual, expected = (np.asarray(value, dtype=np.float64) for value in (torch.as_tensor(actual).cpu(), expected))
+    if actual.shape != expected.shape:
+        raise ValueError(f"Cannot compare {actual.shape} with {expected.shape}.")
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def kept_positions(case: dict, dtype: str) -> int:
+    """How many last positions of a golden case's logits were kept ("last 12")."""
+    return int(case[f"logits.{dtype}.positions"].split()[-1])
+
+
+def visible_text(responses: list[str]) -> list[str]:
+    """What a stream of whole, growing answers shows: no half characters, nothing twice."""
+    seen: list[str] = []
+    for response in responses:
+        if response and not response.endswith("\ufffd") and response not in seen[-1:]:
+            seen.append(response)
+    return seen
