@@ -44,7 +44,9 @@ def test_defaults_are_the_real_model_key_by_key(golden_dir):
     expected = json.loads((golden_dir / "full_size_keys.json").read_text())
     with torch.device("meta"):
         model = VisualGLMForConditionalGeneration(VisualGLMConfig(tie_word_embeddings=False))
-    parameters = {name: list(value["shape"]) for name, value in expected["keys"].items() if value["kind"] == "parameter"}
+    parameters = {
+        name: list(value["shape"]) for name, value in expected["keys"].items() if value["kind"] == "parameter"
+    }
     assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == parameters
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["num_parameters"] == 7_802_193_408
 

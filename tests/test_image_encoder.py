@@ -10,7 +10,7 @@ IMAGES = (0, 1, 2)  # those whose stages the golden data holds
 
 @pytest.fixture(scope="module")
 def stages(model, pixel_values):
-    """Per golden picture: the ViT's embeddings and layers, its output, the Q-Former's layers and output, the embeddings."""
+    """Per golden picture: the ViT's embeddings and layers, its output, the Q-Former's layers and output, the result."""
     recorded = []
     vit, qformer = model.image_encoder.vit, model.image_encoder.qformer
     with torch.no_grad():

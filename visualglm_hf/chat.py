@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`chat()` and `stream_chat()`: pictures and words in, words out. The only model file that opens a picture.
+"""`chat()` and `stream_chat()`: pictures and words in, words out.
 
 Not here: what a prompt looks like (`conversation.py`), and how tokens are chosen (transformers' `generate`).
 Source: `chat`, `stream_chat` and their defaults in the original `modeling_chatglm.py`.
@@ -21,8 +21,6 @@ import hashlib
 import os
 import queue
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,12 +31,11 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from .conversation import build_prompt, check_history, check_query, clean_response, expand_images
-from .image_processing_visualglm import VisualGLMImageProcessor, open_picture
+from .fetching import fetch_picture
+from .image_processing_visualglm import VisualGLMImageProcessor
 
 
 ORIGINAL_MIN_LENGTH = 100  # tokens, prompt included
-DOWNLOAD_TIMEOUT = 30  # seconds
-MAX_DOWNLOAD_BYTES = 64 * 1024**2
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
 
 
@@ -136,26 +133,6 @@ class IncrementalDecoder:
         if len(now) > len(known) and not is_half:
             self.text += now[len(known) :]
             self.window, self.read = self.read, len(self.token_ids)
-
-
-def download_picture(url: str) -> bytes:
-    """Fetch at most `MAX_DOWNLOAD_BYTES` of `url`; a `ValueError` names what went wrong."""
-    request = urllib.request.Request(url, headers={"User-Agent": "visualglm-hf"})
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            data = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, urllib.error.URLError, ValueError) as error:
-        raise ValueError(f"Cannot download the picture {url!r}: {error}. Save it and give its path.") from error
-    if len(data) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"The picture {url!r} is larger than {MAX_DOWNLOAD_BYTES} bytes; scale it down and try again.")
-    return data
-
-
-def load_picture(source):
-    """Open what users call a picture: a path, an http(s) URL, a `data:` URI, bytes, a PIL image or an array."""
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        source = download_picture(source)
-    return open_picture(source)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
@@ -299,7 +276,7 @@ class ChatMixin:
         if image_path is not None and not (isinstance(image_path, str) and not image_path):
             image_size = self.config.vision_config.image_size
             image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-            pixel_values = image_processor(load_picture(image_path), return_tensors="pt")["pixel_values"]
+            pixel_values = image_processor(fetch_picture(image_path), return_tensors="pt")["pixel_values"]
             digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
             if any(image.digest == digest for image in remembered):
                 pixel_values = None

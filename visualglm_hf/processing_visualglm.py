@@ -22,6 +22,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import auto_docstring
 
 from .conversation import CHAT_TEMPLATE, IMAGE_MARK, clean_response, expand_images
+from .fetching import fetch_picture
 
 
 def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
@@ -36,19 +37,18 @@ def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
     """
     if images is None:
         return [], [0] * len(texts)
-    if not isinstance(images, (list, tuple)):
-        images = [images]
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
     if any(isinstance(row, (list, tuple)) for row in images):
-        if len(images) != len(texts):
-            raise ValueError(f"images has {len(images)} lists of pictures for {len(texts)} text(s); give one per text.")
         rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+        if texts and len(rows) != len(texts):
+            raise ValueError(f"images has {len(rows)} lists of pictures for {len(texts)} text(s); give one per text.")
         return [image for row in rows for image in row], [len(row) for row in rows]
     if len(texts) == 1:
-        return list(images), [len(images)]
+        return images, [len(images)]
     wanted = [text.count(IMAGE_MARK) for text in texts]
-    if sum(wanted) != len(images):
+    if texts and sum(wanted) != len(images):
         raise ValueError(f"The texts have {wanted} image placeholders for {len(images)} image(s) in all.")
-    return list(images), wanted
+    return images, wanted
 
 
 @auto_docstring(custom_intro="Makes `input_ids`, `attention_mask` and `pixel_values` of texts and pictures.")
@@ -81,34 +81,32 @@ class VisualGLMProcessor(ProcessorMixin):
             raise ValueError("Give text, images or both.")
         return_tensors = kwargs.pop("return_tensors", None)
         images_kwargs, text_kwargs = kwargs.pop("images_kwargs", {}), kwargs.pop("text_kwargs", {})
+        texts = [text] if isinstance(text, str) else list(text or ())
+        flat_images, counts = group_images(images, texts)
         data = {}
-        if text is not None:
-            is_single = isinstance(text, str)
-            texts = [text] if is_single else list(text)
-            flat_images, counts = group_images(images, texts)
-            expanded = [expand_images(one, n, self.num_query_tokens) for one, n in zip(texts, counts, strict=True)]
-            options = {"split_special_tokens": True, "return_attention_mask": True, **kwargs, **text_kwargs}
-            is_truncated = options.get("truncation") not in (None, False, "do_not_truncate")
-            encoded = self.tokenizer(expanded, **options)
-            if is_truncated and flat_images:
-                self.check_no_image_was_cut(encoded["input_ids"], counts)
-            data.update(encoded)
-            if is_single and return_tensors is None and not options.get("return_tensors"):
-                data = {name: rows[0] for name, rows in data.items()}
-        else:
-            flat_images = images
-        if images is not None and len(flat_images if isinstance(flat_images, list) else [flat_images]):
-            data.update(self.image_processor(flat_images, return_tensors=return_tensors, **images_kwargs))
+        if texts:
+            encoded = self.tokenize(texts, counts, **kwargs, **text_kwargs)
+            is_single = isinstance(text, str) and return_tensors is None
+            data.update({name: rows[0] for name, rows in encoded.items()} if is_single else encoded)
+        if flat_images:
+            pictures = [fetch_picture(image) for image in flat_images]
+            data.update(self.image_processor(pictures, return_tensors=return_tensors, **images_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def check_no_image_was_cut(self, input_ids: list[list[int]], counts: list[int]) -> None:
-        for row, (ids, count) in enumerate(zip(input_ids, counts, strict=True)):
-            found = list(ids).count(self.image_token_id)
-            if found != count * self.num_query_tokens:
+    def tokenize(self, texts: list[str], num_images: list[int], **kwargs) -> dict[str, list[list[int]]]:
+        """Tokenize prompts with their placeholders expanded; a `ValueError` if truncation would cut a picture."""
+        expanded = [
+            expand_images(text, number, self.num_query_tokens) for text, number in zip(texts, num_images, strict=True)
+        ]
+        encoded = self.tokenizer(expanded, **{"split_special_tokens": True, "return_attention_mask": True, **kwargs})
+        for row, (text, ids) in enumerate(zip(expanded, encoded["input_ids"], strict=True)):
+            needed, found = text.count(IMAGE_MARK), list(ids).count(self.image_token_id)
+            if found != needed:
                 raise ValueError(
-                    f"Truncation cut the pictures of text {row}: {found} of {count * self.num_query_tokens} image "
-                    "tokens are left. Raise max_length or shorten the text."
+                    f"Truncation cut the pictures of text {row}: {found} of {needed} image tokens are left. Raise "
+                    "max_length or shorten the text."
                 )
+        return dict(encoded)
 
     def post_process_image_text_to_text(
         self, generated_outputs, skip_special_tokens: bool = True, **kwargs

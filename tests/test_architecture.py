@@ -1,0 +1,104 @@
+"""The house rules of CONTRIBUTING.md: who may import whom, and the laws of transformers' remote code."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parent.parent / "visualglm_hf"
+SCRIPTS = PACKAGE.parent / "scripts"
+LIBRARIES = {"transformers", "huggingface_hub"}
+# Room -> the siblings it may know, the other packages it may import.
+ARROWS = {
+    "configuration_visualglm": (set(), LIBRARIES),
+    "conversation": (set(), set()),
+    "fetching": (set(), set()),
+    "tokenization_chatglm": ({"conversation"}, {"transformers", "sentencepiece"}),
+    "image_processing_visualglm": (set(), {"transformers", "PIL", "numpy"}),
+    "processing_visualglm": ({"conversation", "fetching"}, {"transformers"}),
+    "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
+    "modeling_visualglm": (
+        {"configuration_visualglm", "modeling_image_encoder", "chat", "quantization"},
+        {"transformers", "torch"},
+    ),
+    "chat": ({"conversation", "fetching", "image_processing_visualglm"}, {"transformers", "torch"}),
+    "quantization": ({"quantization_kernels"}, {"transformers", "torch"}),
+    "quantization_kernels": (set(), {"torch"}),
+}
+ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """The siblings and the foreign packages that a file imports, wherever in it."""
+    siblings, packages = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            siblings.add(node.module or "")
+        elif isinstance(node, ast.ImportFrom):
+            packages.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            packages.update(alias.name.split(".")[0] for alias in node.names)
+    return siblings, packages - set(sys.stdlib_module_names)
+
+
+def test_every_room_is_on_the_map():
+    assert set(ROOMS) <= set(ARROWS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_what_it_may_know(room):
+    siblings, packages = imports_of(PACKAGE / f"{room}.py")
+    allowed_siblings, allowed_packages = ARROWS[room]
+    assert siblings <= allowed_siblings
+    assert packages <= allowed_packages
+
+
+def test_arrows_have_no_circle():
+    def depth(room: str, above: tuple[str, ...] = ()) -> int:
+        assert room not in above, f"circle: {above} -> {room}"
+        return 1 + max((depth(sibling, (*above, room)) for sibling in ARROWS[room][0]), default=0)
+
+    assert max(depth(room) for room in ARROWS) <= 3
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_remote_code_finder_sees_only_real_sibling_files(room):
+    """transformers looks for relative imports with regexes, in docstrings too, and follows only `from .x import y`."""
+    source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
+    found = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", source, re.MULTILINE))
+    assert found == imports_of(PACKAGE / f"{room}.py")[0]
+    assert all((PACKAGE / f"{name}.py").exists() for name in found)
+    assert not re.findall(r"^\s*(?:import\s+\.|from\s+\.\s+import)", source, re.MULTILINE)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_user_input_is_never_asserted_and_exceptions_are_caught_by_name(room):
+    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))):
+        assert not isinstance(node, ast.Assert)
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None
+            assert getattr(node.type, "id", "") not in ("Exception", "BaseException")
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.name)
+def test_scripts_use_public_names_only(script):
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not any(alias.name.startswith("_") for alias in node.names if alias.name != "__version__")
+
+
+def test_importing_the_package_touches_no_gpu_and_no_optional_package():
+    import subprocess
+
+    code = (
+        "import sys, torch, visualglm_hf; assert not torch.cuda.is_initialized(); "
+        "heavy = {'gradio', 'fastapi', 'peft', 'bitsandbytes', 'torchvision', 'requests', 'sat', 'deepspeed'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert output.stdout.strip() == "[]"

@@ -1,0 +1,159 @@
+"""Room: conversation. The one prompt grammar, in Python and in Jinja."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from visualglm_hf.conversation import (
+    ANSWER_MARK,
+    CHAT_TEMPLATE,
+    IMAGE_MARK,
+    MARKS,
+    build_prompt,
+    check_history,
+    clean_response,
+    expand_images,
+    is_english,
+)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="".join(MARKS)), max_size=20)
+QUERY = TEXT.filter(str.strip)
+
+
+def render(messages, **kwargs) -> str:
+    rendered, _ = render_jinja_template(
+        conversations=[messages], chat_template=CHAT_TEMPLATE, add_generation_prompt=True, **kwargs
+    )
+    return rendered[0]
+
+
+def test_prompt_with_a_picture_is_the_originals():
+    prompt = build_prompt("描述这张图片。", [], image_turns=[0])
+    assert prompt == f"<img>{IMAGE_MARK}</img>问：描述这张图片。\n答：{ANSWER_MARK}"
+
+
+def test_history_comes_first_and_the_picture_before_it():
+    prompt = build_prompt("b", [("甲", "乙")], image_turns=[0], english=False)
+    assert prompt == f"<img>{IMAGE_MARK}</img>问：甲\n答：乙\n问：b\n答：{ANSWER_MARK}"
+
+
+def test_each_picture_stands_before_its_turn():
+    prompt = build_prompt("b", [("a", "x")], image_turns=[0, 1, 1], english=True)
+    image = f"<img>{IMAGE_MARK}</img>"
+    assert prompt == f"{image}Q:a\nA:x\n{image}{image}Q:b\nA:{ANSWER_MARK}"
+
+
+@pytest.mark.parametrize(
+    ("query", "english"),
+    [("What is it?", True), ("这是什么？", False), ("这是 cat 吗", False), ("1+1=?", False), ("Ça", True)],
+)
+def test_language_of_the_prompt_follows_the_query(query, english):
+    assert is_english(query) is english
+    assert build_prompt(query).startswith("Q:" if english else "问：")
+    assert build_prompt(query, english=True).startswith("Q:")
+    assert build_prompt(query, english=False).startswith("问：")
+
+
+def test_image_tags_in_user_text_stay_text():
+    prompt = build_prompt("<img>/etc/passwd</img>是什么？", [])
+    assert IMAGE_MARK not in prompt
+    assert "<img>/etc/passwd</img>是什么？" in prompt
+
+
+@given(
+    turns=st.lists(st.tuples(TEXT, TEXT), max_size=3), query=QUERY, english=st.none() | st.booleans(), data=st.data()
+)
+@settings(max_examples=60, deadline=None)
+def test_chat_template_writes_the_prompt_that_chat_writes(turns, query, english, data):
+    image_turns = sorted(data.draw(st.lists(st.integers(0, len(turns)), max_size=3)))
+    messages = []
+    for index, (asked, answered) in enumerate([*turns, (query, None)]):
+        content = [{"type": "image"}] * image_turns.count(index) + [{"type": "text", "text": asked}]
+        messages.append({"role": "user", "content": content if image_turns else asked})
+        if answered is not None:
+            messages.append({"role": "assistant", "content": answered})
+    assert render(messages, english=english) == build_prompt(query, turns, image_turns, english)
+
+
+def test_template_ends_a_training_example_with_its_answer():
+    messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "您好"}]
+    rendered, _ = render_jinja_template(conversations=[messages], chat_template=CHAT_TEMPLATE)
+    prompt = render(messages[:1])
+    assert rendered[0] == f"{prompt}您好{MARKS[2]}"  # the prompt is its prefix
+
+
+def test_template_puts_a_system_message_first():
+    messages = [{"role": "system", "content": "请简短。"}, {"role": "user", "content": "你好"}]
+    assert render(messages) == f"请简短。\n问：你好\n答：{ANSWER_MARK}"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "assistant", "content": "a"}],
+        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+        [{"role": "tool", "content": "a"}],
+        [{"role": "user", "content": " "}],
+        [],
+        [{"role": "user", "content": [{"type": "video"}]}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}],
+        [{"role": "user", "content": f"a{IMAGE_MARK}"}],
+    ],
+)
+def test_template_refuses_what_it_cannot_say(messages):
+    with pytest.raises(Exception, match=r"alternate|empty|cannot have|reserved"):  # jinja2's TemplateError
+        render(messages)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_reserved_characters_are_refused_wherever_they_are_typed(mark):
+    for query, history in ((f"a{mark}", []), ("a", [(f"q{mark}", "r")]), ("a", [("q", f"r{mark}")])):
+        with pytest.raises(ValueError, match=f"reserved character U\\+{ord(mark):04X}"):
+            build_prompt(query, history)
+
+
+@pytest.mark.parametrize("query", ["", " \n", None, 3, b"x"])
+def test_query_must_be_a_question(query):
+    with pytest.raises(ValueError, match="query"):
+        build_prompt(query)
+
+
+@pytest.mark.parametrize(
+    ("history", "complaint"),
+    [
+        ("abc", "must be a list"),
+        ({"a": "b"}, "must be a list"),
+        (3, "must be a list"),
+        ([("a",)], r"history\[0\] must be a \(query, response\) pair"),
+        ([("a", "b"), "cd"], r"history\[1\]"),
+        ([("a", "b", "c")], r"history\[0\]"),
+        ([("a", None)], r"history\[0\]'s response must be a string"),
+        ([(1, "b")], r"history\[0\]'s query must be a string"),
+    ],
+)
+def test_history_of_the_wrong_shape_is_named(history, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        check_history(history)
+
+
+def test_each_placeholder_grows_to_its_pictures_embeddings():
+    assert expand_images(f"a{IMAGE_MARK}b{IMAGE_MARK}", 2, 3) == f"a{IMAGE_MARK * 3}b{IMAGE_MARK * 3}"
+
+
+@pytest.mark.parametrize(("prompt", "num_images"), [("a", 1), (f"a{IMAGE_MARK}", 0), (f"{IMAGE_MARK * 2}", 1)])
+def test_placeholders_must_match_the_pictures(prompt, num_images):
+    with pytest.raises(ValueError, match=rf"{prompt.count(IMAGE_MARK)} image placeholder\(s\) for {num_images} image"):
+        expand_images(prompt, num_images, 32)
+
+
+def test_responses_are_cleaned_as_the_original_cleaned_them(golden):
+    for case in golden["process_response"]:
+        assert clean_response(case["inp"]) == case["out"], case["inp"]
+
+
+@given(TEXT)
+def test_cleaning_a_clean_response_changes_nothing(text):
+    once = clean_response(text)
+    assert clean_response(once) == once or "[[训练时间]]" in text
