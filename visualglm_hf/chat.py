@@ -297,14 +297,15 @@ class ChatMixin:
         return Turn(inputs, query, history, tuple(remembered))
 
     def generation_options(
-        self, min_length: int | None, logits_processor: LogitsProcessorList | None, **options
+        self, max_length: int, min_length: int | None, logits_processor: LogitsProcessorList | None, **options
     ) -> dict:
         """`generate`'s keywords for those of `chat`, without the ones that contradict each other."""
         if options.get("num_return_sequences", 1) != 1:
             raise ValueError("chat() gives one answer; use generate() for num_return_sequences > 1.")
         if min_length is None:
             min_length = self.generation_config.min_length
-        options["min_length"] = ORIGINAL_MIN_LENGTH if min_length is None else min_length
+            min_length = min(ORIGINAL_MIN_LENGTH, max_length) if min_length is None else min_length
+        options.update(max_length=max_length, min_length=min_length)
         if options.get("max_new_tokens") is not None:
             options.pop("max_length")
             options.pop("min_length")

@@ -1,0 +1,169 @@
+"""Room: decoder's hooks for `generate`. Every standard mode, and what must not change under them."""
+
+import threading
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, TextIteratorStreamer
+
+
+@pytest.fixture(scope="module")
+def inputs(processor, pictures):
+    text = f"<img>{processor.image_token}</img>问：描述这张图片。\n答："
+    return processor(text=text, images=pictures[0], return_tensors="pt")
+
+
+@pytest.fixture(scope="module")
+def greedy(model, inputs):
+    return model.generate(**inputs, max_new_tokens=24, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0},
+        {"stop_strings": ["描述图片的背景"]},
+    ],
+    ids=str,
+)
+def test_mode_gives_the_greedy_answer(model, inputs, greedy, tokenizer, options):
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, tokenizer=tokenizer, **options)
+    assert torch.equal(output, greedy)
+
+
+def test_assistant_model_gives_the_greedy_answer(model, inputs, greedy):
+    text_only = inputs["input_ids"][:, 38:]  # what follows the picture
+    expected = model.generate(input_ids=text_only, max_new_tokens=16, do_sample=False)
+    output = model.generate(input_ids=text_only, max_new_tokens=16, do_sample=False, assistant_model=model)
+    assert torch.equal(output, expected)
+
+
+def test_left_padded_batch_generates_what_the_original_did(model, golden):
+    batch = golden["left_padded_batch"]
+    output = model.generate(
+        input_ids=torch.tensor(batch["input_ids"]),
+        attention_mask=torch.tensor(batch["attention_mask"]),
+        do_sample=False,
+        max_length=len(batch["generated.f32"][0]),
+    )
+    for row, expected in zip(output.tolist(), batch["generated.f32"], strict=True):
+        end = (
+            expected.index(1105, len(batch["input_ids"][0])) if 1105 in expected[len(batch["input_ids"][0]) :] else None
+        )
+        assert row[:end] == expected[:end]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_batched_greedy_equals_single_greedy(model, processor, pictures, options):
+    image = f"<img>{processor.image_token}</img>"
+    texts = ["问：你好\n答：", f"{image}问：描述这张图片。\n答：", f"{image}问：a\n答：b\n{image}问：哪个？\n答："]
+    images = [[], [pictures[0]], [pictures[1], pictures[2]]]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    length = batch["input_ids"].shape[1]
+    together = model.generate(**batch, max_new_tokens=10, do_sample=False, **options)[:, length:]
+    for row, (text, own) in enumerate(zip(texts, images, strict=True)):
+        single = processor(text=text, images=own or None, return_tensors="pt")
+        alone = model.generate(**single, max_new_tokens=10, do_sample=False)[0, single["input_ids"].shape[1] :]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_beams_and_return_sequences_keep_each_row_its_pictures(model, processor, pictures):
+    image = f"<img>{processor.image_token}</img>"
+    texts = [f"{image}{image}问：哪个？\n答：", f"{image}问：描述这张图片。\n答："]
+    images = [[pictures[0], pictures[1]], [pictures[2]]]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    options = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    for row, (text, own) in enumerate(zip(texts, images, strict=True)):
+        single = processor(text=text, images=own, return_tensors="pt")
+        alone = model.generate(**single, **options)[:, single["input_ids"].shape[1] :]
+        assert together[2 * row : 2 * row + 2, : alone.shape[1]].tolist() == alone.tolist()
+
+
+def test_pictures_are_encoded_once_whatever_the_number_of_beams(model, inputs, monkeypatch):
+    calls = []
+    encode = model.get_image_features
+    monkeypatch.setattr(model, "get_image_features", lambda *args, **kw: calls.append(1) or encode(*args, **kw))
+    model.generate(**inputs, max_new_tokens=4, num_beams=4, num_return_sequences=4, do_sample=False)
+    assert len(calls) == 1
+
+
+def test_sampling_is_reproducible_from_its_seed(model, inputs):
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        outputs.append(model.generate(**inputs, max_new_tokens=8, do_sample=True, top_p=0.9, num_return_sequences=3))
+    assert torch.equal(*outputs)
+    assert len(outputs[0]) == 3
+
+
+def test_inputs_embeds_alone_generate_the_same_answer(model, inputs, greedy):
+    embeds = model.embed(inputs["input_ids"], model.get_image_features(inputs["pixel_values"]).pooler_output).detach()
+    new = model.generate(inputs_embeds=embeds, max_new_tokens=24, do_sample=False)
+    assert torch.equal(new, greedy[:, inputs["input_ids"].shape[1] :])
+
+
+def test_stop_strings_end_the_answer(model, inputs, greedy, tokenizer):
+    answer = tokenizer.decode(greedy[0, inputs["input_ids"].shape[1] :])
+    stop = "正在"
+    assert stop in answer
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert output.shape[1] < greedy.shape[1]
+    assert stop in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_transformers_own_streamer_streams_the_answer(model, inputs, greedy, tokenizer):
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    options = {**inputs, "max_new_tokens": 24, "do_sample": False, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, kwargs=options)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text.strip() == tokenizer.decode(greedy[0, inputs["input_ids"].shape[1] :]).strip()
+
+
+def test_decode_steps_never_ask_the_device(model, inputs, monkeypatch):
+    """Between two tokens, preparing inputs and running the model reads no tensor's value on the host."""
+    cache_inputs = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    sequence, cache = cache_inputs.sequences, cache_inputs.past_key_values
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a tensor's value was read")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__index__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    prepared = model.prepare_inputs_for_generation(sequence, next_sequence_length=1, past_key_values=cache)
+    with torch.no_grad():
+        model(**prepared)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"prefill_chunk_size": 8}, "prefix-LM must be seen as a whole"),
+        ({"inputs_embeds": torch.zeros(1, 8, 64)}, "and no inputs_embeds"),
+    ],
+)
+def test_modes_that_would_answer_wrongly_are_refused(model, inputs, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        model.generate(**inputs, max_new_tokens=2, **options)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_picture_is_encoded(model, processor, pictures, monkeypatch):
+    monkeypatch.setattr(model, "get_image_features", None)
+    text = f"<img>{processor.image_token}</img>问：{'长' * 3000}\n答："
+    with pytest.raises(ValueError, match=r"tokens long, the model takes 2048"):
+        model.generate(**processor(text=text, images=pictures[0], return_tensors="pt"))
+
+
+def test_custom_logits_processors_are_used(model, inputs):
+    def force(input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, 7] = 0
+        return forced
+
+    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, logits_processor=LogitsProcessorList([force]))
+    assert output[0, -3:].tolist() == [7, 7, 7]
