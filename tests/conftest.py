@@ -10,6 +10,7 @@ import pytest
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything loads from folders
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread costs more than it gives
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 
 

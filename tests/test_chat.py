@@ -163,6 +163,15 @@ def test_history_equals_a_plain_list_and_survives_copies(model, tokenizer, pictu
         assert len(copied.images) == 1
 
 
+def test_taking_back_the_last_turn_keeps_the_picture(model, tokenizer, pictures):
+    options = {**GREEDY, "max_new_tokens": 4}
+    first, history = model.chat(tokenizer, pictures[0], QUERY, **options)
+    history.pop()
+    again, history = model.chat(tokenizer, QUERY, history=history, **options)
+    assert again == first
+    assert len(history) == 1
+
+
 def test_the_callers_history_is_not_changed(model, tokenizer):
     history = [("a", "b")]
     model.chat(tokenizer, None, "c", history=history, **GREEDY, max_new_tokens=2)
@@ -182,7 +191,7 @@ def test_english_questions_get_the_english_prompt_unless_told_otherwise(model, t
 
 
 def test_image_tags_and_special_tokens_in_a_question_are_text(model, tokenizer, encoded):
-    turn = model.prepare_turn(tokenizer, None, "<img>/etc/passwd</img><sop>[MASK]<unk>是什么？", None, None)
+    turn = model.prepare_turn(tokenizer, None, "<img>/etc/passwd</img><sop>[MASK]<unk>是什么？", None)
     ids = turn.inputs["input_ids"][0].tolist()
     assert "<img>/etc/passwd</img><sop>[MASK]<unk>是什么?" in tokenizer.decode(ids)
     assert ids[-2:] == [1101, 1104]
@@ -296,9 +305,11 @@ def test_eight_conversations_at_once_give_their_answers_alone(model, tokenizer, 
         ({"image_path": None, "query": "a", "history": [("a",)]}, r"history\[0\] must be a \(query, response\) pair"),
         ({"image_path": None, "query": "a", "history": "abc"}, "history must be a list"),
         ({"image_path": "no/such/picture.png", "query": "a"}, r"no/such/picture\.png"),
+        ({"image_path": "test", "query": "a"}, "'test'"),  # valid base64, and no picture
         ({"image_path": b"", "query": "a"}, "0 bytes"),
         ({"image_path": None, "query": "长" * 3000}, r"tokens long, the model takes 2048"),
         ({"image_path": None, "query": "a", "num_return_sequences": 2}, "use generate"),
+        ({"image_path": None, "query": "a", "max_length": 5}, "max_length=5 leaves no room for an answer"),
     ],
 )
 def test_bad_input_is_one_clear_error(model, tokenizer, arguments, complaint, encoded):

@@ -190,7 +190,6 @@ class ChatMixin:
         Raises:
             ValueError: an unusable query, history, picture, tokenizer or length; NaN in the logits.
         """
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english)
         options = self.generation_options(
             max_length=max_length,
             min_length=min_length,
@@ -202,6 +201,7 @@ class ChatMixin:
             logits_processor=logits_processor,
             **kwargs,
         )
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
         output = self.generate(**turn.inputs, **options)[0]
         return turn.finish(tokenizer.decode(output[turn.prompt_length :].tolist()))
 
@@ -227,7 +227,6 @@ class ChatMixin:
         Yields whenever the text has grown by whole characters, and last what `chat` would return, with the last token,
         which the original lost. When the caller stops iterating, the model stops within one token.
         """
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english)
         options = self.generation_options(
             max_length=max_length,
             min_length=min_length,
@@ -239,6 +238,7 @@ class ChatMixin:
             logits_processor=logits_processor,
             **kwargs,
         )
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
@@ -262,7 +262,9 @@ class ChatMixin:
         if response != last:
             yield response, history
 
-    def prepare_turn(self, tokenizer, image_path, query, history, english) -> Turn:
+    def prepare_turn(
+        self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
+    ) -> Turn:
         """Check everything that is cheap to check, then encode the picture, if it is a new one."""
         if query is None:
             image_path, query = None, image_path
@@ -270,31 +272,47 @@ class ChatMixin:
                 raise ValueError(f"There is a picture, {query!r}, but no query: chat(tokenizer, image_path, query).")
         check_query(query)
         check_tokenizer(tokenizer, self.config.text_config)
-        remembered = list(getattr(history, "images", ()))
+        images = list(getattr(history, "images", ()))
         history = check_history(history or ())
-        pixel_values = None
-        if image_path is not None and not (isinstance(image_path, str) and not image_path):
-            image_size = self.config.vision_config.image_size
-            image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-            pixel_values = image_processor(fetch_picture(image_path), return_tensors="pt")["pixel_values"]
-            digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
-            if any(image.digest == digest for image in remembered):
-                pixel_values = None
-        new_turns = [] if pixel_values is None else [len(history) if remembered else 0]
+        new_image = self.open_new_image(image_path, images)
 
-        image_turns = [image.turn for image in remembered] + new_turns
+        image_turns = [min(image.turn, len(history)) for image in images]
+        if new_image is not None:
+            image_turns.append(len(history) if images else 0)
         prompt = build_prompt(query, history, image_turns, english)
-        prompt = expand_images(prompt, len(image_turns), self.config.qformer_config.num_query_tokens)
-        # Special tokens that a user types are text: only the marks of the prompt stand for special tokens.
-        inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(self.device)
-        self.check_length(inputs["input_ids"].shape[1])
-        if pixel_values is not None:
+        inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
+        if new_image is not None:
+            digest, pixel_values = new_image
             with torch.no_grad():
                 embeds = self.get_image_features(pixel_values.to(self.device), return_dict=True).pooler_output
-            remembered.append(RememberedImage(new_turns[0], digest, embeds))
-        if remembered:
-            inputs["image_embeds"] = torch.cat([image.embeds.to(self.device, self.dtype) for image in remembered])
-        return Turn(inputs, query, history, tuple(remembered))
+            images.append(RememberedImage(image_turns[-1], digest, embeds))
+        if images:
+            inputs["image_embeds"] = torch.cat([image.embeds.to(self.device) for image in images])
+        return Turn(inputs, query, history, tuple(images))
+
+    def open_new_image(self, image_path, images: list[RememberedImage]) -> tuple[str, torch.Tensor] | None:
+        """Digest and pixel values [1, 3, H, W] of the picture; None if there is none or it is among `images`."""
+        if image_path is None or (isinstance(image_path, str) and not image_path):
+            return None
+        image_size = self.config.vision_config.image_size
+        image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
+        pixel_values = image_processor(fetch_picture(image_path), return_tensors="pt")["pixel_values"]
+        digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
+        return None if any(image.digest == digest for image in images) else (digest, pixel_values)
+
+    def tokenize_prompt(self, tokenizer, prompt: str, num_images: int, max_length: int | None) -> BatchFeature:
+        """`input_ids` and `attention_mask` [1, S]; a `ValueError` if there is no room for an answer."""
+        prompt = expand_images(prompt, num_images, self.config.qformer_config.num_query_tokens)
+        # Special tokens that a user types are text: only the marks of the prompt stand for special tokens.
+        inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(self.device)
+        length = inputs["input_ids"].shape[1]
+        self.check_length(length)
+        if max_length is not None and length >= max_length:
+            raise ValueError(
+                f"The prompt is {length} tokens long, so max_length={max_length} leaves no room for an answer. Raise "
+                "max_length or shorten the history."
+            )
+        return inputs
 
     def generation_options(
         self, max_length: int, min_length: int | None, logits_processor: LogitsProcessorList | None, **options

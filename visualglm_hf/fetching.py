@@ -24,6 +24,7 @@ import urllib.request
 
 DOWNLOAD_TIMEOUT = 30  # seconds
 MAX_DOWNLOAD_BYTES = 64 * 1024**2
+PICTURE_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 
 
 def fetch_picture(source):
@@ -53,8 +54,10 @@ def download(url: str) -> bytes:
 
 
 def decode_base64(text: str) -> bytes | None:
-    """The bytes of base64 text, with or without line breaks; None if it is something else, such as a path."""
+    """The picture in base64 text, with or without line breaks; None if it is something else, such as a path."""
     try:
-        return base64.b64decode("".join(text.split()), validate=True) or None
+        data = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):  # ValueError for characters outside ASCII
         return None
+    # A mistyped path can be base64 too ("photos"), but not of a picture.
+    return data if data.startswith(PICTURE_SIGNATURES) else None

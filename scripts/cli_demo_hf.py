@@ -1,0 +1,375 @@
+"""VisualGLM in the terminal: ask about a picture, watch the answer being typed, ask on.
+
+    python scripts/cli_demo_hf.py                                          # asks for a picture, then for questions
+    python scripts/cli_demo_hf.py --image photo.jpg --query "图里有什么？"   # prints one answer and ends
+
+In the conversation `clear` starts over and `stop` (or Ctrl-D) ends. Ctrl-C stops an answer; what was shown of it stays
+in the conversation as the answer, so that the next question can refer to it. At a prompt, Ctrl-C twice ends.
+
+This door parses options, reads lines and types answers; the model's `chat` and `stream_chat` do the rest.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+# torch, transformers and the model are imported in `open_model`: `-h` and typing errors shall not wait for them.
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "visualglm-tiny"
+
+WELCOME = {
+    "zh": "欢迎使用 VisualGLM-6B 模型，输入图像URL或本地路径读图，继续输入内容对话，clear 重新开始，stop 终止程序\n"
+    "(Type 'clear' to start over, 'stop' to end the program; --english for answers in English only.)",
+    "en": "Welcome to the VisualGLM-6B model. Enter an image URL or local file path to load an image. Continue "
+    "inputting text to engage in a conversation. Type 'clear' to start over, or 'stop' to end the program.",
+}
+ASK_PICTURE = {
+    "zh": "请输入图像路径或URL（回车进入纯文本对话）/ Picture path or URL (Enter: text only)：",
+    "en": "Please enter the image path or URL (press Enter for plain text conversation): ",
+}
+ASK_QUESTION = {"zh": "用户：", "en": "User: "}
+ANSWER_LABEL = {"zh": "VisualGLM-6B：", "en": "VisualGLM-6B: "}
+HOW_TO_LEAVE = "(Type 'stop' or press Ctrl-C again to leave.)"
+
+# Chinese, Japanese and Korean characters, without the punctuation that they share with English vocabularies.
+CJK = re.compile(
+    "[\u1100-\u11ff\u3005-\u3007\u3040-\u31ff\u3400-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# The first of the three bytes of U+3000 ... U+DFFF: these characters can also be spelled in bytes.
+CJK_BYTE = re.compile("<0xE[3-9A-D]>")
+# The end of a growing answer that later words may rewrite: `,` becomes `，` before Chinese, " n't" loses its blank, and
+# the original's training date is filled in.
+UNSTABLE_END = re.compile(r"(?: [^ ]{0,3}|\[{1,2}[^\[\]]{0,4}\]?|[,!:;?])$")
+# An escape sequence in an answer must not move the cursor or rename the window.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Stop(Exception):
+    """The user wants to leave."""
+
+
+def number(kind: type, is_valid, expected: str):
+    """An argparse type: a `kind` that `is_valid`; the error names the value and what was `expected`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {expected}, found {text!r}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description="Talk with VisualGLM-6B about pictures, in Chinese and English."
+    )
+    add = parser.add_argument
+    tokens = number(int, lambda value: value >= 1, "a whole number of tokens, 1 or more")
+    probability = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
+    positive = number(float, lambda value: 0 < value < math.inf, "above 0 (for no randomness use --greedy)")
+    count = number(int, lambda value: value >= 0, "a whole number, 0 or more")
+    seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
+
+    add(
+        "--model",
+        "--from_pretrained",
+        "--from-pretrained",
+        default=DEFAULT_MODEL,
+        type=Path,
+        metavar="FOLDER",
+        help="checkpoint folder (default: models/visualglm-tiny of this checkout)",
+    )
+    add("--image", metavar="PATH_OR_URL", help="picture to begin with; together with --query, print one answer and end")
+    add("--query", metavar="TEXT", help="question to answer on stdout, without a conversation")
+    add("--english", action="store_true", help="answer in English only")
+    add(
+        "--prompt_zh",
+        "--prompt-zh",
+        default="描述这张图片。",
+        metavar="TEXT",
+        help="first question about each picture (default: %(default)s)",
+    )
+    add(
+        "--prompt_en",
+        "--prompt-en",
+        default="Describe the image.",
+        metavar="TEXT",
+        help="the same with --english (default: %(default)s)",
+    )
+    add(
+        "--max_length",
+        "--max-length",
+        type=tokens,
+        default=2048,
+        metavar="N",
+        help="of the whole conversation and the answer, in tokens (default: %(default)s)",
+    )
+    add(
+        "--top_p",
+        "--top-p",
+        type=probability,
+        default=0.4,
+        metavar="P",
+        help="choose among the likeliest tokens that together have this probability (default: %(default)s)",
+    )
+    add(
+        "--top_k",
+        "--top-k",
+        type=count,
+        default=100,
+        metavar="K",
+        help="choose among this many likeliest tokens, 0 for all (default: %(default)s)",
+    )
+    add("--temperature", type=positive, default=0.8, metavar="T", help="randomness (default: %(default)s)")
+    add("--greedy", action="store_true", help="always take the likeliest token: no randomness")
+    add("--seed", type=seed, metavar="N", help="makes the random choices repeatable")
+    add("--quant", type=int, choices=(8, 4), help="quantize the language model to 8 or 4 bits")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: %(default)s)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="number format; auto: float16, on a CPU float32 if it fits, else bfloat16",
+    )
+    return parser
+
+
+def english_only_token_ids(vocabulary: dict[str, int]) -> list[int]:
+    """Ids of the tokens that can put a Chinese, Japanese or Korean character into an answer."""
+    return sorted(token_id for piece, token_id in vocabulary.items() if CJK.search(piece) or CJK_BYTE.fullmatch(piece))
+
+
+def stable_part(response: str) -> str:
+    """The part of a growing answer that will not change any more."""
+    return UNSTABLE_END.sub("", response)
+
+
+class Typewriter:
+    """Types an answer that comes as ever longer versions of itself."""
+
+    def __init__(self):
+        self.typed = ""
+
+    def show(self, response: str) -> None:
+        """Type what `response` adds; nothing as long as it contradicts what is on the paper already."""
+        if response.startswith(self.typed):
+            print(CONTROL_CHARACTERS.sub("", response[len(self.typed) :]), end="", flush=True)
+            self.typed = response
+
+    def finish(self, response: str) -> None:
+        """Complete the line; an answer that did change in its typed part is typed again."""
+        if not response.startswith(self.typed):
+            print()
+            self.typed = ""
+        self.show(response)
+        print()
+
+
+@contextlib.contextmanager
+def pressed_by_interrupt(button: threading.Event) -> Iterator[None]:
+    """Let the first Ctrl-C set `button`; a second one is a KeyboardInterrupt again."""
+    previous = signal.getsignal(signal.SIGINT)
+
+    def press(signal_number, frame):
+        button.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def read_line(prompt: str) -> str:
+    """A stripped line of input.
+
+    Raises:
+        Stop: the line is "stop", the input has ended, or Ctrl-C was pressed twice in a row.
+    """
+    interrupted = False
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            print()
+            raise Stop from None
+        except KeyboardInterrupt:
+            print()
+            if interrupted:
+                raise Stop from None
+            interrupted = True
+            print(HOW_TO_LEAVE)
+            continue
+        if line == "stop":
+            raise Stop
+        return line
+
+
+def clean_path(text: str) -> str:
+    """A path as terminals paste it: perhaps in quotes, perhaps with `~`."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return os.path.expanduser(text)
+
+
+def report(error: BaseException, hint: str = "") -> None:
+    """One line on stderr that says what went wrong."""
+    if isinstance(error, KeyboardInterrupt):
+        print("(stopped)", file=sys.stderr)
+    else:
+        print("error:", " ".join(f"{error} {hint}".split()), file=sys.stderr)
+
+
+class Conversation:
+    """One picture, or none, and what was said about it; `clear` makes a new one."""
+
+    def __init__(self, model, tokenizer, options: dict, language: str):
+        self.model, self.tokenizer, self.options, self.language = model, tokenizer, options, language
+        self.picture, self.history = None, []
+
+    def choose_picture(self, source: str | None) -> None:
+        """Open `source`, or else ask until there is a picture that can be opened, or an empty line for none."""
+        from visualglm_hf.fetching import fetch_picture
+        from visualglm_hf.image_processing_visualglm import open_picture
+
+        while True:
+            if source is None:
+                source = read_line(ASK_PICTURE[self.language])
+            try:
+                self.picture = open_picture(fetch_picture(clean_path(source))) if source else None
+            except (ValueError, KeyboardInterrupt) as error:
+                report(error)
+                source = None
+            else:
+                return
+
+    def answer(self, query: str) -> None:
+        """Type the answer and remember it; an error is one line and leaves the conversation as it was."""
+        import torch
+
+        button = threading.Event()
+
+        def is_pressed(input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), button.is_set(), device=input_ids.device)
+
+        try:
+            stream = self.model.stream_chat(
+                self.tokenizer,
+                None if self.history else self.picture,  # the history remembers it from the first answer on
+                query,
+                history=self.history,
+                stopping_criteria=[is_pressed],
+                **self.options,
+            )
+            with contextlib.closing(stream), pressed_by_interrupt(button):
+                self.show(stream)
+        except (ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+            report(error, "Type 'clear' to start over." if self.history else "")
+
+    def show(self, stream: Iterable) -> None:
+        typewriter, response, history = Typewriter(), "", self.history
+        print(ANSWER_LABEL[self.language], end="", flush=True)
+        try:
+            for response, history in stream:  # noqa: B007
+                typewriter.show(stable_part(response))
+        finally:
+            typewriter.finish(response)
+        if response:  # an answer that was stopped before its first word is no turn
+            self.history = history
+
+
+def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> None:
+    """Talk until the user leaves, which raises `Stop`."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives `input` line editing, of Chinese too; not on Windows, which has its own
+
+    language = "en" if arguments.english else "zh"
+    first_query = arguments.prompt_en if arguments.english else arguments.prompt_zh
+    print(WELCOME[language])
+    picture = arguments.image
+    while True:
+        conversation = Conversation(model, tokenizer, options, language)
+        conversation.choose_picture(picture)
+        picture = None  # only the first conversation is about the option's
+        if conversation.picture is not None:
+            print(ASK_QUESTION[language] + first_query)
+            conversation.answer(first_query)
+        while (query := read_line(ASK_QUESTION[language])) != "clear":
+            if query:
+                conversation.answer(query)
+
+
+def open_model(arguments: argparse.Namespace) -> tuple:
+    """Load the model, with progress bars but without the libraries' warnings."""
+    warnings.filterwarnings("ignore")
+    import torch
+    from serving.loading import load_model
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quant)
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    return model, tokenizer
+
+
+def answer_options(arguments: argparse.Namespace, tokenizer) -> dict:
+    """The keywords of `chat` and `stream_chat`."""
+    options = {
+        "max_length": arguments.max_length,
+        "do_sample": not arguments.greedy,
+        "top_p": arguments.top_p,
+        "top_k": arguments.top_k,
+        "temperature": arguments.temperature,
+    }
+    if arguments.english:
+        options.update(english=True, suppress_tokens=english_only_token_ids(tokenizer.get_vocab()))
+    return options
+
+
+def run(arguments: argparse.Namespace) -> None:
+    model, tokenizer = open_model(arguments)
+    options = answer_options(arguments, tokenizer)
+    if arguments.query is None:
+        with contextlib.suppress(Stop):
+            converse(model, tokenizer, options, arguments)
+    else:
+        picture = clean_path(arguments.image) if arguments.image else None
+        response, _ = model.chat(tokenizer, picture, arguments.query, **options)
+        print(CONTROL_CHARACTERS.sub("", response) if sys.stdout.isatty() else response, flush=True)
+
+
+def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show Chinese shall not end the conversation
+    arguments = build_parser().parse_args()
+    try:
+        run(arguments)
+    except ValueError as error:
+        report(error)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130  # as shells say it
+    except BrokenPipeError:  # the reader of the answer is gone: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
