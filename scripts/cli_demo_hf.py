@@ -11,6 +11,7 @@ This door parses options, reads lines and types answers; the model's `chat` and 
 
 import argparse
 import contextlib
+import importlib
 import math
 import os
 import re
@@ -284,7 +285,8 @@ class Conversation:
         typewriter, response, history = Typewriter(), "", self.history
         print(ANSWER_LABEL[self.language], end="", flush=True)
         try:
-            for response, history in stream:  # noqa: B007
+            for shown in stream:
+                response, history = shown
                 typewriter.show(stable_part(response))
         finally:
             typewriter.finish(response)
@@ -294,8 +296,8 @@ class Conversation:
 
 def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> None:
     """Talk until the user leaves, which raises `Stop`."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives `input` line editing, of Chinese too; not on Windows, which has its own
+    with contextlib.suppress(ImportError):  # Windows has its own
+        importlib.import_module("readline")  # gives `input` line editing, of Chinese too
 
     language = "en" if arguments.english else "zh"
     first_query = arguments.prompt_en if arguments.english else arguments.prompt_zh

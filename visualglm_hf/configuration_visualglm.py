@@ -326,6 +326,10 @@ class VisualGLMConfig(PreTrainedConfig):
         tensors differ keeps both.
     quantization_bit (`int`, *optional*, defaults to 0):
         4 or 8 for a checkpoint with quantized decoder weights, else 0.
+    quantization_group_size (`int`, *optional*):
+        Columns that share a scale in a checkpoint of 4 bits; one scale per row, as in the original's, by default.
+    quantization_lm_head (`bool`, *optional*, defaults to `False`):
+        Whether `lm_head` is quantized too, to 8 bits.
     """
 
     model_type = "chatglm"
@@ -341,6 +345,8 @@ class VisualGLMConfig(PreTrainedConfig):
     image_token_id: int = 0
     tie_word_embeddings: bool = True
     quantization_bit: int = 0
+    quantization_group_size: int | None = None
+    quantization_lm_head: bool = False
 
     def __post_init__(self, **kwargs):
         if "eva_config" in kwargs or "num_layers" in kwargs:

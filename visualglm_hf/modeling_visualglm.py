@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .chat import ChatMixin
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
+from .quantization import prepare_model, quantize_model
 
 
 def build_glm_position_ids(
@@ -246,7 +247,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`):
             The places in the context and in the answer, see `build_glm_position_ids`.
         """
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         if attention_mask is None or attention_mask.dim() == 2:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -296,6 +297,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.transformer = VisualGLMTextModel(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
+        if config.quantization_bit:
+            prepare_model(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -312,6 +315,25 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
 
     def get_decoder(self) -> VisualGLMTextModel:
         return self.transformer
+
+    def quantize(
+        self, bits: int, group_size: int | None = None, lm_head: bool = False
+    ) -> "VisualGLMForConditionalGeneration":
+        """Quantize the decoder's linear layers in place; before or after `.half()`, on any device.
+
+        Args:
+            bits: 4 or 8.
+            group_size: columns that share a scale, for 4 bits; None for 64, -1 for one scale per row as in the original.
+            lm_head: quantize `lm_head` too, to 8 bits. It reads half as much per token but is no longer one tensor
+                with the word embeddings.
+
+        Returns:
+            This model. `save_pretrained` writes the low-bit weights, and `from_pretrained` reads them as they are.
+
+        Raises:
+            ValueError: other bits, a group size that does not fit, a model that is quantized already.
+        """
+        return quantize_model(self, bits, group_size, lm_head)
 
     @can_return_tuple
     @auto_docstring(
