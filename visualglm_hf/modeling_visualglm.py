@@ -297,6 +297,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.transformer = VisualGLMTextModel(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
+        # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
         self.post_init()
@@ -323,7 +324,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
 
         Args:
             bits: 4 or 8.
-            group_size: columns that share a scale, for 4 bits; None for 64, -1 for one scale per row as in the original.
+            group_size: columns that share a scale, for 4 bits: None for 64, -1 for one scale per row as the original's.
             lm_head: quantize `lm_head` too, to 8 bits. It reads half as much per token but is no longer one tensor
                 with the word embeddings.
 
@@ -440,7 +441,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
+        kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
+        logits = self.lm_head(kept_states)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
