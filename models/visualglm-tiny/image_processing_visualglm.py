@@ -1,0 +1,453 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures: whatever a caller holds (file, bytes, `data:` URI, PIL image, array) to `pixel_values` [B, 3, 224, 224].
+
+`open_picture` reads one picture as 8-bit RGB and refuses a bad one with a `ValueError` that names it;
+`VisualGLMImageProcessor` resizes, rescales and normalizes. PIL and numpy only; nothing is fetched from the network,
+and PIL's global settings stay as they are.
+
+Source: `BlipImageEvalProcessor` in the original `visual.py`; its torchvision transforms (`Resize` on a PIL image,
+`ToTensor`, `Normalize`) are reproduced bit for bit.
+"""
+
+import base64
+import binascii
+import io
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, TypedDict
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+from transformers.processing_utils import Unpack
+from transformers.utils import auto_docstring
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1; OpenAI CLIP, as in the original visual.py
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_PIXELS = 64 * 2**20  # a 64-megapixel phone's picture passes; decoded it takes 256 MiB
+MAX_SIDE = 65_535  # pixels, JPEG's limit; to resize a strip of 1 x 64M, PIL 13 takes 2 GB and 9 s
+# Raster formats only: for EPS PIL would run Ghostscript, and its readers of rare formats accept nearly any bytes.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+
+# What PIL raises on damaged pictures, measured by fuzzing its plugins; IndexError, EOFError and struct.error are the
+# ones that PIL itself takes for "not this format".
+DECODE_ERRORS = (
+    OSError,  # truncated data, libtiff, libwebp, UnidentifiedImageError, PermissionError
+    SyntaxError,  # PNG: broken chunk
+    ValueError,  # PPM and BMP headers, text chunks beyond PIL's limit, an image closed by its owner
+    TypeError,  # TIFF: tag of another type
+    RuntimeError,  # AVIF
+    IndexError,
+    EOFError,
+    struct.error,
+)
+TOO_LARGE_FOR_PIL = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # raised where warnings are errors
+EXIF_ERRORS = (SyntaxError, ValueError, TypeError, OSError, IndexError, struct.error)
+
+EXIF_ORIENTATION = 0x0112
+TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+LONGEST_NAME = 200  # characters of a path shown in an error
+
+
+def open_picture(source: Any) -> Image.Image:
+    """Read one picture from wherever it is.
+
+    Args:
+        source: a PIL image; encoded bytes; the path of a file (str or PathLike); a `data:` URI; a numpy array or CPU
+            tensor [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 or of floats in 0..1. Channels may come first
+            where that is unambiguous. Of an animated file the first frame counts.
+
+    Returns:
+        A loaded PIL image of mode RGB, upright (see `to_rgb`).
+
+    Raises:
+        ValueError: a URL (fetch it first), or a picture that is missing, empty, damaged, truncated, of no supported
+            format, or larger than `MAX_PIXELS` or `MAX_SIDE`; the size is read from the header, before decoding.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_bytes(bytes(source), f"<{len(source)} bytes>")
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _open_bytes(_data_uri_bytes(source), f"<data URI of {len(source)} characters>")
+    if isinstance(source, str) and URL.match(source):
+        raise ValueError(
+            f"Picture {_name(source)} is a URL, and nothing is fetched here. Fetch it first and pass its bytes."
+        )
+    if isinstance(source, (str, os.PathLike)):
+        return _open_file(source)
+    if hasattr(source, "__array__"):
+        return to_rgb(_from_array(source))
+    raise ValueError(
+        f"A picture must be a PIL image, bytes, a file path, a data: URI or an array, found {type(source).__name__}."
+    )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a copy of `image` as 8-bit RGB, upright and without metadata.
+
+    Alpha is dropped and palettes are resolved by PIL's `convert("RGB")`, as the original did. Two things differ from
+    the original on purpose: the EXIF orientation is applied (it showed the model sideways phone pictures), and
+    greyscale of more than 8 bits is scaled (it was clipped to white): modes `I;16*` from 0..65535, modes `I` and `F`
+    from the narrowest of 0..1 (`F` only), 0..255, 0..65535 and 0..maximum that holds the values; negative ones are 0.
+
+    Raises:
+        ValueError: no pixels, more than `MAX_PIXELS`, a side over `MAX_SIDE`, undecodable data, values that are not
+            finite.
+    """
+    return _to_rgb(image, _name_of(image))
+
+
+def _name_of(image: Image.Image) -> str:
+    path = getattr(image, "filename", "")  # only images opened from a file have it
+    return _name(path) if path else f"<{image.mode} image of {image.width} x {image.height}>"
+
+
+def _name(path: Any) -> str:
+    text = str(path)
+    if len(text) <= LONGEST_NAME:
+        return repr(text)
+    return f"{text[:40]!r}... ({len(text)} characters; base64 text needs 'data:image/png;base64,' in front)"
+
+
+def _open_file(path: Any) -> Image.Image:
+    name = _name(path)
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or error  # without the path, which may be a megabyte of base64
+        raise ValueError(f"Picture {name} cannot be read: {reason}. Check the path.") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise ValueError(f"Picture {name} is {kind}. Pass the path of a picture file.")
+    if status.st_size == 0:
+        raise ValueError(f"Picture {name} is an empty file. Copy or download it again.")
+    return _decode(path, name)
+
+
+def _open_bytes(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise ValueError(f"Picture {name} is empty. Pass the bytes of an encoded picture (PNG, JPEG, ...).")
+    return _decode(io.BytesIO(data), name)
+
+
+def _data_uri_bytes(uri: str) -> bytes:
+    head, comma, payload = uri.partition(",")
+    name = f"<data URI of {len(uri)} characters>"
+    if not comma:
+        raise ValueError(f"Picture {name} has no comma. Expected data:image/png;base64,<base64 text>.")
+    data = unquote_to_bytes(payload)
+    if not head.lower().rstrip().endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"Picture {name} is broken base64: {error}. Encode the picture again.") from error
+
+
+def _decode(file: Any, name: str) -> Image.Image:
+    Image.init()  # makes all plugins known; naming an unknown one below would be a KeyError
+    try:
+        image = Image.open(file, formats=[each for each in FORMATS if each in Image.OPEN])
+    except TOO_LARGE_FOR_PIL as error:
+        raise ValueError(f"Picture {name} is too large: {error} Make it smaller.") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(
+            f"Picture {name} is not a picture, is damaged, or has a format other than {', '.join(FORMATS)}."
+            " Convert it to PNG or JPEG."
+        ) from error
+    except DECODE_ERRORS as error:
+        raise _damaged(name, error) from error
+    with image:
+        return _to_rgb(image, name)
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    reason = str(error) or type(error).__name__
+    return ValueError(
+        f"Picture {name} cannot be read, it may be damaged or truncated: {reason}. Copy or export it again."
+    )
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"Picture {name} has no pixels: {width} x {height}. Pass one of at least 1 x 1.")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(
+            f"Picture {name} is too large: {width} x {height} pixels, at most {MAX_PIXELS:,} in all and {MAX_SIDE:,}"
+            " a side are read. Make it smaller; the model sees 224 x 224."
+        )
+
+
+def _load(image: Image.Image, name: str) -> None:
+    _check_size(image.width, image.height, name)
+    try:
+        image.load()
+    except DECODE_ERRORS as error:
+        raise _damaged(name, error) from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    _load(image, name)
+    orientation = _orientation(image)  # after loading: PNG may hold it behind the pixels, TIFF applies it itself
+    rgb = _convert(image, name)
+    if orientation in TO_UPRIGHT:
+        rgb = rgb.transpose(TO_UPRIGHT[orientation])
+    rgb.info = {}  # the copy would keep the EXIF orientation, and a second to_rgb would turn it again
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except EXIF_ERRORS:  # broken metadata does not spoil a readable picture
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _convert(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _grey_to_rgb(np.asarray(image), (65_535,), name)
+    if image.mode == "I":
+        return _grey_to_rgb(np.asarray(image), (255, 65_535), name)
+    if image.mode == "F":
+        return _grey_to_rgb(np.asarray(image), (1, 255, 65_535), name)
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha; PIL knows no direct way
+        return image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode]).convert("RGB")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.copy()  # PIL would warn that alpha is lost, which is what we want
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _grey_to_rgb(values: np.ndarray, tops: Sequence[int], name: str) -> Image.Image:
+    values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"Picture {name} has values that are not finite. Replace NaN and infinity.")
+    peak = values.max()
+    top = next((top for top in tops if peak <= top), peak)
+    grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _from_array(source: Any) -> Image.Image:
+    try:
+        array = np.asarray(source)
+    except (TypeError, RuntimeError, ValueError) as error:  # a tensor on a GPU, with a gradient, of bfloat16
+        raise ValueError(f"{type(source).__name__} cannot be read as an array: {error}.") from error
+    name = f"<array {list(array.shape)} of {array.dtype}>"
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)  # [C, H, W], the way of torch
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        raise ValueError(f"Picture {name} has a wrong shape, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].")
+    _check_size(array.shape[1], array.shape[0], name)
+    return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
+
+
+def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"Picture {name} has a wrong type, expected uint8 in 0..255 or floats in 0..1. Convert it.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"Picture {name} has values that are not finite. Replace NaN and infinity.")
+    low, high = array.min(), array.max()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"Picture {name} has floats from {low:g} to {high:g}, expected 0..1. Divide by 255, or pass uint8."
+        )
+    return np.rint(array * 255.0).astype(np.uint8)
+
+
+class VisualGLMImageKwargs(TypedDict, total=False):
+    """What `VisualGLMImageProcessor` takes for one call; None means the processor's own value."""
+
+    do_convert_rgb: bool | None
+    do_resize: bool | None
+    size: dict[str, int] | int | list[int] | tuple[int, ...] | None
+    resample: int | None
+    do_rescale: bool | None
+    rescale_factor: float | None
+    do_normalize: bool | None
+    image_mean: float | list[float] | tuple[float, ...] | None
+    image_std: float | list[float] | tuple[float, ...] | None
+    return_tensors: str | None
+
+
+PARAMETERS = tuple(name for name in VisualGLMImageKwargs.__annotations__ if name != "return_tensors")
+
+
+@auto_docstring(
+    custom_intro="""
+    Pictures to `pixel_values` float32 [B, 3, height, width]: RGB, bicubic resize, rescale, normalize. Every parameter
+    is saved to preprocessor_config.json and can be given for one call. Bit-identical to the original's
+    `BlipImageEvalProcessor`.
+    """
+)
+class VisualGLMImageProcessor(BaseImageProcessor):
+    model_input_names = ["pixel_values"]
+    valid_kwargs = VisualGLMImageKwargs
+
+    def __init__(
+        self,
+        do_convert_rgb: bool = True,
+        do_resize: bool = True,
+        size: dict[str, int] | int | Sequence[int] = 224,
+        resample: int = Image.Resampling.BICUBIC,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: float | Sequence[float] = CLIP_MEAN,
+        image_std: float | Sequence[float] = CLIP_STD,
+        **kwargs,
+    ):
+        r"""
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            False takes PIL images as they are, without `to_rgb`; they must be RGB then.
+        size (`dict[str, int]`, *optional*, defaults to 224 x 224):
+            The pixels {"height", "width"} to which pictures are stretched; a number means a square. The model takes
+            224 x 224 only.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether to multiply the values 0..255 by `rescale_factor`. Pictures given as floats in 0..1 have been made
+            0..255 before.
+        image_mean (`float` or `list[float]`, *optional*, defaults to CLIP's):
+            What to subtract: one number for each of R, G, B, or one for all.
+        image_std (`float` or `list[float]`, *optional*, defaults to CLIP's):
+            What to divide by, as `image_mean`.
+        """
+        super().__init__(**kwargs)
+        self.do_convert_rgb = do_convert_rgb
+        self.do_resize = do_resize
+        self.size = _height_and_width(size)
+        self.resample = int(resample)
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.image_mean = _per_channel(image_mean, "image_mean")
+        self.image_std = _per_channel(image_std, "image_std")
+
+    @auto_docstring(
+        custom_intro="""
+        Prepare pictures for the model: `pixel_values` float32 [B, 3, height, width]. Raises a `ValueError` for no
+        picture, for a bad one (see `open_picture`), and for a parameter that is unknown or makes no sense.
+        """
+    )
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, **kwargs: Unpack[VisualGLMImageKwargs]
+    ) -> BatchFeature:
+        r"""
+        images (`Any`):
+            Whatever `open_picture` takes, or a list of it; nested lists are flattened in order. An array [B, H, W, C]
+            counts as B pictures.
+        return_tensors (`str`, *optional*):
+            "np" for one array, "pt" for one tensor; None for a list of B arrays [3, height, width].
+
+        Returns:
+            `pixel_values`, float32 [B, 3, height, width].
+        """
+        settings = self._settings(kwargs)
+        arrays = [_pixel_values(source, settings) for source in _flatten(images)]
+        if not arrays:
+            raise ValueError("`images` holds no picture. Pass at least one.")
+        if return_tensors is not None:
+            arrays = _stack(arrays)
+        return BatchFeature({"pixel_values": arrays}, tensor_type=return_tensors)
+
+    def _settings(self, given: dict[str, Any]) -> SimpleNamespace:
+        unknown = [name for name, value in given.items() if name not in PARAMETERS and value is not None]
+        if unknown:
+            raise ValueError(f"Unknown parameters {', '.join(unknown)}. Known are {', '.join(PARAMETERS)}.")
+        settings = {name: getattr(self, name) if given.get(name) is None else given[name] for name in PARAMETERS}
+        settings["size"] = _height_and_width(settings["size"])
+        settings["resample"] = Image.Resampling(settings["resample"])
+        settings["image_mean"] = _per_channel(settings["image_mean"], "image_mean")
+        settings["image_std"] = _per_channel(settings["image_std"], "image_std")
+        return SimpleNamespace(**settings)
+
+
+def _height_and_width(size: Any) -> dict[str, int]:
+    size = get_size_dict(size)
+    height, width = size.get("height"), size.get("width")
+    if not height or not width or height < 1 or width < 1:
+        raise ValueError(f'`size` must be {{"height": pixels, "width": pixels}} or a number of pixels, found {size}.')
+    return {"height": int(height), "width": int(width)}
+
+
+def _per_channel(value: Any, name: str) -> list[float]:
+    values = [float(each) for each in np.atleast_1d(np.asarray(value, dtype=np.float64))]
+    values = values * 3 if len(values) == 1 else values
+    if len(values) != 3 or not np.isfinite(values).all() or (name == "image_std" and min(values) <= 0):
+        raise ValueError(f"`{name}` must be one number or three (R, G, B), a deviation above 0, found {value}.")
+    return values
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4:
+        for each in images:
+            yield from _flatten(each)
+    else:
+        yield images
+
+
+def _pixel_values(source: Any, settings: SimpleNamespace) -> np.ndarray:
+    """One picture as float32 [3, height, width]."""
+    picture = open_picture(source) if settings.do_convert_rgb else _as_it_is(source)
+    if settings.do_resize:
+        picture = picture.resize((settings.size["width"], settings.size["height"]), settings.resample)
+    values = np.asarray(picture).transpose(2, 0, 1)  # [H, W, 3] -> [3, H, W], uint8
+    if settings.do_rescale:
+        # In float64: rounded once, x * (1 / 255) is the x / 255 of the original; in float32 half of them differ.
+        values = values.astype(np.float64) * settings.rescale_factor
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if settings.do_normalize:
+        mean, std = (np.float32(each)[:, None, None] for each in (settings.image_mean, settings.image_std))
+        values = (values - mean) / std
+    return values
+
+
+def _as_it_is(source: Any) -> Image.Image:
+    if not isinstance(source, Image.Image):
+        return open_picture(source)
+    if source.mode != "RGB":
+        raise ValueError(f"Picture {_name_of(source)} is not RGB. Leave `do_convert_rgb` on, or convert it yourself.")
+    _load(source, _name_of(source))
+    return source
+
+
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays [3, height, width] as one [B, 3, height, width]."""
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(f"Pictures of sizes {shapes} make no tensor. Leave `do_resize` on, or pass one at a time.")
+    return np.stack(arrays)

@@ -1,0 +1,593 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""VisualGLM: tensors to tensors. The ChatGLM-6B decoder with soft prompts of pictures, and its hooks for `generate`.
+
+Not here: text, pictures and prompts (`chat.py`, `processing_visualglm.py`), the ViT (`modeling_image_encoder.py`).
+Module names are the key names of the original checkpoint. Source: GLM (arXiv:2103.10360), `modeling_chatglm.py` of the
+original.
+
+Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import ModelOutput, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .chat import ChatMixin
+from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
+from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
+from .quantization import prepare_model, quantize_model
+
+
+def build_glm_position_ids(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: VisualGLMTextConfig
+) -> torch.Tensor:
+    """The two position rows of GLM: the place in the context, and the place in the answer.
+
+    The context counts 0, 1, 2, … in the first row and is 0 in the second. From `<sop>` on, the first row stays at the
+    position of [gMASK] (of [MASK] where there is none) and the second counts 1, 2, 3, …
+
+    Args:
+        input_ids: [B, S], the whole sequence.
+        attention_mask: [B, >= S], 0 for padding, of which the last S columns count; None for no padding.
+
+    Returns:
+        [B, 2, S] integers; both rows are 0 on left padding.
+    """
+    is_start = input_ids == config.bos_token_id
+    is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
+    is_slot = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    padding = torch.zeros_like(input_ids[:, :1])
+    if attention_mask is not None:
+        visible = attention_mask[:, -input_ids.shape[1] :] != 0
+        padding = (visible.cumsum(-1) == 0).sum(-1, keepdim=True)
+    start = is_start.int().argmax(-1, keepdim=True)
+    slot = is_slot.int().argmax(-1, keepdim=True)
+    position = torch.where(index < start, index, slot) - padding
+    block_position = index - start + 1
+    return torch.stack((position, block_position), dim=1).clamp(min=0)
+
+
+def build_attention_mask(
+    glm_position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int, key_length: int
+) -> torch.Tensor | None:
+    """The prefix-LM mask: the context sees all of itself, the answer sees the context and what was said before.
+
+    Args:
+        glm_position_ids: [B, 2, S] of the queries.
+        attention_mask: [B, <= T], 0 for padding; None for no padding.
+        past_length: keys that the cache held before these queries.
+        key_length: T, with a static cache its whole length.
+
+    Returns:
+        [B, 1, S, T] boolean, True where a query may look; None when it may look everywhere. Padding looks at the
+        context too, so its states are finite; nobody reads them.
+    """
+    batch_size, _, query_length = glm_position_ids.shape
+    if query_length == 1 and attention_mask is None and key_length == past_length + 1:
+        return None
+    block_position = glm_position_ids[:, 1]
+    key_index = torch.arange(key_length, device=block_position.device)
+    query_index = torch.arange(query_length, device=block_position.device) + past_length
+    # Equal to the first query's rather than equal to 0: prefix tuning shifts all positions.
+    in_context = F.pad(block_position == block_position[:, :1], (past_length, key_length - past_length - query_length))
+    mask = (key_index <= query_index[:, None]) | in_context[:, None]  # [B, S, T]
+    if attention_mask is not None:
+        visible = F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))[:, None]
+        mask = mask & visible
+    return mask[:, None]
+
+
+def compute_rotary(glm_position_ids: torch.Tensor, config: VisualGLMTextConfig, dtype: torch.dtype) -> torch.Tensor:
+    """Cosines and sines for both positions, for use in all layers.
+
+    A float16 model computes its angles in float16, as the original: their error (up to 0.78 at position 2047) is part
+    of what it learned. No other model does; bfloat16 could not even tell position 257 from 258.
+
+    Returns:
+        [2 (cos, sin), B, S, 1, 2 (position, block position), D / 4]
+    """
+    rotary_dim = config.head_dim // 2
+    exponents = torch.arange(0, rotary_dim, 2, device=glm_position_ids.device).float() / rotary_dim
+    inverse_frequencies = (1.0 / config.rope_theta**exponents).half()  # rounded in the original's float32 mode too
+    angle_dtype = torch.float16 if dtype == torch.float16 else torch.float32
+    positions = glm_position_ids.transpose(1, 2).to(angle_dtype)
+    angles = positions[:, :, None, :, None] * inverse_frequencies.to(angle_dtype)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Rotate the first half of each head by the position and the second by the block position; [B, S, H, D]."""
+    cos, sin = rotary
+    first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)  # each [B, S, H, 2, D / 4]
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
+    return rotated.flatten(-3).to(states.dtype)
+
+
+class VisualGLMAttention(nn.Module):
+    is_causal = False  # the mask says it all; sdpa must not add a causal one when there is none
+
+    def __init__(self, config: VisualGLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary: torch.Tensor,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Rows are grouped by head, [q_h; k_h; v_h], unlike the ViT's.
+        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_dim))
+        query, key, value = fused.chunk(3, dim=-1)  # each [B, S, H, D]
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        # The scores shrink by the layer's number before they exist in half precision and grow back in float32.
+        query = query / (self.head_dim**0.5 * (self.layer_idx + 1))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, weights = attention(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=float(self.layer_idx + 1), **kwargs
+        )
+        return self.dense(attended.flatten(2)), weights
+
+
+class VisualGLMMLP(nn.Module):
+    def __init__(self, config: VisualGLMTextConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class VisualGLMBlock(GradientCheckpointingLayer):
+    """x = LN(x); x = alpha x + attention(x); x = LN(x); x = alpha x + mlp(x): residuals take the normalised input."""
+
+    def __init__(self, config: VisualGLMTextConfig, layer_idx: int):
+        super().__init__()
+        self.alpha = config.residual_alpha
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = VisualGLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisualGLMMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        hidden_states = self.input_layernorm(hidden_states)
+        attended, _ = self.attention(hidden_states, attention_mask, rotary, past_key_values, **kwargs)
+        hidden_states = self.post_attention_layernorm(hidden_states * self.alpha + attended)
+        return hidden_states * self.alpha + self.mlp(hidden_states)
+
+
+@auto_docstring(custom_intro="What the decoder and the whole model have in common for transformers.")
+class VisualGLMPreTrainedModel(PreTrainedModel):
+    config_class = VisualGLMConfig
+    base_model_prefix = "transformer"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisualGLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Saved by the original beside each layer and ignored by it: angles are computed from the positions.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+@auto_docstring(custom_intro="The ChatGLM decoder without its head.")
+class VisualGLMTextModel(VisualGLMPreTrainedModel):
+    config_class = VisualGLMTextConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": VisualGLMBlock, "attentions": VisualGLMAttention}
+
+    def __init__(self, config: VisualGLMTextConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(VisualGLMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        glm_position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`):
+            The places in the context and in the answer, see `build_glm_position_ids`.
+        """
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        if attention_mask is None or attention_mask.dim() == 2:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            key_length = past_length + inputs_embeds.shape[1]
+            if past_key_values is not None and past_key_values.is_compileable:
+                key_length = past_key_values.layers[0].max_cache_len
+            attention_mask = build_attention_mask(glm_position_ids, attention_mask, past_length, key_length)
+        rotary = compute_rotary(glm_position_ids, self.config, inputs_embeds.dtype)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, rotary, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+
+@auto_docstring(custom_intro="What [`VisualGLMForConditionalGeneration`] returns.")
+@dataclass
+class VisualGLMCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        Mean cross-entropy over the labels that are not -100.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Scores of the next token, for the last `logits_to_keep` positions only if that was given.
+    past_key_values (`Cache`, *optional*):
+        The keys and values to continue from.
+    image_hidden_states (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
+        The soft prompts of the pictures.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+@auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
+class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: VisualGLMConfig):
+        super().__init__(config)
+        self.transformer = VisualGLMTextModel(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.image_encoder = VisualGLMImageEncoder(config)
+        # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
+        if config.quantization_bit:
+            prepare_model(self)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> VisualGLMTextModel:
+        return self.transformer
+
+    def quantize(
+        self, bits: int, group_size: int | None = None, lm_head: bool = False
+    ) -> "VisualGLMForConditionalGeneration":
+        """Quantize the decoder's linear layers in place; before or after `.half()`, on any device.
+
+        Args:
+            bits: 4 or 8.
+            group_size: columns that share a scale, for 4 bits: None for 64, -1 for one scale per row as the original's.
+            lm_head: quantize `lm_head` too, to 8 bits. It reads half as much per token but is no longer one tensor
+                with the word embeddings.
+
+        Returns:
+            This model. `save_pretrained` writes the low-bit weights, and `from_pretrained` reads them as they are.
+
+        Raises:
+            ValueError: other bits, a group size that does not fit, a model that is quantized already.
+        """
+        return quantize_model(self, bits, group_size, lm_head)
+
+    @can_return_tuple
+    @auto_docstring(
+        custom_intro="""
+        Encode pictures. `last_hidden_state` [images, 1 + patches, vision C] is the ViT's output, `pooler_output`
+        [images, num_query_tokens, C] the soft prompts. Raises a `ValueError` if `pixel_values` has another shape.
+        """
+    )
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        vision = self.config.vision_config
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(f"pixel_values must be [images, {expected}], found {tuple(pixel_values.shape)}.")
+        vision_hidden_states, image_embeds = self.image_encoder(pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=vision_hidden_states, pooler_output=image_embeds)
+
+    def embed(self, input_ids: torch.Tensor, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed a prompt with the soft prompts of its pictures in the places of its image tokens.
+
+        Args:
+            input_ids: [B, S] with `num_query_tokens` times `config.image_token_id` for each picture.
+            image_embeds: [images, num_query_tokens, C], in the order of their places, row by row; None for no picture.
+
+        Returns:
+            [B, S, C]
+
+        Raises:
+            ValueError: the pictures do not fill the places.
+        """
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if image_embeds is None:
+            return inputs_embeds
+        is_image = input_ids == self.config.image_token_id
+        places, needed = is_image.sum().item(), image_embeds.shape[0] * image_embeds.shape[1]
+        if places != needed:
+            raise ValueError(
+                f"The prompt has {places} image tokens (id {self.config.image_token_id}) for {len(image_embeds)} "
+                f"image(s), which fill {needed}. Use the processor, which puts them where each image belongs."
+            )
+        is_image = is_image[..., None].to(inputs_embeds.device)
+        return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
+
+    def encode_images(
+        self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The soft prompts of the pictures, however they were given."""
+        if pixel_values is None:
+            return image_embeds
+        if image_embeds is not None:
+            raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
+        return self.get_image_features(pixel_values, return_dict=True).pooler_output
+
+    @can_return_tuple
+    @auto_docstring(
+        custom_intro="""
+        Compute the logits of the next tokens. Each row of `input_ids` has [gMASK] and `<sop>`; of `inputs_embeds` alone
+        the last two positions are taken for them. A cached context can be continued by an answer, not by more context.
+        Raises a `ValueError` for pictures without places, places without pictures, and a context that is too long.
+        """
+    )
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_embeds: torch.FloatTensor | None = None,
+        glm_position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> VisualGLMCausalLMOutputWithPast:
+        r"""
+        position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
+            The two rows of GLM. One-dimensional positions, which libraries make up from the mask, say nothing to this
+            model: the true ones are then derived from `input_ids`.
+        image_embeds (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
+            Pictures that are encoded already, instead of `pixel_values`. Rows may have any number of pictures.
+        glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
+            The same as `position_ids` under a name that no library rewrites.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Give input_ids or inputs_embeds.")
+        image_embeds = self.encode_images(pixel_values, image_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_embeds)
+        elif image_embeds is not None:
+            raise ValueError("Give pictures with input_ids, or inputs_embeds with the pictures already in place.")
+        self.check_length(inputs_embeds.shape[1])
+        if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
+            glm_position_ids = position_ids
+        if glm_position_ids is None:
+            glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
+
+        outputs = self.transformer(
+            inputs_embeds=inputs_embeds,
+            glm_position_ids=glm_position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
+        kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
+        logits = self.lm_head(kept_states)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return VisualGLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_embeds,
+        )
+
+    def check_length(self, length: int) -> None:
+        limit = self.config.text_config.max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"The context is {length} tokens long, the model takes {limit}. Shorten the history or the question."
+            )
+
+    def check_prompt(self, input_ids: torch.Tensor) -> None:
+        """Raise a `ValueError` if a row cannot have positions. Asks the device, so once per prompt, not per token."""
+        config = self.config.text_config
+        has_slot = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
+        if not (has_slot.any(-1) & (input_ids == config.bos_token_id).any(-1)).all():
+            raise ValueError(
+                f"Every sequence needs [gMASK] ({config.gmask_token_id}) or [MASK] ({config.mask_token_id}) and then "
+                f"<sop> ({config.bos_token_id}). The tokenizer adds them unless add_special_tokens=False; when you "
+                "continue from a cache yourself, pass position_ids."
+            )
+
+    def derive_positions(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        if input_ids is None:
+            input_ids = self.presumed_input_ids(inputs_embeds)
+        elif not torch.compiler.is_compiling():
+            self.check_prompt(input_ids)
+        return build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
+
+    def presumed_input_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Ids with the same positions as a prompt of which only the embeddings [B, S, C] are known."""
+        config = self.config.text_config
+        ids = torch.full(inputs_embeds.shape[:2], config.pad_token_id, device=inputs_embeds.device)
+        ids[:, -2], ids[:, -1] = config.gmask_token_id, config.bos_token_id
+        return ids
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ):
+        """[`GenerationMixin.generate`] after the pictures are in place.
+
+        The pictures are encoded once, whatever the number of beams and return sequences, and travel as `inputs_embeds`,
+        which `generate` repeats row by row: a row with two pictures stays right.
+
+        Args:
+            inputs: the same as `input_ids`.
+            input_ids: [B, S], left-padded.
+            pixel_values: [images, 3, image_size, image_size]
+            image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
+            inputs_embeds: [B, S, C], instead of all these.
+
+        Raises:
+            ValueError: as in `forward`; also if the prompt is to be processed in chunks, which would hide later parts
+                of the context from earlier ones.
+        """
+        input_ids = inputs if input_ids is None else input_ids
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None):
+            raise ValueError("prefill_chunk_size cannot be used: the context of a prefix-LM must be seen as a whole.")
+        if input_ids is not None:
+            self.check_length(input_ids.shape[1])
+            self.check_prompt(input_ids)
+            kwargs["input_ids"] = input_ids = input_ids.to(self.device)
+        elif inputs_embeds is not None:
+            kwargs["num_prompt_embeds"] = inputs_embeds.shape[1]
+        if pixel_values is not None or image_embeds is not None:
+            if input_ids is None or inputs_embeds is not None:
+                raise ValueError("Pictures need input_ids that say where they belong, and no inputs_embeds.")
+            with torch.no_grad():
+                inputs_embeds = self.embed(input_ids, self.encode_images(pixel_values, image_embeds))
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        return super().generate(None, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        num_prompt_embeds: int = 0,
+        **kwargs,
+    ) -> dict:
+        """Derive the positions from the whole sequence at every step.
+
+        They are no state of `generate`, which would add 1 to both rows and repeat them along the wrong dimension; so
+        beams, rollbacks and continued caches are right by construction.
+        """
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if num_prompt_embeds:
+            prompt_ids = self.presumed_input_ids(inputs_embeds[:, :num_prompt_embeds])
+            input_ids = torch.cat((prompt_ids, input_ids), dim=1)
+        current = model_inputs.get("inputs_embeds")
+        current = model_inputs["input_ids"] if current is None else current
+        glm_position_ids = build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
+        model_inputs["glm_position_ids"] = glm_position_ids[..., -current.shape[1] :].contiguous()
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: VisualGLMConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        **kwargs,
+    ) -> torch.Tensor | None:
+        """The mask of a step with a static cache. `generate`'s own would make the context causal.
+
+        A prompt keeps its two-dimensional mask, to which `forward` adds the context; one token gets a ready mask of
+        constant shape, so that a compiled step is compiled once.
+        """
+        batch_size, query_length = inputs_embeds.shape[:2]
+        if query_length > 1:
+            return attention_mask
+        past_length, key_length = past_key_values.get_seq_length(), past_key_values.layers[0].max_cache_len
+        mask = torch.arange(key_length, device=inputs_embeds.device).expand(batch_size, -1) <= past_length
+        if attention_mask is not None:
+            mask = mask & F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))
+        return mask[:, None, None]
+
+
+__all__ = ["VisualGLMForConditionalGeneration", "VisualGLMPreTrainedModel", "VisualGLMTextModel"]

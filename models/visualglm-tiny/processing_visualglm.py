@@ -1,0 +1,123 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Messages and pictures to model inputs: the image processor and the tokenizer behind transformers' one call.
+
+The prompt grammar, the chat template included, is `conversation.py`'s.
+"""
+
+from collections.abc import Sequence
+
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import auto_docstring
+
+from .conversation import CHAT_TEMPLATE, IMAGE_MARK, clean_response, expand_images
+from .fetching import fetch_picture
+
+
+def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
+    """Flatten `images` and count them per text.
+
+    Args:
+        images: None, one picture, a flat list of pictures for all texts in the order of their places, or one list of
+            pictures per text.
+
+    Raises:
+        ValueError: lists that are not one per text.
+    """
+    if images is None:
+        return [], [0] * len(texts)
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if any(isinstance(row, (list, tuple)) for row in images):
+        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+        if texts and len(rows) != len(texts):
+            raise ValueError(f"images has {len(rows)} lists of pictures for {len(texts)} text(s); give one per text.")
+        return [image for row in rows for image in row], [len(row) for row in rows]
+    if len(texts) == 1:
+        return images, [len(images)]
+    wanted = [text.count(IMAGE_MARK) for text in texts]
+    if texts and sum(wanted) != len(images):
+        raise ValueError(f"The texts have {wanted} image placeholders for {len(images)} image(s) in all.")
+    return images, wanted
+
+
+@auto_docstring(custom_intro="Makes `input_ids`, `attention_mask` and `pixel_values` of texts and pictures.")
+class VisualGLMProcessor(ProcessorMixin):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_query_tokens: int = 32, **kwargs):
+        r"""
+        num_query_tokens (`int`, *optional*, defaults to 32):
+            Soft prompt embeddings per picture.
+        """
+        self.num_query_tokens = num_query_tokens
+        self.image_token = IMAGE_MARK
+        self.image_token_id = tokenizer.unk_token_id
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = self.chat_template
+
+    @auto_docstring(
+        custom_intro="""
+        Prepare a batch: `input_ids` and `attention_mask` [B, S] with each placeholder expanded, and `pixel_values`
+        [images, 3, 224, 224] if there are pictures. Text is text: `<sop>` typed by a user is no special token. Raises a
+        `ValueError` for neither text nor pictures, for placeholders that do not match them, and for bad pictures.
+        """
+    )
+    def __call__(
+        self, images=None, text: str | Sequence[str] | None = None, videos=None, audio=None, **kwargs
+    ) -> BatchFeature:
+        if videos is not None or audio is not None:
+            raise ValueError("VisualGLM understands pictures and text, no video or audio.")
+        if text is None and images is None:
+            raise ValueError("Give text, images or both.")
+        return_tensors = kwargs.pop("return_tensors", None)
+        images_kwargs, text_kwargs = kwargs.pop("images_kwargs", {}), kwargs.pop("text_kwargs", {})
+        texts = [text] if isinstance(text, str) else list(text or ())
+        flat_images, counts = group_images(images, texts)
+        data = {}
+        if texts:
+            encoded = self.tokenize(texts, counts, **kwargs, **text_kwargs)
+            is_single = isinstance(text, str) and return_tensors is None
+            data.update({name: rows[0] for name, rows in encoded.items()} if is_single else encoded)
+        if flat_images:
+            pictures = [fetch_picture(image) for image in flat_images]
+            data.update(self.image_processor(pictures, return_tensors=return_tensors, **images_kwargs))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def tokenize(self, texts: list[str], num_images: list[int], **kwargs) -> dict[str, list[list[int]]]:
+        """Tokenize prompts with their placeholders expanded; a `ValueError` if truncation would cut a picture."""
+        expanded = [
+            expand_images(text, number, self.num_query_tokens) for text, number in zip(texts, num_images, strict=True)
+        ]
+        encoded = self.tokenizer(expanded, **{"split_special_tokens": True, "return_attention_mask": True, **kwargs})
+        for row, (text, ids) in enumerate(zip(expanded, encoded["input_ids"], strict=True)):
+            needed, found = text.count(IMAGE_MARK), list(ids).count(self.image_token_id)
+            if found != needed:
+                raise ValueError(
+                    f"Truncation cut the pictures of text {row}: {found} of {needed} image tokens are left. Raise "
+                    "max_length or shorten the text."
+                )
+        return dict(encoded)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        """Decode generated ids [B, S] and finish the answers as the original did."""
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [clean_response(text) for text in texts]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+__all__ = ["VisualGLMProcessor"]

@@ -1,0 +1,474 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Low-bit linear layers: choosing the codes, the layer, and putting it in the place of `nn.Linear`, in any module.
+
+Not here: the format's bytes and how to multiply with them (`quantization_kernels.py`). Weights are quantized once and
+never trained; gradients flow through the layer to whatever is before it.
+
+Two ways lead here, and the results are alike: `quantize_model` on a model in memory, and
+`from_pretrained(folder, quantization_config=LowBitConfig(...))`, which never holds more than one full matrix.
+
+Shapes: N outputs, K inputs, G columns of a group, n = K / G groups of a row.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantization_kernels import dequantize, pack_int4, packed_matrices, quantized_linear
+
+
+QUANT_METHOD = "lowbit"
+DEFAULT_GROUP_SIZE = 64  # of 4 bits: 0.25 bits of scale per weight
+PER_ROW = -1  # the group size of the original
+LARGEST_CODE = {4: 7, 8: 127}
+# The largest weight of a group becomes code -7 to -10, of which -8 is the least there is: clipping it a little pays.
+DIVISORS = (7.0, 7.6, 8.2, 9.0, 10.0)
+SMALLEST_SCALE = 2.0**-24  # of float16
+CHUNK = 2**18  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
+DEVICE_CHUNK = 2**24  # elements
+MADV_PAGEOUT = 21  # Linux 5.4: "reclaim these pages"; clean pages of a file are dropped, nothing is ever lost
+
+
+def resolve_group_size(bits: int, group_size: int | None) -> int | None:
+    """Check the arguments of `quantize`; returns the group size, or None for one scale per row."""
+    if isinstance(bits, bool) or bits not in LARGEST_CODE:
+        raise ValueError(f"Weights can be quantized to 4 or 8 bits, not to {bits!r}.")
+    if group_size == PER_ROW or group_size is None and bits == 8:
+        return None
+    if bits == 8:
+        raise ValueError(f"8 bits have one scale per row, not group_size={group_size!r}. Leave group_size out.")
+    if group_size is None:
+        return DEFAULT_GROUP_SIZE
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2 or group_size % 2:
+        raise ValueError(
+            f"group_size must be an even number of columns, such as {DEFAULT_GROUP_SIZE}, or {PER_ROW} for one scale "
+            f"per row; found {group_size!r}."
+        )
+    return group_size
+
+
+def check_columns(in_features: int, group_size: int | None) -> None:
+    if group_size is not None and in_features % group_size:
+        raise ValueError(
+            f"{in_features} columns cannot be divided into groups of {group_size}. Choose a group_size that divides "
+            f"them, or {PER_ROW} for one scale per row."
+        )
+
+
+def quantize_tensor(
+    weight: torch.Tensor, bits: int, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix, on its own device, a few rows at a time.
+
+    Args:
+        weight: [N, K], floating point.
+        bits: 4 or 8.
+        group_size: columns that share a scale, for 4 bits; None for the default (64; per row for 8 bits), -1 for the
+            original's rounding with one scale per row.
+
+    Returns:
+        The codes, int8 [N, K] or [N, ceil(K / 2)], and the scales, float16 [N] or [N, n].
+
+    Raises:
+        ValueError: other bits, a group size that does not fit, or weights that are not finite or too large for
+            float16 scales.
+    """
+    group_size = resolve_group_size(bits, group_size)
+    check_columns(weight.shape[1], group_size)
+    step = max(1, (CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK) // weight.shape[1])
+    parts = [quantize_rows(rows, bits, group_size) for rows in weight.detach().split(step)]
+    codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not scales.isfinite().all():
+        raise ValueError("The weights are not finite, or too large for a scale in float16.")
+    return codes, scales
+
+
+def quantize_rows(weight: torch.Tensor, bits: int, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if group_size is None:
+        codes, scales = round_per_row(weight, LARGEST_CODE[bits])
+    else:
+        codes, scales = search_scales(weight.float().unflatten(1, (-1, group_size)))
+    return pack_int4(codes) if bits == 4 else codes.to(torch.int8), scales
+
+
+def round_per_row(weight: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round as the original did, in the weight's own dtype, where the original was right.
+
+    It was not where the rounded scale came out too small for the row, whose largest codes then overflowed, or 0.
+
+    Returns:
+        Codes [N, K] of the weight's dtype, scales float16 [N].
+    """
+    peak = weight.abs().amax(dim=1)
+    scale = (peak / largest).half()
+    scale = torch.where(peak > 0, scale.clamp(min=SMALLEST_SCALE), scale)
+    is_too_small = (peak / nonzero(scale)).round() > largest
+    scale = torch.where(is_too_small, next_half(scale), scale)
+    return (weight / nonzero(scale)[:, None]).round().clamp(-largest, largest), scale
+
+
+def next_half(scale: torch.Tensor) -> torch.Tensor:
+    """The next larger float16 of a positive one; torch's `nextafter` does not take float16 everywhere."""
+    return (scale.view(torch.int16) + 1).view(torch.float16)
+
+
+def search_scales(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the scale of each group, positive or negative, with the smallest squared error of a few candidates.
+
+    Each candidate maps the group's largest weight to a number near the smallest code, -8; is refitted once to the
+    codes it leads to, by least squares; and is rounded to float16 before the final codes are chosen. Five candidates
+    are as good as thirty-six.
+
+    Args:
+        groups: [N, n, G], float32.
+
+    Returns:
+        Codes [N, K] in [-8, 7], float32; scales float16 [N, n].
+    """
+    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best_error = torch.full_like(peak, torch.inf)
+    best_scale = torch.zeros_like(peak)
+    for divisor in DIVISORS:
+        codes = round_to_codes(groups, peak / -divisor)
+        norm = codes.square().sum(-1, keepdim=True)
+        scale = ((groups * codes).sum(-1, keepdim=True) / nonzero(norm)).half().float()
+        codes = round_to_codes(groups, scale)
+        error = (groups - codes * scale).square().sum(-1, keepdim=True)
+        is_better = ~(error >= best_error)  # NaN is better, so that it is found
+        best_error = torch.where(is_better, error, best_error)
+        best_scale = torch.where(is_better, scale, best_scale)
+    return round_to_codes(groups, best_scale).flatten(1), best_scale.squeeze(-1).half()
+
+
+def round_to_codes(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (groups / nonzero(scale)).round_().clamp_(-8, 7)
+
+
+def nonzero(divisor: torch.Tensor) -> torch.Tensor:
+    """1 where the divisor is 0: an all-zero row or group has scale 0 and codes 0."""
+    return torch.where(divisor == 0, 1, divisor)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with a 4- or 8-bit matrix. Its bias, its output and its gradients keep the activations' dtype.
+
+    State: `weight` int8 [N, K] or [N, ceil(K / 2)], `weight_scale` float16 [N] or [N, n], `bias` [N]. Casting the
+    layer casts the bias alone: the scales belong to the codes, and rounding them again would change the matrix.
+
+    A subclass of `nn.Linear` so that adapters find it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """Make a layer of zeros; `group_size` as in `quantize_tensor`, `dtype` is that of the bias."""
+        super(nn.Linear, self).__init__()  # past nn.Linear, which would allocate the full matrix
+        group_size = resolve_group_size(bits, group_size)
+        check_columns(in_features, group_size)
+        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        columns = in_features if bits == 8 else (in_features + 1) // 2
+        codes = torch.zeros(out_features, columns, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        scales = (out_features,) if group_size is None else (out_features, in_features // group_size)
+        self.register_buffer("weight_scale", torch.zeros(scales, dtype=torch.float16, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self._is_hf_initialized = True  # random codes would be no sensible start
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> "QuantizedLinear":
+        """Make a layer of zeros for the weights of `linear`, on its device."""
+        weight = linear.weight
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            bits,
+            group_size,
+            linear.bias is not None,
+            weight.device,
+            weight.dtype,
+        )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> "QuantizedLinear":
+        """Quantize `linear`; the new layer shares its bias."""
+        weight, weight_scale = quantize_tensor(linear.weight, bits, group_size)
+        with torch.device("meta"):
+            quantized = cls(linear.in_features, linear.out_features, bits, group_size, bias=False)
+        quantized.weight = nn.Parameter(weight, requires_grad=False)
+        quantized.weight_scale = weight_scale
+        quantized.bias = linear.bias
+        return quantized.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return quantized_linear(x, self.weight, self.weight_scale, self.bits, self.in_features, self.bias)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Compute the matrix [N, K] that this layer multiplies with."""
+        return dequantize(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: codes come from weights, not from chance."""
+
+    def _apply(self, fn, recurse: bool = True):
+        scale = self.weight_scale
+        packed_matrices.forget(self.weight)
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        scales = "row" if self.group_size is None else f"{self.group_size} columns"
+        return f"{super().extra_repr()}, bits={self.bits}, one scale per {scales}"
+
+
+def find_linears(module: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """Find the plain linear layers by name, but those in `skip` and below."""
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear and not any(name == other or name.startswith(f"{other}.") for other in skip)
+    }
+
+
+def quantize_(module: nn.Module, bits: int, group_size: int | None = None, skip: Collection[str] = ()) -> nn.Module:
+    """Put a [`QuantizedLinear`] in the place of each plain `nn.Linear` in a module, one after the other.
+
+    Memory: the module and one more matrix at most; the full matrix is freed before the next one is quantized.
+
+    Args:
+        module: any module that is no `nn.Linear` itself.
+        bits: 4 or 8.
+        group_size: see `quantize_tensor`.
+        skip: names of submodules to leave as they are.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: other bits, or a group size that does not fit a layer; nothing was replaced. Also weights that
+            cannot be quantized, or are not in memory.
+    """
+    check_layers(find_linears(module, skip), bits, group_size)
+    for name in list(find_linears(module, skip)):
+        try:
+            quantized = QuantizedLinear.from_linear(module.get_submodule(name), bits, group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        module.set_submodule(name, quantized)
+    return module
+
+
+def check_layers(linears: dict[str, nn.Linear], bits: int, group_size: int | None) -> None:
+    group_size = resolve_group_size(bits, group_size)
+    for name, linear in linears.items():
+        if linear.weight.is_meta:
+            raise ValueError(f"The weights of {name} are not in memory. Load the model without offloading first.")
+        try:
+            check_columns(linear.in_features, group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def prepare_(module: nn.Module, bits: int, group_size: int | None = None, skip: Collection[str] = ()) -> nn.Module:
+    """Replace as `quantize_` does, but with layers of zeros that wait for their weights."""
+    for name, linear in find_linears(module, skip).items():
+        try:
+            module.set_submodule(name, QuantizedLinear.empty_like(linear, bits, group_size))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return module
+
+
+def find_quantized(module: nn.Module) -> list[str]:
+    """Names of the low-bit layers."""
+    return [name for name, child in module.named_modules() if isinstance(child, QuantizedLinear)]
+
+
+def check_mergeable(module: nn.Module) -> None:
+    """Raise a `ValueError` if the module has low-bit layers, into which an adapter cannot be merged.
+
+    To be asked before PEFT is: it refuses most such merges with an error of torch's, but `safe_merge=True` would add
+    the adapter to 8-bit codes, rounded to nothing.
+    """
+    quantized = find_quantized(module)
+    if quantized:
+        raise ValueError(
+            f"An adapter cannot be merged into quantized weights ({quantized[0]} and {len(quantized) - 1} more). Load "
+            "the model without quantization, merge there, and quantize the result; or keep the adapter beside the "
+            "quantized model."
+        )
+
+
+# Whole models: a decoder, an output layer, and a config that remembers
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Raise a `ValueError` if the model is quantized already, in whatever way, or has adapters in the way."""
+    bits = getattr(model.config, "quantization_bit", 0)
+    method = getattr(model, "quantization_method", None)
+    if bits or find_quantized(model):
+        raise ValueError(f"The weights have {bits or 'few'} bits already. Load the full weights to quantize them anew.")
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(f"The model was quantized with {method} while loading. Load it without quantization_config.")
+    adapted = next((name for name, child in model.named_modules() if hasattr(child, "base_layer")), None)
+    if adapted is not None:
+        raise ValueError(f"{adapted} has an adapter. Merge or remove it first, or quantize before you add it.")
+
+
+def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, lm_head: bool = False) -> nn.Module:
+    """Quantize the linear layers of a transformers model's decoder, and its output layer to 8 bits if asked.
+
+    Afterwards `config.quantization_bit` and its companions say what was done. See `quantize_` for arguments and errors.
+    """
+    check_unquantized(model)
+    quantize_(model.get_decoder(), bits, group_size)
+    if lm_head:
+        quantize_output_embeddings_(model)
+    record(model.config, bits, group_size, lm_head)
+    return model
+
+
+def quantize_output_embeddings_(model: nn.Module) -> None:
+    """Quantize the output layer to 8 bits, and so untie it from the input embeddings."""
+    model.set_output_embeddings(QuantizedLinear.from_linear(model.get_output_embeddings(), bits=8))
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def record(config, bits: int, group_size: int | None, lm_head: bool) -> None:
+    """Write into a model's config how its weights are quantized."""
+    config.quantization_bit = bits
+    config.quantization_group_size = resolve_group_size(bits, group_size)
+    config.quantization_lm_head = lm_head
+
+
+def prepare_model(model: nn.Module) -> None:
+    """Make room for the low-bit weights that a config announces; to be called at the end of a model's `__init__`."""
+    config = model.config
+    prepare_(model.get_decoder(), config.quantization_bit, config.quantization_group_size or PER_ROW)
+    if config.quantization_lm_head:
+        model.set_output_embeddings(QuantizedLinear.empty_like(model.get_output_embeddings(), bits=8))
+
+
+# While loading, through the registry of transformers
+
+
+class LowBitConfig(QuantizationConfigMixin):
+    """What to pass to `from_pretrained` as `quantization_config` to quantize while loading.
+
+    Args:
+        bits: 4 or 8.
+        group_size: see `quantize_tensor`.
+        lm_head: whether to quantize the output layer too, to 8 bits.
+
+    Raises:
+        ValueError: other bits, or an impossible group size.
+    """
+
+    def __init__(self, bits: int = 4, group_size: int | None = None, lm_head: bool = False, **kwargs):
+        resolve_group_size(bits, group_size)
+        unknown = sorted(set(kwargs) - {"quant_method"})
+        if unknown:
+            raise ValueError(f"{type(self).__name__} takes bits, group_size and lm_head, not {', '.join(unknown)}.")
+        self.quant_method = QUANT_METHOD
+        self.bits, self.group_size, self.lm_head = bits, group_size, lm_head
+
+
+def release_pages(tensor: torch.Tensor) -> None:
+    """Let go of the memory of a tensor that was mapped from a file and has been read; elsewhere than on Linux, nothing.
+
+    Otherwise every page of the checkpoint stays in the process until the last tensor is loaded, and counts as its own.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        # Merely advice: a kernel that does not know it says so, and nothing has changed.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
+
+
+class QuantizeWhileLoading(ConversionOps):
+    """Turn one full weight of the checkpoint into codes and scales."""
+
+    def __init__(self, config: LowBitConfig):
+        self.config = config
+
+    def convert(self, input_dict: dict, full_layer_name: str | None = None, **kwargs) -> dict[str, torch.Tensor]:
+        weight = next(iter(input_dict.values()))
+        weight = weight[0] if isinstance(weight, list) else weight
+        codes, scales = quantize_tensor(weight, self.config.bits, self.config.group_size)
+        release_pages(weight)
+        return {full_layer_name: codes, f"{full_layer_name}_scale": scales}
+
+
+class LowBitQuantizer(HfQuantizer):
+    """Quantizes tensor by tensor while transformers loads, and leaves a model as `quantize_model` makes it."""
+
+    requires_calibration = False
+    is_trainable = True
+    is_compileable = True
+
+    @property
+    def quantized_element_size(self) -> float:
+        return self.quantization_config.bits / 8
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        check_unquantized(model)
+        decoder = prepare_(model.get_decoder(), self.quantization_config.bits, self.quantization_config.group_size)
+        for name in find_quantized(decoder):
+            # transformers would cast the checkpoint's tensor to the dtype that it finds here before handing it over.
+            layer = decoder.get_submodule(name)
+            shape = (layer.out_features, layer.in_features)
+            layer.weight = nn.Parameter(torch.empty(shape, dtype=model.dtype, device="meta"), requires_grad=False)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        path, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeWhileLoading(self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        config = self.quantization_config
+        if config.lm_head:
+            quantize_output_embeddings_(model)
+        record(model.config, config.bits, config.group_size, config.lm_head)
+        self.remove_quantization_config(model)  # the fields just recorded say it all, and are what is saved
+
+
+# Plain assignment: the registering functions refuse a second import of this file, one for each checkpoint folder.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowBitConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LowBitQuantizer

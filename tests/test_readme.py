@@ -1,0 +1,85 @@
+"""The README's snippets and commands, and the notebook, as a new user runs them."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL_BLOCKS = re.findall(r"^```shell\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+OTHER_COMMANDS = [
+    line.split("  ")[0]
+    for block in re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("python ")
+]
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def run(command: list[str], **kwargs) -> str:
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_first_screen_has_the_snippet_and_the_two_setup_commands():
+    assert len(SHELL_BLOCKS) == 2
+    assert SHELL_BLOCKS[0].startswith("pip install") and "python scripts/cli_demo_hf.py" in SHELL_BLOCKS[0]
+    assert SHELL_BLOCKS[1].startswith("pip install") and SHELL_BLOCKS[1].endswith("pytest\n")
+    assert README.index(SHELL_BLOCKS[1]) < 2500
+
+
+def test_the_first_command_describes_the_picture():
+    # Its `pip install` line is run in a fresh environment by .ci/run.
+    command = shlex.split(SHELL_BLOCKS[0].splitlines()[1])
+    answer = run([sys.executable, *command[1:]])
+    assert "红色" in answer and "圆形" in answer
+
+
+def test_the_snippets_run_from_top_to_bottom_and_answer_rightly(tiny_original):
+    code = "\n".join(PYTHON_BLOCKS[:2]).replace("path/to/visualglm-6b", str(tiny_original))
+    code += "\nprint(history)"
+    # The real model samples its answers; at the tiny one's confidence the sampled answer is the greedy one.
+    output = run([sys.executable, "-c", PYTHON_BLOCKS[0] + "\nprint(history)"])
+    assert "红色" in output and "草地" in output
+    run([sys.executable, "-c", code])
+    transformers_way = next(block for block in PYTHON_BLOCKS if "AutoProcessor" in block)
+    folder = 'FOLDER = "models/visualglm-tiny"\n'
+    assert "red" in run([sys.executable, "-c", folder + transformers_way]).lower()
+
+
+def test_every_other_command_runs(tiny_original, tmp_path):
+    assert len(OTHER_COMMANDS) == 4
+    for index, command in enumerate(OTHER_COMMANDS):
+        linked = "prepared-linked" if "--link" in command else "prepared"
+        command = command.replace("path/to/visualglm-6b", str(tiny_original))
+        command = command.replace("path/to/prepared", str(tmp_path / linked))
+        typed = "\n你好\nstop\n" if "cli_demo" in command else None
+        run([sys.executable, *shlex.split(command)[1:]], input=typed)
+        assert index or (tmp_path / "prepared" / "config.json").exists()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebook_runs_top_to_bottom(path):
+    notebook = nbformat.read(path, as_version=4)
+    folder = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
+    text = "".join(
+        str(output.get("data", {}).get("text/plain", "")) + output.get("text", "")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+    assert "红色" in text and "草地" in text
