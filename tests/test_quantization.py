@@ -565,7 +565,7 @@ def test_quantizing_while_loading_needs_little_more_memory_than_the_result(tmp_p
         output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPTS.parent).stdout
         peak, result = map(int, output.split())
         assert result < {"8": 0.52, "4": 0.28}[bits] * full
-        assert peak < result + 0.3 * full  # one matrix in float32, and the allocator
+        assert peak < result + 0.4 * full  # one matrix in float32, and the allocator
 
 
 def test_quantization_config_may_be_a_dict(tiny_original):

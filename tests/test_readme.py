@@ -13,14 +13,15 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL_BLOCKS = re.findall(r"^```shell\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL_BLOCKS = [text for language, text in BLOCKS if language == "shell"]
+PYTHON_BLOCKS = [text for language, text in BLOCKS if language == "python"]
 OTHER_COMMANDS = [
     line.split("  ")[0]
-    for block in re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("python ")
+    for language, text in BLOCKS
+    for line in text.splitlines()
+    if not language and line.startswith("python ")
 ]
-PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def run(command: list[str], **kwargs) -> str:

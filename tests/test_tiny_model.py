@@ -1,0 +1,53 @@
+"""`models/visualglm-tiny`: the model that README, demos and tests rely on is small, current, and knows its world."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "models" / "visualglm-tiny"
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    """Exact-match accuracy on a few held-out pictures, measured now."""
+    command = [sys.executable, "scripts/train_tiny.py", "--output", str(FOLDER), "--evaluate", "--pictures", "24"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("split", ["new pictures", "new combinations"])
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_held_out_pictures_are_answered_exactly(measured, split, language):
+    assert measured[split][language]["all"] >= 0.9
+    assert measured[split][language]["describe"] >= 0.85
+
+
+def test_the_card_claims_at_least_nine_in_ten_in_each_language():
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    overall = next(line for line in card.splitlines() if line.startswith("| all |"))
+    figures = [float(figure) for figure in re.findall(r"([\d.]+) %", overall)]
+    assert len(figures) == 4 and min(figures) >= 90
+    assert "python scripts/train_tiny.py --output models/visualglm-tiny" in card
+
+
+def test_the_folder_carries_todays_code():
+    """After a change in `visualglm_hf` run `python scripts/train_tiny.py --refresh`."""
+    shipped = sorted(path.name for path in FOLDER.glob("*.py"))
+    assert "modeling_visualglm.py" in shipped
+    for name in shipped:
+        assert (FOLDER / name).read_bytes() == (ROOT / "visualglm_hf" / name).read_bytes(), name
+
+
+def test_the_folder_is_small_and_safe():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 15 * 1024**2
+    assert not list(FOLDER.glob("*.bin"))
+    config = json.loads((FOLDER / "config.json").read_text())
+    for part in ("text_config", "vision_config", "qformer_config"):
+        assert config[part]["hidden_size"] % 64 == 0 and config[part]["intermediate_size"] % 64 == 0
