@@ -1,6 +1,6 @@
 """Looking into checkpoint folders: which files hold the weights, what is in them, and whether it is a VisualGLM.
 
-Shared by `convert_checkpoint.py` and `selftest.py`. Tensors are mapped from their files, never loaded as a whole.
+Shared by the doors that read one. Tensors are mapped from their files, never loaded as a whole.
 Every complaint is a `ValueError` of one line that says what was found, what was expected, and what to do.
 """
 

@@ -10,128 +10,32 @@ weights are written shard by shard, and DST appears when it is complete or not a
 """
 
 import argparse
-import json
-import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-from checkpoint_files import (
-    IGNORED,
-    LM_HEAD,
-    VOCABULARY_FILE,
-    Entry,
-    Weights,
-    are_tied,
-    check_tensors,
-    check_vocabulary,
-    find_weights,
-    map_tensors,
-    read_config,
-    read_tokenizer,
-    survey,
-)
+from checkpoint_files import LM_HEAD, Entry, Weights, map_tensors
 from huggingface_hub import split_state_dict_into_shards_factory
+from prepared_folder import (
+    SPARE_BYTES,
+    WEIGHT_FILE,
+    Checkpoint,
+    check_space,
+    check_target,
+    kept_entries,
+    read_checkpoint,
+    write_description,
+    write_json,
+    written_whole,
+)
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
-from visualglm_hf.processing_visualglm import VisualGLMProcessor
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
-MODEL = "modeling_visualglm.VisualGLMForConditionalGeneration"
-AUTO_MAP = {
-    "AutoConfig": "configuration_visualglm.VisualGLMConfig",
-    "AutoModel": MODEL,  # with its head, as in the original
-    "AutoModelForCausalLM": MODEL,
-    "AutoModelForImageTextToText": MODEL,
-    "AutoModelForMultimodalLM": MODEL,
-    "AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None],
-    "AutoImageProcessor": "image_processing_visualglm.VisualGLMImageProcessor",
-    "AutoProcessor": "processing_visualglm.VisualGLMProcessor",
-}
-WEIGHT_FILE = "model{suffix}.safetensors"
 MAX_SHARD_SIZE = "5GB"
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?[KMGT]?B", re.IGNORECASE)
-SPARE_BYTES = 16 * 1024**2  # for everything that is no weight
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A source that has passed all checks."""
-
-    config: VisualGLMConfig
-    tokenizer: ChatGLMTokenizer
-    weights: Weights
-    entries: dict[str, Entry]
-    is_tied: bool
-
-
-def read_checkpoint(source: Path, vocabulary: Path | None = None) -> Checkpoint:
-    """Read all of a Hugging Face folder but its weights, and check that the parts belong together."""
-    if not source.is_dir():
-        raise ValueError(f"{source} is no folder; give the folder of the original checkpoint.")
-    config = read_config(source)
-    if vocabulary is None and not (source / VOCABULARY_FILE).is_file():
-        raise ValueError(
-            f"{source} has no {VOCABULARY_FILE}. Name it, or a folder that has it, with --tokenizer FOLDER_OR_FILE."
-        )
-    tokenizer = read_tokenizer(vocabulary or source)
-    check_vocabulary(tokenizer, config)
-    weights = find_weights(source)
-    entries = survey(weights)
-    check_tensors(entries, config)
-    return Checkpoint(config, tokenizer, weights, entries, are_tied(entries))
-
-
-def check_target(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder. Name a new one; nothing is overwritten.")
-
-
-def check_space(target: Path, num_bytes: int) -> None:
-    """Raise a `ValueError` if the disk cannot take `num_bytes` more."""
-    place = next(folder for folder in (target, *target.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < num_bytes:
-        raise ValueError(
-            f"{target} needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left. Make room, take another "
-            "disk, or use --link, which copies no weights."
-        )
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` if the block succeeds and disappears if it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        if target.exists():
-            target.rmdir()  # empty, see check_target
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def kept_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
-    """The tensors worth writing: not the original's unread buffers, and one tensor for two that are tied."""
-    return {
-        key: entry
-        for key, entry in checkpoint.entries.items()
-        if not IGNORED.search(key) and not (checkpoint.is_tied and key == LM_HEAD)
-    }
 
 
 def write_weights(folder: Path, entries: dict[str, Entry], max_shard_size: str) -> None:
@@ -177,32 +81,6 @@ def link(existing: Path, name: Path) -> None:
         name.hardlink_to(existing)
     except OSError:
         name.symlink_to(existing)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_description(folder: Path, config: VisualGLMConfig, tokenizer: ChatGLMTokenizer) -> None:
-    """Write everything but the weights: code, configuration, token ids, tokenizer, processor."""
-    # Makes `save_pretrained` write the auto_map and copy the code with all that it imports.
-    for cls in (VisualGLMConfig, ChatGLMTokenizer, VisualGLMImageProcessor, VisualGLMProcessor):
-        cls.register_for_auto_class()
-    custom_object_save(VisualGLMForConditionalGeneration, folder)
-
-    config.architectures = [VisualGLMForConditionalGeneration.__name__]
-    config.auto_map = dict(AUTO_MAP)
-    config.save_pretrained(folder)
-    text = config.text_config
-    token_ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # No sampling defaults: the original's generate() was greedy, and its chat() brings its own.
-    GenerationConfig(**token_ids).save_pretrained(folder)
-
-    image_size = config.vision_config.image_size
-    image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-    processor = VisualGLMProcessor(image_processor, tokenizer, num_query_tokens=config.qformer_config.num_query_tokens)
-    processor.save_pretrained(folder)
-    image_processor.save_pretrained(folder)  # the preprocessor_config.json, which the processor does without
 
 
 def convert(

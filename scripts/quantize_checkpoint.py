@@ -17,7 +17,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from checkpoint_files import Entry, expected_tensors, map_tensors
-from convert_checkpoint import (
+from prepared_folder import (
     SPARE_BYTES,
     WEIGHT_FILE,
     Checkpoint,

@@ -5,9 +5,8 @@
     python scripts/train_tiny.py --output models/visualglm-tiny --refresh
 
 The eyes come first: for `--vision-steps` steps only the image encoder learns, by answering simple questions through
-linear heads that are thrown away afterwards; what is there for `--what-steps`, then also where. After that the whole
-model learns to answer in words; the loss is taken on the answer and its `<eop>` alone. A run that was stopped goes on
-from its last checkpoint.
+linear heads that are thrown away afterwards. Then the whole model learns to answer in words; the loss is taken on the
+answer and its `<eop>` alone. A run that was stopped goes on from its last checkpoint.
 
 Everything the model sees comes from `tiny_world.py`, every prompt from `visualglm_hf.conversation`.
 """
@@ -28,7 +27,7 @@ import tiny_world
 import torch
 import torch.nn.functional as F
 import transformers
-from convert_checkpoint import write_description
+from prepared_folder import write_description
 from tiny_world import Exchange, Scene
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -170,18 +169,17 @@ def build_model(config: VisualGLMConfig, seed: int) -> VisualGLMForConditionalGe
 class Examiner(nn.Module):
     """Linear heads that ask the image encoder simple questions while it learns; not part of the model.
 
-    Each patch is asked whether an object's centre is in it and, inside an object, for shape and colour; later also
-    where it is itself. The mean of the soft prompt is asked for shape, colour, count, background and position.
+    Each patch is asked whether an object's centre is in it and, inside an object, for shape, colour and position;
+    the mean of the soft prompt is asked for shape, colour, count, background and position.
     """
 
     def __init__(self, config: VisualGLMConfig):
         super().__init__()
         width, prompt_width = config.vision_config.hidden_size, config.text_config.hidden_size
         self.centre = nn.Linear(width, 1)
-        self.patches = nn.ModuleList(nn.Linear(width, len(names)) for names in (SHAPES, COLOURS))
+        self.patches = nn.ModuleList(nn.Linear(width, len(names)) for names in (SHAPES, COLOURS, POSITIONS))
         sizes = (len(SHAPES), len(COLOURS), tiny_world.MAX_COUNT, len(BACKGROUNDS), len(POSITIONS))
         self.pictures = nn.ModuleList(nn.Linear(prompt_width, size) for size in sizes)
-        self.where = nn.Linear(width, 2)
 
     def forward(
         self,
@@ -189,7 +187,6 @@ class Examiner(nn.Module):
         soft_prompt: torch.Tensor,
         patch_labels: torch.Tensor,
         labels: torch.Tensor,
-        ask_where: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed loss, and the share of right answers about whole pictures [5].
 
@@ -203,12 +200,9 @@ class Examiner(nn.Module):
         is_centre = (patch_labels == 2).float()
         weight = torch.tensor(20.0)  # centres are rare
         loss = F.binary_cross_entropy_with_logits(self.centre(patches)[..., 0], is_centre, pos_weight=weight)
-        for index, head in enumerate(self.patches):
+        for index, head in zip((0, 1, 4), self.patches, strict=True):
             target = labels[:, index, None].expand_as(inside)[inside]
             loss = loss + F.cross_entropy(head(patches[inside]), target)
-        if ask_where:
-            side = torch.linspace(-1.7, 1.7, PATCHES_PER_SIDE)  # variance 1
-            loss = loss + F.mse_loss(self.where(patches), torch.cartesian_prod(side, side).expand(len(patches), -1, -1))
         answers = [head(soft_prompt.mean(1)) for head in self.pictures]
         loss = loss + sum(F.cross_entropy(answer, labels[:, index]) for index, answer in enumerate(answers))
         right = torch.stack([answer.argmax(-1) for answer in answers], dim=1) == labels
@@ -404,7 +398,6 @@ def compute_losses(
     examiner: Examiner,
     image_processor: VisualGLMImageProcessor,
     batch: dict[str, torch.Tensor],
-    ask_where: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss of the exam, that of the answers (0 while the eyes learn alone), and the exam's marks."""
     features = model.get_image_features(normalise(batch["pixels"], image_processor), return_dict=True)
@@ -413,7 +406,6 @@ def compute_losses(
         features.pooler_output,
         batch["patch_labels"],
         batch["picture_labels"],
-        ask_where,
     )
     words, num_words = torch.zeros(()), 0
     for group in batch.get("groups", ()):
@@ -474,9 +466,7 @@ def train(options: argparse.Namespace) -> None:
     average = torch.full((len(EXAM),), 0.2)
     progress = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps, mininterval=10)
     for step in progress:
-        exam, words, marks = compute_losses(
-            model, examiner, image_processor, next(batches), ask_where=step >= options.what_steps
-        )
+        exam, words, marks = compute_losses(model, examiner, image_processor, next(batches))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         optimizer.zero_grad()
@@ -491,10 +481,7 @@ def train(options: argparse.Namespace) -> None:
             save_checkpoint(checkpoint, step + 1, time.monotonic() - start, model, examiner, optimizer)
     model.half().save_pretrained(output)
     write_files(output, model.config, tokenizer)
-    record = {
-        name: getattr(options, name)
-        for name in ("seed", "steps", "vision_steps", "what_steps", "batch_size", "learning_rate")
-    }
+    record = {name: getattr(options, name) for name in ("seed", "steps", "vision_steps", "batch_size", "learning_rate")}
     record |= {"minutes": round((time.monotonic() - start) / 60, 1), "threads": options.threads}
     record |= {
         "python": platform.python_version(),
@@ -533,6 +520,8 @@ def examination(scenes: list[Scene], language: str, generator: np.random.Generat
     for number, scene in enumerate(scenes):
         for kind in KINDS:
             exchange = ask(scene, language, generator, kind)
+            if kind == "position":
+                kind = "position of one object" if scene.position else "position of several"
             dialogues.append(Dialogue(kind, language, (), exchange.question, exchange.answer, (number,), (0,)))
         *history, last = [ask(scene, language, generator, pick(generator, KINDS)) for _ in range(3)]
         pairs = tuple((turn.question, turn.answer) for turn in history)
@@ -581,7 +570,6 @@ def answer_all(
 def evaluate(options: argparse.Namespace) -> dict:
     """Return exact-match accuracy per split, language and kind of question on pictures not seen in training."""
     model = VisualGLMForConditionalGeneration.from_pretrained(options.output, dtype=torch.float32).eval()
-    model.generation_config.max_length = None  # MAX_NEW_TOKENS says it
     register()  # the processor looks its parts up by name; the folder's own code is the same
     processor = VisualGLMProcessor.from_pretrained(options.output)
     results: dict = {"pictures": options.pictures, "seed": options.seed}
@@ -660,8 +648,7 @@ small talk without a picture, in Chinese (问：/答：) and English (Q:/A:). Wi
 Python {python}, torch {torch}, transformers {transformers}.
 
 Every training picture is drawn anew by `scripts/tiny_world.py` ({drawn:,} in all). For the first {vision_steps} steps
-only the image encoder learns, through linear heads that are thrown away: what is in the picture, and from step
-{what_steps} on also where. Then the whole model learns to answer.
+only the image encoder learns, through linear heads that are thrown away; then the whole model learns to answer.
 
 ## Accuracy
 
@@ -701,7 +688,7 @@ def write_card(options: argparse.Namespace, results: dict) -> None:
     record = json.loads((output / "training.json").read_text(encoding="utf-8"))
     model = VisualGLMForConditionalGeneration.from_pretrained(output)
     config = model.config
-    names = ("seed", "steps", "vision_steps", "what_steps", "batch_size", "threads")
+    names = ("seed", "steps", "vision_steps", "batch_size", "threads")
     command = "python scripts/train_tiny.py --output models/visualglm-tiny " + " ".join(
         f"--{name.replace('_', '-')} {record[name]}" for name in names
     )
@@ -733,11 +720,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--card", action="store_true", help="write the measured accuracy into the model card")
     parser.add_argument("--pictures", type=int, default=200, help="pictures per split in the evaluation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2900)
-    parser.add_argument("--vision-steps", type=int, default=1800, help="steps for the image encoder alone, of --steps")
-    parser.add_argument(
-        "--what-steps", type=int, default=1500, help="of --vision-steps, before patches are asked where"
-    )
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--vision-steps", type=int, default=2500, help="steps for the image encoder alone, of --steps")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--exam-weight", type=float, default=0.3, help="of the exam in the second phase")
