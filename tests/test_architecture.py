@@ -25,7 +25,8 @@ ARROWS = {
         {"transformers", "torch"},
     ),
     "chat": ({"conversation", "fetching", "image_processing_visualglm"}, {"transformers", "torch"}),
-    "quantization": ({"quantization_kernels"}, {"transformers", "torch"}),
+    "quantization": ({"cuda_kernels", "quantization_kernels"}, {"transformers", "torch"}),
+    "cuda_kernels": (set(), {"torch"}),
     "quantization_kernels": (set(), {"torch"}),
 }
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

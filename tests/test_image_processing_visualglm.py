@@ -680,8 +680,7 @@ def test_saving_and_loading_keeps_every_parameter(tmp_path, processor):
     assert VisualGLMImageProcessor.from_pretrained(tmp_path, size=64).size == {"height": 64, "width": 64}
 
 
-def test_it_loads_as_remote_code_and_saves_its_own_code(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_it_loads_as_remote_code_and_saves_its_own_code(tmp_path, processor):
     processor.save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "preprocessor_config.json"
     auto_map = {"AutoImageProcessor": "image_processing_visualglm.VisualGLMImageProcessor"}

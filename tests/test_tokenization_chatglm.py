@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, dynamic_module_utils
+from transformers import AutoTokenizer
 
 from visualglm_hf import conversation
 from visualglm_hf.conversation import ANSWER_MARK, END_MARK, IMAGE_MARK
@@ -354,8 +354,7 @@ def test_a_saved_tokenizer_does_not_name_code_that_is_not_there(tmp_path, tokeni
     assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
 
 
-def test_auto_tokenizer_loads_and_saves_the_remote_code(tiny_original, tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_auto_tokenizer_loads_and_saves_the_remote_code(tiny_original, tmp_path, tokenizer):
     folder, saved = tmp_path / "checkpoint", tmp_path / "saved"
     folder.mkdir()
     code = Path(conversation.__file__).parent
