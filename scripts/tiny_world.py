@@ -214,7 +214,11 @@ def scatter(generator: np.random.Generator, count: int) -> tuple[tuple[float, fl
 def draw(scene: Scene) -> Image.Image:
     """Draw the scene: 224 x 224 RGB, the same pixels for the same scene."""
     generator = np.random.default_rng((*scene.seed, 2))
-    image = draw_background(scene.background, generator)
+    return place_objects(draw_background(scene.background, generator), scene, generator)
+
+
+def place_objects(image: Image.Image, scene: Scene, generator: np.random.Generator) -> Image.Image:
+    """Draw the scene's objects on a background, and noise on both."""
     base = np.array(COLOURS[scene.colour][1])
     for x, y, radius in scene.objects:
         shade = tuple(int(value) for value in np.clip(base + generator.integers(-14, 15, size=3), 0, 255))
