@@ -20,7 +20,7 @@ from tiny_world import Scene
 
 QUESTION = "这张图片的背景里有什么内容？"
 PICTURES_PER_TINT = 4
-TRAINED_PER_TINT = 2  # of these; the others are held out
+TRAINED_PER_TINT = 3  # of these; the others are held out
 SPLIT = 4  # mixed into the seed: no picture of the tiny world has this number
 COLOURS_OF_OBJECTS = ("blue", "white", "black")  # visible on every tinted background
 JPEG_QUALITY = 85
