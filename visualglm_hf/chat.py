@@ -127,12 +127,21 @@ class IncrementalDecoder:
 
     def add(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
+        end = self.end_of_whole_characters()
         known = self.decode(self.token_ids[self.window : self.read])
-        now = self.decode(self.token_ids[self.window :])
-        is_half = now.endswith("\ufffd") and len(self.token_ids) - self.read < MAX_BYTE_TOKENS
-        if len(now) > len(known) and not is_half:
+        now = self.decode(self.token_ids[self.window : end])
+        if len(now) > len(known):
             self.text += now[len(known) :]
-            self.window, self.read = self.read, len(self.token_ids)
+            if now[len(known) :].strip():  # sentencepiece drops all blanks at the start of a window
+                self.window = self.read
+            self.read = end
+
+    def end_of_whole_characters(self) -> int:
+        """How many tokens have text that later ones will not change: no half character at the end, unless broken."""
+        end = len(self.token_ids)
+        while end > self.read and self.decode(self.token_ids[self.window : end]).endswith("\ufffd"):
+            end -= 1
+        return max(end, len(self.token_ids) - MAX_BYTE_TOKENS + 1)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
