@@ -22,6 +22,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from serving.text import stable_part
+
 
 # torch, transformers and the model are imported in `open_model`: `-h` and typing errors shall not wait for them.
 
@@ -47,9 +49,6 @@ CJK = re.compile(
 )
 # The first of the three bytes of U+3000 ... U+DFFF: these characters can also be spelled in bytes.
 CJK_BYTE = re.compile("<0xE[3-9A-D]>")
-# The end of a growing answer that later words may rewrite: `,` becomes `，` before Chinese, " n't" loses its blank, and
-# the original's training date is filled in.
-UNSTABLE_END = re.compile(r"(?: [^ ]{0,3}|\[{1,2}[^\[\]]{0,4}\]?|[,!:;?])$")
 # An escape sequence in an answer must not move the cursor or rename the window.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -151,11 +150,6 @@ def build_parser() -> argparse.ArgumentParser:
 def english_only_token_ids(vocabulary: dict[str, int]) -> list[int]:
     """Ids of the tokens that can put a Chinese, Japanese or Korean character into an answer."""
     return sorted(token_id for piece, token_id in vocabulary.items() if CJK.search(piece) or CJK_BYTE.fullmatch(piece))
-
-
-def stable_part(response: str) -> str:
-    """The part of a growing answer that will not change any more."""
-    return UNSTABLE_END.sub("", response)
 
 
 class Typewriter:

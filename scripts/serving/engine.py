@@ -1,0 +1,476 @@
+"""The engine behind every door that serves several people at once: one model, one queue, batches that form as requests
+arrive.
+
+    with Engine.load("models/visualglm-tiny", device="cpu") as engine:
+        prompt = engine.prepare([{"role": "user", "content": [
+            {"type": "image", "image": picture}, {"type": "text", "text": "描述这张图片。"}]}])
+        answer = engine.submit(prompt, Settings(temperature=0))
+        for text in answer: ...            # the growing text; in a coroutine: `async for`
+        completion = answer.result()       # the whole; in a coroutine: `await answer.completion()`
+        answer.cancel()                    # at any time; the model stops within one token
+
+`prepare` and `submit` are for any thread (`prepare` decodes pictures: not in an event loop). One thread of the engine
+owns the model. Not here: HTTP, and how a batch advances (`batching.py`).
+"""
+
+import asyncio
+import collections
+import hashlib
+import math
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from visualglm_hf.chat import check_tokenizer
+
+from .batching import Batch, Row, advance, merge
+from .loading import first_line, load_model
+from .metrics import Metrics
+from .prompts import Prompt, PromptBuilder
+from .sampling import Chooser, Settings
+from .text import GrowingText
+
+
+REMEMBERED_PICTURES = 64  # of the real model, 256 KiB each in half precision
+
+
+class EngineError(RuntimeError):
+    """The engine, not the request, is why there is no answer."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may.
+
+    Args:
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(self, waiting: int, retry_after: int):
+        super().__init__(f"{waiting} requests are waiting already. Try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class EngineClosed(EngineError):
+    """The engine takes no more requests."""
+
+
+class AnswerTimeout(EngineError):
+    """The answer was not complete in time."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine takes on.
+
+    Args:
+        max_batch_size: answers generated at a time; of the real model in half precision, each takes up to 0.94 GB.
+        max_waiting: requests that may wait beyond these.
+        max_new_tokens: of an answer; None for what the context leaves.
+        max_pictures: of a conversation.
+        max_picture_bytes: of one encoded picture. Its pixels are limited by `visualglm_hf`'s image processor.
+        timeout: seconds from `submit` to the end of the answer.
+    """
+
+    max_batch_size: int = 8
+    max_waiting: int = 64
+    max_new_tokens: int | None = None
+    max_pictures: int = 8
+    max_picture_bytes: int = 20 * 2**20
+    timeout: float = 300
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A complete answer.
+
+    Args:
+        text: cleaned up as the original does.
+        finish_reason: "stop" (the model ended it, or a stop text), "length" (a limit) or "cancelled".
+        prompt_tokens, completion_tokens: how many there were, image tokens and the end token included.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Answer:
+    """An answer that was asked for. Iterate for its growing text, or wait for its `result`."""
+
+    def __init__(self, prompt: Prompt, settings: Settings, timeout: float, on_cancel: Callable):
+        self.prompt, self.settings = prompt, settings
+        self.asked_at = time.monotonic()
+        self.deadline = self.asked_at + timeout
+        self.first_token_at: float | None = None
+        self.is_cancelled = False
+        self.is_watched = False
+        self.text = ""
+        self.future: Future[Completion] = Future()
+        self._on_cancel = on_cancel
+        self._lock = threading.Lock()
+        self._listeners: list[Callable] = []
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the complete answer.
+
+        Raises:
+            ValueError: the model computed NaN.
+            EngineError: the engine could not finish it; `AnswerTimeout` if it took too long.
+            TimeoutError: `timeout` seconds have passed; the answer goes on.
+        """
+        return self.future.result(timeout)
+
+    async def completion(self) -> Completion:
+        """`result` for coroutines; cancelling the task does not cancel the answer."""
+        return await asyncio.shield(asyncio.wrap_future(self.future))
+
+    def cancel(self) -> None:
+        """Let the answer end with what it has; the model stops within one token."""
+        self.is_cancelled = True
+        self._on_cancel(self)
+
+    def __iter__(self) -> Iterator[str]:
+        """The text so far, whenever it has grown; each begins with the one before, the last is that of `result`."""
+        changed, shown = threading.Event(), ""
+        self._listen(changed.set)
+        while True:
+            changed.wait()
+            changed.clear()
+            is_done, text = self.future.done(), self.text
+            if is_done:
+                text = self.result().text
+            if text != shown:
+                shown = text
+                yield shown
+            if is_done:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        changed, shown = asyncio.Event(), ""
+        loop = asyncio.get_running_loop()
+        self._listen(lambda: loop.is_closed() or loop.call_soon_threadsafe(changed.set))
+        while True:
+            await changed.wait()
+            changed.clear()
+            is_done, text = self.future.done(), self.text
+            if is_done:
+                text = self.result().text
+            if text != shown:
+                shown = text
+                yield shown
+            if is_done:
+                return
+
+    def publish(self, text: str) -> None:
+        """For the engine: the text so far."""
+        if text != self.text:
+            self.text = text
+            self._notify()
+
+    def finish(self, outcome: Completion | Exception) -> None:
+        """For the engine: the end."""
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+        self._notify()
+
+    def _listen(self, listener: Callable) -> None:
+        with self._lock:
+            self._listeners.append(listener)
+        self.is_watched = True
+        listener()
+
+    def _notify(self) -> None:
+        with self._lock:
+            listeners = tuple(self._listeners)
+        for listener in listeners:
+            listener()
+
+
+class Engine:
+    """See the module's docstring.
+
+    Args:
+        model: in evaluation mode, on its device; the engine's alone from now on.
+        tokenizer: the checkpoint's.
+        limits: what it takes on.
+
+    Raises:
+        ValueError: a tokenizer that is not the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None):
+        config = model.config.text_config
+        check_tokenizer(tokenizer, config)
+        self.model, self.tokenizer = model, tokenizer
+        self.limits = limits or Limits()
+        self.context_length, self.eos_token_id = config.max_position_embeddings, config.eos_token_id
+        self.metrics = Metrics()
+        self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
+        self._picture_embeds: collections.OrderedDict[str, torch.Tensor] = collections.OrderedDict()
+        self._changed = threading.Condition()  # guards the next three
+        self._waiting: collections.deque[Answer] = collections.deque()
+        self._unfinished: set[Answer] = set()  # those that wait and those that are being generated
+        self._is_closing = False
+        self._usual_seconds = 1.0  # that an answer takes
+        self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._worker.start()
+
+    @classmethod
+    def load(cls, folder: str | Path, limits: Limits | None = None, **options) -> "Engine":
+        """An engine for a checkpoint folder; `options` are those of `load_model`: device, dtype, quant, adapter.
+
+        Raises:
+            ValueError: as `load_model`.
+        """
+        model, tokenizer = load_model(folder, **options)
+        return cls(model, tokenizer, limits)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close(drain=not any(error))
+
+    def prepare(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
+        """Make a prompt of a conversation: check it, open its pictures, tokenize.
+
+        Args:
+            messages: `{"role", "content"}`, at most one of "system" first, then "user" and "assistant" by turns, the
+                user's last. A content is a text or a list of `{"type": "text", "text": ...}` and
+                `{"type": "image", "image": ...}`: a PIL image, bytes, an array or a `data:` URI, never a path or a URL.
+            english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the last question.
+
+        Raises:
+            ValueError: anything wrong with the messages or their pictures, or more tokens than the model takes.
+        """
+        return self._prompts.build(messages, english)
+
+    def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
+        """Ask for an answer; see `submit_all`."""
+        return self.submit_all(prompt, [settings or Settings()])[0]
+
+    def submit_all(self, prompt: Prompt, settings: Sequence[Settings]) -> list[Answer]:
+        """Ask for one answer for each of the `settings`; all are taken or none. Does not wait.
+
+        Raises:
+            ValueError: settings beyond the limits, or that leave no room for an answer.
+            QueueFull: too many requests are waiting.
+            EngineClosed: `close` was called, or the engine has failed.
+        """
+        for each in settings:
+            self._check_settings(prompt, each)
+        answers = [Answer(prompt, each, self.limits.timeout, self._withdraw) for each in settings]
+        with self._changed:
+            self.check_room(len(answers))
+            self._waiting.extend(answers)
+            self._unfinished.update(answers)
+            self._update_gauges()
+            self._changed.notify_all()
+        return answers
+
+    def check_room(self, requests: int = 1) -> None:
+        """Raise `QueueFull` or `EngineClosed` if `submit` would now: worth asking before work for a request is done."""
+        if self._is_closing or not self._worker.is_alive():
+            raise EngineClosed("The server is shutting down." if self._is_closing else "The engine has failed.")
+        if len(self._unfinished) + requests > self.limits.max_batch_size + self.limits.max_waiting:
+            self.metrics.requests.labels("refused").inc(requests)
+            turns = 1 + len(self._waiting) / self.limits.max_batch_size
+            raise QueueFull(len(self._waiting), min(60, math.ceil(self._usual_seconds * turns)))
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests, and wait until those that were taken are answered, or cancelled without `drain`.
+
+        Args:
+            timeout: seconds after which what is still unfinished is cancelled.
+        """
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if drain:
+            self._worker.join(timeout)
+        for answer in tuple(self._unfinished):
+            answer.cancel()
+        self._worker.join()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        return self._worker.is_alive() and not self._is_closing
+
+    def _check_settings(self, prompt: Prompt, settings: Settings) -> None:
+        wanted, limit = settings.max_new_tokens, self.limits.max_new_tokens
+        if wanted is not None and limit is not None and wanted > limit:
+            raise ValueError(f"{wanted} new tokens were asked for; this server gives at most {limit}.")
+        length = len(prompt.token_ids)
+        if settings.max_length is not None and length >= settings.max_length:
+            raise ValueError(
+                f"The prompt is {length} tokens long, so max_length={settings.max_length} leaves no room for an "
+                "answer. Raise max_length or shorten the conversation."
+            )
+
+    def _withdraw(self, answer: Answer) -> None:
+        """A cancelled answer that still waits ends here; one that is being generated, after its next token."""
+        with self._changed:
+            if answer not in self._waiting:
+                return
+            self._waiting.remove(answer)
+        self._finish(answer, Completion("", "cancelled", len(answer.prompt.token_ids), 0), "cancelled")
+
+    def _finish(self, answer: Answer, result: Completion | Exception, outcome: str) -> None:
+        seconds = time.monotonic() - answer.asked_at
+        with self._changed:
+            self._unfinished.discard(answer)
+            self._usual_seconds += 0.1 * (seconds - self._usual_seconds)
+            self._update_gauges()
+        self.metrics.requests.labels(outcome).inc()
+        self.metrics.seconds.observe(seconds)
+        answer.finish(result)
+
+    def _update_gauges(self) -> None:
+        self.metrics.waiting.set(len(self._waiting))
+        self.metrics.running.set(len(self._unfinished) - len(self._waiting))
+
+    # What follows runs in the worker's thread.
+
+    def _work(self) -> None:
+        batch: Batch | None = None
+        try:
+            while (newcomers := self._take(len(batch.rows) if batch else 0)) is not None:
+                fresh = self._start(newcomers)
+                if fresh is not None:
+                    self._advance(fresh, is_alone=batch is None)
+                elif batch is not None:
+                    self._advance(batch)
+                batch = merge([each for each in (batch, fresh) if each is not None])
+        finally:  # closed, with nothing left; or failed, and nobody shall wait for ever
+            for answer in tuple(self._unfinished):
+                self._finish(answer, EngineClosed("The engine has failed."), "error")
+
+    def _take(self, running: int) -> list[Answer] | None:
+        """The requests that can join `running` others; waits if there is nothing to do; None when closed and done."""
+        with self._changed:
+            while not self._waiting and not running:
+                if self._is_closing:
+                    return None
+                self._changed.wait()
+            free = self.limits.max_batch_size - running
+            taken = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._update_gauges()
+        return taken
+
+    def _start(self, answers: Sequence[Answer]) -> Batch | None:
+        rows = []
+        for answer in answers:
+            try:
+                rows.append(self._row(answer))
+            except RuntimeError as error:  # torch's, such as no memory for a picture
+                self._finish(answer, EngineError(first_line(error)), "error")
+        return Batch(rows) if rows else None
+
+    def _row(self, answer: Answer) -> Row:
+        prompt, settings = answer.prompt, answer.settings
+        length = len(prompt.token_ids)
+        new_tokens = settings.max_new_tokens or self.limits.max_new_tokens or self.context_length
+        max_length = min(self.context_length, settings.max_length or self.context_length, length + new_tokens)
+        delivery = Delivery(answer, self)
+        self.metrics.prompt_tokens.inc(length)
+        return Row(
+            prompt.token_ids,
+            Chooser(settings, len(self.tokenizer), self.eos_token_id, self.model.device),
+            self.eos_token_id,
+            max_length,
+            self._encode(prompt.pixel_values),
+            delivery.on_token,
+            delivery.on_finish,
+        )
+
+    def _encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
+        """Soft prompts [pictures, num_query_tokens, C]; a picture that was asked about lately is not encoded again."""
+        if pixel_values is None:
+            return None
+        return torch.cat([self._encode_one(picture[None]) for picture in pixel_values])
+
+    def _encode_one(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
+        embeds = self._picture_embeds.pop(digest, None)
+        if embeds is None:
+            self.metrics.pictures.inc()
+            with torch.no_grad():
+                pixel_values = pixel_values.to(self.model.device)
+                embeds = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+        self._picture_embeds[digest] = embeds  # as the last one used
+        if len(self._picture_embeds) > REMEMBERED_PICTURES:
+            self._picture_embeds.popitem(last=False)
+        return embeds
+
+    def _advance(self, batch: Batch, is_alone: bool = True) -> None:
+        """Generate until there is something else to do: one token, if other rows wait for this batch to join them."""
+        try:
+            advance(self.model, batch, lambda: not is_alone or self._should_pause(batch))
+        except (RuntimeError, ValueError) as error:  # torch's and generate's; the next requests may fare better
+            print(f"error: {first_line(error)}", file=sys.stderr)
+            for row in batch.live:
+                row.fail(EngineError(first_line(error)))
+
+    def _should_pause(self, batch: Batch) -> bool:
+        """Whether others can join, or so many rows are done that it pays to go on without them."""
+        self._drop_late()
+        live = len(batch.live)
+        return live <= len(batch.rows) // 2 or (bool(self._waiting) and live < self.limits.max_batch_size)
+
+    def _drop_late(self) -> None:
+        """End the requests that waited too long. All have the same time, so the first is the first to be late."""
+        while True:
+            with self._changed:
+                if not self._waiting or time.monotonic() < self._waiting[0].deadline:
+                    return
+                answer = self._waiting.popleft()
+            self._finish(answer, late(self.limits.timeout), "timeout")
+
+
+class Delivery:
+    """Brings what a row becomes to the one who asked."""
+
+    def __init__(self, answer: Answer, engine: Engine):
+        self.answer, self.engine = answer, engine
+        self.text = GrowingText(engine.tokenizer, answer.settings.stop)
+
+    def on_token(self, row: Row) -> str | None:
+        answer, now = self.answer, time.monotonic()
+        if len(row.token_ids) == row.prompt_length + 1:
+            self.engine.metrics.first_token_seconds.observe(now - answer.asked_at)
+        if answer.is_cancelled:
+            return "cancelled"
+        if now > answer.deadline:
+            return "timeout"
+        if answer.is_watched or answer.settings.stop:
+            self.text.update(row.answer_ids)
+            answer.publish(self.text.shown)
+        return "stop" if self.text.is_stopped else None
+
+    def on_finish(self, row: Row) -> None:
+        self.engine.metrics.completion_tokens.inc(len(row.answer_ids))
+        self.engine._finish(self.answer, self.outcome(row), row.finish_reason)
+
+    def outcome(self, row: Row) -> Completion | Exception:
+        if row.error is not None:
+            return row.error
+        if row.finish_reason == "timeout":
+            return late(self.engine.limits.timeout)
+        text, is_stopped = self.text.final(row.answer_ids)
+        reason = "stop" if is_stopped else row.finish_reason
+        return Completion(text, reason, row.prompt_length, len(row.answer_ids))
+
+
+def late(timeout: float) -> AnswerTimeout:
+    return AnswerTimeout(f"The answer was not complete after {timeout:g} s. Ask for fewer tokens, or again later.")

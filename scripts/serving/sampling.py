@@ -1,0 +1,144 @@
+"""How one answer is to be chosen, and the choice itself: each row of a batch has its own settings and random numbers.
+
+`generate` runs greedily over scores of which `RowSampler` leaves one token a row, so that requests of different
+settings share a batch and none depends on its neighbours. The scores are shaped by transformers' own processors.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.generation import (
+    LogitsProcessor,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from visualglm_hf.chat import RefuseNan
+
+
+MAX_SEED = 2**63 - 1
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to choose the tokens of an answer; the defaults are those of the original's `chat`.
+
+    Args:
+        max_new_tokens: of the answer; None for as many as the context has room for.
+        max_length: of prompt and answer together, in tokens; None for the model's context.
+        min_length: of prompt and answer together: before, the answer does not end.
+        temperature: 0 always takes the likeliest token; then top_p, top_k and seed do not matter.
+        top_p: choose among the likeliest tokens that together have this probability.
+        top_k: choose among this many likeliest tokens; 0 for all.
+        repetition_penalty: for tokens that prompt and answer contain already; 1 for none.
+        seed: makes the answer repeatable, whatever runs beside it; None takes a new one.
+        stop: the answer ends before the first of these texts.
+        suppress_tokens: token ids that the answer may not contain.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_length: int = 0
+    temperature: float = 0.8
+    top_p: float = 0.4
+    top_k: int = 100
+    repetition_penalty: float = 1.2
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    suppress_tokens: Sequence[int] = ()
+
+    def __post_init__(self):
+        check = self._check
+        check("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "1 or more")
+        check("max_length", self.max_length is None or self.max_length >= 1, "1 or more")
+        check("min_length", self.min_length >= 0, "0 or more")
+        check("temperature", 0 <= self.temperature < math.inf, "0 (for the likeliest token) or more")
+        check("top_p", 0 <= self.top_p <= 1, "from 0 to 1")
+        check("top_k", self.top_k >= 0, "0 (for all tokens) or more")
+        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 for none)")
+        check("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
+        is_usable = not isinstance(self.stop, str) and len(self.stop) <= MAX_STOPS
+        is_usable = is_usable and all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop)
+        check("stop", is_usable, f"a list of up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+
+    def _check(self, name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise ValueError(f"{name} must be {expected}, found {getattr(self, name)!r}.")
+
+
+class Chooser:
+    """Chooses the tokens of one answer, as `generate` would if it ran alone with these settings and this seed."""
+
+    def __init__(self, settings: Settings, vocab_size: int, eos_token_id: int, device: torch.device):
+        self.vocab_size = vocab_size  # of the tokenizer: the model has rows beyond it, which mean nothing
+        self.processors = score_processors(settings, eos_token_id, device)
+        self.generator = None
+        if settings.temperature:
+            seed = secrets.randbelow(MAX_SEED) if settings.seed is None else settings.seed
+            self.generator = torch.Generator(device).manual_seed(seed)
+
+    def choose(self, token_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The next token [1] after `token_ids` [1, S], without padding, by `scores` [1, V].
+
+        Raises:
+            ValueError: NaN among the scores.
+        """
+        scores = scores[:, : self.vocab_size]
+        for process in self.processors:  # a LogitsProcessorList would look up each one's signature for every token
+            scores = process(token_ids, scores)
+        if self.generator is None:
+            return scores.argmax(dim=-1)
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator)[0]
+
+
+def score_processors(settings: Settings, eos_token_id: int, device: torch.device) -> list[LogitsProcessor]:
+    """What `generate` would put together for these settings, in its order."""
+    processors: list[LogitsProcessor] = []
+    if settings.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty=float(settings.repetition_penalty)))
+    if settings.min_length:
+        processors.append(MinLengthLogitsProcessor(settings.min_length, eos_token_id, device=device))
+    if settings.suppress_tokens:
+        processors.append(SuppressTokensLogitsProcessor(list(settings.suppress_tokens), device=device))
+    processors.append(RefuseNan())
+    if settings.temperature:
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            processors.append(TopPLogitsWarper(float(settings.top_p)))
+    return processors
+
+
+class RowSampler(LogitsProcessor):
+    """Leaves each row of a batch the one token that its own settings choose."""
+
+    def __init__(self, rows: Sequence, pad_token_id: int):
+        self.rows, self.pad_token_id = rows, pad_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        chosen = torch.cat([self.choose(index, row, input_ids, scores) for index, row in enumerate(self.rows)])
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+    def choose(self, index: int, row, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if row.is_live:
+            try:
+                # Without the padding: what a row sees is what it would see alone.
+                return row.chooser.choose(
+                    input_ids[index : index + 1, -len(row.token_ids) :], scores[index : index + 1]
+                )
+            except ValueError as error:
+                row.fail(error)
+        return torch.full((1,), self.pad_token_id, device=scores.device)
