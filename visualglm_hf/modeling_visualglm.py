@@ -40,6 +40,9 @@ from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forwa
 from .quantization import prepare_model, quantize_model
 
 
+PREFIX_DROPOUT = 0.1  # the original's, in training
+
+
 def build_glm_position_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: VisualGLMTextConfig
 ) -> torch.Tensor:
@@ -100,6 +103,13 @@ def build_attention_mask(
     return mask[:, None]
 
 
+def inverse_frequencies(config: VisualGLMTextConfig, device: torch.device | None = None) -> torch.Tensor:
+    """The angles [D / 4] of both positions at 1; in float16, as the original rounds them in its float32 mode too."""
+    rotary_dim = config.head_dim // 2
+    exponents = torch.arange(0, rotary_dim, 2, device=device).float() / rotary_dim
+    return (1.0 / config.rope_theta**exponents).half()
+
+
 def compute_rotary(glm_position_ids: torch.Tensor, config: VisualGLMTextConfig, dtype: torch.dtype) -> torch.Tensor:
     """Cosines and sines for both positions, for use in all layers.
 
@@ -109,12 +119,10 @@ def compute_rotary(glm_position_ids: torch.Tensor, config: VisualGLMTextConfig, 
     Returns:
         [2 (cos, sin), B, S, 1, 2 (position, block position), D / 4]
     """
-    rotary_dim = config.head_dim // 2
-    exponents = torch.arange(0, rotary_dim, 2, device=glm_position_ids.device).float() / rotary_dim
-    inverse_frequencies = (1.0 / config.rope_theta**exponents).half()  # rounded in the original's float32 mode too
     angle_dtype = torch.float16 if dtype == torch.float16 else torch.float32
     positions = glm_position_ids.transpose(1, 2).to(angle_dtype)
-    angles = positions[:, :, None, :, None] * inverse_frequencies.to(angle_dtype)
+    frequencies = inverse_frequencies(config, glm_position_ids.device)
+    angles = positions[:, :, None, :, None] * frequencies.to(angle_dtype)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -124,6 +132,43 @@ def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)  # each [B, S, H, 2, D / 4]
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
     return rotated.flatten(-3).to(states.dtype)
+
+
+class VisualGLMPrefixEncoder(nn.Module):
+    """P-tuning v2: keys and values that every query of a layer sees before all others, at no position of their own."""
+
+    def __init__(self, config: VisualGLMTextConfig):
+        super().__init__()
+        self.config = config
+        width = config.num_hidden_layers * 2 * config.hidden_size
+        self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size if config.prefix_projection else width)
+        self.trans = nn.Identity()
+        if config.prefix_projection:
+            hidden_size = config.hidden_size
+            self.trans = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, width))
+        self.dropout = nn.Dropout(PREFIX_DROPOUT)
+
+    def compute_table(self) -> torch.Tensor:
+        """The prefixes of all layers, [P, layers * 2 (key, value) * C]."""
+        return self.trans(self.embedding.weight)
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values [2, H, P, D] for each layer, P prefix positions."""
+        config = self.config
+        shape = (config.num_hidden_layers, 2, config.num_attention_heads, config.head_dim)
+        table = self.dropout(self.compute_table()).unflatten(1, shape)  # [P, layers, 2, H, D]
+        return table.permute(1, 2, 3, 0, 4).unbind()
+
+
+def prepend_prefix(prefix: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the prefix [2, H, P, D] of a layer before its keys and values [B, H, T, D]."""
+    if prefix.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"The prefix has {prefix.shape[1]} heads, this process {key.shape[1]}: a model with pre_seq_len cannot be "
+            'loaded with tp_plan. Use device_map="auto" instead.'
+        )
+    prefix = prefix.to(key)[:, None].expand(-1, len(key), -1, -1, -1)
+    return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
 
 
 class VisualGLMAttention(nn.Module):
@@ -143,6 +188,7 @@ class VisualGLMAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         rotary: torch.Tensor,
         past_key_values: Cache | None,
+        prefix: torch.Tensor | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Rows are grouped by head, [q_h; k_h; v_h], unlike the ViT's.
@@ -154,6 +200,8 @@ class VisualGLMAttention(nn.Module):
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix is not None:  # not in the cache, whose length is then that of the text
+            key, value = prepend_prefix(prefix, key, value)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attention(
             self, query, key, value, attention_mask, dropout=0.0, scaling=float(self.layer_idx + 1), **kwargs
@@ -188,10 +236,11 @@ class VisualGLMBlock(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         rotary: torch.Tensor,
         past_key_values: Cache | None = None,
+        prefix: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         hidden_states = self.input_layernorm(hidden_states)
-        attended, _ = self.attention(hidden_states, attention_mask, rotary, past_key_values, **kwargs)
+        attended, _ = self.attention(hidden_states, attention_mask, rotary, past_key_values, prefix, **kwargs)
         hidden_states = self.post_attention_layernorm(hidden_states * self.alpha + attended)
         return hidden_states * self.alpha + self.mlp(hidden_states)
 
@@ -223,6 +272,8 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(VisualGLMBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: checkpoints of the original's P-tuning.
+        self.prefix_encoder = VisualGLMPrefixEncoder(config) if config.pre_seq_len else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -230,6 +281,9 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.word_embeddings = value
+
+    def compute_prefix(self) -> tuple[torch.Tensor, ...] | None:
+        return None if self.prefix_encoder is None else self.prefix_encoder()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -241,11 +295,14 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`):
             The places in the context and in the answer, see `build_glm_position_ids`.
+        prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
+            What the prefix encoder returns, if it was asked already; it does not depend on the text.
         """
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
@@ -256,10 +313,16 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
                 key_length = past_key_values.layers[0].max_cache_len
             attention_mask = build_attention_mask(glm_position_ids, attention_mask, past_length, key_length)
         rotary = compute_rotary(glm_position_ids, self.config, inputs_embeds.dtype)
+        if prefix_key_values is None:
+            prefix_key_values = self.compute_prefix()
+        if prefix_key_values is not None and attention_mask is not None:
+            is_visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
+            attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, rotary, past_key_values, **kwargs)
+        for layer_idx, layer in enumerate(self.layers):
+            prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
+            hidden_states = layer(hidden_states, attention_mask, rotary, past_key_values, prefix, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
         )
@@ -405,6 +468,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         glm_position_ids: torch.LongTensor | None = None,
+        prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -418,6 +482,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             Pictures that are encoded already, instead of `pixel_values`. Rows may have any number of pictures.
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
             The same as `position_ids` under a name that no library rewrites.
+        prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
+            The prefix of each layer, if it was computed already; `generate` does so once.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
@@ -438,6 +504,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            prefix_key_values=prefix_key_values,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -534,6 +601,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 inputs_embeds = self.embed(input_ids, self.encode_images(pixel_values, image_embeds))
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
+        with torch.no_grad():
+            prefix_key_values = self.transformer.compute_prefix()
+        if prefix_key_values is not None:
+            kwargs["prefix_key_values"] = prefix_key_values
         return super().generate(None, *args, **kwargs)
 
     def prepare_inputs_for_generation(

@@ -42,6 +42,8 @@ TEXT_FIELDS = {
     "pad_token_id": "pad_token_id",
     "mask_token_id": "mask_token_id",
     "gmask_token_id": "gmask_token_id",
+    "pre_seq_len": "pre_seq_len",
+    "prefix_projection": "prefix_projection",
 }
 VISION_FIELDS = {
     "hidden_size": "hidden_size",
@@ -161,6 +163,10 @@ class VisualGLMTextConfig(PreTrainedConfig):
     gmask_token_id (`int`, *optional*, defaults to 130001):
         `[gMASK]`, the position that the answer fills. `bos_token_id` (`<sop>`) starts it, `eos_token_id` (`<eop>`)
         ends it.
+    pre_seq_len (`int`, *optional*):
+        Length of the prefix of P-tuning v2: keys and values that were learned for every layer; None for no prefix.
+    prefix_projection (`bool`, *optional*, defaults to `False`):
+        Whether a small network computes that prefix.
     """
 
     model_type = "chatglm_text"
@@ -189,6 +195,8 @@ class VisualGLMTextConfig(PreTrainedConfig):
     pad_token_id: int = 3
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -201,6 +209,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
+            *(["pre_seq_len"] if self.pre_seq_len is not None else []),
         )
         # Each half of a head is rotated by one of the two positions, and a rotation needs pairs.
         check_divisible(self, "hidden_size", by="num_attention_heads", times=4)
@@ -371,6 +380,23 @@ class VisualGLMConfig(PreTrainedConfig):
             )
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"quantization_bit must be 0, 4 or 8, found {self.quantization_bit!r}.")
+
+    # Where the original has them: `from_pretrained(folder, pre_seq_len=128)` adds a prefix to be learned.
+    @property
+    def pre_seq_len(self) -> int | None:
+        return self.text_config.pre_seq_len
+
+    @pre_seq_len.setter
+    def pre_seq_len(self, value: int | None) -> None:
+        self.text_config.pre_seq_len = value
+
+    @property
+    def prefix_projection(self) -> bool:
+        return self.text_config.prefix_projection
+
+    @prefix_projection.setter
+    def prefix_projection(self, value: bool) -> None:
+        self.text_config.prefix_projection = value
 
 
 __all__ = ["VisualGLMConfig", "VisualGLMQFormerConfig", "VisualGLMTextConfig", "VisualGLMVisionConfig"]
