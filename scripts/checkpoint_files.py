@@ -8,8 +8,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -31,6 +31,7 @@ EARLY_CHATGLM_ROWS = 150528
 LFS_POINTER = b"version https://git-lfs"
 ZIP_MAGIC = b"PK\x03\x04"
 BROKEN_PICKLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, pickle.UnpicklingError)
+ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")  # in the complaint of torch's unpickler
 MAX_LISTED = 8  # keys per kind in one message
 
 AGAIN = "Copy or download it again."
@@ -50,11 +51,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a tensor without reading it."""
+    """What is known of a tensor without reading it, and where it is: in a file, or to be computed from others."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path | None = None
+    compute: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -132,23 +134,37 @@ def find_shards(index: Path) -> Weights:
 
 def map_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Map the tensors of one file into memory; pages are read when they are used."""
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start.startswith(LFS_POINTER):
-        raise ValueError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` beside it.")
+    check_no_pointer(path)
     if path.suffix == ".safetensors":
         return map_safetensors(path)
-    is_zip = zipfile.is_zipfile(path)  # what is not was saved before PyTorch 1.6, and cannot be mapped
-    if start.startswith(ZIP_MAGIC) and not is_zip:
-        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) ends too early; it was truncated. {AGAIN}")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except BROKEN_PICKLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a PyTorch file of tensors: {reason} {AGAIN}") from error
+    tensors = map_pickle(path)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} holds something other than tensors by name. Give a Hugging Face checkpoint.")
     return tensors
+
+
+def check_no_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` beside it.")
+
+
+def map_pickle(path: Path) -> object:
+    """Map what `torch.save` wrote, without executing anything that the file asks for."""
+    is_zip = zipfile.is_zipfile(path)  # what is not was saved before PyTorch 1.6, and cannot be mapped
+    with path.open("rb") as file:
+        if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC and not is_zip:
+            raise ValueError(f"{path} ({path.stat().st_size:,} bytes) ends too early; it was truncated. {AGAIN}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except BROKEN_PICKLE as error:
+        if asked := ASKED_FOR.search(str(error)):
+            raise ValueError(
+                f"{path} cannot be read as a PyTorch file of tensors: loading it would run {asked[1]}, which weights do "
+                "not need. Nothing was run; take the file from where it came from in the first place."
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a PyTorch file of tensors: {reason} {AGAIN}") from error
 
 
 def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -163,6 +179,15 @@ def each_tensor(weights: Weights) -> Iterator[tuple[Path, str, torch.Tensor]]:
     for path in weights.files:
         for key, tensor in map_tensors(path).items():
             yield path, key, tensor
+
+
+def read_tensors(entries: dict[str, Entry]) -> dict[str, torch.Tensor]:
+    """Map or compute tensors, each file once."""
+    tensors = {key: entry.compute() for key, entry in entries.items() if entry.compute is not None}
+    for file in dict.fromkeys(entry.file for entry in entries.values() if entry.compute is None):
+        mapped = map_tensors(file)
+        tensors.update({key: mapped[key] for key, entry in entries.items() if entry.file == file})
+    return tensors
 
 
 def survey(weights: Weights) -> dict[str, Entry]:
@@ -253,5 +278,5 @@ def are_tied(found: dict[str, Entry]) -> bool:
     """Whether `lm_head` and the word embeddings are, or can be, one tensor."""
     if LM_HEAD not in found:
         return True
-    head, embeddings = (map_tensors(found[key].file)[key] for key in (LM_HEAD, EMBEDDINGS))
+    head, embeddings = (read_tensors({key: found[key]})[key] for key in (LM_HEAD, EMBEDDINGS))
     return head.dtype == embeddings.dtype and torch.equal(head, embeddings)

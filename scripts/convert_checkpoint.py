@@ -1,12 +1,16 @@
 #!/usr/bin/env python
-"""Prepare a checkpoint of the original VisualGLM-6B for today's transformers.
+"""Prepare a checkpoint of the original VisualGLM-6B for today's transformers, or bring one from or to SAT.
 
     python scripts/convert_checkpoint.py SRC DST
+    python scripts/convert_checkpoint.py --from sat --tokenizer ice_text.model SRC DST
+    python scripts/convert_checkpoint.py --to sat SRC DST
 
-SRC is the original folder: config.json, ice_text.model and the weights, .bin or .safetensors, sharded or not. DST will
-be a folder that loads with `trust_remote_code=True`: our code, configuration, tokenizer, processor, and the weights as
-safetensors, or, with --link, SRC's own weight files without a copy. Everything is checked before anything is written,
-weights are written shard by shard, and DST appears when it is complete or not at all.
+SRC is the original folder: config.json, ice_text.model and the weights, .bin or .safetensors, sharded or not; or a
+folder of SwissArmyTransformer (SAT): model_config.json, `latest` and mp_rank_00_model_states.pt in the folder of its
+iteration. DST will be a folder that loads with `trust_remote_code=True`: our code, configuration, tokenizer, processor,
+and the weights as safetensors, or, with --link, SRC's own weight files without a copy; with --to sat, a folder for SAT.
+Everything is checked before anything is written, weights are written shard by shard, and DST appears when it is
+complete or not at all.
 """
 
 import argparse
@@ -15,8 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import safetensors.torch
-from checkpoint_files import LM_HEAD, Entry, Weights, map_tensors
+from checkpoint_files import LM_HEAD, Entry, Weights, read_tensors
 from huggingface_hub import split_state_dict_into_shards_factory
 from prepared_folder import (
     SPARE_BYTES,
@@ -26,15 +29,29 @@ from prepared_folder import (
     check_target,
     kept_entries,
     read_checkpoint,
+    save_safetensors,
     write_description,
     write_json,
     written_whole,
 )
 from safetensors import SafetensorError
+from sat_checkpoint import (
+    MODEL_CONFIG,
+    TRACKER,
+    SatCheckpoint,
+    check_writable,
+    describe_written,
+    read_sat,
+    write_adapter,
+    write_sat,
+)
+from sat_layout import BLOCKS, PER_HEAD, LoraPair
 from tqdm import tqdm
 
 
 MAX_SHARD_SIZE = "5GB"
+ADAPTER_FOLDER = "adapter"
+SAT_VERSION = re.compile(r"0\.(\d+)(\.\d+)?")
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?[KMGT]?B", re.IGNORECASE)
 
 
@@ -46,25 +63,15 @@ def write_weights(folder: Path, entries: dict[str, Entry], max_shard_size: str) 
         filename_pattern=WEIGHT_FILE,
         max_shard_size=max_shard_size,
     )
-    total = sum(entry.num_bytes for entry in entries.values())
+    total = total_bytes(entries)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
         for name, keys in split.filename_to_tensors.items():
-            write_shard(folder / name, {key: entries[key] for key in keys})
+            tensors = read_tensors({key: entries[key] for key in keys})
+            save_safetensors(folder / name, {key: tensor.contiguous() for key, tensor in tensors.items()})
             progress.update(sum(entries[key].num_bytes for key in keys))
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         write_json(folder / f"{WEIGHT_FILE.format(suffix='')}.index.json", index)
-
-
-def write_shard(path: Path, entries: dict[str, Entry]) -> None:
-    tensors = {}
-    for file in dict.fromkeys(entry.file for entry in entries.values()):
-        mapped = map_tensors(file)
-        tensors.update({key: mapped[key].contiguous() for key, entry in entries.items() if entry.file == file})
-    path.touch()
-    mode = path.stat().st_mode
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors leaves it readable to its owner alone
 
 
 def link_weights(folder: Path, weights: Weights) -> None:
@@ -105,8 +112,20 @@ def convert(
     target = target.resolve()
     check_target(target)
     checkpoint = read_checkpoint(source, vocabulary)
+    write_prepared(target, checkpoint, max_shard_size, use_links)
+    return checkpoint
+
+
+def write_prepared(
+    target: Path,
+    checkpoint: Checkpoint,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    use_links: bool = False,
+    adapter: dict[str, LoraPair] | None = None,
+) -> None:
+    """Write a folder for transformers; an adapter goes into a folder of its own inside."""
     entries = kept_entries(checkpoint)
-    check_space(target, SPARE_BYTES + (0 if use_links else sum(entry.num_bytes for entry in entries.values())))
+    check_space(target, SPARE_BYTES + (0 if use_links else total_bytes(entries)))
     checkpoint.config.tie_word_embeddings = checkpoint.is_tied
     checkpoint.config.text_config.tie_word_embeddings = checkpoint.is_tied
     with written_whole(target) as folder:
@@ -115,7 +134,66 @@ def convert(
         else:
             write_weights(folder, entries, max_shard_size)
         write_description(folder, checkpoint.config, checkpoint.tokenizer)
-    return checkpoint
+        if adapter:
+            write_adapter(folder / ADAPTER_FOLDER, adapter)
+
+
+def convert_from_sat(
+    source: Path,
+    target: Path,
+    vocabulary: Path | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    version: str | None = None,
+    lora: str = "adapter",
+) -> SatCheckpoint:
+    """Convert a SAT checkpoint into the new folder `target`.
+
+    Args:
+        source: SAT folder, or the folder of one iteration in it.
+        target, vocabulary, max_shard_size: as in `convert`.
+        version: "0.3" or "0.4", which decides the order of fused rows; None to find out.
+        lora: what to do with a LoRA: "adapter" writes it for PEFT into `target`/adapter, "merge" folds it into the
+            weights, "only" makes `target` the adapter, without weights.
+
+    Raises:
+        ValueError: something is missing, damaged, does not belong together, or cannot be known; nothing was written.
+    """
+    target = target.resolve()
+    check_target(target)
+    found = read_sat(source, vocabulary, version, lora)
+    if lora == "only":
+        with written_whole(target) as folder:
+            write_adapter(folder, found.adapter)
+    else:
+        write_prepared(target, found.checkpoint, max_shard_size, adapter=found.adapter)
+    return found
+
+
+def convert_to_sat(checkpoint: Checkpoint, target: Path, version: str = BLOCKS) -> None:
+    """Write a checkpoint that was read as a new SAT folder.
+
+    Args:
+        checkpoint: from `read_checkpoint`.
+        target: folder to be; may exist if it is empty.
+        version: "0.3" or "0.4", which decides the order of fused rows.
+
+    Raises:
+        ValueError: SAT could not read it; nothing was written.
+    """
+    target = target.resolve()
+    check_target(target)
+    check_writable(checkpoint)
+    check_space(target, SPARE_BYTES + 2 * total_bytes(checkpoint.entries))  # with the scratch files
+    with written_whole(target) as folder:
+        write_sat(folder, checkpoint, version)
+
+
+def total_bytes(entries: dict[str, Entry]) -> int:
+    return sum(entry.num_bytes for entry in entries.values())
+
+
+def looks_like_sat(source: Path) -> bool:
+    return not (source / "config.json").exists() and any((source / name).exists() for name in (MODEL_CONFIG, TRACKER))
 
 
 def shard_size(text: str) -> str:
@@ -124,6 +202,12 @@ def shard_size(text: str) -> str:
             f"a size is a number and KB, MB or GB, such as {MAX_SHARD_SIZE}; found {text!r}"
         )
     return text.upper()
+
+
+def sat_version(text: str) -> str:
+    if not (match := SAT_VERSION.fullmatch(text)):
+        raise argparse.ArgumentTypeError(f"a version of SAT is 0.3 or 0.4, or in full such as 0.3.6; found {text!r}")
+    return PER_HEAD if int(match[1]) < 4 else BLOCKS
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -137,22 +221,70 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--max-shard-size", metavar="SIZE", type=shard_size, default=MAX_SHARD_SIZE, help="default: %(default)s"
     )
     parser.add_argument("--link", action="store_true", help="link SRC's weight files instead of writing new ones")
-    return parser.parse_args(argv)
+    formats = {"choices": ("hf", "sat"), "metavar": "hf|sat"}
+    parser.add_argument("--from", dest="origin", **formats, help="what SRC is; default: what it looks like")
+    parser.add_argument("--to", dest="destination", **formats, default="hf", help="what DST will be; default: hf")
+    parser.add_argument(
+        "--sat-version",
+        metavar="VERSION",
+        type=sat_version,
+        help="SAT's side: 0.3 (rows of query_key_value per head) or 0.4 (in blocks); default: found out, or 0.4",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("adapter", "merge", "only"),
+        default="adapter",
+        help="a LoRA in a SAT checkpoint becomes a PEFT adapter in DST/adapter (default), is merged, or is all of DST",
+    )
+    arguments = parser.parse_args(argv)
+    arguments.origin = arguments.origin or ("sat" if looks_like_sat(arguments.source) else "hf")
+    if arguments.link and "sat" in (arguments.origin, arguments.destination):
+        parser.error("--link keeps weight files as they are; SAT's are different ones.")
+    if arguments.destination == "sat" and arguments.origin == "sat" and arguments.lora != "merge":
+        parser.error("from SAT to SAT a checkpoint keeps no adapter; use --lora merge.")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert as the arguments say, and say what the user should know."""
+    size, version = arguments.max_shard_size, arguments.sat_version
+    notes: list[str] = []
+    if arguments.destination == "sat":
+        if arguments.origin == "sat":
+            found = read_sat(arguments.source, arguments.tokenizer, version, arguments.lora)
+            checkpoint, version, notes = found.checkpoint, found.version, [*found.notes]
+        else:
+            checkpoint = read_checkpoint(arguments.source, arguments.tokenizer)
+        convert_to_sat(checkpoint, arguments.target, version or BLOCKS)
+        notes += describe_written(checkpoint.config)
+    elif arguments.origin == "sat":
+        found = convert_from_sat(arguments.source, arguments.target, arguments.tokenizer, size, version, arguments.lora)
+        checkpoint, notes = found.checkpoint, [*found.notes]
+    else:
+        checkpoint = convert(arguments.source, arguments.target, arguments.tokenizer, size, arguments.link)
+    if not checkpoint.is_tied and checkpoint.entries[LM_HEAD].dtype.is_floating_point:
+        notes.append("warning: lm_head and the word embeddings differ, unlike the original's; both are kept.")
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def describe_use(arguments: argparse.Namespace) -> str:
+    if arguments.destination == "sat":
+        return "load it with SwissArmyTransformer."
+    if arguments.lora == "only":
+        return "load it with peft, on the weights that it was trained on."
+    return "load it with trust_remote_code=True, check it with scripts/selftest.py."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = parse_arguments(argv)
     try:
-        checkpoint = convert(
-            arguments.source, arguments.target, arguments.tokenizer, arguments.max_shard_size, arguments.link
-        )
+        run(arguments)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if not checkpoint.is_tied and checkpoint.entries[LM_HEAD].dtype.is_floating_point:
-        print("warning: lm_head and the word embeddings differ, unlike the original's; both are kept.", file=sys.stderr)
-    print(f"{arguments.target} is ready: load it with trust_remote_code=True, check it with scripts/selftest.py.")
+    print(f"{arguments.target} is ready: {describe_use(arguments)}")
     return 0
 
 

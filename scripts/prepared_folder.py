@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
+import torch
 from checkpoint_files import (
     IGNORED,
     LM_HEAD,
@@ -116,6 +118,14 @@ def kept_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
         for key, entry in checkpoint.entries.items()
         if not IGNORED.search(key) and not (checkpoint.is_tied and key == LM_HEAD)
     }
+
+
+def save_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors to a file as readable as any new one."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors leaves it readable to its owner alone
 
 
 def write_json(path: Path, content: dict) -> None:

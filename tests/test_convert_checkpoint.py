@@ -555,7 +555,7 @@ def test_nothing_is_left_when_the_user_interrupts(door, tiny_original, tmp_path,
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(door, "write_shard", interrupt)
+    monkeypatch.setattr(door, "save_safetensors", interrupt)
     with pytest.raises(KeyboardInterrupt):
         door.main([str(tiny_original), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []
