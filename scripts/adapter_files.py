@@ -1,0 +1,119 @@
+"""A PEFT adapter's folder: whether it is one, whether it belongs to a model, and putting it on.
+
+Beside PEFT's own two files there may be `base_model.json` with a few numbers of the model that the adapter was trained
+on. Shapes alone do not tell two models apart; these do, whatever the number format or the quantization.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILE = "adapter_model.safetensors"
+BASE_FILE = "base_model.json"
+SAMPLES = 8  # numbers of each tensor
+TOLERANCE = 0.02  # of the largest sample: two roundings to bfloat16
+WITHOUT_PEFT = "Adapters need PEFT: pip install -e '.[train]'"
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, list[float]]:
+    """A few numbers by which to know a base model again: of tensors that neither adapters nor quantization change."""
+    tensors = {
+        "transformer.word_embeddings.weight": model.get_input_embeddings().weight,
+        "transformer.final_layernorm.weight": model.get_decoder().final_layernorm.weight,
+        "image_encoder.qformer.transformer.word_embeddings.weight": model.image_encoder.qformer.transformer[
+            "word_embeddings"
+        ].weight,
+    }
+    return {name: sample(tensor) for name, tensor in tensors.items()}
+
+
+def sample(tensor: torch.Tensor) -> list[float]:
+    """Numbers from all over a tensor."""
+    flat = tensor.detach().flatten()
+    return [round(value, 5) for value in flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().tolist()]
+
+
+def write_fingerprint(folder: Path, samples: dict[str, list[float]]) -> None:
+    (folder / BASE_FILE).write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
+
+
+def check_fingerprint(folder: Path, model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if the adapter says that it was trained on another model; not all adapters say so."""
+    if not (folder / BASE_FILE).is_file():
+        return
+    expected, found = read_json(folder / BASE_FILE), fingerprint(model)
+    for name, values in found.items():
+        wanted = expected.get(name, [])
+        limit = TOLERANCE * max(map(abs, values), default=0)
+        if len(wanted) != len(values) or any(abs(a - b) > limit for a, b in zip(wanted, values, strict=True)):
+            raise ValueError(
+                f"The adapter in {str(folder)!r} was trained on another base model: {name} differs. Give the folder "
+                f"that it was trained on, which was {read_config(folder).get('base_model_name_or_path')!r}."
+            )
+
+
+def read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} must hold an object, found {type(content).__name__}.")
+    return content
+
+
+def read_config(folder: Path) -> dict:
+    """PEFT's description of the adapter; a `ValueError` if the folder holds none."""
+    for name in (CONFIG_FILE, WEIGHT_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"no adapter in {str(folder)!r}: there is no {name}. finetune_visualglm.py writes one into the folder "
+                "'adapter' of its --save."
+            )
+    return read_json(folder / CONFIG_FILE)
+
+
+def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Put an adapter on a model, for answering.
+
+    Args:
+        model: the base model that the adapter was trained on, quantized or not.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The same model, whose `chat`, `stream_chat` and `generate` now use the adapter.
+
+    Raises:
+        ValueError: no adapter there, a damaged one, or one of another base model; PEFT is not installed.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ValueError(WITHOUT_PEFT) from error
+    folder = Path(folder).expanduser()
+    read_config(folder)
+    check_fingerprint(folder, model)
+    try:
+        with safe_open(folder / WEIGHT_FILE, framework="pt") as file:
+            stored = set(file.keys())
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {first_line(error)}") from error
+    expected = set(get_peft_model_state_dict(adapted))
+    if stored != expected:
+        some = sorted(stored ^ expected)[0]
+        raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {some} is on one side only.")
+    if adapted.active_peft_config.is_prompt_learning:
+        # A prefix is no part of any layer: PEFT gives it to `generate` as the start of the cache.
+        model.prepare_inputs_for_generation = adapted.prepare_inputs_for_generation
+    return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without its paragraphs of advice."""
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
