@@ -255,7 +255,9 @@ def test_closing_drains_and_refuses(loaded, prompts):
     answers = [engine.submit(prompt, GREEDY) for prompt in prompts]
     closing = threading.Thread(target=engine.close)
     closing.start()
-    wait_until(lambda: not engine.is_ready)
+    with pytest.raises(EngineClosed, match="shutting down"):  # noqa: PT012
+        while True:
+            engine.check_alive()
     with pytest.raises(EngineClosed, match="shutting down"):
         engine.submit(prompts[0])
     closing.join(SECONDS)

@@ -39,10 +39,13 @@ FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE_BESIDE_HALF_WIDTH = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
 
+def has_chinese(text: str) -> bool:
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
 def is_english(text: str) -> bool:
     """Whether `text` asks for the `Q:`/`A:` prompt: it has a Latin letter and no Chinese character."""
-    has_chinese = any("\u4e00" <= character <= "\u9fff" for character in text)
-    return not has_chinese and any("a" <= character <= "z" for character in text.lower())
+    return not has_chinese(text) and any("a" <= character <= "z" for character in text.lower())
 
 
 def check_text(text: str, what: str) -> str:

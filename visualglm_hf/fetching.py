@@ -18,8 +18,10 @@ Standard library only. For programs that a user runs; a server must decide itsel
 
 import base64
 import binascii
+import http.client
 import os
 import urllib.request
+from collections.abc import Callable
 
 
 DOWNLOAD_TIMEOUT = 30  # seconds
@@ -41,13 +43,15 @@ def fetch_picture(source):
     return source if decoded is None else decoded
 
 
-def download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "visualglm-hf"})
+def download(url: str, open_url: Callable = urllib.request.urlopen) -> bytes:
+    """Return the bytes behind `url`; a `ValueError` as in `fetch_picture`. `open_url` may be choosier than urllib."""
     try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+        request = urllib.request.Request(url, headers={"User-Agent": "visualglm-hf"})
+        with open_url(request, timeout=DOWNLOAD_TIMEOUT) as response:
             data = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors; ValueError for a malformed URL
-        raise ValueError(f"Cannot download the picture {url!r}: {error}. Save it and give its path.") from error
+    # URLError and HTTPError are OSErrors; HTTPException for what is no HTTP, ValueError for a malformed URL.
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"Cannot download the picture {url!r}: {error}. Save it and pass the file.") from error
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"The picture {url!r} is larger than {MAX_DOWNLOAD_BYTES} bytes; scale it down and try again.")
     return data

@@ -280,8 +280,7 @@ class Engine:
 
     def check_room(self, requests: int = 1) -> None:
         """Raise `QueueFull` or `EngineClosed` if `submit` would now: worth asking before work for a request is done."""
-        if self._is_closing or not self._worker.is_alive():
-            raise EngineClosed("The server is shutting down." if self._is_closing else "The engine has failed.")
+        self.check_alive()
         if len(self._unfinished) + requests > self.limits.max_batch_size + self.limits.max_waiting:
             self.metrics.requests.labels("refused").inc(requests)
             turns = 1 + len(self._waiting) / self.limits.max_batch_size
@@ -302,10 +301,10 @@ class Engine:
             answer.cancel()
         self._worker.join()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether it takes requests."""
-        return self._worker.is_alive() and not self._is_closing
+    def check_alive(self) -> None:
+        """Raise `EngineClosed` if it takes no requests any more."""
+        if self._is_closing or not self._worker.is_alive():
+            raise EngineClosed("The server is shutting down." if self._is_closing else "The engine has failed.")
 
     def _check_settings(self, prompt: Prompt, settings: Settings) -> None:
         wanted, limit = settings.max_new_tokens, self.limits.max_new_tokens

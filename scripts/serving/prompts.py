@@ -20,6 +20,10 @@ from visualglm_hf.image_processing_visualglm import open_picture
 PICTURES_AT_A_TIME = 2  # decoded side by side; one may take 256 MiB
 
 
+class PictureTooLarge(ValueError):
+    """An encoded picture has more bytes than the server takes."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A conversation that waits for its next answer.
@@ -88,7 +92,7 @@ class PromptBuilder:
                 raise ValueError("A picture must be a data: URI or the data itself; no path or address is opened here.")
             size = len(picture) if isinstance(picture, bytes) else len(picture) * 3 // 4  # base64
             if size > self.max_picture_bytes:
-                raise ValueError(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
+                raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
         return open_picture(picture)
 
 

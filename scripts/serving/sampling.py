@@ -26,6 +26,8 @@ from visualglm_hf.chat import RefuseNan
 MAX_SEED = 2**63 - 1
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
+MIN_TEMPERATURE = 1e-3  # below, scores divided by it would overflow
+PENALTIES = (0.01, 100)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Settings:
         max_new_tokens: of the answer; None for as many as the context has room for.
         max_length: of prompt and answer together, in tokens; None for the model's context.
         min_length: of prompt and answer together: before, the answer does not end.
-        temperature: 0 always takes the likeliest token; then top_p, top_k and seed do not matter.
+        temperature: 0, or anything below `MIN_TEMPERATURE`, always takes the likeliest token; then top_p, top_k and
+            seed do not matter.
         top_p: choose among the likeliest tokens that together have this probability.
         top_k: choose among this many likeliest tokens; 0 for all.
         repetition_penalty: for tokens that prompt and answer contain already; 1 for none.
@@ -67,11 +70,16 @@ class Settings:
         check("temperature", 0 <= self.temperature < math.inf, "0 (for the likeliest token) or more")
         check("top_p", 0 <= self.top_p <= 1, "from 0 to 1")
         check("top_k", self.top_k >= 0, "0 (for all tokens) or more")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 for none)")
+        low, high = PENALTIES
+        check("repetition_penalty", low <= self.repetition_penalty <= high, f"from {low} to {high} (1 for none)")
         check("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
         is_usable = not isinstance(self.stop, str) and len(self.stop) <= MAX_STOPS
         is_usable = is_usable and all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop)
         check("stop", is_usable, f"a list of up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE
 
     def _check(self, name: str, is_valid: bool, expected: str) -> None:
         if not is_valid:
@@ -85,7 +93,7 @@ class Chooser:
         self.vocab_size = vocab_size  # of the tokenizer: the model has rows beyond it, which mean nothing
         self.processors = score_processors(settings, eos_token_id, device)
         self.generator = None
-        if settings.temperature:
+        if not settings.is_greedy:
             seed = secrets.randbelow(MAX_SEED) if settings.seed is None else settings.seed
             self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -113,7 +121,7 @@ def score_processors(settings: Settings, eos_token_id: int, device: torch.device
     if settings.suppress_tokens:
         processors.append(SuppressTokensLogitsProcessor(list(settings.suppress_tokens), device=device))
     processors.append(RefuseNan())
-    if settings.temperature:
+    if not settings.is_greedy:
         processors.append(TemperatureLogitsWarper(float(settings.temperature)))
         if settings.top_k:
             processors.append(TopKLogitsWarper(settings.top_k))
@@ -139,6 +147,6 @@ class RowSampler(LogitsProcessor):
                 return row.chooser.choose(
                     input_ids[index : index + 1, -len(row.token_ids) :], scores[index : index + 1]
                 )
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # NaN, or torch's; the other rows have nothing to do with it
                 row.fail(error)
         return torch.full((1,), self.pad_token_id, device=scores.device)

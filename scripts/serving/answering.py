@@ -1,0 +1,56 @@
+"""What the routes have in common: from a request's messages to answers, for as long as the client is there."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+
+from .engine import Answer, Completion, Engine, EngineClosed
+from .errors import ApiError
+from .prompts import PictureTooLarge
+from .sampling import Settings
+
+
+async def ask(
+    engine: Engine, messages: Sequence[Mapping], settings: Sequence[Settings], english: bool | None = None
+) -> list[Answer]:
+    """Submit a conversation once for each of the `settings`; an `ApiError` for whatever is wrong with it."""
+    engine.check_room(len(settings))  # before pictures are opened
+    try:
+        prompt = await run_in_threadpool(engine.prepare, messages, english)
+        return engine.submit_all(prompt, settings)
+    except PictureTooLarge as error:
+        raise ApiError(413, str(error), code="picture_too_large") from error
+    except ValueError as error:
+        raise ApiError(400, str(error), code="invalid_request") from error
+
+
+async def complete(request: Request, answers: Sequence[Answer]) -> list[Completion]:
+    """Wait for all `answers`; cancel them when the client leaves, who then gets no response."""
+    done = asyncio.gather(*(answer.completion() for answer in answers))
+    gone = asyncio.create_task(disconnected(request))
+    try:
+        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise ApiError(499, "The client has left.")  # nginx's number; nobody reads it
+        return [check_complete(completion) for completion in done.result()]
+    except ValueError as error:  # NaN
+        raise ApiError(500, str(error), code="model_failed") from error
+    finally:
+        for answer in answers:
+            answer.cancel()
+        done.cancel()
+        gone.cancel()
+
+
+def check_complete(completion: Completion) -> Completion:
+    """An answer that the engine cancelled, because it was closed, is none."""
+    if completion.finish_reason == "cancelled":
+        raise EngineClosed("The server was stopped before the answer was complete.")
+    return completion
+
+
+async def disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

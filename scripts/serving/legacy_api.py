@@ -1,0 +1,104 @@
+"""`POST /`, the API of the original `api_hf.py`: its fields, its defaults, its answer; but the history has the turn.
+
+Source: `api_hf.py` and `model/infer_util.py` of the original.
+"""
+
+import json
+import time
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
+
+from visualglm_hf.conversation import has_chinese
+
+from .answering import ask, complete
+from .engine import Engine
+from .errors import ApiError, responses
+from .sampling import Settings
+
+
+EXAMPLE = {"image": "", "text": "Hello", "history": []}
+
+
+class LegacyRequest(BaseModel):
+    """Other fields are ignored, as they always were."""
+
+    image: str | None = Field(
+        "", description="base64 of a picture, line breaks allowed, or a data: URI; empty for none"
+    )
+    text: str = Field(description="the question")
+    history: list[tuple[str, str]] | None = Field([], description="[question, answer] pairs, oldest first")
+    max_length: int = Field(2048, description="of prompt and answer, in tokens")
+    min_length: int = Field(50, description="of prompt and answer, in tokens")
+    temperature: float = 0.8
+    top_p: float = 0.4
+    top_k: int = 100
+    repetition_penalty: float = 1.2
+
+    def settings(self) -> Settings:
+        return Settings(**self.model_dump(exclude={"image", "text", "history"}))
+
+    def messages(self) -> list[dict]:
+        """The conversation; its picture stands in front, as in the original."""
+        turns = [(role, text) for turn in self.history or () for role, text in zip(ROLES, turn, strict=True)]
+        messages = [{"role": role, "content": text} for role, text in [*turns, ("user", self.text)]]
+        if self.image:
+            uri = self.image if self.image[:5].lower() == "data:" else f"data:;base64,{self.image}"
+            first = {"type": "text", "text": messages[0]["content"]}
+            messages[0]["content"] = [{"type": "image", "image": uri}, first]
+        return messages
+
+
+class LegacyResponse(BaseModel):
+    result: str
+    history: list[tuple[str, str]]
+    status: int
+    time: str = Field(examples=["2023-05-17 12:00:00"])
+
+
+ROLES = ("user", "assistant")
+
+
+def create_router(get_engine: Callable[[], Engine]) -> APIRouter:
+    router = APIRouter(tags=["original"])
+    schema = {"application/json": {"schema": LegacyRequest.model_json_schema(), "example": EXAMPLE}}
+
+    @router.post(
+        "/",
+        response_model=LegacyResponse,
+        responses=responses(400, 401, 413, 422, 429, 500, 503, 504),
+        openapi_extra={"requestBody": {"required": True, "content": schema}},
+    )
+    async def answer(request: Request) -> LegacyResponse:
+        """Ask about a picture, or go on with a conversation; the API of the original VisualGLM-6B."""
+        engine = get_engine()
+        asked = parse(await request.body())
+        try:
+            settings = asked.settings()
+        except ValueError as error:
+            raise ApiError(400, str(error), code="invalid_request") from error
+        english = not has_chinese(asked.text)
+        answers = await ask(engine, asked.messages(), [settings], english)
+        [completion] = await complete(request, answers)
+        return LegacyResponse(
+            result=completion.text,
+            history=[*(asked.history or ()), (asked.text, completion.text)],
+            status=200,
+            time=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+
+    return router
+
+
+def parse(body: bytes) -> LegacyRequest:
+    """Like FastAPI's parsing, but a string may contain line breaks, as base64 on a command line does."""
+    try:
+        content = json.loads(body, strict=False)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is no valid JSON: {error}.", code="invalid_json") from error
+    try:
+        return LegacyRequest.model_validate(content)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
