@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
+
+from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -17,7 +20,6 @@ WEIGHT_FILE = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
 SAMPLES = 8  # numbers of each tensor
 TOLERANCE = 0.02  # of the largest sample: two roundings to bfloat16
-WITHOUT_PEFT = "Adapters need PEFT: pip install -e '.[train]'"
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, list[float]]:
@@ -83,7 +85,7 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
 
     Args:
         model: the base model that the adapter was trained on, quantized or not.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`, of LoRA or prefix tuning.
 
     Returns:
         The same model, whose `chat`, `stream_chat` and `generate` now use the adapter.
@@ -91,27 +93,38 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
     Raises:
         ValueError: no adapter there, a damaged one, or one of another base model; PEFT is not installed.
     """
+    folder = Path(folder).expanduser()
+    config = read_config(folder)
+    check_fingerprint(folder, model)
+    attach = attach_prefix if config.get("peft_type") == "PREFIX_TUNING" else attach_layers
+    try:
+        attach(model, folder)
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {first_line(error)}") from error
+    return model.eval()
+
+
+def attach_prefix(model: PreTrainedModel, folder: Path) -> None:
+    """Give the prefix that PEFT has trained to the model's own prefix encoder, which all of `generate` knows."""
+    table = load_file(folder / WEIGHT_FILE)["prompt_embeddings"]
+    config = model.config.get_text_config()
+    config.pre_seq_len, config.prefix_projection = len(table), False
+    encoder = VisualGLMPrefixEncoder(config).to(model.device, torch.float32)
+    encoder.embedding.load_state_dict({"weight": table})
+    model.get_decoder().prefix_encoder = encoder
+
+
+def attach_layers(model: PreTrainedModel, folder: Path) -> None:
+    """Let PEFT put additions beside the model's layers; a `ValueError` if not all of them find their place."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
-        raise ValueError(WITHOUT_PEFT) from error
-    folder = Path(folder).expanduser()
-    read_config(folder)
-    check_fingerprint(folder, model)
-    try:
-        with safe_open(folder / WEIGHT_FILE, framework="pt") as file:
-            stored = set(file.keys())
-        adapted = PeftModel.from_pretrained(model, folder)
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {first_line(error)}") from error
-    expected = set(get_peft_model_state_dict(adapted))
-    if stored != expected:
-        some = sorted(stored ^ expected)[0]
-        raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {some} is on one side only.")
-    if adapted.active_peft_config.is_prompt_learning:
-        # A prefix is no part of any layer: PEFT gives it to `generate` as the start of the cache.
-        model.prepare_inputs_for_generation = adapted.prepare_inputs_for_generation
-    return model.eval()
+        raise ValueError("PEFT is not installed: pip install -e '.[train]'") from error
+    with safe_open(folder / WEIGHT_FILE, framework="pt") as file:
+        stored = set(file.keys())
+    differing = sorted(stored ^ set(get_peft_model_state_dict(PeftModel.from_pretrained(model, folder))))
+    if differing:
+        raise ValueError(f"{differing[0]} and {len(differing) - 1} more are in the adapter or in the model alone")
 
 
 def first_line(error: Exception) -> str:

@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="checkpoint folder (default: models/visualglm-tiny of this checkout)",
     )
+    add("--adapter", type=Path, metavar="FOLDER", help="what finetune_visualglm.py has trained on the checkpoint")
     add("--image", metavar="PATH_OR_URL", help="picture to begin with; together with --query, print one answer and end")
     add("--query", metavar="TEXT", help="question to answer on stdout, without a conversation")
     add("--english", action="store_true", help="answer in English only")
@@ -317,7 +318,9 @@ def open_model(arguments: argparse.Namespace) -> tuple:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model, tokenizer = load_model(arguments.model, arguments.device, arguments.dtype, arguments.quant)
+    model, tokenizer = load_model(
+        arguments.model, arguments.device, arguments.dtype, arguments.quant, arguments.adapter
+    )
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     return model, tokenizer

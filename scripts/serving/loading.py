@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from adapter_files import attach_adapter
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,11 @@ SPARE_MEMORY = 1.2  # times the weights: activations, cache, the rest of the pro
 
 
 def load_model(
-    folder: str | Path, device: str = "auto", dtype: str = "auto", quant: int | None = None
+    folder: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    quant: int | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint for answering; what was chosen for "auto" is said on stderr.
 
@@ -32,9 +37,11 @@ def load_model(
         dtype: "float32", "float16" or "bfloat16"; "auto" takes float16 on an accelerator, and on a CPU float32 where
             it fits into the free memory, else bfloat16.
         quant: 4 or 8 to quantize the language model to that many bits, before it moves to the device.
+        adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
 
     Raises:
-        ValueError: no VisualGLM in the folder, damaged or missing weights, or a device that is not there.
+        ValueError: no VisualGLM in the folder, damaged or missing weights, an adapter that does not fit, or a device
+            that is not there.
     """
     folder = Path(folder).expanduser()
     check_folder(folder)
@@ -48,6 +55,8 @@ def load_model(
         raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
     if quant:
         model = model.quantize(quant)
+    if adapter:
+        attach_adapter(model, adapter)
     return model.to(chosen_device).eval(), tokenizer
 
 

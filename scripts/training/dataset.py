@@ -13,7 +13,7 @@ Not here: prompts and tokens (`encoding.py`).
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -123,7 +123,7 @@ def describe_problems(problems: list[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-@lru_cache(maxsize=None)
+@cache
 def check_picture(picture: Path) -> None:
     """Raise a `ValueError` if a picture is missing or damaged; each is decoded once, to the end."""
     open_picture(picture)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from training.dataset import Conversation
 
+from training.dataset import Conversation
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_hf.processing_visualglm import VisualGLMProcessor
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+
 from training.encoding import IGNORED, Collator, Example
 
 

@@ -25,6 +25,8 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from serving.loading import check_folder
 from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
 from training.adapters import (
     add_adapter,
     count_targets,
@@ -37,8 +39,6 @@ from training.adapters import (
 from training.dataset import read_dataset
 from training.encoding import Collator, Encoder, Example, describe_truncation
 from training.report import measure, plot_curves, write_report
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 
 
