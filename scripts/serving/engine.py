@@ -385,7 +385,7 @@ class Engine:
         self.metrics.prompt_tokens.inc(length)
         return Row(
             prompt.token_ids,
-            Chooser(settings, len(self.tokenizer), self.eos_token_id, self.model.device),
+            Chooser(settings, length, len(self.tokenizer), self.eos_token_id, self.model.device),
             self.eos_token_id,
             max_length,
             self._encode(prompt.pixel_values),

@@ -76,6 +76,7 @@ class ChatRequest(Strict):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description="of the answer; by default, until it ends")
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    min_tokens: int = Field(0, ge=0, description="an extension: of the answer, before which it does not end")
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.4, ge=0, le=1)
     top_k: int = Field(100, ge=0, description="an extension: 0 for all tokens")
@@ -102,6 +103,7 @@ class ChatRequest(Strict):
         return [
             Settings(
                 max_new_tokens=self.max_completion_tokens or self.max_tokens,
+                min_new_tokens=self.min_tokens,
                 temperature=self.temperature,
                 top_p=self.top_p,
                 top_k=self.top_k,

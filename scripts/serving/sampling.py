@@ -7,7 +7,7 @@ settings share a batch and none depends on its neighbours. The scores are shaped
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.generation import (
@@ -37,6 +37,7 @@ class Settings:
     Args:
         max_new_tokens: of the answer; None for as many as the context has room for.
         max_length: of prompt and answer together, in tokens; None for the model's context.
+        min_new_tokens: of the answer: before, it does not end.
         min_length: of prompt and answer together: before, the answer does not end.
         temperature: 0, or anything below `MIN_TEMPERATURE`, always takes the likeliest token; then top_p, top_k and
             seed do not matter.
@@ -53,6 +54,7 @@ class Settings:
 
     max_new_tokens: int | None = None
     max_length: int | None = None
+    min_new_tokens: int = 0
     min_length: int = 0
     temperature: float = 0.8
     top_p: float = 0.4
@@ -66,6 +68,7 @@ class Settings:
         check = self._check
         check("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "1 or more")
         check("max_length", self.max_length is None or self.max_length >= 1, "1 or more")
+        check("min_new_tokens", self.min_new_tokens >= 0, "0 or more")
         check("min_length", self.min_length >= 0, "0 or more")
         check("temperature", 0 <= self.temperature < math.inf, "0 (for the likeliest token) or more")
         check("top_p", 0 <= self.top_p <= 1, "from 0 to 1")
@@ -89,8 +92,12 @@ class Settings:
 class Chooser:
     """Chooses the tokens of one answer, as `generate` would if it ran alone with these settings and this seed."""
 
-    def __init__(self, settings: Settings, vocab_size: int, eos_token_id: int, device: torch.device):
+    def __init__(
+        self, settings: Settings, prompt_length: int, vocab_size: int, eos_token_id: int, device: torch.device
+    ):
         self.vocab_size = vocab_size  # of the tokenizer: the model has rows beyond it, which mean nothing
+        min_length = max(settings.min_length, prompt_length + settings.min_new_tokens)
+        settings = replace(settings, min_length=min_length if min_length > prompt_length else 0)
         self.processors = score_processors(settings, eos_token_id, device)
         self.generator = None
         if not settings.is_greedy:

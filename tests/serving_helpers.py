@@ -1,0 +1,78 @@
+"""Real servers for tests: the application in a thread of this process, or the door in a process of its own."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from serving.app import ApiOptions, create_app
+
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models" / "visualglm-tiny"
+PICTURES = sorted((ROOT / "examples").glob("*.png"))
+SECONDS = 120  # until a busy machine has loaded the tiny model
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def serve(engine, **options) -> Iterator[str]:
+    """The application on `engine` in a thread; yields its address."""
+    app = create_app(lambda: engine, ApiOptions(model_name="visualglm-tiny", **options))
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextlib.contextmanager
+def open_door(*options: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`scripts/api_hf.py` in a process; yields its address as soon as it listens, and the process."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "scripts" / "api_hf.py"), "--port", str(port), "--device", "cpu", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: health(url) is not None or process.poll() is not None)
+        yield url, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def health(url: str) -> int | None:
+    """The status of `GET /health`; None if nobody listens."""
+    try:
+        with urllib.request.urlopen(url + "/health", timeout=10) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
