@@ -10,8 +10,11 @@ original's scripts, in either spelling (`--train-iters`, `--train_iters`).
 """
 
 import argparse
+import importlib.util
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,11 +243,11 @@ def say(line: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing. Fine-tuning needs: pip install -e '.[train]'") from error
+    missing = [name for name in ("peft", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not installed. Fine-tuning needs: pip install -e '.[train]'")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # names of options that change within transformers 5
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that it lacks optional kernels
     if arguments.memory:
         from training.memory import memory_table
 

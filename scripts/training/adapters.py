@@ -3,12 +3,15 @@
 Not here: loading a trained adapter (`adapter_files.py`), data, and how training goes (`run.py`).
 """
 
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from adapter_files import first_line
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -44,12 +47,26 @@ def load_base(
         backend: "lowbit" for this package's own linear layers, "nf4" for those of bitsandbytes (4 bits).
 
     Raises:
-        ValueError: bits that the backend does not have, or bitsandbytes is not installed.
+        ValueError: bits that the backend does not have, bitsandbytes is not installed, or weights are missing,
+            damaged or quantized already.
     """
     quantization_config = quantization(dtype, bits, backend) if bits else None
-    return VisualGLMForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization_config
-    )
+    try:
+        model, info = VisualGLMForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, quantization_config=quantization_config, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} lacks {len(missing)} weights, among them {missing[0]}; they would be random."
+        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # In its first evaluation on a CPU, bitsandbytes packs the codes in a way that it cannot train with.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def quantization(dtype: torch.dtype, bits: int, backend: str) -> LowBitConfig | BitsAndBytesConfig:

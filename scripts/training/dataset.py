@@ -217,7 +217,7 @@ def read_message(message: object, index: int, marks: bool) -> tuple[dict, list[s
             slots += [None] * (text.count(PICTURE_MARK) if marks else 0)
             texts.append(text.replace(PICTURE_MARK, "").strip() if marks and PICTURE_MARK in text else text)
         else:
-            raise ValueError(f"messages[{index}] has a part that is no text and no picture by its file name: {part!r}.")
+            raise ValueError(f"messages[{index}] has a part that is neither text nor the name of a picture: {part!r}.")
     check_names([name for name in slots if name is not None])
     content = [{"type": "image"}] * len(slots) + [text_part("\n".join(texts), f"messages[{index}]")]
     return {"role": message["role"], "content": content}, slots
