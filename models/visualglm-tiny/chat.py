@@ -156,7 +156,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
 
 
 class ChatMixin:
-    """Conversation for a model with `generate`, `get_image_features` and a VisualGLM config."""
+    """Conversation for a model with `generate`, `get_image_features`, `input_device` and a VisualGLM config."""
 
     def chat(
         self,
@@ -293,10 +293,10 @@ class ChatMixin:
         if new_image is not None:
             digest, pixel_values = new_image
             with torch.no_grad():
-                embeds = self.get_image_features(pixel_values.to(self.device), return_dict=True).pooler_output
+                embeds = self.get_image_features(pixel_values.to(self.input_device), return_dict=True).pooler_output
             images.append(RememberedImage(image_turns[-1], digest, embeds))
         if images:
-            inputs["image_embeds"] = torch.cat([image.embeds.to(self.device) for image in images])
+            inputs["image_embeds"] = torch.cat([image.embeds.to(self.input_device) for image in images])
         return Turn(inputs, query, history, tuple(images))
 
     def open_new_image(self, image_path, images: list[RememberedImage]) -> tuple[str, torch.Tensor] | None:
@@ -313,7 +313,7 @@ class ChatMixin:
         """`input_ids` and `attention_mask` [1, S]; a `ValueError` if there is no room for an answer."""
         prompt = expand_images(prompt, num_images, self.config.qformer_config.num_query_tokens)
         # Special tokens that a user types are text: only the marks of the prompt stand for special tokens.
-        inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(self.device)
+        inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(self.input_device)
         length = inputs["input_ids"].shape[1]
         self.check_length(length)
         if max_length is not None and length >= max_length:

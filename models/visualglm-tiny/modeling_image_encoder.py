@@ -188,8 +188,10 @@ class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
         """[B, 3, height, width] -> [B, 1 + patches, C]"""
         proj = self.mixins["patch_embedding"]["proj"]
         patches = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)
-        class_token = self.transformer["word_embeddings"].weight.expand(len(patches), -1, -1)
-        return torch.cat((class_token, patches), dim=1) + self.transformer["position_embeddings"].weight
+        # Asked by index, not for their weights, which are elsewhere while they are offloaded.
+        index = torch.arange(self.config.num_positions, device=patches.device)
+        class_token = self.transformer["word_embeddings"](index[:1]).expand(len(patches), -1, -1)
+        return torch.cat((class_token, patches), dim=1) + self.transformer["position_embeddings"](index)
 
     @auto_docstring
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -221,7 +223,8 @@ class VisualGLMQFormer(VisualGLMImagePreTrainedModel):
         encoder_hidden_states (`torch.Tensor` of shape `(images, 1 + patches, encoder_hidden_size)`):
             The ViT's output, which the queries turn into `(images, num_query_tokens, hidden_size)`.
         """
-        queries = self.transformer["word_embeddings"].weight
+        index = torch.arange(self.config.num_query_tokens, device=encoder_hidden_states.device)
+        queries = self.transformer["word_embeddings"](index)
         hidden_states = self.dropout(queries.expand(len(encoder_hidden_states), -1, -1))
         for layer in self.transformer["layers"]:
             hidden_states = layer(hidden_states, encoder_hidden_states)

@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .chat import ChatMixin
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
-from .quantization import prepare_model, quantize_model
+from .quantization import HalfLinear, prepare_model, quantize_model
 
 
 PREFIX_DROPOUT = 0.1  # the original's, in training
@@ -141,32 +141,30 @@ class VisualGLMPrefixEncoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.num_hidden_layers * 2 * config.hidden_size
+        # CODEPATH: P-tuning with and without --prefix_projection, both of the original's.
         self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size if config.prefix_projection else width)
-        self.trans = nn.Identity()
-        if config.prefix_projection:
-            hidden_size = config.hidden_size
-            self.trans = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, width))
+        self.trans = nn.ModuleDict()
+        # CODEPATH: as above.
+        if config.prefix_projection:  # the original's names: a tanh is between them
+            self.trans["0"] = nn.Linear(config.hidden_size, config.hidden_size)
+            self.trans["2"] = nn.Linear(config.hidden_size, width)
         self.dropout = nn.Dropout(PREFIX_DROPOUT)
 
-    def compute_table(self) -> torch.Tensor:
+    def compute_table(self, device: torch.device | None = None) -> torch.Tensor:
         """The prefixes of all layers, [P, layers * 2 (key, value) * C]."""
-        return self.trans(self.embedding.weight)
+        table = self.embedding(torch.arange(self.config.pre_seq_len, device=device))
+        return self.trans["2"](torch.tanh(self.trans["0"](table))) if self.trans else table
 
-    def forward(self) -> tuple[torch.Tensor, ...]:
+    def forward(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Keys and values [2, H, P, D] for each layer, P prefix positions."""
         config = self.config
         shape = (config.num_hidden_layers, 2, config.num_attention_heads, config.head_dim)
-        table = self.dropout(self.compute_table()).unflatten(1, shape)  # [P, layers, 2, H, D]
+        table = self.dropout(self.compute_table(device)).unflatten(1, shape)  # [P, layers, 2, H, D]
         return table.permute(1, 2, 3, 0, 4).unbind()
 
 
 def prepend_prefix(prefix: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the prefix [2, H, P, D] of a layer before its keys and values [B, H, T, D]."""
-    if prefix.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"The prefix has {prefix.shape[1]} heads, this process {key.shape[1]}: a model with pre_seq_len cannot be "
-            'loaded with tp_plan. Use device_map="auto" instead.'
-        )
     prefix = prefix.to(key)[:, None].expand(-1, len(key), -1, -1, -1)
     return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
 
@@ -251,7 +249,7 @@ class VisualGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualGLMBlock"]
+    _no_split_modules = ["VisualGLMBlock", "VisualGLMImageEncoder"]  # the latter because residuals cross its parts
     _skip_keys_device_placement = ["past_key_values"]
     # Saved by the original beside each layer and ignored by it: angles are computed from the positions.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
@@ -282,8 +280,8 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.word_embeddings = value
 
-    def compute_prefix(self) -> tuple[torch.Tensor, ...] | None:
-        return None if self.prefix_encoder is None else self.prefix_encoder()
+    def compute_prefix(self, device: torch.device) -> tuple[torch.Tensor, ...] | None:
+        return None if self.prefix_encoder is None else self.prefix_encoder(device)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -314,7 +312,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             attention_mask = build_attention_mask(glm_position_ids, attention_mask, past_length, key_length)
         rotary = compute_rotary(glm_position_ids, self.config, inputs_embeds.dtype)
         if prefix_key_values is None:
-            prefix_key_values = self.compute_prefix()
+            prefix_key_values = self.compute_prefix(inputs_embeds.device)
         if prefix_key_values is not None and attention_mask is not None:
             is_visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
@@ -350,20 +348,45 @@ class VisualGLMCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
+def check_tensor_parallel(config: VisualGLMConfig) -> None:
+    """Raise a `ValueError` if the processes that `from_pretrained` was told of cannot share this model."""
+    num_processes = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+    if num_processes == 1:
+        return
+    num_heads = config.text_config.num_attention_heads
+    if num_heads % num_processes:
+        raise ValueError(
+            f"{num_processes} processes cannot share {num_heads} attention heads evenly. Start a number that divides "
+            f'{num_heads}, or use device_map="auto" in one process.'
+        )
+    undivided = {"pre_seq_len": config.text_config.pre_seq_len, "quantization_bit": config.quantization_bit}
+    if any(undivided.values()):
+        raise ValueError(
+            f"A model with {' and '.join(name for name, value in undivided.items() if value)} cannot be divided among "
+            'processes. Use device_map="auto" in one process.'
+        )
+
+
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
 class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VisualGLMConfig):
+        check_tensor_parallel(config)
         super().__init__(config)
         self.transformer = VisualGLMTextModel(config.text_config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
         self.post_init()
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where inputs go: to the weights, or, while these are offloaded, to where they are taken from."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.word_embeddings
@@ -430,24 +453,28 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_embeds is None:
             return inputs_embeds
-        is_image = input_ids == self.config.image_token_id
-        places, needed = is_image.sum().item(), image_embeds.shape[0] * image_embeds.shape[1]
-        if places != needed:
-            raise ValueError(
-                f"The prompt has {places} image tokens (id {self.config.image_token_id}) for {len(image_embeds)} "
-                f"image(s), which fill {needed}. Use the processor, which puts them where each image belongs."
-            )
-        is_image = is_image[..., None].to(inputs_embeds.device)
+        self.check_places(input_ids, len(image_embeds))
+        is_image = (input_ids == self.config.image_token_id)[..., None].to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
 
+    def check_places(self, input_ids: torch.Tensor, num_images: int) -> None:
+        places = (input_ids == self.config.image_token_id).sum().item()
+        needed = num_images * self.config.qformer_config.num_query_tokens
+        if places != needed:
+            raise ValueError(
+                f"The prompt has {places} image tokens (id {self.config.image_token_id}) for {num_images} "
+                f"image(s), which fill {needed}. Use the processor, which puts them where each image belongs."
+            )
+
     def encode_images(
-        self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """The soft prompts of the pictures, however they were given."""
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The soft prompts of the pictures of a prompt, however they were given, if it has places for them."""
         if pixel_values is None:
             return image_embeds
         if image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
+        self.check_places(input_ids, len(pixel_values))
         return self.get_image_features(pixel_values, return_dict=True).pooler_output
 
     @can_return_tuple
@@ -467,6 +494,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
         glm_position_ids: torch.LongTensor | None = None,
         prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         labels: torch.LongTensor | None = None,
@@ -480,6 +508,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             model: the true ones are then derived from `input_ids`.
         image_embeds (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
             Pictures that are encoded already, instead of `pixel_values`. Rows may have any number of pictures.
+        prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, hidden_size)`, *optional*):
+            What `input_ids` begins with, embedded and with its pictures in place, instead of these.
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
             The same as `position_ids` under a name that no library rewrites.
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
@@ -487,16 +517,22 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
-        image_embeds = self.encode_images(pixel_values, image_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, image_embeds)
-        elif image_embeds is not None:
+        has_pictures = pixel_values is not None or image_embeds is not None
+        if has_pictures and (inputs_embeds is not None or prompt_embeds is not None):
             raise ValueError("Give pictures with input_ids, or inputs_embeds with the pictures already in place.")
-        self.check_length(inputs_embeds.shape[1])
+        self.check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        if has_pictures:
+            image_embeds = self.encode_images(input_ids, pixel_values, image_embeds)
+        if prompt_embeds is not None:
+            rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
+            inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
+        elif inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_embeds)
         if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
             glm_position_ids = position_ids
         if glm_position_ids is None:
             glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
+        glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
             inputs_embeds=inputs_embeds,
@@ -570,7 +606,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     ):
         """[`GenerationMixin.generate`] after the pictures are in place.
 
-        The pictures are encoded once, whatever the number of beams and return sequences, and travel as `inputs_embeds`,
+        The pictures are encoded once, whatever the number of beams and return sequences, and travel as `prompt_embeds`,
         which `generate` repeats row by row: a row with two pictures stays right.
 
         Args:
@@ -591,18 +627,19 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         if input_ids is not None:
             self.check_length(input_ids.shape[1])
             self.check_prompt(input_ids)
-            kwargs["input_ids"] = input_ids = input_ids.to(self.device)
+            kwargs["input_ids"] = input_ids = input_ids.to(self.input_device)
         elif inputs_embeds is not None:
             kwargs["num_prompt_embeds"] = inputs_embeds.shape[1]
         if pixel_values is not None or image_embeds is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("Pictures need input_ids that say where they belong, and no inputs_embeds.")
             with torch.no_grad():
-                inputs_embeds = self.embed(input_ids, self.encode_images(pixel_values, image_embeds))
+                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds)
+                kwargs["prompt_embeds"] = self.embed(input_ids, image_embeds)
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         with torch.no_grad():
-            prefix_key_values = self.transformer.compute_prefix()
+            prefix_key_values = self.transformer.compute_prefix(self.input_device)
         if prefix_key_values is not None:
             kwargs["prefix_key_values"] = prefix_key_values
         return super().generate(None, *args, **kwargs)
@@ -614,6 +651,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
         num_prompt_embeds: int = 0,
         **kwargs,
     ) -> dict:
@@ -636,7 +674,17 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         current = model_inputs["input_ids"] if current is None else current
         glm_position_ids = build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
         model_inputs["glm_position_ids"] = glm_position_ids[..., -current.shape[1] :].contiguous()
+        if prompt_embeds is not None:
+            model_inputs |= self.place_prompt(prompt_embeds, input_ids.shape[1] - current.shape[1], past_key_values)
         return model_inputs
+
+    def place_prompt(self, prompt_embeds: torch.Tensor, start: int, past_key_values: Cache | None) -> dict:
+        """What of the prompt belongs to the tokens from `start` on."""
+        if start >= prompt_embeds.shape[1]:
+            return {}
+        # Prefix tuning keeps its cache where none was wanted, and will cut the input down to its last token.
+        is_cached = start == 0 and past_key_values is not None and past_key_values.get_seq_length() > 0
+        return {} if is_cached else {"prompt_embeds": prompt_embeds[:, start:]}
 
     @staticmethod
     def create_masks_for_generate(
