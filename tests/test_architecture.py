@@ -25,7 +25,8 @@ ARROWS = {
         {"transformers", "torch"},
     ),
     "chat": ({"conversation", "fetching", "image_processing_visualglm"}, {"transformers", "torch"}),
-    "quantization": ({"cuda_kernels", "quantization_kernels"}, {"transformers", "torch"}),
+    "quantization": ({"cpu_kernels", "cuda_kernels", "quantization_kernels"}, {"transformers", "torch"}),
+    "cpu_kernels": (set(), {"torch", "llvmlite"}),
     "cuda_kernels": (set(), {"torch"}),
     "quantization_kernels": (set(), {"torch"}),
 }
@@ -96,7 +97,8 @@ def test_importing_the_package_touches_no_gpu_and_no_optional_package():
 
     code = (
         "import sys, torch, visualglm_hf; assert not torch.cuda.is_initialized(); "
-        "heavy = {'gradio', 'fastapi', 'peft', 'bitsandbytes', 'torchvision', 'requests', 'sat', 'deepspeed'}; "
+        "heavy = {'llvmlite', 'gradio', 'fastapi', 'peft', 'bitsandbytes', 'torchvision', 'requests', 'sat', "
+        "'deepspeed'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     output = subprocess.run(

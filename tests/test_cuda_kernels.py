@@ -485,7 +485,7 @@ def test_environment_chooses(fake_gpu, without_compiling, monkeypatch):
     with pytest.raises(KernelError, match="error 1"):
         CudaMultiply(multiply_by_rows)(*arguments)
     monkeypatch.setenv("VISUALGLM_KERNELS", "fast")
-    with pytest.raises(ValueError, match="auto, cuda, torch"):
+    with pytest.raises(ValueError, match="auto, cpu, cuda, torch"):
         CudaMultiply(multiply_by_rows)(*arguments)
 
 
@@ -524,7 +524,7 @@ def test_layers_of_every_format_agree_with_themselves_on_the_cpu(fake_gpu, witho
 
 
 def test_operator_has_an_implementation_for_cuda():
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(quantization_kernels.OPERATOR, "CUDA")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("visualglm::quantized_matmul", "CUDA")
 
 
 def test_a_second_import_registers_nothing():
@@ -532,7 +532,7 @@ def test_a_second_import_registers_nothing():
     spec = importlib.util.spec_from_file_location("second_copy", quantization_kernels.__file__)
     second = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(second)
-    second.register_device("CUDA", CudaMultiply(second.multiply_by_rows))  # torch would refuse
+    second.register_device("quantized_matmul", "CUDA", CudaMultiply(second.multiply_by_rows))  # torch would refuse
 
 
 def test_importing_loads_no_library():

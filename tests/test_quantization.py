@@ -220,6 +220,7 @@ def test_the_search_never_loses_to_plain_rounding():
 # Products: each path against the reference
 
 
+@pytest.mark.usefixtures("torch_operators")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
@@ -237,6 +238,7 @@ def test_products_equal_those_with_the_dequantized_matrix(outputs, inputs, rows,
             assert difference(out, left.double() @ right) < tolerance[dtype]
 
 
+@pytest.mark.usefixtures("torch_operators")
 def test_int4_operator_of_torch_computes_exactly_our_format():
     """With scales that bfloat16 holds exactly and unit vectors, not one bit differs."""
     for group_size in (32, 64, 128, 256):
@@ -250,6 +252,7 @@ def test_int4_operator_of_torch_computes_exactly_our_format():
             assert torch.equal(out.float(), unit.float() @ dequantize(codes, scales, 4, 512, torch.float32).T)
 
 
+@pytest.mark.usefixtures("torch_operators")
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_rounding_the_scales_to_bfloat16_is_all_that_the_fast_path_adds(bits, group_size):
     codes, scales = quantize_tensor(make_matrix(48, 256), bits, group_size)
@@ -281,6 +284,7 @@ def test_fallback_never_holds_the_whole_matrix(monkeypatch):
     assert difference(out, x @ dequantize(codes, scales, 4, 128, torch.float32).T) < 1e-5
 
 
+@pytest.mark.usefixtures("torch_operators")
 def test_a_matrix_is_packed_once_and_again_when_it_changes(monkeypatch):
     packed = []
     pack = quantization_kernels.pack_for_cpu
@@ -295,6 +299,7 @@ def test_a_matrix_is_packed_once_and_again_when_it_changes(monkeypatch):
     assert len(packed) == 2
 
 
+@pytest.mark.usefixtures("torch_operators")
 def test_packed_matrices_die_with_their_layer():
     layer = QuantizedLinear.from_linear(nn.Linear(128, 32), 4)
     before = len(packed_matrices.matrices)
@@ -314,6 +319,7 @@ def test_many_rows_avoid_the_packed_operators_without_matrix_instructions(monkey
     has_matrix_instructions.cache_clear()
 
 
+@pytest.mark.usefixtures("torch_operators")
 def test_int8_rows_that_torchs_operator_would_overrun_are_computed_safely():
     """It reads whole vectors: with 34 columns it ends the process (torch 2.13)."""
     codes, scales = quantize_tensor(make_matrix(33, 34), 8)

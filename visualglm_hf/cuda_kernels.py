@@ -22,7 +22,7 @@ on a few small problems. If anything is off there is one warning, and the torch 
 file touches no GPU and no library.
 
 The environment variable VISUALGLM_KERNELS says otherwise: "torch" never uses the kernels, "cuda" turns the warning into
-an error; "auto" is the default.
+an error; "auto" is the default, and "cpu" is for the kernels of `cpu_kernels.py`.
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix.
 """
@@ -55,7 +55,7 @@ NVRTC_NAMES = {
     11: ("libnvrtc.so.11.2", "nvrtc64_112_0.dll"),
 }
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
-CHOICES = ("auto", "cuda", "torch")
+CHOICES = ("auto", "cpu", "cuda", "torch")
 # Relative error of the self-check: the result is rounded to 11 or 8 bits, and a matrix for cuBLAS before that.
 CHECK_TOLERANCE = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 

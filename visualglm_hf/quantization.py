@@ -34,10 +34,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .cpu_kernels import CpuProducts
 from .cuda_kernels import CudaMultiply
 from .quantization_kernels import (
     dequantize,
+    half_linear,
     multiply_by_rows,
+    multiply_on_cpu,
     pack_int4,
     packed_matrices,
     quantized_linear,
@@ -255,6 +258,20 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         scales = "row" if self.group_size is None else f"{self.group_size} columns"
         return f"{super().extra_repr()}, bits={self.bits}, one scale per {scales}"
+
+
+class HalfLinear(nn.Linear):
+    """A linear layer whose matrix is read at the speed of memory when a CPU decodes in half precision.
+
+    It is for the output layer, which stays in half precision when the others have few bits, and then is a third of the
+    work. In all other cases it is an `nn.Linear`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_plain = type(self.weight) is nn.Parameter and self.weight.dtype == x.dtype and x.device.type == "cpu"
+        if is_plain and x.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
+            return half_linear(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def find_linears(module: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
@@ -477,7 +494,10 @@ class LowBitQuantizer(HfQuantizer):
         self.remove_quantization_config(model)  # the fields just recorded say it all, and are what is saved
 
 
-register_device("CUDA", CudaMultiply(multiply_by_rows))
+register_device("quantized_matmul", "CUDA", CudaMultiply(multiply_by_rows))
+CPU_PRODUCTS = CpuProducts(multiply_on_cpu, nn.functional.linear)
+register_device("quantized_matmul", "CPU", CPU_PRODUCTS.multiply)
+register_device("half_matmul", "CPU", CPU_PRODUCTS.multiply_half)
 
 # Plain assignment: the registering functions refuse a second import of this file, one for each checkpoint folder.
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowBitConfig

@@ -20,8 +20,10 @@ signed codes in a byte: the even column in the HIGH four bits, the odd one in th
 scale of its row, `weight_scale` [N], or of its group of K / n neighbours in the row, `weight_scale` [N, n]. Scales may
 be negative. Source: the CUDA kernels of the original, disassembled.
 
-`dequantize` is the reference. Every faster way is one function here, reached through `multiply`, one implementation
-per device of the operator `visualglm::quantized_matmul`, and tested against the reference.
+`dequantize` is the reference. Every faster way is reached through `multiply`, one implementation per device of the
+operator `visualglm::quantized_matmul`, and tested against the reference: here those with torch's operators, elsewhere
+those with kernels of our own, which also serve the one large matrix of half precision that a low-bit model keeps, its
+output layer's (`visualglm::half_matmul`).
 
 Shapes: M rows of activations, N outputs, K inputs, G columns of a group.
 """
@@ -33,8 +35,13 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-OPERATOR = "visualglm::quantized_matmul"
-SCHEMA = "(Tensor x, Tensor weight, Tensor weight_scale, int bits, SymInt in_features, bool transposed) -> Tensor"
+NAMESPACE = "visualglm"
+SCHEMAS = {
+    "quantized_matmul": (
+        "(Tensor x, Tensor weight, Tensor weight_scale, int bits, SymInt in_features, bool transposed) -> Tensor"
+    ),
+    "half_matmul": "(Tensor x, Tensor weight) -> Tensor",
+}
 
 CPU_CHUNK = 2**18  # elements dequantized at a time: 1 MiB of float32 stays in a core's cache
 DEVICE_CHUNK = 2**26  # elements: few kernel launches, and at most 256 MB
@@ -191,7 +198,7 @@ def multiply_on_cpu(
     return multiply_by_rows(x, weight, weight_scale, bits, in_features, transposed)
 
 
-# The operator
+# The operators
 
 
 def output_of(
@@ -201,26 +208,31 @@ def output_of(
     return x.new_empty(x.shape[0], in_features if transposed else weight.shape[0])
 
 
-def register_operator() -> torch.library.Library | None:
-    """Define the operator, once per process: the same file is imported once for each checkpoint folder."""
-    namespace, name = OPERATOR.split("::")
-    if hasattr(getattr(torch.ops, namespace), name):
+def half_output_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def register_operators() -> torch.library.Library | None:
+    """Define the operators, once per process: the same file is imported once for each checkpoint folder."""
+    if hasattr(getattr(torch.ops, NAMESPACE), "quantized_matmul"):
         return None
-    library = torch.library.Library(namespace, "FRAGMENT")
-    library.define(name + SCHEMA, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    library.impl(name, multiply_by_rows, "CompositeExplicitAutograd")
-    library.impl(name, multiply_on_cpu, "CPU")
-    torch.library.register_fake(OPERATOR, output_of, lib=library)
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    library.impl("quantized_matmul", multiply_by_rows, "CompositeExplicitAutograd")
+    library.impl("half_matmul", torch.nn.functional.linear, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::quantized_matmul", output_of, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::half_matmul", half_output_of, lib=library)
     return library
 
 
-LIBRARY = register_operator()  # the operator lives as long as this object
+LIBRARY = register_operators()  # the operators live as long as this object
 
 
-def register_device(key: str, implementation: Callable[..., torch.Tensor]) -> None:
-    """Give the operator a way of its own on one more kind of device, such as "CUDA", once per process."""
+def register_device(name: str, key: str, implementation: Callable[..., torch.Tensor]) -> None:
+    """Give an operator a way of its own on one more kind of device, such as "CUDA", once per process."""
     if LIBRARY is not None:
-        LIBRARY.impl(OPERATOR.split("::")[1], implementation, key)
+        LIBRARY.impl(name, implementation, key)
 
 
 class QuantizedMatmul(torch.autograd.Function):
@@ -282,3 +294,9 @@ def quantized_linear(
     out = multiply(x.reshape(-1, in_features), weight, weight_scale, bits, in_features)
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out.dtype)
+
+
+def half_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer with a matrix of half precision, [..., K] -> [..., N], without gradients."""
+    out = torch.ops.visualglm.half_matmul(x.reshape(-1, weight.shape[1]), weight).view(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias

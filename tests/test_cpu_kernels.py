@@ -1,0 +1,350 @@
+"""Room: the kernels that LLVM compiles for this CPU, against the reference; and what happens without them."""
+
+import ctypes
+import math
+import multiprocessing
+import platform
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from visualglm_hf import cpu_kernels
+from visualglm_hf.cpu_kernels import (
+    KINDS,
+    Compiler,
+    CpuKernels,
+    CpuProducts,
+    KernelError,
+    fits,
+    load_llvm,
+    write_kernel,
+)
+from visualglm_hf.quantization import HalfLinear, QuantizedLinear
+from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows, packed_matrices
+
+
+pytest.importorskip("llvmlite")
+IS_X86 = platform.machine().lower() in cpu_kernels.X86
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # of results, relative
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def make_products() -> CpuProducts:
+    return CpuProducts(multiply_by_rows, nn.functional.linear)
+
+
+PRODUCTS = make_products()  # compiles each kernel once for all tests
+
+
+@pytest.fixture
+def kernels() -> CpuKernels:
+    assert PRODUCTS.kernels is not None
+    return PRODUCTS.kernels
+
+
+@pytest.fixture
+def several_threads():
+    """A matrix of 2 MiB is shared by four threads; the other tests have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_problem(bits: int, outputs: int, inputs: int, groups: int, rows: int, dtype=torch.float32, seed: int = 0):
+    """Arguments of `multiply`, with outliers among the activations."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=random).mul_(10 ** torch.randn(inputs, generator=random)).to(dtype)
+    codes = torch.randint(-128, 128, (outputs, inputs * bits // 8), generator=random).to(torch.int8)
+    scale = torch.rand((outputs, groups) if groups > 1 else (outputs,), generator=random).sub_(0.5).div_(100).half()
+    return x, codes, scale
+
+
+def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> bool:
+    """Whether a product is as near as 16-bit activations with a scale per block, and the dtype of `x`, allow."""
+    matrix = dequantize(codes, scale, bits, x.shape[1], torch.float64)
+    expected = x.double() @ matrix.T
+    blocks = x.double().unflatten(1, (-1, min(cpu_kernels.BLOCK, x.shape[1])))
+    half_a_step = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(1) / (2 * cpu_kernels.LARGEST_INT16)
+    bound = (1.001 * half_a_step + 1e-6 * x.double().abs()) @ matrix.abs().T + TOLERANCE[x.dtype] * expected.abs()
+    return out.dtype == x.dtype and out.shape == expected.shape and ((out.double() - expected).abs() <= bound).all()
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("bits", "inputs", "groups"),
+    [
+        *[(4, 128, groups) for groups in (1, 2, 4, 8)],
+        *[(4, 768, groups) for groups in (1, 2, 3, 6, 12, 24, 48)],
+        *[(8, inputs, 1) for inputs in (64, 192, 512)],
+    ],
+)
+def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, dtype):
+    for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4), (7, 7), (19, 16)):
+        arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
+        assert fits(*arguments, KINDS[bits])
+        assert is_right(kernels.multiply(*arguments, KINDS[bits]), *arguments, bits)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("inputs", [32, 96, 4096])
+def test_products_with_halves_equal_the_reference(kernels, inputs, dtype):
+    random = torch.Generator().manual_seed(1)
+    for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4)):
+        x, matrix = (torch.randn(size, inputs, generator=random).to(dtype) for size in (rows, outputs))
+        out = kernels.multiply(x, matrix, None, KINDS[dtype])
+        assert difference(out, x.double() @ matrix.double().T) < TOLERANCE[dtype]
+        exact = kernels.multiply(x.float(), matrix, None, KINDS[dtype])
+        assert difference(exact, x.double() @ matrix.double().T) < 1e-6
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([0, 1, 2, 4]), st.integers(1, 16), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_any_int4_matrix_that_fits_is_computed_right(outputs, steps, groups_per_step, rows, seed):
+    arguments = make_problem(4, outputs, 128 * steps, max(1, groups_per_step * steps), rows, seed=seed)
+    assert is_right(PRODUCTS.multiply(*arguments, 4, 128 * steps, False), *arguments, 4)
+
+
+def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
+    _, codes, scale = make_problem(4, 8, 256, 4, 1)
+    x = torch.zeros(1, 256)
+    assert kernels.multiply(x, codes, scale, KINDS[4]).eq(0).all()
+    x[:, 64:128] = 1e-41  # subnormal
+    assert kernels.multiply(x, codes, scale, KINDS[4]).abs().max() < 1e-36
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_stays_so(kernels, bad):
+    for bits in (4, 8):
+        x, codes, scale = make_problem(bits, 8, 256, 1, 2)
+        x[1, 77] = bad
+        out = kernels.multiply(x, codes, scale, KINDS[bits])
+        assert out[0].isfinite().all()
+        assert not out[1].isfinite().any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_codes_and_activations_do_not_overflow(kernels, bits):
+    codes = torch.full((4, 1024 * bits // 8), {4: 0x88 - 256, 8: -128}[bits], dtype=torch.int8)
+    x = torch.full((1, 1024), 65504.0)
+    out = kernels.multiply(x, codes, torch.ones(4).half(), KINDS[bits])
+    assert torch.allclose(out, torch.full((1, 4), 65504.0 * 1024 * -(2 ** (bits - 1))), rtol=1e-4)
+
+
+@pytest.mark.parametrize("has_openmp", [True, False])
+@pytest.mark.usefixtures("several_threads")
+def test_threads_share_the_rows_and_leave_none(kernels, monkeypatch, has_openmp):
+    if not has_openmp:
+        monkeypatch.setattr(kernels.crew, "openmp", None)
+    elif kernels.crew.openmp is None:
+        pytest.skip("no GNU OpenMP here")
+    for outputs in (1, 63, 4096, 4099):
+        arguments = make_problem(4, outputs, 1024, 16, 2)
+        for _ in range(5):
+            assert is_right(kernels.multiply(*arguments, KINDS[4]), *arguments, 4)
+
+
+@pytest.mark.parametrize("has_openmp", [True, False])
+@pytest.mark.usefixtures("several_threads")
+def test_products_at_the_same_time_do_not_disturb_each_other(kernels, monkeypatch, has_openmp):
+    if not has_openmp:
+        monkeypatch.setattr(kernels.crew, "openmp", None)
+    problems = [make_problem(4, 2048, 1024, 16, rows, seed=rows) for rows in range(1, 9)]
+    with ThreadPoolExecutor(8) as pool:
+        outputs = pool.map(lambda problem: kernels.multiply(*problem, KINDS[4]), problems * 4)
+        for out, arguments in zip(outputs, problems * 4, strict=True):
+            assert is_right(out, *arguments, 4)
+
+
+def multiply_in_child(connection, kernels: CpuKernels, arguments: tuple) -> None:
+    connection.send(kernels.multiply(*arguments, KINDS[4]).tolist())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
+    monkeypatch.setattr(kernels.crew, "openmp", None)  # it cannot be forked, and nor can torch's threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    arguments = make_problem(4, 2048, 1024, 16, 2)
+    expected = kernels.multiply(*arguments, KINDS[4]).tolist()
+    receiver, sender = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=multiply_in_child, args=(sender, kernels, arguments))
+    child.start()
+    try:
+        assert receiver.poll(60)
+        assert receiver.recv() == expected
+    finally:
+        child.kill()
+
+
+# Other processors
+
+
+class OldCompiler(Compiler):
+    """Compiles as for a processor of 2013, without 512-bit vectors."""
+
+    def make_target(self):
+        features = "+avx2,+f16c,+fma,-avx512f"
+        return self.llvm.Target.from_default_triple().create_target_machine("haswell", features, opt=3)
+
+
+@pytest.mark.skipif(not IS_X86, reason="for x86")
+def test_the_kernels_are_right_without_512_bit_vectors(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "Compiler", OldCompiler)
+    products = make_products()
+    assert products.kernels is not None  # they passed the self-check
+    arguments = make_problem(4, 33, 768, 12, 4)
+    assert is_right(products.multiply(*arguments, 4, 768, False), *arguments, 4)
+
+
+@pytest.mark.parametrize("triple", ["x86_64-pc-linux-gnu", "aarch64-linux-gnu", "arm64-apple-darwin"])
+def test_the_kernels_compile_for_other_processors(triple):
+    llvm = load_llvm()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    cpu = {"x86_64-pc-linux-gnu": "skylake-avx512", "aarch64-linux-gnu": "neoverse-n1"}.get(triple, "apple-m1")
+    machine = target.create_target_machine(cpu, "", opt=3)
+    for kind in KINDS.values():
+        module = llvm.parse_assembly(
+            write_kernel("kernel", kind, steps=4, groups=0 if kind.columns == 32 else 4, tile=2)
+        )
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(module, passes)
+        assembly = machine.emit_assembly(module)
+        assert "kernel" in assembly
+        assert not any(function in assembly for function in ("__extendhfsf2", "__gnu_h2f_ieee"))  # a C library's
+
+
+@pytest.mark.skipif(not IS_X86, reason="for x86")
+def test_a_processor_without_what_the_kernels_need_is_refused():
+    with pytest.raises(KernelError, match="lacks avx2, f16c"):
+        cpu_kernels.check_processor({"fma": True, "avx2": False})
+
+
+def test_an_unknown_kind_of_processor_is_refused(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(KernelError, match="riscv64"):
+        cpu_kernels.check_processor({})
+
+
+# When the kernels are used, and when not
+
+
+def test_what_does_not_fit_takes_the_torch_way(monkeypatch):
+    def never(*args):
+        raise RuntimeError("a kernel was used")
+
+    monkeypatch.setattr(CpuKernels, "multiply", never)
+    for bits, inputs, groups, rows, dtype in (
+        (4, 64, 1, 1, torch.float32),  # half a step
+        (4, 384, 4, 1, torch.float32),  # groups of 96 columns
+        (4, 256, 1, 17, torch.float32),
+        (8, 96, 1, 1, torch.float32),
+        (8, 64, 1, 1, torch.float64),
+    ):
+        arguments = make_problem(bits, 9, inputs, groups, rows, dtype)
+        PRODUCTS.multiply(*arguments, bits, inputs, False)
+    x, codes, scale = make_problem(4, 128, 256, 4, 1)
+    gradient = torch.randn(1, 128)
+    PRODUCTS.multiply(gradient, codes, scale, 4, 256, True)
+    with pytest.raises(RuntimeError, match="a kernel was used"):
+        PRODUCTS.multiply(x, codes, scale, 4, 256, False)
+
+
+def test_layers_keep_no_second_copy_of_their_codes():
+    layer = QuantizedLinear.from_linear(nn.Linear(256, 32), 4).bfloat16()
+    before = len(packed_matrices.matrices)
+    with torch.no_grad():
+        layer(torch.randn(1, 256, dtype=torch.bfloat16))
+    assert len(packed_matrices.matrices) == before
+
+
+def test_layers_see_codes_that_change(kernels):
+    layer = QuantizedLinear.from_linear(nn.Linear(256, 32), 8)
+    x = torch.randn(1, 256)
+    with torch.no_grad():
+        layer(x)
+        layer.weight.fill_(3)
+        assert is_right(layer(x) - layer.bias, x, layer.weight, layer.weight_scale, 8)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_half_linear_computes_what_a_linear_computes(dtype):
+    torch.manual_seed(0)
+    layer = HalfLinear(96, 200).to(dtype)
+    x = torch.randn(2, 1, 96).to(dtype)
+    with torch.no_grad():
+        out = layer(x)
+    assert out.shape == (2, 1, 200)
+    assert difference(out, nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())) < 8e-3
+
+
+def test_a_half_linear_has_gradients():
+    layer = HalfLinear(64, 8).bfloat16()
+    x = torch.randn(1, 64, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    assert difference(x.grad[0], layer.weight.sum(0)) < 1e-2
+    assert layer.weight.grad is not None
+
+
+def test_a_half_linear_compiles_into_one_graph():
+    layer = HalfLinear(64, 8).bfloat16()
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    products = make_products()
+    assert products.kernels is None
+    arguments = make_problem(4, 9, 256, 4, 1)
+    assert torch.equal(products.multiply(*arguments, 4, 256, False), multiply_by_rows(*arguments, 4, 256, False))
+    assert not recwarn.list
+    monkeypatch.setenv("VISUALGLM_KERNELS", "cpu")
+    with pytest.raises(KernelError, match="pip install llvmlite"):
+        make_products().multiply(*arguments, 4, 256, False)
+
+
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
+    wrong = {**KINDS, 8: cpu_kernels.Kind("int8", KINDS[8].step, 64, 192, lambda x: 2 * KINDS[8].record(x), 16)}
+    monkeypatch.setattr(cpu_kernels, "KINDS", wrong)
+    products = make_products()
+    arguments = make_problem(4, 9, 256, 4, 1)
+    with pytest.warns(RuntimeWarning, match="int8 with 1 scales is off by"):
+        out = products.multiply(*arguments, 4, 256, False)
+    assert torch.equal(out, multiply_by_rows(*arguments, 4, 256, False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the one warning was enough
+        products.multiply(*arguments, 4, 256, False)
+    monkeypatch.setenv("VISUALGLM_KERNELS", "cpu")
+    with pytest.raises(KernelError, match="do not work: int8"):
+        make_products().multiply(*arguments, 4, 256, False)
+
+
+def test_the_environment_decides(monkeypatch):
+    monkeypatch.setenv("VISUALGLM_KERNELS", "torch")
+    assert make_products().kernels is None
+    monkeypatch.setenv("VISUALGLM_KERNELS", "fast")
+    with pytest.raises(ValueError, match="'fast'; it can be auto, cpu, cuda, torch"):
+        _ = make_products().kernels
+
+
+def test_a_task_is_laid_out_as_the_kernels_read_it():
+    assert [getattr(cpu_kernels.Task, name).offset for name, _ in cpu_kernels.Task._fields_] == list(range(0, 56, 8))
+    assert ctypes.sizeof(cpu_kernels.Task) == 56
