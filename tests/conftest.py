@@ -86,9 +86,10 @@ def pictures(golden_dir):
 
 
 @pytest.fixture(scope="session")
-def pixel_values(golden, pictures, processor):
-    """The golden input pictures as the model takes them, [5, 3, 224, 224]."""
-    return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+def pixel_values(golden, arrays, processor):
+    """The golden input pictures as the model takes them, [5, 3, 224, 224]; resized by the original."""
+    resized = [arrays[image["resized_u8"]] for image in golden["images"]]
+    return processor.image_processor(resized, return_tensors="pt")["pixel_values"]
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +106,11 @@ def undo_what_doors_set_for_their_process():
     for cls, mark in marks:
         if "_auto_class" in cls.__dict__:
             cls._auto_class = mark
+
+
+@pytest.fixture
+def torch_operators(monkeypatch):
+    """Low-bit products on the CPU as they are where llvmlite is not installed."""
+    from visualglm_hf.quantization import CPU_PRODUCTS
+
+    monkeypatch.setitem(vars(CPU_PRODUCTS), "checked_kernels", None)
