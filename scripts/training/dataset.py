@@ -193,8 +193,8 @@ def read_messages(messages: object, images: object) -> tuple[list[dict], list[st
         return messages, images
     if slots.count(None) != len(images):
         raise ValueError(
-            f"images has {len(images)} picture(s), the messages mention {slots.count(None)}. Write {PICTURE_MARK} where "
-            "each belongs, or nowhere to have all before the first question."
+            f"images has {len(images)} picture(s), the messages mention {slots.count(None)}. Write {PICTURE_MARK} "
+            "where each belongs, or nowhere to have all before the first question."
         )
     waiting = iter(images)
     return messages, [next(waiting) if name is None else name for name in slots]

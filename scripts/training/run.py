@@ -194,6 +194,8 @@ def dtype_of(precision: str) -> torch.dtype:
 def training_arguments(settings: Settings) -> TrainingArguments:
     """The settings as transformers' `Trainer` takes them."""
     selects_best = is_selecting(settings)
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    on_cpu = settings.cpu or not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(settings.save),
         max_steps=settings.train_iters,
@@ -205,11 +207,10 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         warmup_steps=math.ceil(settings.warmup * settings.train_iters),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip_grad,
-        gradient_checkpointing=settings.checkpoint_activations,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.checkpoint_activations else None,
         fp16=settings.precision == "float16",
         bf16=settings.precision == "bfloat16",
-        use_cpu=settings.cpu,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
         logging_steps=settings.log_interval,
         logging_nan_inf_filter=False,
         save_steps=settings.save_interval,
@@ -225,6 +226,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=True,
+        **(checkpointing if settings.checkpoint_activations else {}),
         # A batch without pictures leaves adapters of the image encoder without a gradient.
         ddp_find_unused_parameters=settings.train_qformer or settings.train_projection,
     )
