@@ -367,6 +367,22 @@ def check_tensor_parallel(config: VisualGLMConfig) -> None:
         )
 
 
+class VisualGLMBackbone:
+    """Ids and pictures to hidden states, for trainers that apply the head themselves, to a few tokens at a time.
+
+    No module of its own, so that the weights keep their names; in all else it is the decoder.
+    """
+
+    def __init__(self, model: "VisualGLMForConditionalGeneration"):
+        self.model = model
+
+    def __call__(self, *args, **kwargs) -> BaseModelOutputWithPast:
+        return self.model.compute_states(*args, **kwargs)[0]
+
+    def __getattr__(self, name: str):
+        return getattr(self.model.transformer, name)
+
+
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
 class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
@@ -402,6 +418,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
 
     def get_decoder(self) -> VisualGLMTextModel:
         return self.transformer
+
+    @property
+    def base_model(self) -> "VisualGLMBackbone":
+        """The model without its head. The library's own property gives the decoder alone, which takes no pictures."""
+        return VisualGLMBackbone(self)
 
     def quantize(
         self, bits: int, group_size: int | None = None, lm_head: bool = False
@@ -515,6 +536,54 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             The prefix of each layer, if it was computed already; `generate` does so once.
         """
+        outputs, image_embeds = self.compute_states(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_embeds=image_embeds,
+            prompt_embeds=prompt_embeds,
+            glm_position_ids=glm_position_ids,
+            prefix_key_values=prefix_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
+        kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
+        logits = self.lm_head(kept_states)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return VisualGLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_embeds,
+        )
+
+    def compute_states(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_embeds: torch.FloatTensor | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        glm_position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple[BaseModelOutputWithPast, torch.Tensor | None]:
+        """What `forward` does before the head; arguments and errors are its own.
+
+        Returns:
+            The decoder's output with `last_hidden_state` [B, S, C], and the soft prompts of the pictures.
+        """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
         has_pictures = pixel_values is not None or image_embeds is not None
@@ -535,30 +604,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
-            inputs_embeds=inputs_embeds,
-            glm_position_ids=glm_position_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            prefix_key_values=prefix_key_values,
-            **kwargs,
+            inputs_embeds=inputs_embeds, glm_position_ids=glm_position_ids, attention_mask=attention_mask, **kwargs
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
-        kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
-        logits = self.lm_head(kept_states)
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return VisualGLMCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_embeds,
-        )
+        return outputs, image_embeds
 
     def check_length(self, length: int) -> None:
         limit = self.config.text_config.max_position_embeddings
