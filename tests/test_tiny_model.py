@@ -1,12 +1,22 @@
 """`models/visualglm-tiny`: the model that README, demos and tests rely on is small, current, and knows its world."""
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from visualglm_hf import (
+    ChatGLMTokenizer,
+    VisualGLMForConditionalGeneration,
+    VisualGLMImageProcessor,
+    VisualGLMProcessor,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +61,42 @@ def test_the_folder_is_small_and_safe():
     config = json.loads((FOLDER / "config.json").read_text())
     for part in ("text_config", "vision_config", "qformer_config"):
         assert config[part]["hidden_size"] % 64 == 0 and config[part]["intermediate_size"] % 64 == 0
+
+
+@pytest.fixture(scope="module")
+def train_tiny():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("train_tiny")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def held_out_answers(train_tiny):
+    """Answer everything there is to ask about held-out pictures with the weights in so many bits."""
+    pictures = 16
+    scenes = [train_tiny.tiny_world.sample_scene(number, "new pictures") for number in range(pictures)]
+    dialogues = [
+        dialogue
+        for language in train_tiny.tiny_world.LANGUAGES
+        for dialogue in train_tiny.examination(scenes, language, np.random.default_rng(0))
+    ]
+    processor = VisualGLMProcessor(
+        VisualGLMImageProcessor.from_pretrained(FOLDER), ChatGLMTokenizer.from_pretrained(FOLDER)
+    )
+
+    def answer(bits: int | None) -> list[str]:
+        model = VisualGLMForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
+        if bits:
+            model.quantize(bits)
+        with torch.no_grad():
+            return train_tiny.answer_all(model, processor, scenes, dialogues, batch_size=16)
+
+    return answer
+
+
+def test_low_bits_answer_as_the_full_weights_do(held_out_answers):
+    expected = held_out_answers(None)
+    assert len(expected) > 200
+    for bits, least in ((8, 1.0), (4, 0.98)):
+        same = [answer == wanted for answer, wanted in zip(held_out_answers(bits), expected, strict=True)]
+        assert sum(same) / len(same) >= least
