@@ -93,18 +93,22 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
     Raises:
         ValueError: no adapter there, a damaged one, or one of another base model; PEFT is not installed.
     """
-    folder = Path(folder).expanduser()
+    load_adapter(model, Path(folder).expanduser())
+    return model.eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """Put an adapter on a model as `attach_adapter` does; returns PEFT's model around it, or for a prefix the model."""
     config = read_config(folder)
     check_fingerprint(folder, model)
     attach = attach_prefix if config.get("peft_type") == "PREFIX_TUNING" else attach_layers
     try:
-        attach(model, folder)
+        return attach(model, folder)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"The adapter in {str(folder)!r} does not fit this model: {first_line(error)}") from error
-    return model.eval()
 
 
-def attach_prefix(model: PreTrainedModel, folder: Path) -> None:
+def attach_prefix(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Give the prefix that PEFT has trained to the model's own prefix encoder, which all of `generate` knows."""
     table = load_file(folder / WEIGHT_FILE)["prompt_embeddings"]
     config = model.config.get_text_config()
@@ -112,19 +116,26 @@ def attach_prefix(model: PreTrainedModel, folder: Path) -> None:
     encoder = VisualGLMPrefixEncoder(config).to(model.device, torch.float32)
     encoder.embedding.load_state_dict({"weight": table})
     model.get_decoder().prefix_encoder = encoder
+    return model
 
 
-def attach_layers(model: PreTrainedModel, folder: Path) -> None:
-    """Let PEFT put additions beside the model's layers; a `ValueError` if not all of them find their place."""
+def attach_layers(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """Let PEFT put additions beside the model's layers; a `ValueError` if not all of them find their place.
+
+    Returns:
+        PEFT's model around `model`.
+    """
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ValueError("PEFT is not installed: pip install -e '.[train]'") from error
     with safe_open(folder / WEIGHT_FILE, framework="pt") as file:
         stored = set(file.keys())
-    differing = sorted(stored ^ set(get_peft_model_state_dict(PeftModel.from_pretrained(model, folder))))
+    adapted = PeftModel.from_pretrained(model, folder)
+    differing = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
     if differing:
         raise ValueError(f"{differing[0]} and {len(differing) - 1} more are in the adapter or in the model alone")
+    return adapted
 
 
 def first_line(error: Exception) -> str:

@@ -160,8 +160,8 @@ def map_pickle(path: Path) -> object:
     except BROKEN_PICKLE as error:
         if asked := ASKED_FOR.search(str(error)):
             raise ValueError(
-                f"{path} cannot be read as a PyTorch file of tensors: loading it would run {asked[1]}, which weights do "
-                "not need. Nothing was run; take the file from where it came from in the first place."
+                f"{path} cannot be read as a PyTorch file of tensors: loading it would run {asked[1]}, which weights "
+                "do not need. Nothing was run; take the file from where it came from in the first place."
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a PyTorch file of tensors: {reason} {AGAIN}") from error

@@ -1,4 +1,4 @@
-"""A prepared folder: what belongs in it besides the weights, and how it appears whole or not at all.
+"""A prepared folder: what belongs in it, and how it appears whole or not at all.
 
 Shared by the doors that write one. `checkpoint_files.py` reads and checks what they start from.
 """
@@ -24,9 +24,12 @@ from checkpoint_files import (
     check_vocabulary,
     find_weights,
     read_config,
+    read_tensors,
     read_tokenizer,
     survey,
 )
+from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -48,6 +51,8 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_visualglm.VisualGLMImageProcessor",
     "AutoProcessor": "processing_visualglm.VisualGLMProcessor",
 }
+MAX_SHARD_SIZE = "5GB"
+GENERATION_FILE = "generation_config.json"
 WEIGHT_FILE = "model{suffix}.safetensors"
 SPARE_BYTES = 16 * 1024**2  # for everything that is no weight
 
@@ -85,15 +90,12 @@ def check_target(target: Path) -> None:
         raise ValueError(f"{target} exists and is not an empty folder. Name a new one; nothing is overwritten.")
 
 
-def check_space(target: Path, num_bytes: int) -> None:
+def check_space(target: Path, num_bytes: int, remedy: str = "Make room or take another disk.") -> None:
     """Raise a `ValueError` if the disk cannot take `num_bytes` more."""
     place = next(folder for folder in (target, *target.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes:
-        raise ValueError(
-            f"{target} needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left. Make room, take another "
-            "disk, or use --link, which copies no weights."
-        )
+        raise ValueError(f"{target} needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left. {remedy}")
 
 
 @contextmanager
@@ -128,8 +130,38 @@ def save_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.chmod(mode)  # safetensors leaves it readable to its owner alone
 
 
+def total_bytes(entries: dict[str, Entry]) -> int:
+    return sum(entry.num_bytes for entry in entries.values())
+
+
+def write_weights(folder: Path, entries: dict[str, Entry], max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """Write safetensors shards; at most one of them is in memory at a time."""
+    split = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: entry.num_bytes,
+        filename_pattern=WEIGHT_FILE,
+        max_shard_size=max_shard_size,
+    )
+    total = total_bytes(entries)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
+        for name, keys in split.filename_to_tensors.items():
+            tensors = read_tensors({key: entries[key] for key in keys})
+            save_safetensors(folder / name, {key: tensor.contiguous() for key, tensor in tensors.items()})
+            progress.update(sum(entries[key].num_bytes for key in keys))
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        write_json(folder / f"{WEIGHT_FILE.format(suffix='')}.index.json", index)
+
+
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def keep_generation_config(source: Path, folder: Path) -> None:
+    """Take the source's defaults of `generate` over, where it has any."""
+    if (source / GENERATION_FILE).is_file():
+        GenerationConfig.from_pretrained(source)  # only a readable one is worth keeping
+        shutil.copyfile(source / GENERATION_FILE, folder / GENERATION_FILE)
 
 
 def write_description(folder: Path, config: VisualGLMConfig, tokenizer: ChatGLMTokenizer) -> None:

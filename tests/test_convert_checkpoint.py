@@ -28,6 +28,7 @@ PACKAGE = CHECKOUT / "visualglm_hf"
 FIRST, LAST = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
 EMBEDDINGS, LM_HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 QUANTIZED = (".query_key_value.weight", ".dense.weight", ".dense_h_to_4h.weight", ".dense_4h_to_h.weight")
+SPARE_BYTES = 16 * 1024**2  # beside the weights
 BASE_PACKAGES = {"transformers", "torch", "numpy", "PIL", "sentencepiece", "safetensors", "huggingface_hub"}
 
 # What a user does who has the folder and today's transformers, and nothing of this project.
@@ -371,7 +372,7 @@ def test_links_are_symbolic_where_hard_ones_are_impossible(door, source, tmp_pat
 
 def test_links_need_no_space(door, source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(door.shutil, "disk_usage", lambda place: usage(0, 0, door.SPARE_BYTES))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, SPARE_BYTES))
     assert door.main([str(source), str(tmp_path / "out"), "--link"]) == 0
 
 
@@ -539,7 +540,7 @@ def test_all_wrong_keys_are_listed_at_once(door, source, tmp_path, capsys):
 
 def test_full_disk_is_noticed_before_anything_is_written(door, tiny_original, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(door.shutil, "disk_usage", lambda place: usage(0, 0, door.SPARE_BYTES))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, SPARE_BYTES))
     assert "--link" in refuse(door, capsys, tiny_original, tmp_path / "out")
 
 
@@ -547,7 +548,7 @@ def test_nothing_is_left_when_writing_fails(door, tiny_original, tmp_path, capsy
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(door, "write_description", fail)
+    monkeypatch.setattr("checkpoint_conversion.write_description", fail)
     assert "No space left" in refuse(door, capsys, tiny_original, tmp_path / "out")
 
 
@@ -555,7 +556,7 @@ def test_nothing_is_left_when_the_user_interrupts(door, tiny_original, tmp_path,
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(door, "save_safetensors", interrupt)
+    monkeypatch.setattr("prepared_folder.save_safetensors", interrupt)
     with pytest.raises(KeyboardInterrupt):
         door.main([str(tiny_original), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []

@@ -456,14 +456,30 @@ def test_missing_tokenizer_is_asked_for(door, source, tmp_path, capsys):
     assert "ice_text.model" in error and "--tokenizer" in error
 
 
-def test_links_to_sats_files_are_refused(door, source, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        door.main([str(source), str(tmp_path / "new"), "--link"])
-    assert "--link" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--link",), "--link keeps weight files"),
+        (("--to", "sat", "--link"), "--link keeps weight files"),
+        (("--to", "sat"), "use --lora merge"),
+        (("--to", "sat", "--lora", "only"), "goes with --from sat --to hf"),
+        (("--from", "hf", "--lora", "only"), "goes with --from sat --to hf"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_contradict_each_other_are_refused(door, source, tmp_path, capsys, options, message):
+    assert message in refuse(door, capsys, *options, source, tmp_path / "new")
+
+
+def test_sat_folder_is_written_anew_in_another_shape(convert, golden_dir):
+    """Parts joined, LoRA merged, in one file."""
+    again = convert(golden_dir / "sat_lora", "--to", "sat", "--lora", "merge")
+    back, merged = convert(again, "--sat-version", "0.4"), convert(golden_dir / "sat_lora", "--lora", "merge")
+    assert_same(load_file(back / "model.safetensors"), load_file(merged / "model.safetensors"))
 
 
 def test_full_disk_is_noticed_before_anything_is_written_for_sat(door, tiny_original, tmp_path, capsys, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=door.SPARE_BYTES)
-    monkeypatch.setattr(door.shutil, "disk_usage", lambda place: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=16 * 1024**2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     error = refuse(door, capsys, "--to", "sat", tiny_original, tmp_path / "new")
     assert "GB left" in error
