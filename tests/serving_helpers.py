@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -52,19 +53,20 @@ def serve(engine, **options) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def open_door(*options: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`scripts/api_hf.py` in a process; yields its address as soon as it listens, and the process."""
+def open_door(*options: str) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """`scripts/api_hf.py` in a process; yields its address as soon as it listens, the process, its log."""
     port = free_port()
     command = [sys.executable, str(ROOT / "scripts" / "api_hf.py"), "--port", str(port), "--device", "cpu", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: health(url) is not None or process.poll() is not None)
-        yield url, process
-    finally:
-        process.kill()
-        process.communicate()
+    with tempfile.NamedTemporaryFile("w+") as log:  # a pipe that nobody reads would fill up and stop the server
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            wait_until(lambda: health(url) is not None or process.poll() is not None)
+            yield url, process, Path(log.name)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def health(url: str) -> int | None:

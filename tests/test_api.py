@@ -529,7 +529,7 @@ def test_health_is_503_when_the_engine_is_closed(loaded):
 
 
 def test_the_door_says_503_while_it_loads_and_drains_on_sigterm():
-    with open_door() as (url, process):
+    with open_door() as (url, process, log):
         early = post_chat(url)
         if early.status_code != 200:  # it may have been quicker than we
             assert "loaded" in error_of(early, 503)["message"] and "Retry-After" in early.headers
@@ -549,7 +549,8 @@ def test_the_door_says_503_while_it_loads_and_drains_on_sigterm():
         for thread in asking:
             thread.join()
         assert [answer.status_code for answer in answers] == [200] * 3
-        output, _ = process.communicate(timeout=60)
+        process.wait(timeout=60)
+        output = log.read_text(encoding="utf-8")
         assert process.returncode == -signal.SIGTERM, output  # as whoever sent it expects
         assert "Application shutdown complete" in output and "Traceback" not in output
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from serving.engine import AnswerTimeout, Engine, EngineClosed, EngineError, Limits, QueueFull
+from serving.engine import AnswerTimeout, Completion, Engine, EngineClosed, EngineError, Limits, QueueFull
 from serving.loading import load_model
 from serving.sampling import Settings
 from serving.text import GrowingText
@@ -66,8 +66,12 @@ def wait_until(condition) -> None:
         time.sleep(0.001)
 
 
-def running(engine) -> int:
-    return int(engine.metrics.registry.get_sample_value("visualglm_running"))
+def refuses(engine) -> bool:
+    try:
+        engine.check_alive()
+    except EngineClosed:
+        return True
+    return False
 
 
 def count(engine, outcome: str) -> int:
@@ -93,7 +97,7 @@ def chat_alone(loaded, picture, text) -> str:
         GREEDY,
         Settings(temperature=0),
         Settings(seed=5),
-        Settings(seed=6, temperature=1.5, top_p=0.95, top_k=0, min_length=80, max_length=100),
+        Settings(seed=6, temperature=1.5, top_p=0.95, top_k=0, min_length=60, max_length=75),
     ],
     ids=["greedy", "penalty", "defaults", "hot"],
 )
@@ -201,18 +205,31 @@ def test_lengths_end_an_answer(engine, prompts):
 
 
 def test_a_cancelled_answer_stops_within_one_token(engine, prompts):
-    answer = engine.submit(prompts[0], LONG)
-    stream = iter(answer)
-    next(stream)
+    answer, lengths = engine.submit(prompts[0], LONG), []
     others = [engine.submit(prompt, GREEDY) for prompt in prompts[:3]]
-    tokens = engine.metrics.registry.get_sample_value("visualglm_completion_tokens_total")
-    answer.cancel()
+    publish = answer.publish
+
+    def publish_and_leave_at_the_tenth(text):  # in the step of a token
+        publish(text)
+        lengths.append(text)
+        if len(lengths) == 10:
+            answer.cancel()
+
+    answer.publish = publish_and_leave_at_the_tenth
+    answer.is_watched = True
     completion = answer.result(SECONDS)
-    assert completion.finish_reason == "cancelled"
-    assert completion.text.startswith(answer.text[:1]) and completion.completion_tokens < 1000
+    assert completion.finish_reason == "cancelled" and completion.text.startswith(lengths[-1])
+    assert len(lengths) == 10 and completion.completion_tokens <= 12  # it may have been watched from its second on
     assert [other.result(SECONDS).finish_reason for other in others] == ["stop"] * 3
-    del tokens
-    wait_until(lambda: running(engine) == 0)
+
+
+def test_a_cancelled_answer_that_waits_never_starts(loaded, prompts):
+    with Engine(*loaded, Limits(max_batch_size=1)) as engine:
+        first, second = engine.submit_all(prompts[0], [LONG, LONG])
+        second.cancel()
+        assert second.result(0) == Completion("", "cancelled", len(prompts[0].token_ids), 0)
+        first.cancel()
+        assert first.result(SECONDS).finish_reason == "cancelled"
 
 
 def test_an_answer_that_waits_too_long_is_a_timeout_whether_it_waits_or_runs(loaded, prompts):
@@ -255,9 +272,7 @@ def test_closing_drains_and_refuses(loaded, prompts):
     answers = [engine.submit(prompt, GREEDY) for prompt in prompts]
     closing = threading.Thread(target=engine.close)
     closing.start()
-    with pytest.raises(EngineClosed, match="shutting down"):  # noqa: PT012
-        while True:
-            engine.check_alive()
+    wait_until(lambda: refuses(engine))
     with pytest.raises(EngineClosed, match="shutting down"):
         engine.submit(prompts[0])
     closing.join(SECONDS)

@@ -1,17 +1,20 @@
 """Answers that are generated side by side, and may begin and end at different times.
 
 `generate` works on a fixed set of rows, so a batch pauses (its stopping criterion says stop for all) when others wait
-to join or many rows are done; then the caches of the rows that go on are put together, and `generate` continues from
-them. A row does not depend on its neighbours: padding is on the left, masked, and not counted by its positions.
+to join or many rows are done. Then the prompts of those who join are run into a cache, the caches of all rows that go
+on are put together, and `generate` continues from them. A row does not depend on its neighbours: padding is on the
+left, masked, and not counted by its positions.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 from .sampling import Chooser, RowSampler
 
@@ -24,7 +27,6 @@ class Row:
         chooser: chooses its tokens.
         eos_token_id: ends it.
         max_length: ends it, prompt included.
-        image_embeds: [pictures, num_query_tokens, C] of the prompt, or None.
         on_token: called with the row after each token; a reason that it returns ends the row.
         on_finish: called with the row at its end, within the step of its last token.
     """
@@ -35,14 +37,14 @@ class Row:
         chooser: Chooser,
         eos_token_id: int,
         max_length: int,
-        image_embeds: torch.Tensor | None,
         on_token: Callable[["Row"], str | None],
         on_finish: Callable[["Row"], None],
     ):
         self.token_ids = list(token_ids)
         self.prompt_length = len(self.token_ids)
         self.chooser, self.eos_token_id, self.max_length = chooser, eos_token_id, max_length
-        self.image_embeds, self.on_token, self.on_finish = image_embeds, on_token, on_finish
+        self.on_token, self.on_finish = on_token, on_finish
+        self.image_embeds: torch.Tensor | None = None  # [pictures, num_query_tokens, C] of the prompt
         self.finish_reason: str | None = None
         self.error: Exception | None = None
 
@@ -79,7 +81,7 @@ class Batch:
     """Rows and what the model has computed for them: all their tokens but the last, [rows, heads, T, D] per layer."""
 
     rows: list[Row]
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache
 
     @property
     def live(self) -> list[Row]:
@@ -100,16 +102,31 @@ class RowsStop(StoppingCriteria):
         return torch.tensor([is_paused or not row.is_live for row in self.rows], device=input_ids.device)
 
 
+@torch.no_grad()
+def prefill(model: PreTrainedModel, rows: Sequence[Row]) -> Batch:
+    """A batch of new rows. The last token of a prompt, `<sop>`, is the first that its context does not look at."""
+    config, cache = model.config.text_config, DynamicCache()
+    input_ids, attention_mask = pad_left([row.token_ids for row in rows], config.pad_token_id, model.device)
+    pictures = [row.image_embeds for row in rows if row.image_embeds is not None]
+    model(
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        glm_position_ids=build_glm_position_ids(input_ids, attention_mask, config)[..., :-1],
+        image_embeds=torch.cat(pictures) if pictures else None,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Batch(list(rows), cache)
+
+
 def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], bool]) -> None:
     """Generate until every row is done or, after some token, `should_pause()`."""
     pad_token_id = model.config.text_config.pad_token_id
     input_ids, attention_mask = pad_left([row.token_ids for row in batch.rows], pad_token_id, model.device)
-    is_new = batch.cache.get_seq_length() == 0
-    pictures = [row.image_embeds for row in batch.rows if row.image_embeds is not None] if is_new else []
     model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        image_embeds=torch.cat(pictures) if pictures else None,
         past_key_values=batch.cache,
         logits_processor=LogitsProcessorList([RowSampler(batch.rows, pad_token_id)]),
         stopping_criteria=StoppingCriteriaList([RowsStop(batch.rows, should_pause)]),

@@ -15,6 +15,7 @@ owns the model. Not here: HTTP, and how a batch advances (`batching.py`).
 
 import asyncio
 import collections
+import contextlib
 import hashlib
 import math
 import sys
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf.chat import check_tokenizer
 
-from .batching import Batch, Row, advance, merge
+from .batching import Batch, Row, advance, merge, prefill
 from .loading import first_line, load_model
 from .metrics import Metrics
 from .prompts import Prompt, PromptBuilder
@@ -38,6 +39,7 @@ from .sampling import Chooser, Settings
 from .text import GrowingText
 
 
+JOIN_EVERY = 4  # tokens: a pause costs about one, so those who come meanwhile join together
 REMEMBERED_PICTURES = 64  # of the real model, 256 KiB each in half precision
 
 
@@ -222,6 +224,7 @@ class Engine:
         self._unfinished: set[Answer] = set()  # those that wait and those that are being generated
         self._is_closing = False
         self._usual_seconds = 1.0  # that an answer takes
+        self._steps = 0  # since the batch last paused
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
 
@@ -345,12 +348,10 @@ class Engine:
         batch: Batch | None = None
         try:
             while (newcomers := self._take(len(batch.rows) if batch else 0)) is not None:
-                fresh = self._start(newcomers)
-                if fresh is not None:
-                    self._advance(fresh, is_alone=batch is None)
-                elif batch is not None:
+                batch = merge([each for each in (batch, self._start(newcomers)) if each is not None])
+                if batch is not None:
                     self._advance(batch)
-                batch = merge([each for each in (batch, fresh) if each is not None])
+                    batch = merge([batch])
         finally:  # closed, with nothing left; or failed, and nobody shall wait for ever
             for answer in tuple(self._unfinished):
                 self._finish(answer, EngineClosed("The engine has failed."), "error")
@@ -368,13 +369,14 @@ class Engine:
         return taken
 
     def _start(self, answers: Sequence[Answer]) -> Batch | None:
-        rows = []
-        for answer in answers:
-            try:
-                rows.append(self._row(answer))
-            except RuntimeError as error:  # torch's, such as no memory for a picture
-                self._finish(answer, EngineError(first_line(error)), "error")
-        return Batch(rows) if rows else None
+        if not answers:
+            return None
+        rows = [self._row(answer) for answer in answers]
+        with self._failing(rows):
+            for row, answer in zip(rows, answers, strict=True):
+                row.image_embeds = self._encode(answer.prompt.pixel_values)
+            return prefill(self.model, rows)
+        return None
 
     def _row(self, answer: Answer) -> Row:
         prompt, settings = answer.prompt, answer.settings
@@ -388,7 +390,6 @@ class Engine:
             Chooser(settings, length, len(self.tokenizer), self.eos_token_id, self.model.device),
             self.eos_token_id,
             max_length,
-            self._encode(prompt.pixel_values),
             delivery.on_token,
             delivery.on_finish,
         )
@@ -412,20 +413,30 @@ class Engine:
             self._picture_embeds.popitem(last=False)
         return embeds
 
-    def _advance(self, batch: Batch, is_alone: bool = True) -> None:
-        """Generate until there is something else to do: one token, if other rows wait for this batch to join them."""
+    def _advance(self, batch: Batch) -> None:
+        """Generate until there is something else to do."""
+        self._steps = 0
+        with self._failing(batch.rows):
+            advance(self.model, batch, lambda: self._should_pause(batch))
+
+    @contextlib.contextmanager
+    def _failing(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Let an error of torch (such as no memory) or of `generate` end these rows alone: others may fare better."""
         try:
-            advance(self.model, batch, lambda: not is_alone or self._should_pause(batch))
-        except (RuntimeError, ValueError) as error:  # torch's and generate's; the next requests may fare better
+            yield
+        except (RuntimeError, ValueError) as error:
             print(f"error: {first_line(error)}", file=sys.stderr)
-            for row in batch.live:
-                row.fail(EngineError(first_line(error)))
+            for row in rows:
+                if row.is_live:
+                    row.fail(EngineError(first_line(error)))
 
     def _should_pause(self, batch: Batch) -> bool:
         """Whether others can join, or so many rows are done that it pays to go on without them."""
         self._drop_late()
+        self._steps += 1
         live = len(batch.live)
-        return live <= len(batch.rows) // 2 or (bool(self._waiting) and live < self.limits.max_batch_size)
+        can_join = bool(self._waiting) and live < self.limits.max_batch_size and self._steps >= JOIN_EVERY
+        return can_join or live <= len(batch.rows) // 2
 
     def _drop_late(self) -> None:
         """End the requests that waited too long. All have the same time, so the first is the first to be late."""

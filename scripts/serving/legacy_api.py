@@ -6,6 +6,7 @@ Source: `api_hf.py` and `model/infer_util.py` of the original.
 import json
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +21,8 @@ from .sampling import Settings
 
 
 EXAMPLE = {"image": "", "text": "Hello", "history": []}
+ROLES = ("user", "assistant")
+Turn = Annotated[list[str], Field(min_length=2, max_length=2)]  # a tuple's schema would be none of OpenAPI
 
 
 class LegacyRequest(BaseModel):
@@ -29,7 +32,7 @@ class LegacyRequest(BaseModel):
         "", description="base64 of a picture, line breaks allowed, or a data: URI; empty for none"
     )
     text: str = Field(description="the question")
-    history: list[tuple[str, str]] | None = Field([], description="[question, answer] pairs, oldest first")
+    history: list[Turn] | None = Field([], description="[question, answer] pairs, oldest first")
     max_length: int = Field(2048, description="of prompt and answer, in tokens")
     min_length: int = Field(50, description="of prompt and answer, in tokens")
     temperature: float = 0.8
@@ -53,12 +56,9 @@ class LegacyRequest(BaseModel):
 
 class LegacyResponse(BaseModel):
     result: str
-    history: list[tuple[str, str]]
+    history: list[Turn]
     status: int
     time: str = Field(examples=["2023-05-17 12:00:00"])
-
-
-ROLES = ("user", "assistant")
 
 
 def create_router(get_engine: Callable[[], Engine]) -> APIRouter:
@@ -84,7 +84,7 @@ def create_router(get_engine: Callable[[], Engine]) -> APIRouter:
         [completion] = await complete(request, answers)
         return LegacyResponse(
             result=completion.text,
-            history=[*(asked.history or ()), (asked.text, completion.text)],
+            history=[*(asked.history or ()), [asked.text, completion.text]],
             status=200,
             time=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
