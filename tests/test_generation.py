@@ -4,7 +4,10 @@ import threading
 
 import pytest
 import torch
+from helpers import FLOAT32_TOLERANCE, relative_error
 from transformers import LogitsProcessorList, TextIteratorStreamer
+
+from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,32 @@ def test_sampling_is_reproducible_from_its_seed(model, inputs):
         outputs.append(model.generate(**inputs, max_new_tokens=8, do_sample=True, top_p=0.9, num_return_sequences=3))
     assert torch.equal(*outputs)
     assert len(outputs[0]) == 3
+
+
+def test_answer_to_a_picture_continues_from_a_cache_of_its_context(model, inputs, greedy):
+    """All of the context is cached, `<sop>` is not."""
+    ids = inputs["input_ids"]
+    positions = build_glm_position_ids(ids, None, model.config.text_config)
+    with torch.no_grad():
+        context = {
+            "input_ids": ids[:, :-1],
+            "pixel_values": inputs["pixel_values"],
+            "position_ids": positions[..., :-1],
+        }
+        cache = model(**context, use_cache=True).past_key_values
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=False)
+    assert torch.equal(output, greedy)
+
+
+def test_pictures_are_seen_at_every_step_without_a_cache(model, processor, inputs, pictures):
+    other = processor(
+        text=f"<img>{processor.image_token}</img>问：描述这张图片。\n答：", images=pictures[1], return_tensors="pt"
+    )
+    for one in (inputs, other):
+        options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        cached, uncached = (model.generate(**one, **options, use_cache=use) for use in (True, False))
+        for ours, theirs in zip(uncached.logits, cached.logits, strict=True):
+            assert relative_error(ours, theirs.numpy()) < FLOAT32_TOLERANCE
 
 
 def test_inputs_embeds_alone_generate_the_same_answer(model, inputs, greedy):

@@ -59,6 +59,13 @@ def test_mask_equals_the_originals(model, arrays, prompts):
         assert torch.equal(~mask[:, 0], torch.tensor(arrays[name]).bool().view(mask[:, 0].shape))
 
 
+def test_mask_survives_a_shift_of_all_positions(model, prompts):
+    _, input_ids, _ = prompts[0]
+    positions = build_glm_position_ids(input_ids, None, model.config.text_config)
+    masks = [build_attention_mask(positions + shift, None, 0, input_ids.shape[1]) for shift in (0, 5)]
+    assert torch.equal(*masks)
+
+
 def test_mask_of_a_padded_batch_equals_the_originals_where_it_is_read(model, arrays, padded):
     input_ids, attention_mask = padded
     positions = build_glm_position_ids(input_ids, attention_mask, model.config.text_config)
