@@ -19,11 +19,13 @@ from .configuration_visualglm import (
 from .image_processing_visualglm import VisualGLMImageProcessor
 from .modeling_visualglm import VisualGLMForConditionalGeneration
 from .processing_visualglm import VisualGLMProcessor
+from .quantization import LowBitConfig
 from .tokenization_chatglm import ChatGLMTokenizer
 
 
 __all__ = [
     "ChatGLMTokenizer",
+    "LowBitConfig",
     "VisualGLMConfig",
     "VisualGLMForConditionalGeneration",
     "VisualGLMImageProcessor",

@@ -55,7 +55,7 @@ LARGEST_CODE = {4: 7, 8: 127}
 # The largest weight of a group becomes code -7 to -10, of which -8 is the least there is: clipping it a little pays.
 DIVISORS = (7.0, 7.6, 8.2, 9.0, 10.0)
 SMALLEST_SCALE = 2.0**-24  # of float16
-CHUNK = 2**18  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
+CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
 DEVICE_CHUNK = 2**24  # elements
 MADV_PAGEOUT = 21  # Linux 5.4: "reclaim these pages"; clean pages of a file are dropped, nothing is ever lost
 
