@@ -248,6 +248,22 @@ def test_both_position_rows_are_honoured_and_made_up_ones_are_not(model, prompts
 
 
 @pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda ids: torch.cat((ids, ids[:, 5:6]), dim=1), "has 33 image tokens"),
+        (lambda ids: torch.cat((ids[:, :1].expand(1, 2048), ids), dim=1), "2102 tokens long, the model takes 2048"),
+        (lambda ids: ids[:, :-1], "Every sequence needs"),
+    ],
+    ids=["places", "length", "no <sop>"],
+)
+def test_bad_prompts_are_refused_before_the_picture_is_encoded(model, prompts, monkeypatch, change, complaint):
+    _, input_ids, picture = prompts[0]
+    monkeypatch.setattr(model.image_encoder, "forward", None)
+    with pytest.raises(ValueError, match=complaint):
+        model(change(input_ids), pixel_values=picture)
+
+
+@pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ({}, "Give input_ids or inputs_embeds"),

@@ -590,6 +590,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         if has_pictures and (inputs_embeds is not None or prompt_embeds is not None):
             raise ValueError("Give pictures with input_ids, or inputs_embeds with the pictures already in place.")
         self.check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
+            glm_position_ids = position_ids
+        if glm_position_ids is None:
+            glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
         if has_pictures:
             image_embeds = self.encode_images(input_ids, pixel_values, image_embeds)
         if prompt_embeds is not None:
@@ -597,10 +601,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
         elif inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_embeds)
-        if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
-            glm_position_ids = position_ids
-        if glm_position_ids is None:
-            glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
         glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
@@ -627,7 +627,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             )
 
     def derive_positions(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         if input_ids is None:
             input_ids = self.presumed_input_ids(inputs_embeds)
