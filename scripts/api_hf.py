@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     server.run()
     if engine.error is not None:
         raise engine.error
-    return 0
+    return 0 if engine.engine is not None else 1
 
 
 def main() -> int:

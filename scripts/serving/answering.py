@@ -32,16 +32,18 @@ async def complete(request: Request, answers: Sequence[Answer]) -> list[Completi
     gone = asyncio.create_task(disconnected(request))
     try:
         await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise ApiError(499, "The client has left.")  # nginx's number; nobody reads it
-        return [check_complete(completion) for completion in done.result()]
-    except ValueError as error:  # NaN
-        raise ApiError(500, str(error), code="model_failed") from error
+        is_gone = not done.done()
     finally:
+        gone.cancel()
         for answer in answers:
             answer.cancel()
-        done.cancel()
-        gone.cancel()
+    try:
+        completions = await done  # of cancelled answers within a token
+    except ValueError as error:  # NaN
+        raise ApiError(500, str(error), code="model_failed") from error
+    if is_gone:
+        raise ApiError(499, "The client has left.")  # nginx's number; nobody reads it
+    return [check_complete(completion) for completion in completions]
 
 
 def check_complete(completion: Completion) -> Completion:

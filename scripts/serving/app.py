@@ -45,7 +45,7 @@ class LoadingEngine:
 
     Args:
         load: makes the engine.
-        on_failure: called when `load` has raised a `ValueError`, which is then `error`.
+        on_failure: called when `load` has failed; a `ValueError` is then `error`.
     """
 
     def __init__(self, load: Callable[[], Engine], on_failure: Callable[[], None]):
@@ -62,7 +62,9 @@ class LoadingEngine:
             self.engine = self.load()
         except ValueError as error:
             self.error = error
-            self.on_failure()
+        finally:
+            if self.engine is None:  # after other errors too, which the thread reports
+                self.on_failure()
 
     def __call__(self) -> Engine:
         if self.engine is None:
