@@ -20,7 +20,7 @@ OTHER_COMMANDS = [
     line.split("  ")[0]
     for language, text in BLOCKS
     for line in text.splitlines()
-    if not language and line.startswith("python ")
+    if not language and line.startswith("python ") and "path/to/" in line
 ]
 
 
@@ -55,15 +55,20 @@ def test_the_snippets_run_from_top_to_bottom_and_answer_rightly(tiny_original):
     assert "red" in run([sys.executable, "-c", folder + transformers_way]).lower()
 
 
-def test_every_other_command_runs(tiny_original, tmp_path):
-    assert len(OTHER_COMMANDS) == 4
+def test_every_other_command_runs(tiny_original, golden_dir, tmp_path):
+    assert len(OTHER_COMMANDS) == 7
     for index, command in enumerate(OTHER_COMMANDS):
         linked = "prepared-linked" if "--link" in command else "prepared"
         command = command.replace("path/to/visualglm-6b", str(tiny_original))
+        command = command.replace("path/to/sat ", f"{golden_dir / 'sat_lora'} ")
+        command = command.replace("path/to/adapter", str(tmp_path / "prepared-sat" / "adapter"))
+        command = command.replace("path/to/prepared-sat", str(tmp_path / "prepared-sat"))
         command = command.replace("path/to/prepared", str(tmp_path / linked))
+        command = command.replace("path/to/", f"{tmp_path}/")
         typed = "\n你好\nstop\n" if "cli_demo" in command else None
         run([sys.executable, *shlex.split(command)[1:]], input=typed)
         assert index or (tmp_path / "prepared" / "config.json").exists()
+    assert (tmp_path / "for-sat" / "latest").exists() and (tmp_path / "merged" / "config.json").exists()
 
 
 def test_links_lead_somewhere():
