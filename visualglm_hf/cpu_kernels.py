@@ -35,12 +35,13 @@ Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours
 import ctypes
 import os
 import platform
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -55,6 +56,17 @@ NEEDED_FEATURES = ("avx2", "f16c", "fma")  # of an x86 processor
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")  # as platforms call them
 CHECK_TOLERANCE = 1e-4  # relative error of the self-check: activations are rounded to 16 bits
 CHOICES = ("auto", "cpu", "cuda", "torch")
+
+
+def indices(count: int, step: int, repeat: int = 1, first: int = 0) -> str:
+    """Write the elements that a `shufflevector` takes: every `step`th from `first`, each `repeat` times."""
+    return ", ".join(f"i32 {first + index // repeat * step}" for index in range(count))
+
+
+def llvm_float(value: float) -> str:
+    """Write a float32 as LLVM wants it: the bits of the double."""
+    return "0x" + struct.pack(">d", torch.tensor(value).item()).hex().upper()
+
 
 # A kernel: what each thread runs until no rows are left. The fields are those of `Task`.
 KERNEL = """
@@ -148,13 +160,13 @@ RESULT = """
   store float %total.#, ptr %out.#"""
 
 # 32 products of 16-bit integers, summed in pairs: one instruction where there is one (vpmaddwd, vpdpwssd).
-DOT = """
+DOT = f"""
 define internal <16 x i32> @dot(<32 x i16> %a, <32 x i16> %b) alwaysinline {{
   %wide.a = sext <32 x i16> %a to <32 x i32>
   %wide.b = sext <32 x i16> %b to <32 x i32>
   %products = mul nsw <32 x i32> %wide.a, %wide.b
-  %even = shufflevector <32 x i32> %products, <32 x i32> poison, <16 x i32> <{even}>
-  %odd = shufflevector <32 x i32> %products, <32 x i32> poison, <16 x i32> <{odd}>
+  %even = shufflevector <32 x i32> %products, <32 x i32> poison, <16 x i32> <{indices(16, 2)}>
+  %odd = shufflevector <32 x i32> %products, <32 x i32> poison, <16 x i32> <{indices(16, 2, first=1)}>
   %sum = add nsw <16 x i32> %even, %odd
   ret <16 x i32> %sum
 }}
@@ -167,7 +179,7 @@ define internal <16 x float> @add_scaled(
   %next = fadd contract <16 x float> %sum, %product
   ret <16 x float> %next
 }}
-""".format(even=", ".join(f"i32 {2 * i}" for i in range(16)), odd=", ".join(f"i32 {2 * i + 1}" for i in range(16)))
+"""
 
 # 4 bits: 128 columns. A 16-bit word holds the columns 1, 0, 3, 2 of four, from its low bits up. Codes are made
 # unsigned, code + 8, by flipping their highest bit, which takes fewer instructions than keeping the sign; %correction,
@@ -296,40 +308,119 @@ define internal <16 x float> @scale(ptr %scales, i64 %i) alwaysinline {
 """
 
 
+# Activations as the steps read them: one record for each step. This loop, and one of the functions @record below.
+RECORDS = """
+define void @{name}(ptr noalias %x, ptr noalias %records, i64 %count) {{
+start:
+  br label %record
+
+record:
+  %i = phi i64 [ 0, %start ], [ %i.next, %record ]
+  %x.offset = mul i64 %i, {x_bytes}
+  %record.offset = mul i64 %i, {record_bytes}
+  %at.x = getelementptr i8, ptr %x, i64 %x.offset
+  %at.record = getelementptr i8, ptr %records, i64 %record.offset
+  call void @record(ptr %at.x, ptr %at.record)
+  %i.next = add i64 %i, 1
+  %more = icmp ult i64 %i.next, %count
+  br i1 %more, label %record, label %end
+
+end:
+  ret void
+}}
+"""
+# 64 columns become 16-bit integers and their scale, the largest / 32767. A block of zeros is divided by something;
+# infinity and NaN are kept, in the scale.
+SPLIT = f"""
+declare <64 x float> @llvm.fabs.v64f32(<64 x float>)
+declare float @llvm.vector.reduce.fmaximum.v64f32(<64 x float>)
+declare float @llvm.maxnum.f32(float, float)
+declare <64 x float> @llvm.rint.v64f32(<64 x float>)
+declare <64 x i32> @llvm.fptosi.sat.v64i32.v64f32(<64 x float>)
+
+define internal {{ <64 x i16>, float }} @split(ptr %x) alwaysinline {{
+  %values = load <64 x float>, ptr %x, align 4
+  %sizes = call <64 x float> @llvm.fabs.v64f32(<64 x float> %values)
+  %largest = call float @llvm.vector.reduce.fmaximum.v64f32(<64 x float> %sizes)
+  %scale = fmul float %largest, {llvm_float(1 / LARGEST_INT16)}
+  %divisor = call float @llvm.maxnum.f32(float %scale, float {llvm_float(2.0**-126)})
+  %factor = fdiv float 1.0, %divisor
+  %first = insertelement <64 x float> poison, float %factor, i64 0
+  %factors = shufflevector <64 x float> %first, <64 x float> poison, <64 x i32> zeroinitializer
+  %scaled = fmul <64 x float> %values, %factors
+  %rounded = call <64 x float> @llvm.rint.v64f32(<64 x float> %scaled)
+  %integers = call <64 x i32> @llvm.fptosi.sat.v64i32.v64f32(<64 x float> %rounded)
+  %codes = trunc <64 x i32> %integers to <64 x i16>
+  %half = insertvalue {{ <64 x i16>, float }} poison, <64 x i16> %codes, 0
+  %both = insertvalue {{ <64 x i16>, float }} %half, float %scale, 1
+  ret {{ <64 x i16>, float }} %both
+}}
+
+define internal <16 x float> @repeat(float %a, float %b) alwaysinline {{
+  %first = insertelement <2 x float> poison, float %a, i64 0
+  %two = insertelement <2 x float> %first, float %b, i64 1
+  %lanes = shufflevector <2 x float> %two, <2 x float> poison, <16 x i32> <{indices(16, 1, 8)}>
+  ret <16 x float> %lanes
+}}
+"""
+RECORD_INT4 = (
+    SPLIT
+    + """
+define internal void @record(ptr %x, ptr %record) alwaysinline {{
+  %x.b = getelementptr i8, ptr %x, i64 256
+  %a = call {{ <64 x i16>, float }} @split(ptr %x)
+  %b = call {{ <64 x i16>, float }} @split(ptr %x.b)
+  %codes.a = extractvalue {{ <64 x i16>, float }} %a, 0
+  %codes.b = extractvalue {{ <64 x i16>, float }} %b, 0
+  %scale.a = extractvalue {{ <64 x i16>, float }} %a, 1
+  %scale.b = extractvalue {{ <64 x i16>, float }} %b, 1
+  %plane.0 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_0}>
+  %plane.1 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_1}>
+  %plane.2 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_2}>
+  %plane.3 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_3}>
+  %ones = add <32 x i16> zeroinitializer, splat (i16 -8)
+  %sum.0 = call <16 x i32> @dot(<32 x i16> %plane.0, <32 x i16> %ones)
+  %sum.1 = call <16 x i32> @dot(<32 x i16> %plane.1, <32 x i16> %ones)
+  %sum.2 = call <16 x i32> @dot(<32 x i16> %plane.2, <32 x i16> %ones)
+  %sum.3 = call <16 x i32> @dot(<32 x i16> %plane.3, <32 x i16> %ones)
+  %sum.01 = add <16 x i32> %sum.0, %sum.1
+  %sum.23 = add <16 x i32> %sum.2, %sum.3
+  %correction = add <16 x i32> %sum.01, %sum.23
+  %scale = call <16 x float> @repeat(float %scale.a, float %scale.b)
+  %at.1 = getelementptr i8, ptr %record, i64 64
+  %at.2 = getelementptr i8, ptr %record, i64 128
+  %at.3 = getelementptr i8, ptr %record, i64 192
+  %at.correction = getelementptr i8, ptr %record, i64 256
+  %at.scale = getelementptr i8, ptr %record, i64 320
+  store <32 x i16> %plane.0, ptr %record, align 4
+  store <32 x i16> %plane.1, ptr %at.1, align 4
+  store <32 x i16> %plane.2, ptr %at.2, align 4
+  store <32 x i16> %plane.3, ptr %at.3, align 4
+  store <16 x i32> %correction, ptr %at.correction, align 4
+  store <16 x float> %scale, ptr %at.scale, align 4
+  ret void
+}}
+""".format(**{f"plane_{plane}": indices(32, 4, 1, plane) for plane in range(4)})
+)
+RECORD_INT8 = (
+    SPLIT
+    + """
+define internal void @record(ptr %x, ptr %record) alwaysinline {
+  %a = call { <64 x i16>, float } @split(ptr %x)
+  %codes = extractvalue { <64 x i16>, float } %a, 0
+  %one.scale = extractvalue { <64 x i16>, float } %a, 1
+  %scale = call <16 x float> @repeat(float %one.scale, float %one.scale)
+  %at.scale = getelementptr i8, ptr %record, i64 128
+  store <64 x i16> %codes, ptr %record, align 4
+  store <16 x float> %scale, ptr %at.scale, align 4
+  ret void
+}
+"""
+)
+
+
 class KernelError(RuntimeError):
     """The kernels cannot be compiled, or compute something else."""
-
-
-# Activations as the kernels read them: a record for each step
-
-
-def split_into_integers(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round activations [M, K] to int16 [M, K / 64, 64], with scales float32 [M, K / 64, 1]."""
-    blocks = x.float().unflatten(1, (-1, BLOCK))
-    scale = blocks.abs().amax(-1, keepdim=True).mul_(1 / LARGEST_INT16)
-    # A block of zeros divides by something; infinity and NaN are kept, in the scale.
-    return blocks.div(scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int16), scale
-
-
-def record_for_int4(x: torch.Tensor) -> torch.Tensor:
-    """Make int32 [M, K / 128, 96] of [M, K]: four planes of 16-bit columns, the corrections, the scales."""
-    integers, scale = split_into_integers(x)
-    shape = len(x), x.shape[1] // 128, -1
-    planes = integers.view(*shape, 4).transpose(-1, -2).reshape(shape)
-    corrections = integers.view(*shape, 8).sum(-1, dtype=torch.int32).mul_(-8)
-    scales = scale.expand(-1, -1, 8).reshape(shape)
-    return torch.cat((planes.view(torch.int32), corrections, scales.view(torch.int32)), dim=-1)
-
-
-def record_for_int8(x: torch.Tensor) -> torch.Tensor:
-    """Make int32 [M, K / 64, 48] of [M, K]: 16-bit columns, and their scale 16 times."""
-    integers, scale = split_into_integers(x)
-    return torch.cat((integers.view(torch.int32), scale.expand(-1, -1, 16).contiguous().view(torch.int32)), dim=-1)
-
-
-def record_for_half(x: torch.Tensor) -> torch.Tensor:
-    """Make float32 [M, K / 32, 32] of [M, K]."""
-    return x.float().view(len(x), -1, 32)
 
 
 # Compilation
@@ -344,7 +435,7 @@ class Kind:
         step: the LLVM code of a step.
         columns: of the matrix in a step.
         record_bytes: of the activations in a step.
-        record: makes the records of activations.
+        record: the LLVM code of a record; None if that is simply the activations in float32.
         most_rows: M up to which the kernels are used; for more, torch has better ways.
     """
 
@@ -352,15 +443,15 @@ class Kind:
     step: str
     columns: int
     record_bytes: int
-    record: Callable[[torch.Tensor], torch.Tensor]
+    record: str | None
     most_rows: int
 
 
 KINDS = {
-    4: Kind("int4", STEP_INT4, 128, 384, record_for_int4, 16),
-    8: Kind("int8", STEP_INT8, 64, 192, record_for_int8, 16),
-    torch.float16: Kind("float16", STEP_HALF + WIDEN[torch.float16], 32, 128, record_for_half, TILE_ROWS),
-    torch.bfloat16: Kind("bfloat16", STEP_HALF + WIDEN[torch.bfloat16], 32, 128, record_for_half, TILE_ROWS),
+    4: Kind("int4", STEP_INT4, 128, 384, DOT + RECORD_INT4, 16),
+    8: Kind("int8", STEP_INT8, 64, 192, RECORD_INT8, 16),
+    torch.float16: Kind("float16", STEP_HALF + WIDEN[torch.float16], 32, 128, None, TILE_ROWS),
+    torch.bfloat16: Kind("bfloat16", STEP_HALF + WIDEN[torch.bfloat16], 32, 128, None, TILE_ROWS),
 }
 
 
@@ -389,12 +480,16 @@ def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> s
     return kind.step + write_scale(steps, groups) + loop + KERNEL.format(name=name)
 
 
+def write_records(name: str, kind: Kind) -> str:
+    """Write the LLVM code that makes records of activations."""
+    return kind.record + RECORDS.format(name=name, x_bytes=4 * kind.columns, record_bytes=kind.record_bytes)
+
+
 def write_scale(steps: int, groups: int) -> str:
     if groups == 0:
         return NO_SCALE
     count = max(1, groups // steps)
-    lanes = ", ".join(f"i32 {lane * count // 16}" for lane in range(16))
-    return SCALE.format(count=count, steps_per_scale=max(1, steps // groups), lanes=lanes)
+    return SCALE.format(count=count, steps_per_scale=max(1, steps // groups), lanes=indices(16, 1, 16 // count))
 
 
 def load_llvm():
@@ -431,15 +526,15 @@ class Compiler:
         cpu, features = self.llvm.get_host_cpu_name(), self.llvm.get_host_cpu_features().flatten()
         return self.llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3)
 
-    def compile(self, name: str, source: str) -> Callable[..., None]:
-        """Compile the kernel `name`; returns a function of a [`Task`], during which other threads of Python run."""
+    def compile(self, name: str, source: str, *arguments: type) -> Callable[..., None]:
+        """Compile the function `name` of these ctypes; while it runs, other threads of Python do too."""
         module = self.llvm.parse_assembly(source)
         module.verify()
         passes = self.llvm.create_pass_builder(self.target, self.llvm.create_pipeline_tuning_options(speed_level=3))
         passes.getModulePassManager().run(module, passes)
         self.engine.add_module(module)
         self.engine.finalize_object()
-        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.engine.get_function_address(name))
+        return ctypes.CFUNCTYPE(None, *arguments)(self.engine.get_function_address(name))
 
 
 # Launch
@@ -509,26 +604,39 @@ class CpuKernels:
         self.functions: dict[str, Callable[..., None]] = {}
         self.lock = threading.Lock()
 
-    def function(self, kind: Kind, steps: int, groups: int, tile: int) -> Callable[..., None]:
-        name = f"{kind.name}_{steps}_{groups}_{tile}"
+    def compiled(self, name: str, write: Callable[..., str], *arguments: type) -> Callable[..., None]:
+        """The function that `write` writes when it is told the name, compiled once."""
         if name not in self.functions:
             with self.lock:
                 if name not in self.functions:
-                    source = write_kernel(name, kind, steps, groups, tile)
-                    self.functions[name] = self.compiler.compile(name, source)
+                    self.functions[name] = self.compiler.compile(name, write(name), *arguments)
         return self.functions[name]
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, kind: Kind):
         """Multiply activations [M, K] with the matrix of N rows: [M, N], of the dtype of `x`. See `fits`."""
-        records = kind.record(x)
-        steps = records.shape[1]
+        steps = x.shape[1] // kind.columns
         groups = 0 if weight_scale is None else weight_scale[0].numel()
+        records = self.make_records(x.float().contiguous(), steps, kind)
         out = torch.empty(x.shape[0], weight.shape[0])
         for first in range(0, x.shape[0], TILE_ROWS):
             tile = records[first : first + TILE_ROWS]
-            kernel = self.function(kind, steps, groups, len(tile))
+            kernel = self.compiled(
+                f"{kind.name}_{steps}_{groups}_{len(tile)}",
+                partial(write_kernel, kind=kind, steps=steps, groups=groups, tile=len(tile)),
+                ctypes.c_void_p,
+            )
             self.launch(kernel, weight, weight_scale, tile, out[first : first + TILE_ROWS])
         return out.to(x.dtype)
+
+    def make_records(self, x: torch.Tensor, steps: int, kind: Kind) -> torch.Tensor:
+        """Write activations [M, K], float32, as the kernels read them: [M, steps, bytes of a record]."""
+        if kind.record is None:
+            return x.view(len(x), steps, -1)
+        records = torch.empty(len(x), steps, kind.record_bytes, dtype=torch.uint8)
+        write = partial(write_records, kind=kind)
+        record = self.compiled(f"{kind.name}_records", write, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        record(x.data_ptr(), records.data_ptr(), len(x) * steps)
+        return records
 
     def launch(
         self,
