@@ -38,7 +38,7 @@ def convert(
     origin: str | None = None,
     destination: str = "hf",
     version: str | None = None,
-    lora: str = "adapter",
+    lora: str | None = None,
 ) -> list[str]:
     """Convert the checkpoint in `source` into the new folder `target`.
 
@@ -52,8 +52,8 @@ def convert(
         destination: what `target` will be, "hf" or "sat".
         version: of SAT, "0.3" or "0.4", which decides the order of fused rows; None to find it out in `source`, or for
             the later one in `target`.
-        lora: what to do with a LoRA in a SAT checkpoint: "adapter" writes it for PEFT into `target`/adapter, "merge"
-            folds it into the weights, "only" makes `target` the adapter, without weights.
+        lora: what to do with a LoRA in a SAT checkpoint: "adapter", the default, writes it for PEFT into
+            `target`/adapter, "merge" folds it into the weights, "only" makes `target` the adapter, without weights.
 
     Returns:
         Lines about what the user should know.
@@ -64,10 +64,10 @@ def convert(
     target = target.resolve()
     check_target(target)
     origin = origin or guess_origin(source)
-    check_options(origin, destination, use_links, lora)
+    check_options(origin, destination, max_shard_size, use_links, version, lora)
     notes, adapter = [], {}
     if origin == "sat":
-        found = read_sat(source, vocabulary, version, lora)
+        found = read_sat(source, vocabulary, version, lora or "adapter")
         checkpoint, adapter, version, notes = found.checkpoint, found.adapter, found.version, [*found.notes]
     else:
         checkpoint = read_checkpoint(source, vocabulary)
@@ -89,13 +89,20 @@ def guess_origin(source: Path) -> str:
     return "sat" if is_sat else "hf"
 
 
-def check_options(origin: str, destination: str, use_links: bool, lora: str) -> None:
-    """Raise a `ValueError` for options that contradict each other."""
-    if use_links and "sat" in (origin, destination):
+def check_options(
+    origin: str, destination: str, max_shard_size: str | None, use_links: bool, version: str | None, lora: str | None
+) -> None:
+    """Raise a `ValueError` for options that contradict each other or would have no effect."""
+    formats = (origin, destination)
+    if use_links and "sat" in formats:
         raise ValueError("--link keeps weight files as they are, but SAT's are different ones: leave it out.")
-    if lora == "only" and (origin, destination) != ("sat", "hf"):
-        raise ValueError("--lora only takes the LoRA out of a SAT checkpoint: it goes with --from sat --to hf.")
-    if (origin, destination) == ("sat", "sat") and lora != "merge":
+    if max_shard_size and destination == "sat":
+        raise ValueError("--max-shard-size is of safetensors files; SAT has one file: leave it out.")
+    if version and "sat" not in formats:
+        raise ValueError("--sat-version goes with --from sat or --to sat.")
+    if lora and origin != "sat":
+        raise ValueError("--lora is about a LoRA in a SAT checkpoint: it goes with --from sat.")
+    if formats == ("sat", "sat") and lora != "merge":
         raise ValueError("From SAT to SAT no adapter can be kept; use --lora merge.")
 
 

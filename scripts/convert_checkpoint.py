@@ -60,7 +60,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lora",
         choices=("adapter", "merge", "only"),
-        default="adapter",
         help="a LoRA in a SAT checkpoint becomes a PEFT adapter in DST/adapter (default), is merged, or is all of DST",
     )
     return parser.parse_args(argv)

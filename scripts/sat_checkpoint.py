@@ -30,6 +30,7 @@ from checkpoint_files import (
     read_tokenizer,
     some,
 )
+from huggingface_hub.errors import StrictDataclassError
 from prepared_folder import Checkpoint, kept_entries, save_safetensors, write_json
 from sat_layout import (
     BLOCKS,
@@ -59,6 +60,7 @@ from sat_layout import (
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder, inverse_frequencies
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 MODEL_CONFIG, TRACKER = "model_config.json", "latest"
@@ -164,7 +166,7 @@ def sort_content(modules: list[dict[str, object]]) -> SatContent:
     if different:
         raise ValueError(f"The model-parallel parts do not have the same keys: {some(different)}.")
     content = SatContent()
-    for key in modules[0]:
+    for key in sorted(modules[0]):
         sort_tensor(content, key, [module[key] for module in modules])
     return content
 
@@ -237,18 +239,23 @@ def build_prefix(prefixes: dict[int, list[torch.Tensor]], num_heads: int, versio
 
 
 def plan_entries(content: SatContent, config: VisualGLMConfig, version: str, is_merged: bool) -> dict[str, Entry]:
-    """What our tensors will be; each is computed when it is asked for."""
+    """What our tensors will be; each is computed when it is asked for.
+
+    Raises:
+        ValueError: parts contradict each other.
+    """
     expected, head_dim = expected_tensors(config), config.text_config.head_dim
     entries = {}
     for key, parts in content.weights.items():
-        ours = our_key(key)
+        ours, plain = our_key(key), key.replace(".original.", ".")
         shape = expected[ours].shape if ours in expected else None
-        module, _, kind = key.rpartition(".")
-        delta = content.lora.get(module.removesuffix(".original")) if is_merged and kind == "weight" else None
-        compute = partial(build_tensor, key.replace(".original.", "."), parts, shape, version, head_dim)
-        # The shape alone, from tensors without content.
-        joined = join(key.replace(".original.", "."), [part.to("meta") for part in parts], shape, version)
-        entries[ours] = Entry(tuple(joined.shape), joined.dtype, compute=partial(compute, delta))
+        whole = join(plain, [part.to("meta") for part in parts], shape, version)  # its shape, without reading it
+        if whole.shape == parts[0].shape:
+            join(plain, parts, shape, version)  # all parts have it, which must be alike
+        module, _, kind = plain.rpartition(".")
+        delta = content.lora.get(module) if is_merged and kind == "weight" else None
+        compute = partial(build_tensor, plain, parts, shape, version, head_dim, delta)
+        entries[ours] = Entry(tuple(whole.shape), whole.dtype, compute=compute)
     if content.prefixes:
         compute = partial(build_prefix, content.prefixes, config.text_config.num_attention_heads, version)
         table = compute()
@@ -277,6 +284,17 @@ def check_content(content: SatContent, num_parts: int, lora: str) -> None:
         raise ValueError(f"The LoRA lacks a matrix_A or a matrix_B of {some(broken)}.")
 
 
+def check_lora(lora: dict[str, LoraPair], config: VisualGLMConfig) -> None:
+    """Raise a `ValueError` if the matrices of a LoRA are not for this model."""
+    expected = expected_tensors(config)
+    for module, pair in lora.items():
+        found = (len(pair.second), pair.first.shape[1])
+        weight = expected.get(f"{module}.weight")
+        if weight is None or weight.shape != found:
+            wanted = "there is no such layer" if weight is None else f"the layer is {list(weight.shape)}"
+            raise ValueError(f"The LoRA of {module} is for a layer of {list(found)}, but {wanted}.")
+
+
 def read_sat(
     source: Path, vocabulary: Path | None = None, version: str | None = None, lora: str = "adapter"
 ) -> SatCheckpoint:
@@ -295,38 +313,51 @@ def read_sat(
         raise ValueError(f"{source} is no folder; give the folder of a SAT checkpoint.")
     config_file, files = find_parts(source)
     tokenizer = read_vocabulary(vocabulary or source)
-    config = read_model_config(read_json(config_file), tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
-    check_vocabulary(tokenizer, config)
+    config = translate_config(config_file, tokenizer)
     content = sort_content([read_module(file) for file in files])
     check_content(content, len(files), lora)
-    version = version or (BLOCKS if lora == "only" else detect_version(content, config))
-    if content.prefixes:
-        config.text_config.pre_seq_len = next(iter(content.prefixes.values()))[0].shape[2]
-    entries = {} if lora == "only" else plan_entries(content, config, version, lora == "merge")
-    if entries:
-        check_tensors(entries, config)
-        config.dtype = entries[EMBEDDINGS].dtype
-    is_tied = not entries or are_tied(entries)
-    checkpoint = Checkpoint(config, tokenizer, Weights(tuple(files)), entries, is_tied)
     head_dim = config.text_config.head_dim
     adapter = {our_key(name): to_peft(name, matrices, head_dim) for name, matrices in content.lora.items()}
-    notes = tuple(describe(content, config, version)) if entries else ()
-    return SatCheckpoint(checkpoint, {} if lora == "merge" else adapter, version, notes)
+    check_lora(adapter, config)
+    if lora == "only":
+        return SatCheckpoint(Checkpoint(config, tokenizer, Weights(tuple(files)), {}, True), adapter, BLOCKS, ())
+
+    version = version or detect_version(content, config)
+    if content.prefixes:
+        config.text_config.pre_seq_len = next(iter(content.prefixes.values()))[0].shape[2]
+    entries = plan_entries(content, config, version, lora == "merge")
+    check_tensors(entries, config)
+    config.dtype = entries[EMBEDDINGS].dtype
+    checkpoint = Checkpoint(config, tokenizer, Weights(tuple(files)), entries, are_tied(entries))
+    adapter = {} if lora == "merge" else adapter
+    return SatCheckpoint(checkpoint, adapter, version, tuple(describe(content, config, version, adapter)))
 
 
-def read_vocabulary(place: Path):
+def translate_config(file: Path, tokenizer: ChatGLMTokenizer) -> VisualGLMConfig:
+    """Our configuration for a model_config.json, which leaves the end of an answer to the tokenizer."""
+    try:
+        config = read_model_config(read_json(file), tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
+    except StrictDataclassError as error:
+        raise ValueError(f"{file} is not a VisualGLM's: {error}") from error
+    check_vocabulary(tokenizer, config)
+    return config
+
+
+def read_vocabulary(place: Path) -> ChatGLMTokenizer:
     try:
         return read_tokenizer(place)
     except ValueError as error:
         raise ValueError(f"{error} Or name a folder that has it with --tokenizer FOLDER_OR_FILE.") from error
 
 
-def describe(content: SatContent, config: VisualGLMConfig, version: str) -> Iterator[str]:
+def describe(content: SatContent, config: VisualGLMConfig, version: str, adapter: dict) -> Iterator[str]:
     """Lines about what was found, for the user."""
     order = "in blocks" if version == BLOCKS else "per head"
     yield f"query_key_value rows are {order}, as SAT {version} has them."
     for key in content.dropped:
         yield f"{key} is dropped: SAT stores it and never uses it."
+    if adapter:
+        yield f"A LoRA of {len(adapter)} layers is kept as a PEFT adapter beside the weights."
     if content.prefixes:
         yield f"P-tuning prefixes of {config.text_config.pre_seq_len} positions are carried over."
 

@@ -423,6 +423,17 @@ def test_code_in_a_file_is_not_executed(door, source, tiny_original, tmp_path, c
     assert "loading it would run" in error and function.__name__ in error
 
 
+def give_words_for_numbers(folder: Path) -> None:
+    config = json.loads((folder / "model_config.json").read_text())
+    (folder / "model_config.json").write_text(json.dumps(config | {"num_layers": "four"}))
+
+
+def add_lora(folder: Path, **shapes: tuple[int, int]) -> None:
+    module = "transformer.layers.1.attention.dense"
+    matrices = {f"{module}.matrix_{side}.0": torch.ones(shape).half() for side, shape in shapes.items()}
+    write_parts(folder, read_part(folder) | matrices)
+
+
 def test_random_states_of_deepspeed_are_passed_over(golden_dir, convert):
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(golden_dir / "sat_lora" / "8" / PART, weights_only=True)
@@ -439,11 +450,28 @@ def test_random_states_of_deepspeed_are_passed_over(golden_dir, convert):
         (lambda folder: (folder / "1" / PART).write_bytes(b"version https://git-lfs"), "Git LFS pointer"),
         (lambda folder: (folder / "model_config.json").unlink(), "has no model_config.json"),
         (lambda folder: (folder / "model_config.json").write_text("{}"), "lacks eva_args or qformer_args"),
+        (give_words_for_numbers, "is not a VisualGLM's"),
         (lambda folder: torch.save({"weights": {}}, folder / "1" / PART), "no 'module'"),
         (lambda folder: write_parts(folder, {k: v for k, v in read_part(folder).items() if k[:3] != "mix"}), "missing"),
         (lambda folder: write_parts(folder, read_part(folder) | {"mixins.x.y.weight": torch.ones(2)}), "unexpected"),
+        (lambda folder: add_lora(folder, A=(4, 64), B=(32, 4)), "the layer is [64, 64]"),
+        (lambda folder: add_lora(folder, A=(4, 64)), "lacks a matrix_A or a matrix_B"),
     ],
-    ids=["iteration", "outside", "part", "truncated", "pointer", "config", "text model", "module", "missing", "more"],
+    ids=[
+        "iteration",
+        "outside",
+        "part",
+        "truncated",
+        "pointer",
+        "config",
+        "text model",
+        "words",
+        "module",
+        "missing",
+        "more",
+        "other LoRA",
+        "half a LoRA",
+    ],
 )
 def test_unusable_source_is_refused(door, source, tiny_original, tmp_path, capsys, damage, message):
     damage(source)
@@ -462,8 +490,10 @@ def test_missing_tokenizer_is_asked_for(door, source, tmp_path, capsys):
         (("--link",), "--link keeps weight files"),
         (("--to", "sat", "--link"), "--link keeps weight files"),
         (("--to", "sat"), "use --lora merge"),
-        (("--to", "sat", "--lora", "only"), "goes with --from sat --to hf"),
-        (("--from", "hf", "--lora", "only"), "goes with --from sat --to hf"),
+        (("--to", "sat", "--lora", "only"), "use --lora merge"),
+        (("--to", "sat", "--lora", "merge", "--max-shard-size", "1GB"), "SAT has one file"),
+        (("--from", "hf", "--lora", "only"), "goes with --from sat"),
+        (("--from", "hf", "--sat-version", "0.4"), "--sat-version goes with"),
     ],
     ids=" ".join,
 )
