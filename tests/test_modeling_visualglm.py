@@ -405,3 +405,44 @@ def test_device_map_splits_between_blocks(tiny_original, prompts, model):
     _, input_ids, picture = prompts[0]
     expected = run(model, input_ids, pixel_values=picture).logits
     assert relative_error(run(spread.eval(), input_ids, pixel_values=picture).logits, expected) < FLOAT32_TOLERANCE
+
+
+# Training: accumulated gradients and mixed precision
+
+
+def test_gradients_of_parts_of_a_batch_add_up_to_those_of_the_batch(tiny_original, padded):
+    """Rows with different numbers of labels: the sum is divided once, by the number in all parts."""
+    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    input_ids, attention_mask = padded
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[0, :-3] = -100
+    count = (labels[:, 1:] != -100).sum()
+    weight = model.transformer.layers[0].attention.query_key_value.weight
+    whole = model(input_ids, attention_mask=attention_mask, labels=labels).loss
+    (expected,) = torch.autograd.grad(whole, weight)
+    parts = [
+        model(
+            input_ids[i : i + 1],
+            attention_mask=attention_mask[i : i + 1],
+            labels=labels[i : i + 1],
+            num_items_in_batch=count,
+        ).loss
+        for i in range(len(input_ids))
+    ]
+    (gradient,) = torch.autograd.grad(sum(parts), weight)
+    assert relative_error(sum(parts).detach()[None], whole.detach()[None].numpy()) < FLOAT32_TOLERANCE
+    assert relative_error(gradient, expected.numpy()) < FLOAT32_TOLERANCE
+
+
+def test_mixed_precision_keeps_weights_and_gradients_in_float32(tiny_original, prompts):
+    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    _, input_ids, picture = prompts[0]
+    inputs = {"input_ids": input_ids, "pixel_values": picture, "labels": input_ids}
+    expected = model(**inputs).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**inputs)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    assert abs(output.loss - expected) < 0.02 * expected
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
