@@ -243,9 +243,11 @@ def say(line: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    missing = [name for name in ("peft", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} not installed. Fine-tuning needs: pip install -e '.[train]'")
+    needed = {"peft": "-e '.[train]'", "matplotlib": "-e '.[train]'"}
+    needed |= {"tensorboard": "tensorboard"} if arguments.tensorboard else {}
+    for package, remedy in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install {remedy}")
     warnings.filterwarnings("ignore", category=FutureWarning)  # names of options that change within transformers 5
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that it lacks optional kernels
     if arguments.memory:

@@ -1,5 +1,6 @@
 """`scripts/finetune_visualglm.py` as users run it: results, resuming, refusals."""
 
+import importlib.util
 import json
 import math
 import os
@@ -381,6 +382,24 @@ def test_an_error_is_said_in_words_without_a_traceback(tmp_path, capsys):
     said = capsys.readouterr().err
     assert code == 2 and "error: 1 bad row(s)" in said and "bad.json, row 1: there is no picture 'gone.png'" in said
     assert "Traceback" not in said
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code = finetune_visualglm.main(["--use_lora", "--train-data", "a", "--save", str(tmp_path / "out")])
+    assert code == 2 and "peft is not installed: pip install -e '.[train]'" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = f"import sys, runpy; sys.path.insert(0, {str(DOOR.parent)!r}); import finetune_visualglm as door\n"
+    code += "door.build_parser().format_help(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_tensorboard_gets_events_if_asked(settings):
+    pytest.importorskip("tensorboard")
+    finetune(replace(settings, train_iters=1, tensorboard=True), silent)
+    assert list(settings.save.rglob("events.out.tfevents*"))
 
 
 def test_weights_of_the_memory_table_are_those_of_the_real_checkpoint(golden_dir):

@@ -48,15 +48,22 @@ def plot_curves(log: list[dict], file: Path) -> None:
     }
     if not any(curves.values()):
         return
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 4))
     for label, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
     axes.set(xlabel="step", ylabel="loss per token", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if is_narrow(axes.get_ylim()) else "")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def is_narrow(limits: tuple[float, float]) -> bool:
+    """Whether so few powers of ten lie between the limits that the axis needs more numbers."""
+    return limits[1] < 10 * limits[0]
 
 
 def write_report(file: Path, report: dict) -> None:

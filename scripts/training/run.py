@@ -211,7 +211,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         bf16=settings.precision == "bfloat16",
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        logging_steps=settings.log_interval,
+        logging_steps=min(settings.log_interval, settings.train_iters),
         logging_nan_inf_filter=False,
         save_steps=settings.save_interval,
         save_total_limit=settings.keep,
