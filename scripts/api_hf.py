@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.adapter:
         loading_options["adapter"] = arguments.adapter
     options = ApiOptions(
-        model_name=arguments.served_model_name or arguments.model.resolve().name,
+        model_name=arguments.served_model_name or arguments.model.absolute().name,
         api_key=arguments.api_key or os.environ.get(KEY_VARIABLE),
         allow_urls=arguments.allow_urls,
         max_body_bytes=int(arguments.max_body_mib * MIB),

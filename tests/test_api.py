@@ -6,6 +6,8 @@ import functools
 import http.server
 import io
 import json
+import os
+import re
 import signal
 import socket
 import struct
@@ -528,31 +530,62 @@ def test_health_is_503_when_the_engine_is_closed(loaded):
 # The door itself
 
 
-def test_the_door_says_503_while_it_loads_and_drains_on_sigterm():
-    with open_door() as (url, process, log):
+@pytest.fixture(scope="module")
+def door(tmp_path_factory):
+    """The door as the README opens it, and its answer to a request that came before the model was loaded."""
+    prepared = tmp_path_factory.mktemp("path-to") / "prepared"
+    prepared.symlink_to(TINY)
+    with open_door("--model", str(prepared)) as (url, process, log):
         early = post_chat(url)
-        if early.status_code != 200:  # it may have been quicker than we
-            assert "loaded" in error_of(early, 503)["message"] and "Retry-After" in early.headers
         wait_until(lambda: health(url) == 200)
-        answers = []
+        yield url, process, log, early
 
-        def ask():
-            answers.append(
-                httpx.post(url, json={"text": "a", **ENDLESS, "max_length": 600, "min_length": 600}, timeout=60)
-            )
 
-        asking = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in asking:
-            thread.start()
-        wait_until(lambda: "visualglm_running 3.0" in httpx.get(f"{url}/metrics").text)
-        process.send_signal(signal.SIGTERM)
-        for thread in asking:
-            thread.join()
-        assert [answer.status_code for answer in answers] == [200] * 3
-        process.wait(timeout=60)
-        output = log.read_text(encoding="utf-8")
-        assert process.returncode == -signal.SIGTERM, output  # as whoever sent it expects
-        assert "Application shutdown complete" in output and "Traceback" not in output
+def test_the_door_says_503_while_it_loads(door):
+    *_, early = door
+    assert "loaded" in error_of(early, 503)["message"] and "Retry-After" in early.headers
+
+
+def test_the_commands_of_the_readme_work(door, tmp_path):
+    url, *_ = door
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    server, *requests = re.findall(r"^```bash\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert "python scripts/api_hf.py --model path/to/prepared" in server  # the fixture's command
+    assert len(requests) == 2
+    for script, found in zip(requests, ("red circles", "[DONE]"), strict=True):
+        script = script.replace("http://127.0.0.1:8080", url).replace("temp.json", str(tmp_path / "temp.json"))
+        finished = subprocess.run(["bash", "-ec", script], cwd=ROOT, capture_output=True, text=True)
+        assert found in finished.stdout, finished
+
+
+def test_the_python_of_the_documentation_works():
+    document = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts"), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert CAPTION in finished.stdout, finished.stderr
+
+
+def test_the_door_drains_on_sigterm(door):  # the last that uses it
+    url, process, log, _ = door
+    answers = []
+
+    def ask():
+        body = {"text": "a", **ENDLESS, "max_length": 600, "min_length": 600}
+        answers.append(httpx.post(url, json=body, timeout=120))
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    wait_until(lambda: "visualglm_running 3.0" in httpx.get(f"{url}/metrics").text)
+    process.send_signal(signal.SIGTERM)
+    for thread in asking:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 3
+    process.wait(timeout=60)
+    output = log.read_text(encoding="utf-8")
+    assert process.returncode == -signal.SIGTERM, output  # as whoever sent it expects
+    assert "Application shutdown complete" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(
