@@ -32,6 +32,7 @@ from serving_helpers import PICTURES, ROOT, TINY, free_port, health, open_door, 
 MODEL = "visualglm-tiny"
 CAPTION = "图片中有两个红色的圆形，背景是草地。"
 RED_CIRCLES = next(path for path in PICTURES if path.name == "red_circles_on_grass.png")
+MAX_BYTES = 2**20
 EXACT = {"temperature": 0, "extra_body": {"repetition_penalty": 1}}  # what the tiny model has learned
 ENDLESS = {"temperature": 2, "top_p": 1, "top_k": 0, "seed": 1, "min_length": 1500}  # for the original's route
 
@@ -390,17 +391,17 @@ def test_a_public_address_is_fetched_where_the_server_allows_it(engine, site, mo
 )
 def test_an_address_that_is_not_public_is_refused(engine, address):
     with pytest.raises(ValueError, match="is not a public address"):
-        public_urls.download_public(address)
+        public_urls.download_public(address, MAX_BYTES)
 
 
 def test_redirects_are_checked_again(site, monkeypatch):
     monkeypatch.setattr(public_urls, "is_public", lambda address: address == "127.0.0.1")
     with pytest.raises(ValueError, match=r"'127\.0\.0\.2' is not a public address"):
-        public_urls.download_public(f"{site}/to/http://127.0.0.2/a.png")
+        public_urls.download_public(f"{site}/to/http://127.0.0.2/a.png", MAX_BYTES)
     with pytest.raises(ValueError, match="Cannot download"):
-        public_urls.download_public(f"{site}/to/file:///etc/passwd")
+        public_urls.download_public(f"{site}/to/file:///etc/passwd", MAX_BYTES)
     with pytest.raises(ValueError, match="Cannot download"):
-        public_urls.download_public(f"{site}/to/ftp://127.0.0.1/a.png")
+        public_urls.download_public(f"{site}/to/ftp://127.0.0.1/a.png", MAX_BYTES)
 
 
 def test_the_address_that_was_checked_is_the_one_connected_to(site, monkeypatch):
@@ -416,7 +417,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(site, monkeypatch)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(public_urls, "is_public", lambda address: address == "127.0.0.1")
-    assert public_urls.download_public(f"http://rebinding.example:{port}/a.png") == RED_CIRCLES.read_bytes()
+    assert public_urls.download_public(f"http://rebinding.example:{port}/a.png", MAX_BYTES) == RED_CIRCLES.read_bytes()
     assert answers == [["127.0.0.2"]]
 
 
@@ -427,14 +428,20 @@ def test_a_host_with_one_private_address_is_refused_whole(monkeypatch):
         lambda *arguments, **keywords: [(2, 1, 6, "", (address, 80)) for address in ("93.184.215.14", "10.0.0.1")],
     )
     with pytest.raises(ValueError, match="not a public address"):
-        public_urls.download_public("http://two-faced.example/")
+        public_urls.download_public("http://two-faced.example/", MAX_BYTES)
+
+
+def test_a_picture_of_too_many_bytes_is_not_read_to_its_end(site, monkeypatch):
+    monkeypatch.setattr(public_urls, "is_public", lambda address: True)
+    with pytest.raises(ValueError, match="larger than 1000 bytes"):
+        public_urls.download_public(f"{site}/a.png", 1000)
 
 
 def test_a_slow_picture_is_given_up(site, monkeypatch):
     monkeypatch.setattr(public_urls, "is_public", lambda address: True)
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"0\.5 s|timed out"):
-        public_urls.download_public(f"{site}/slow", seconds=0.5)
+        public_urls.download_public(f"{site}/slow", MAX_BYTES, seconds=0.5)
     assert time.monotonic() - started < 5
 
 

@@ -43,17 +43,17 @@ def fetch_picture(source):
     return source if decoded is None else decoded
 
 
-def download(url: str, open_url: Callable = urllib.request.urlopen) -> bytes:
+def download(url: str, open_url: Callable = urllib.request.urlopen, max_bytes: int = MAX_DOWNLOAD_BYTES) -> bytes:
     """Return the bytes behind `url`; a `ValueError` as in `fetch_picture`. `open_url` may be choosier than urllib."""
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "visualglm-hf"})
         with open_url(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            data = response.read(MAX_DOWNLOAD_BYTES + 1)
+            data = response.read(max_bytes + 1)
     # URLError and HTTPError are OSErrors; HTTPException for what is no HTTP, ValueError for a malformed URL.
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"Cannot download the picture {url!r}: {error}. Save it and pass the file.") from error
-    if len(data) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"The picture {url!r} is larger than {MAX_DOWNLOAD_BYTES} bytes; scale it down and try again.")
+    if len(data) > max_bytes:
+        raise ValueError(f"The picture {url!r} is larger than {max_bytes} bytes; scale it down and try again.")
     return data
 
 

@@ -146,9 +146,7 @@ class Answer:
         while True:
             changed.wait()
             changed.clear()
-            is_done, text = self.future.done(), self.text
-            if is_done:
-                text = self.result().text
+            text, is_done = self._current()
             if text != shown:
                 shown = text
                 yield shown
@@ -162,9 +160,7 @@ class Answer:
         while True:
             await changed.wait()
             changed.clear()
-            is_done, text = self.future.done(), self.text
-            if is_done:
-                text = self.result().text
+            text, is_done = self._current()
             if text != shown:
                 shown = text
                 yield shown
@@ -184,6 +180,10 @@ class Answer:
         else:
             self.future.set_result(outcome)
         self._notify()
+
+    def _current(self) -> tuple[str, bool]:
+        """The text so far, and whether it is the whole; raises what `result` raises."""
+        return (self.result().text, True) if self.future.done() else (self.text, False)
 
     def _listen(self, listener: Callable) -> None:
         with self._lock:
@@ -222,7 +222,7 @@ class Engine:
         self._changed = threading.Condition()  # guards the next three
         self._waiting: collections.deque[Answer] = collections.deque()
         self._unfinished: set[Answer] = set()  # those that wait and those that are being generated
-        self._is_closing = False
+        self._end: str | None = None  # why it takes no more requests
         self._usual_seconds = 1.0  # that an answer takes
         self._steps = 0  # since the batch last paused
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -296,7 +296,7 @@ class Engine:
             timeout: seconds after which what is still unfinished is cancelled.
         """
         with self._changed:
-            self._is_closing = True
+            self._end = self._end or "The server is shutting down."
             self._changed.notify_all()
         if drain:
             self._worker.join(timeout)
@@ -306,8 +306,8 @@ class Engine:
 
     def check_alive(self) -> None:
         """Raise `EngineClosed` if it takes no requests any more."""
-        if self._is_closing or not self._worker.is_alive():
-            raise EngineClosed("The server is shutting down." if self._is_closing else "The engine has failed.")
+        if self._end is not None:
+            raise EngineClosed(self._end)
 
     def _check_settings(self, prompt: Prompt, settings: Settings) -> None:
         wanted, limit = settings.max_new_tokens, self.limits.max_new_tokens
@@ -353,14 +353,17 @@ class Engine:
                     self._advance(batch)
                     batch = merge([batch])
         finally:  # closed, with nothing left; or failed, and nobody shall wait for ever
+            with self._changed:
+                self._end = self._end or "The engine has failed."
+                self._waiting.clear()
             for answer in tuple(self._unfinished):
-                self._finish(answer, EngineClosed("The engine has failed."), "error")
+                self._finish(answer, EngineClosed(self._end), "error")
 
     def _take(self, running: int) -> list[Answer] | None:
         """The requests that can join `running` others; waits if there is nothing to do; None when closed and done."""
         with self._changed:
             while not self._waiting and not running:
-                if self._is_closing:
+                if self._end is not None:
                     return None
                 self._changed.wait()
             free = self.limits.max_batch_size - running

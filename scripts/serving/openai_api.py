@@ -183,7 +183,8 @@ def create_router(get_engine: Callable[[], Engine], options) -> APIRouter:
         if asked.n > options.max_choices:
             raise ApiError(400, f"n is {asked.n}; this server gives at most {options.max_choices}.", param="n")
         engine.check_room(asked.n)  # before pictures are fetched
-        messages = [await to_engine(message, options.allow_urls) for message in asked.messages]
+        max_bytes = engine.limits.max_picture_bytes if options.allow_urls else None
+        messages = [await to_engine(message, max_bytes) for message in asked.messages]
         answers = await ask(engine, messages, asked.settings())
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
@@ -203,31 +204,31 @@ def create_router(get_engine: Callable[[], Engine], options) -> APIRouter:
     return router
 
 
-async def to_engine(message: Message, allow_urls: bool) -> dict:
-    """A message as the engine takes it, its pictures fetched."""
+async def to_engine(message: Message, max_bytes: int | None) -> dict:
+    """A message as the engine takes it, its pictures fetched; see `fetch`."""
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return {"role": role, "content": message.content}
     parts = [
         {"type": "text", "text": part.text}
         if isinstance(part, TextPart)
-        else {"type": "image", "image": await fetch(part.image_url.url, allow_urls)}
+        else {"type": "image", "image": await fetch(part.image_url.url, max_bytes)}
         for part in message.content
     ]
     return {"role": role, "content": parts}
 
 
-async def fetch(url: str, allow_urls: bool) -> str | bytes:
-    """The bytes behind an http(s) URL; a `data:` URI as it is, for the engine to read."""
+async def fetch(url: str, max_bytes: int | None) -> str | bytes:
+    """The up to `max_bytes` behind an http(s) URL, None for no such URLs; a `data:` URI is for the engine to read."""
     if url[:5].lower() == "data:":
         return url
     if not url.lower().startswith(("http://", "https://")):
         raise ApiError(400, "image_url must be a data: URI: data:image/png;base64,...", param="messages")
-    if not allow_urls:
+    if max_bytes is None:
         message = "This server fetches no pictures. Send the picture itself: data:image/png;base64,..."
         raise ApiError(400, message, param="messages", code="urls_not_allowed")
     try:
-        return await run_in_threadpool(download_public, url)
+        return await run_in_threadpool(download_public, url, max_bytes)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="picture_not_fetched") from error
 

@@ -81,12 +81,12 @@ class PublicHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(functools.partial(PublicHTTPSConnection, deadline=self.deadline), request)
 
 
-def download_public(url: str, seconds: float = DOWNLOAD_TIMEOUT) -> bytes:
+def download_public(url: str, max_bytes: int, seconds: float = DOWNLOAD_TIMEOUT) -> bytes:
     """The bytes behind a public http(s) address.
 
     Raises:
-        ValueError: another scheme, a host that is not public or does not answer, too many redirects or bytes, or more
-            than `seconds` in all.
+        ValueError: another scheme, a host that is not public or does not answer, too many redirects, more than
+            `max_bytes`, or more than `seconds` in all.
     """
     with Deadline(seconds) as deadline:
         opener = urllib.request.OpenerDirector()  # without handlers for proxies, files and ftp
@@ -98,7 +98,7 @@ def download_public(url: str, seconds: float = DOWNLOAD_TIMEOUT) -> bytes:
             urllib.request.UnknownHandler(),
         ):
             opener.add_handler(handler)
-        data = download(url, opener.open)
+        data = download(url, opener.open, max_bytes)
         if deadline.has_passed:  # what has come until then may look like the whole
             raise ValueError(f"Cannot download the picture {url!r}: it took more than {seconds:g} s.")
         return data
