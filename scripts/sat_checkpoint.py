@@ -57,6 +57,7 @@ from sat_layout import (
     to_prefix_embedding,
     write_model_config,
 )
+from transformers.utils import is_peft_available
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder, inverse_frequencies
@@ -319,6 +320,8 @@ def read_sat(
     head_dim = config.text_config.head_dim
     adapter = {our_key(name): to_peft(name, matrices, head_dim) for name, matrices in content.lora.items()}
     check_lora(adapter, config)
+    if adapter and lora != "merge":
+        check_peft()
     if lora == "only":
         return SatCheckpoint(Checkpoint(config, tokenizer, Weights(tuple(files)), {}, True), adapter, BLOCKS, ())
 
@@ -362,16 +365,16 @@ def describe(content: SatContent, config: VisualGLMConfig, version: str, adapter
         yield f"P-tuning prefixes of {config.text_config.pre_seq_len} positions are carried over."
 
 
-def write_adapter(folder: Path, adapter: dict[str, LoraPair]) -> None:
-    """Write a LoRA as a PEFT adapter.
+def check_peft() -> None:
+    """Raise a `ValueError` if there is no PEFT, which writes adapters."""
+    if not is_peft_available():
+        raise ValueError("A LoRA is kept as a PEFT adapter: pip install -e '.[train]', or use --lora merge.")
 
-    Raises:
-        ValueError: PEFT is not installed.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError("A LoRA is kept as a PEFT adapter: pip install peft, or use --lora merge.") from error
+
+def write_adapter(folder: Path, adapter: dict[str, LoraPair]) -> None:
+    """Write a LoRA as a PEFT adapter."""
+    from peft import LoraConfig
+
     folder.mkdir(exist_ok=True)
     first = next(iter(adapter.values()))
     LoraConfig(

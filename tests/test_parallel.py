@@ -104,7 +104,7 @@ def test_plan_names_every_matrix_of_the_decoder(model):
         for name, module in model.transformer.named_modules()
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
     }
-    assert linear == named
+    assert linear <= named
     assert model.supports_tp_plan
 
 

@@ -331,6 +331,7 @@ def old_lora(module: dict, head_dim: int) -> dict:
 
 @pytest.mark.parametrize("option", ["adapter", "merge"])
 def test_lora_of_sat_0_3_becomes_the_same(convert, golden_dir, tmp_path, capsys, option):
+    pytest.importorskip("peft")
     folder = Path(shutil.copytree(golden_dir / "sat_lora", tmp_path / "old"))
     module = torch.load(folder / "8" / PART, weights_only=False)["module"]  # ours, and numpy's states are in it
     torch.save({"module": old_lora(module, head_dim=16)}, folder / "8" / PART)
@@ -342,6 +343,7 @@ def test_lora_of_sat_0_3_becomes_the_same(convert, golden_dir, tmp_path, capsys,
 
 
 def test_only_the_lora_of_4_bit_weights_is_taken(door, golden_dir, tiny_original, tmp_path, capsys):
+    pytest.importorskip("peft")
     folder = Path(shutil.copytree(golden_dir / "sat_lora", tmp_path / "qlora"))
     module = torch.load(folder / "8" / PART, weights_only=False)["module"]
     key = "transformer.layers.1.attention.dense.weight"
@@ -351,6 +353,13 @@ def test_only_the_lora_of_4_bit_weights_is_taken(door, golden_dir, tiny_original
     arguments = ["--tokenizer", tiny_original, folder, tmp_path / "new"]
     assert "--lora only" in refuse(door, capsys, *arguments)
     assert door.main([str(argument) for argument in ("--lora", "only", *arguments)]) == 0
+
+
+def test_missing_peft_is_noticed_before_anything_is_written(door, golden_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sat_checkpoint.is_peft_available", lambda: False)
+    arguments = ["--tokenizer", golden_dir / "tiny-original", golden_dir / "sat_lora", tmp_path / "new"]
+    error = refuse(door, capsys, *arguments)
+    assert "pip install" in error and "--lora merge" in error
 
 
 def test_lora_only_without_a_lora_is_refused(door, golden_dir, tiny_original, tmp_path, capsys):
