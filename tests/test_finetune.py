@@ -145,6 +145,11 @@ def test_checkpointed_activations_change_no_gradient(settings, tmp_path):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+def test_the_originals_folder_is_trained_on_as_it_is(settings, tiny_original):
+    report = finetune(replace(settings, model=tiny_original, train_iters=1, max_source_length=96), silent)
+    assert report["steps"] == 1 and (settings.save / "adapter").is_dir()
+
+
 def test_doors_answer_with_the_adapter(settings, capsys):
     settings = replace(settings, layer_range=("all",), train_iters=60, batch_size=4, save_interval=60)
     finetune(settings, silent)
@@ -183,7 +188,10 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(method, settings, tmp_pa
 
 
 def test_another_seed_is_another_run_and_the_same_seed_the_same(settings, tmp_path):
-    runs = [replace(settings, save=tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    runs = [
+        replace(settings, train_iters=2, save=tmp_path / name, seed=seed)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
     for run in runs:
         finetune(run, silent)
     assert same_tensors(runs[0].save / "adapter", runs[1].save / "adapter")
@@ -258,6 +266,12 @@ def test_an_output_folder_in_use_is_refused(settings):
     (settings.save / "adapter").mkdir()
     with pytest.raises(ValueError, match="is in use: it holds adapter. Choose another --save, or go on with --resume"):
         finetune(settings, silent)
+
+
+def test_a_run_that_was_refused_leaves_its_folder_free(settings):
+    with pytest.raises(ValueError, match="too long"):
+        finetune(replace(settings, strict=True, max_target_length=5), silent)
+    assert finetune(replace(settings, train_iters=1), silent)["steps"] == 1
 
 
 def test_two_runs_cannot_share_an_output_folder(settings, tmp_path):

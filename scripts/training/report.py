@@ -66,5 +66,5 @@ def is_narrow(limits: tuple[float, float]) -> bool:
     return limits[1] < 10 * limits[0]
 
 
-def write_report(file: Path, report: dict) -> None:
-    file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

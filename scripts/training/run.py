@@ -38,7 +38,7 @@ from training.adapters import (
 )
 from training.dataset import read_dataset
 from training.encoding import Collator, Encoder, Example, describe_truncation
-from training.report import measure, plot_curves, write_report
+from training.report import measure, plot_curves, write_json
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 
 
@@ -137,27 +137,22 @@ def finetune(
     say = say if arguments.process_index == 0 else lambda line: None
     with held(settings.save, arguments):
         checkpoint = prepare_output(settings, arguments)
-        processor = load_processor(settings.model, config)
-        encoder = Encoder(
-            processor,
-            settings.max_source_length,
-            settings.max_target_length,
-            config.text_config.max_position_embeddings,
-            settings.english,
-        )
+        encoder = build_encoder(settings, config)
         data = read_data(settings, encoder, say)
         set_seed(settings.seed)
         base = load_base(
             settings.model, dtype_of(settings.precision), choose_bits(settings, config), settings.qlora_backend
         )
         samples = fingerprint(base)
-        trainer = build_trainer(settings, arguments, base, adapter, data, Collator(processor), callbacks)
+        trainer = build_trainer(settings, arguments, base, adapter, data, Collator(encoder.processor), callbacks)
         say(describe_model(trainer.model))
+        if arguments.should_save:
+            write_json(settings.save / SETTINGS_FILE, settings.as_json())  # from here on, --save is in use
         report = run(trainer, settings, data, checkpoint, say)
         save_adapter(trainer, settings.save, samples)
         if arguments.should_save:
             plot_curves(trainer.state.log_history, settings.save / "curves.png")
-            write_report(settings.save / "report.json", report)
+            write_json(settings.save / "report.json", report)
     say(f"The adapter is in {settings.save / ADAPTER}, the curves are in {settings.save / 'curves.png'}.")
     return report
 
@@ -275,7 +270,6 @@ def prepare_output(settings: Settings, arguments: TrainingArguments) -> Path | N
     Raises:
         ValueError: results that would be overwritten, nothing to resume from, or other settings than then.
     """
-    settings_file = settings.save / SETTINGS_FILE
     if not settings.resume:
         found = sorted(path.name for path in settings.save.glob("*") if not path.name.startswith("."))
         if found and arguments.should_save:
@@ -283,13 +277,11 @@ def prepare_output(settings: Settings, arguments: TrainingArguments) -> Path | N
                 f"{settings.save} is in use: it holds {', '.join(found[:4])}. Choose another --save, or go on with "
                 "--resume."
             )
-        if arguments.should_save:
-            settings_file.write_text(json.dumps(settings.as_json(), indent=2) + "\n", encoding="utf-8")
         return None
     checkpoints = complete_checkpoints(settings.save)
     if not checkpoints:
         raise ValueError(f"{settings.save} has no complete checkpoint to resume from.")
-    check_same_settings(settings, settings_file)
+    check_same_settings(settings, settings.save / SETTINGS_FILE)
     if arguments.should_save:
         remove_incomplete(settings.save)
     return checkpoints[-1]
@@ -324,6 +316,16 @@ def check_same_settings(settings: Settings, file: Path) -> None:
     if changed:
         told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
         raise ValueError(f"--resume continues the same run, but {told}. Give the same options, or another --save.")
+
+
+def build_encoder(settings: Settings, config: VisualGLMConfig) -> Encoder:
+    return Encoder(
+        load_processor(settings.model, config),
+        settings.max_source_length,
+        settings.max_target_length,
+        config.text_config.max_position_embeddings,
+        settings.english,
+    )
 
 
 def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) -> Data:
@@ -399,7 +401,6 @@ def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | Non
     """Measure, train, measure again."""
     lists = {"held out": data.valid, "old abilities": data.old}
     lists = {name: examples[: settings.answers] for name, examples in lists.items() if examples and settings.answers}
-    measured = {}
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded and lists:
         say("Answers are not measured before and after: the model is divided among processes.")
@@ -414,9 +415,11 @@ def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | Non
         name: measure(trainer.model, trainer.data_collator, rows, settings.eval_batch_size)
         for name, rows in lists.items()
     }
-    for name, rows in lists.items():
-        measured[name] = {"examples": len(rows), "before": before[name], "after": after[name]}
-        say(describe_change(name, measured[name]))
+    measured = {
+        name: {"examples": len(rows), "before": before[name], "after": after[name]} for name, rows in lists.items()
+    }
+    for name, figures in measured.items():
+        say(describe_change(name, figures))
     best = trainer.state.best_model_checkpoint
     if best:
         say(f"The best of the evaluated checkpoints is {Path(best).name}, loss {trainer.state.best_metric:.4f}.")
