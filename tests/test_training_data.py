@@ -207,6 +207,7 @@ BAD_ROWS = {
         "messages": [user("x"), assistant([{"type": "image", "path": "a.png"}, {"type": "text", "text": "y"}])]
     },
     "reserved for the prompt": {"prompt": "\ufffc", "label": "y"},
+    "has no token to train on": {"prompt": "x", "label": "\u200b"},
 }
 
 

@@ -77,7 +77,8 @@ class Encoder:
         """One example for each answer.
 
         Raises:
-            ValueError: a picture does not fit into the source, or the prompt grammar refuses a message.
+            ValueError: a picture does not fit into the source, an answer has no token, or the prompt grammar refuses
+                a message.
         """
         ends = [index + 1 for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         examples = []
@@ -91,6 +92,8 @@ class Encoder:
     def encode(self, conversation: Conversation) -> Example:
         """Encode the last answer of a conversation."""
         source, target = self.tokenize(conversation)
+        if not target:
+            raise ValueError(f"the answer {conversation.answer!r} has no token to train on.")
         tokenizer, image_token_id = self.processor.tokenizer, self.processor.image_token_id
         kept = source[: self.max_source_length - 1]
         if kept.count(image_token_id) != source.count(image_token_id):
