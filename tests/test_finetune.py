@@ -234,6 +234,15 @@ def test_a_loss_that_is_no_number_ends_the_run(settings):
         finetune(replace(settings, lr=1e30, clip_grad=0.0, lora_alpha=1e20), silent)
 
 
+def test_too_little_memory_is_one_error_with_the_remedies(settings):
+    class Allocate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    with pytest.raises(ValueError, match="Tried to allocate 9 GiB. Try --checkpoint-activations"):
+        finetune(settings, silent, [Allocate()])
+
+
 # ---------------------------------------------------------------- refusals
 
 

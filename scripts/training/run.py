@@ -441,9 +441,19 @@ def describe_change(name: str, figures: dict) -> str:
 
 
 def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None:
-    """Train to the end; a checkpoint that cannot be written is removed, and the error says what is left."""
+    """Train to the end.
+
+    Raises:
+        ValueError: a checkpoint that cannot be written, which is removed (the error says what is left), or a device
+            with too little memory.
+    """
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The memory of the device is too small: {first_line(error)} Try --checkpoint-activations, a smaller "
+            "--batch-size with more --gradient-accumulation-steps, or --use_qlora."
+        ) from error
     except SAVING_ERRORS as error:
         incomplete = remove_incomplete(settings.save) if trainer.args.should_save else []
         if not incomplete:
