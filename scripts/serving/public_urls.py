@@ -98,10 +98,11 @@ def download_public(url: str, max_bytes: int, seconds: float = DOWNLOAD_TIMEOUT)
             urllib.request.UnknownHandler(),
         ):
             opener.add_handler(handler)
-        data = download(url, opener.open, max_bytes)
-        if deadline.has_passed:  # what has come until then may look like the whole
-            raise ValueError(f"Cannot download the picture {url!r}: it took more than {seconds:g} s.")
-        return data
+        try:
+            return download(url, opener.open, max_bytes)
+        finally:
+            if deadline.has_passed:  # what has come until then may look like the whole, or like any error
+                raise ValueError(f"Cannot download the picture {url!r}: it took more than {seconds:g} s.")
 
 
 def connect_publicly(host: str, port: int, timeout: float) -> socket.socket:
