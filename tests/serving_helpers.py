@@ -53,10 +53,10 @@ def serve(engine, **options) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def open_door(*options: str) -> Iterator[tuple[str, subprocess.Popen, Path]]:
-    """`scripts/api_hf.py` in a process; yields its address as soon as it listens, the process, its log."""
+def open_door(*options: str, script: str = "api_hf.py") -> Iterator[tuple[str, subprocess.Popen, Path]]:
+    """A server of `scripts/` in a process; yields its address as soon as it listens, the process, its log."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "scripts" / "api_hf.py"), "--port", str(port), "--device", "cpu", *options]
+    command = [sys.executable, str(ROOT / "scripts" / script), "--port", str(port), "--device", "cpu", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     url = f"http://127.0.0.1:{port}"
     with tempfile.NamedTemporaryFile("w+") as log:  # a pipe that nobody reads would fill up and stop the server

@@ -5,7 +5,7 @@ data, never as paths or addresses.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
 from visualglm_hf.image_processing_visualglm import open_picture
 
 
+ROLES = ("user", "assistant")
 PICTURES_AT_A_TIME = 2  # decoded side by side; one may take 256 MiB
 
 
@@ -94,6 +95,16 @@ class PromptBuilder:
             if size > self.max_picture_bytes:
                 raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
         return open_picture(picture)
+
+
+def conversation_messages(turns: Iterable[Sequence[str]], question: str, picture=None) -> list[dict]:
+    """The messages that ask `question` after (question, answer) `turns`; the picture stands in front."""
+    texts = [(role, text) for turn in turns for role, text in zip(ROLES, turn, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in [*texts, ("user", question)]]
+    if picture:
+        first = {"type": "text", "text": messages[0]["content"]}
+        messages[0]["content"] = [{"type": "image", "image": picture}, first]
+    return messages
 
 
 def separate_pictures(messages: Sequence[Mapping]) -> tuple[list[dict], list]:

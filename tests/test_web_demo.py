@@ -1,0 +1,413 @@
+"""The web demo in a real browser.
+
+`PYTHONPATH=scripts python tests/test_web_demo.py docs/web_demo.png` renews the screenshot.
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from serving.engine import Engine, QueueFull
+from serving.loading import load_model
+from serving.sampling import Settings
+from serving_helpers import PICTURES, ROOT, TINY, free_port, open_door, wait_until
+
+
+pytest.importorskip("gradio", reason="the web demo needs gradio")
+webdriver = pytest.importorskip("selenium.webdriver", reason="the web demo is tested through selenium")
+web = pytest.importorskip("serving.web")
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+STAR = next(path for path in PICTURES if "star" in path.name)
+CIRCLES = next(path for path in PICTURES if "circles" in path.name)
+# Keeps every text that the latest answer shows, and counts what a page may not contain.
+RECORD_ANSWERS = """
+    window.seen = [];
+    new MutationObserver(() => {
+        const texts = [...document.querySelectorAll('#chat [data-testid=bot]')].map(each => each.innerText.trim());
+        if (texts.length && texts.at(-1) != window.seen.at(-1)) window.seen.push(texts.at(-1));
+    }).observe(document.querySelector('#chat'), {subtree: true, childList: true, characterData: true});
+"""
+
+
+class Tab:
+    """A tab of the browser with the demo's page in it."""
+
+    def __init__(self, browser, url: str, language: str = "en"):
+        browser.switch_to.new_window("tab")
+        self.browser, self.handle = browser, browser.current_window_handle
+        browser.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": "test", "acceptLanguage": language})
+        browser.get(url)
+        wait_until(lambda: self.find("#question textarea") and self.find("#picture input[type=file]"), 60)
+        browser.execute_script(RECORD_ANSWERS)
+
+    def find(self, selector: str) -> list:
+        return self.browser.find_elements("css selector", selector)
+
+    def focus(self) -> None:
+        self.browser.switch_to.window(self.handle)
+
+    def close(self) -> None:
+        self.focus()
+        self.browser.close()
+        self.browser.switch_to.window(self.browser.window_handles[0])
+
+    def upload(self, path: Path) -> None:
+        self.remove_picture()
+        self.find("#picture input[type=file]")[0].send_keys(str(path))
+
+    def remove_picture(self) -> None:
+        for button in self.find("#picture button[aria-label='Remove Image']"):
+            button.click()
+        wait_until(lambda: self.find("#picture input[type=file]"), 30)
+
+    def ask(self, question: str) -> None:
+        self.find("#question textarea")[0].send_keys(question + "\ue007")  # the Enter key
+
+    def click(self, name: str) -> None:
+        self.find(f"#{name}")[0].click()
+
+    def click_labelled(self, text: str) -> None:
+        def labelled():
+            return [b for b in self.find("#picture button") if text in (b.text, b.get_attribute("aria-label"))]
+
+        wait_until(lambda: labelled() and labelled()[0].is_displayed(), 30)
+        labelled()[0].click()
+
+    @property
+    def messages(self) -> list[str]:
+        bubbles = "document.querySelectorAll('#chat :is([data-testid=user], [data-testid=bot])')"
+        script = f"return [...{bubbles}].map(each => each.innerText.trim())"
+        return self.browser.execute_script(script)
+
+    @property
+    def seen(self) -> list[str]:
+        """All that the answers have shown, in its order."""
+        return self.browser.execute_script("return window.seen")
+
+    @property
+    def question(self) -> str:
+        return self.find("#question textarea")[0].get_attribute("value")
+
+    @property
+    def warnings(self) -> str:
+        return " ".join(each.text for each in self.find("[data-testid=toast-body]"))
+
+    def wait_for(self, *messages: str) -> None:
+        """Wait until the chat has as many messages, each with the text."""
+
+        def is_there() -> bool:
+            found = self.messages
+            return len(found) == len(messages) and all(text in each for text, each in zip(messages, found, strict=True))
+
+        with contextlib.suppress(AssertionError):  # the comparison below says more
+            wait_until(is_there, 30)
+        found = self.messages
+        assert len(found) == len(messages), found
+        assert all(text in each for text, each in zip(messages, found, strict=True)), found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, start_browser(profile) as browser:
+        yield browser
+
+
+@contextlib.contextmanager
+def start_browser(profile: str, *more_options: str):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for option in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "use-fake-device-for-media-stream",  # a webcam with a green picture
+        "use-fake-ui-for-media-stream",
+        "window-size=1280,1080",
+        f"user-data-dir={profile}",
+        *more_options,
+    ):
+        options.add_argument(f"--{option}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(*load_model(TINY, device="cpu")) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    """The page in this process, where tests can look at its engine."""
+    page, port = web.create_page(engine, PICTURES), free_port()
+    web.launch(page, "127.0.0.1", port, engine.limits.max_picture_bytes)
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+@pytest.fixture
+def open_tab(browser, url):
+    with contextlib.ExitStack() as tabs:
+
+        def open_one(language: str = "en") -> Tab:
+            tab = Tab(browser, url, language)
+            tabs.callback(lambda: tab.handle in browser.window_handles and tab.close())
+            return tab
+
+        yield open_one
+
+
+@pytest.fixture
+def long_answers(monkeypatch):
+    """Each answer takes seconds."""
+    monkeypatch.setattr(web, "Settings", functools.partial(Settings, min_new_tokens=1500))
+
+
+def is_idle(engine: Engine) -> bool:
+    return "visualglm_running 0.0" in engine.metrics.as_text().decode()
+
+
+def test_a_conversation_through_the_door(browser):
+    """Upload a picture, read how it is described, ask on, clear: with the model that the door has loaded."""
+    with open_door(script="web_demo_hf.py") as (url, process, log):
+        tab = Tab(browser, url)
+        tab.upload(CIRCLES)
+        tab.wait_for("描述这张图片。", "图片中有两个红色的圆形，背景是草地。")
+        seen = tab.seen
+        assert len(set(seen)) > 2, seen
+        assert all(seen[-1].startswith(text) for text in seen)
+        tab.ask("What colour are the shapes?")
+        tab.wait_for("描述这张图片。", "红色", "What colour are the shapes?", "red")
+        tab.click("clear")
+        tab.wait_for()
+        wait_until(lambda: tab.find("#picture input[type=file]"), 30)
+        tab.ask("Hello")
+        tab.wait_for("Hello", "")
+        tab.close()
+        assert "Traceback" not in log.read_text()
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_tabs_share_nothing_but_the_engine(open_tab):
+    first = open_tab()
+    first.upload(CIRCLES)
+    first.wait_for("描述", "红色")
+    second = open_tab()
+    assert second.messages == []
+    second.upload(STAR)
+    second.wait_for("描述", "黄色")
+    first.focus()
+    first.ask("图片的背景是什么？")
+    first.wait_for("描述", "红色", "背景", "草地")
+    second.focus()
+    second.ask("图片的背景是什么？")
+    second.wait_for("描述", "黄色", "背景", "夜")
+
+
+def test_another_picture_begins_a_new_conversation_in_the_language_that_was_chosen(open_tab):
+    tab = open_tab()
+    tab.upload(CIRCLES)
+    tab.wait_for("描述", "红色")
+    tab.find("input[type=radio]")[1].click()
+    tab.upload(STAR)
+    tab.wait_for("Describe the image.", "yellow star")
+
+
+def test_an_example_and_the_webcam_are_pictures_too(open_tab):
+    tab = open_tab()
+    tab.find("button.gallery-item")[PICTURES.index(STAR)].click()
+    tab.wait_for("描述", "黄色")
+    tab.click("clear")
+    tab.wait_for()
+    tab.click_labelled("Capture from camera")
+    tab.click_labelled("Click to Access Webcam")
+    tab.click_labelled("capture photo")
+    tab.wait_for("描述", "绿色")
+
+
+def test_texts_are_shown_as_they_are(open_tab):
+    tab = open_tab()
+    question = "**bold** <img src=nowhere.png onerror=alert(1)> $$x$$ &amp; [a](http://example.org) ![b](nowhere.png)"
+    tab.ask(question)
+    tab.wait_for(question, "")
+    assert not tab.find("#chat [data-testid=user] :is(img, a, strong, math)")
+
+
+def test_stop_keeps_what_was_said_and_retry_answers_again(open_tab, engine, long_answers, monkeypatch):
+    tab = open_tab()
+    tab.upload(CIRCLES)
+    wait_until(lambda: len(tab.seen) > 3 and len(tab.seen[-1]) > 30, 60)
+    tab.click("stop")
+    wait_until(lambda: is_idle(engine), 5)
+    time.sleep(0.5)  # nobody clicks sooner
+    first = tab.messages[1]
+    assert first.startswith("图片中有两个红色的圆形，背景是草地。")
+    monkeypatch.undo()
+    tab.click("retry")
+    wait_until(lambda: tab.messages == ["描述这张图片。", "图片中有两个红色的圆形，背景是草地。"], 30)
+
+
+def test_clear_and_a_new_picture_end_the_answer_on_its_way(open_tab, engine, long_answers, monkeypatch):
+    tab = open_tab()
+    tab.upload(CIRCLES)
+    wait_until(lambda: len(tab.seen) > 3, 60)
+    tab.click("clear")
+    wait_until(lambda: is_idle(engine), 5)
+    tab.wait_for()
+    tab.upload(CIRCLES)
+    wait_until(lambda: not is_idle(engine), 30)
+    monkeypatch.undo()
+    tab.upload(STAR)
+    tab.wait_for("描述", "黄色")
+    wait_until(lambda: is_idle(engine), 5)
+
+
+def test_closing_the_tab_ends_its_answer(open_tab, engine, long_answers):
+    tab = open_tab()
+    tab.upload(CIRCLES)
+    wait_until(lambda: len(tab.seen) > 3, 60)
+    tab.close()
+    wait_until(lambda: is_idle(engine), 5)
+
+
+def test_what_cannot_be_used_is_one_message_and_nothing_is_lost(open_tab, tmp_path):
+    no_picture = tmp_path / "broken.png"
+    no_picture.write_bytes(b"\x89PNG, but not really")
+    tab = open_tab()
+    tab.upload(no_picture)
+    wait_until(lambda: "picture" in tab.warnings.lower(), 30)
+    tab.wait_for()
+    tab.remove_picture()
+    question = "a b c d " * 700 + "?"
+    tab.browser.execute_script(
+        "const box = document.querySelector('#question textarea'); box.value = arguments[0];"
+        "box.dispatchEvent(new Event('input', {bubbles: true}))",
+        question,
+    )
+    tab.click("submit")
+    wait_until(lambda: "Shorten it" in tab.warnings, 30)
+    wait_until(lambda: tab.question == question, 10)
+    tab.wait_for()
+
+
+def test_labels_speak_the_language_of_the_browser(open_tab):
+    for language, label in (("zh-CN", "清空对话"), ("en-GB", "Clear History"), ("fr", "Clear History")):
+        tab = open_tab(language)
+        wait_until(lambda tab=tab, label=label: tab.find("#clear")[0].text == label, 10)
+        tab.close()
+
+
+def test_the_page_asks_nobody_but_its_server(browser, open_tab):
+    browser.get_log("performance")  # forget the tests before
+    tab = open_tab()
+    tab.ask("Hello")
+    tab.wait_for("Hello", "")
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    addresses = [
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert addresses
+    assert {
+        address for address in addresses if not address.startswith(("http://127.0.0.1:", "data:", "chrome:"))
+    } == set()
+
+
+@pytest.mark.parametrize("path", [str(CIRCLES), "/etc/hostname", "http://example.org/picture.png"])
+def test_only_uploads_are_opened_whatever_a_program_sends(url, path):
+    config = json.load(urllib.request.urlopen(url + "/config"))
+    [change] = [each for each in config["dependencies"] if each["targets"][0][1] == "change"]
+    picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [None, picture, "描述这张图片。", 2048, 0.4, 0.8], "fn_index": change["id"], "session_hash": "me"}
+    request = urllib.request.Request(
+        url + "/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(url + "/gradio_api/queue/data?session_hash=me") as response:
+        messages = [json.loads(line[6:]) for line in response if line.startswith(b"data: ")]
+    [completed] = [message for message in messages if message["msg"] == "process_completed"]
+    assert not completed["success"]
+
+
+def test_a_full_queue_says_so_and_keeps_the_question(engine, monkeypatch):
+    def refuse(requests=1):
+        raise QueueFull(64, 7)
+
+    said = []
+    monkeypatch.setattr(engine, "check_room", refuse)
+    monkeypatch.setattr(web.gr, "Warning", lambda message, **kwargs: said.append(message))
+
+    async def ask():
+        return [update async for update in web.Handlers(engine).ask(web.Session(), "Hello", 2048, 0.4, 0.8)]
+
+    updates = asyncio.run(ask())
+    assert updates[-1] == ([], "Hello")
+    assert "64 requests are waiting already. Try again in 7 s." in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--model", "nowhere"), "no checkpoint in 'nowhere'"), (("--quant", "3"), "3"), (("--port", "0"), "port")],
+)
+def test_the_door_refuses_wrong_options_in_one_line(options, message):
+    command = [sys.executable, str(ROOT / "scripts" / "web_demo_hf.py"), *options]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2
+    assert message in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with open_door("--port", str(taken.getsockname()[1]), script="web_demo_hf.py") as (_, process, log):
+            assert process.wait(60) == 2
+            assert log.read_text().splitlines()[-1].startswith("error: ")
+
+
+def take_screenshot(path: str) -> None:
+    """A conversation about an example, as a Chinese user sees it; fonts for Chinese must be installed."""
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        open_door(script="web_demo_hf.py") as (url, _, _),
+        start_browser(profile, "hide-scrollbars") as browser,
+    ):
+        tab = Tab(browser, url, "zh-CN")
+        tab.find("button.gallery-item")[PICTURES.index(CIRCLES)].click()
+        tab.wait_for("描述", "红色")
+        tab.ask("这张图片的背景里有什么内容？")
+        tab.wait_for("描述", "红色", "背景", "草地")
+        tab.ask("What colour are the shapes?")
+        tab.wait_for("描述", "红色", "背景", "草地", "colour", "red")
+        browser.save_screenshot(path)
+        Image.open(path).quantize(128).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    take_screenshot(sys.argv[1])
