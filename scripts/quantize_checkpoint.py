@@ -10,12 +10,9 @@ written, and DST appears when it is complete or not at all.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
-import safetensors.torch
-import torch
 from checkpoint_files import Entry, expected_tensors, map_tensors
 from prepared_folder import (
     SPARE_BYTES,
@@ -23,21 +20,19 @@ from prepared_folder import (
     Checkpoint,
     check_space,
     check_target,
+    keep_generation_config,
     kept_entries,
     read_checkpoint,
+    save_safetensors,
     write_description,
     write_json,
     written_whole,
 )
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_hf.quantization import quantize_tensor, record
-
-
-GENERATION_FILE = "generation_config.json"
 
 
 def plan(checkpoint: Checkpoint, bits: int, group_size: int | None) -> dict[str, Entry]:
@@ -81,20 +76,13 @@ def write_shards(folder: Path, entries: dict[str, Entry], planned: dict[str, Ent
             name = WEIGHT_FILE.format(suffix=suffix)
             progress.set_description(name)
             tensors = quantize_shard(entries, file, planned, config)
-            save(folder / name, tensors)
+            save_safetensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
             total += sum(tensor.nbytes for tensor in tensors.values())
             progress.update(sum(entry.num_bytes for entry in entries.values() if entry.file == file))
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / f"{WEIGHT_FILE.format(suffix='')}.index.json", index)
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors leaves it readable to its owner alone
 
 
 def planned_bytes(entries: dict[str, Entry], planned: dict[str, Entry]) -> int:
@@ -128,9 +116,7 @@ def quantize_checkpoint(
     with written_whole(target) as folder:
         write_shards(folder, entries, planned, checkpoint.config)
         write_description(folder, checkpoint.config, checkpoint.tokenizer)
-        if (source / GENERATION_FILE).is_file():
-            GenerationConfig.from_pretrained(source)  # only a readable one is worth keeping
-            shutil.copyfile(source / GENERATION_FILE, folder / GENERATION_FILE)
+        keep_generation_config(source, folder)
     return checkpoint
 
 

@@ -764,8 +764,8 @@ def test_door_holds_one_shard_at_a_time(door, tiny_original, tmp_path, monkeypat
     mapped = []
     map_tensors = door.map_tensors
     monkeypatch.setattr(door, "map_tensors", lambda path: mapped.append(path.name) or map_tensors(path))
-    save = door.save
-    monkeypatch.setattr(door, "save", lambda path, tensors: mapped.append("saved") or save(path, tensors))
+    save = door.save_safetensors
+    monkeypatch.setattr(door, "save_safetensors", lambda path, tensors: mapped.append("saved") or save(path, tensors))
     door.quantize_checkpoint(tiny_original, tmp_path / "out", 4)
     assert mapped[1::2] == ["saved"] * 2
     assert len(set(mapped)) == 3
