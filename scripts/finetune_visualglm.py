@@ -18,10 +18,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from command_line import COUNT, DEFAULT_MODEL, number
+
 
 # torch, transformers and PEFT are imported in `run`: `-h` and typing errors shall not wait for them.
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "visualglm-tiny"
 QLORA_DEFAULTS = {"batch_size": 1, "gradient_accumulation_steps": 4}  # of the original's QLoRA script
 
 # Options of the original's scripts that have no meaning here any more, and what takes their place.
@@ -38,22 +39,6 @@ OBSOLETE_VALUES = {
 }
 
 
-def number(kind: type, is_valid: Callable, expected: str):
-    """An argparse type: a `kind` that `is_valid`; the error names the value and what was `expected`."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, found {text!r}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, lambda value: value >= 1, "a whole number, 1 or more")
 COUNT_OR_NONE = number(int, lambda value: value >= 0, "a whole number, 0 or more")
 RATE = number(float, lambda value: 0 < value < float("inf"), "above 0")
 SHARE = number(float, lambda value: 0 <= value < 1, "from 0 to below 1")
