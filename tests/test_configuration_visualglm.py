@@ -90,3 +90,8 @@ def test_unknown_field_of_a_part_is_reported_not_hidden(original, caplog, monkey
     with caplog.at_level("WARNING"):
         VisualGLMConfig(**original)
     assert "hidden_sise" in caplog.text
+
+
+def test_a_model_may_have_no_end_of_answer_token():
+    config = VisualGLMConfig(text_config={"eos_token_id": None})
+    assert VisualGLMConfig.from_dict(config.to_dict()).text_config.eos_token_id is None

@@ -169,16 +169,20 @@ def test_decode_steps_never_ask_the_device(model, inputs, monkeypatch):
         model(**prepared)
 
 
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"prefill_chunk_size": 8}, "prefix-LM must be seen as a whole"),
-        ({"inputs_embeds": torch.zeros(1, 8, 64)}, "and no inputs_embeds"),
-    ],
-)
-def test_modes_that_would_answer_wrongly_are_refused(model, inputs, options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        model.generate(**inputs, max_new_tokens=2, **options)
+def test_a_prompt_in_chunks_is_refused_because_it_would_be_answered_wrongly(model, inputs):
+    with pytest.raises(ValueError, match="prefix-LM must be seen as a whole"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+
+def test_pictures_take_the_places_of_embedded_image_tokens(model, inputs):
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    embedded = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    torch.testing.assert_close(model.generate(**embedded, max_new_tokens=4, do_sample=False), expected)
+    del embedded["input_ids"]
+    answer = model.generate(**embedded, max_new_tokens=4, do_sample=False)
+    torch.testing.assert_close(answer, expected[:, inputs["input_ids"].shape[1] :])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**embedded).logits, model(**inputs).logits)
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_the_picture_is_encoded(model, processor, pictures, monkeypatch):

@@ -53,6 +53,18 @@ def test_forward_is_the_sum_of_its_stages(model, pixel_values, stages):
         assert relative_error(output.pooler_output[index], stages[index][4]) < FLOAT32_TOLERANCE
 
 
+def test_hidden_states_and_attentions_of_the_vit_come_with_the_features(model, pixel_values, stages):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model.get_image_features(pixel_values[:1], output_hidden_states=True, output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    assert relative_error(torch.cat(output.hidden_states[:-1]), stages[0][0][:-1]) < FLOAT32_TOLERANCE
+    assert relative_error(output.hidden_states[-1], output.last_hidden_state) == 0
+    vision = model.config.vision_config
+    expected = (1, vision.num_attention_heads, vision.num_positions, vision.num_positions)
+    assert [weights.shape for weights in output.attentions] == [expected] * vision.num_hidden_layers
+
+
 def test_half_precision_stays_within_its_rounding_noise(half_model, pixel_values, arrays):
     with torch.no_grad():
         output = half_model.get_image_features(pixel_values[:3])

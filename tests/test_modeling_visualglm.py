@@ -276,7 +276,7 @@ def test_bad_prompts_are_refused_before_the_picture_is_encoded(model, prompts, m
         ),
         (
             {"inputs_embeds": torch.zeros(1, 40, 64), "image_embeds": torch.zeros(1, 32, 64)},
-            "inputs_embeds with the pictures already in place",
+            "has 0 image tokens",
         ),
         (
             {

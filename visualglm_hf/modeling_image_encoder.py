@@ -24,8 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import auto_docstring
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_visualglm import VisualGLMConfig, VisualGLMQFormerConfig, VisualGLMVisionConfig
 
@@ -87,12 +90,14 @@ class VisualGLMImageAttention(nn.Module):
             projected = self.query_key_value(hidden_states).chunk(3, dim=-1)
         return [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected]
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states, encoder_hidden_states)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, _ = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling)
-        return self.dense(attended.flatten(2))  # [B, S, H, D] -> [B, S, C]
+        attended, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling)
+        return self.dense(attended.flatten(2)), weights  # [B, S, H, D] -> [B, S, C]
 
 
 class VisualGLMImageMLP(nn.Module):
@@ -117,7 +122,8 @@ class VisualGLMVisionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.dropout(self.attention(self.input_layernorm(hidden_states)))
+        attended, _ = self.attention(self.input_layernorm(hidden_states))
+        hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
@@ -138,11 +144,11 @@ class VisualGLMQFormerLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.input_layernorm(hidden_states)
-        attended = self.dropout(self.attention(hidden_states))
-        hidden_states = self.post_attention_layernorm(hidden_states + attended)
+        attended, _ = self.attention(hidden_states)
+        hidden_states = self.post_attention_layernorm(hidden_states + self.dropout(attended))
         if self.has_cross_attention:
-            attended = self.dropout(self.cross_attention(hidden_states, encoder_hidden_states))
-            hidden_states = self.post_cross_attention_layernorm(hidden_states + attended)
+            attended, _ = self.cross_attention(hidden_states, encoder_hidden_states)
+            hidden_states = self.post_cross_attention_layernorm(hidden_states + self.dropout(attended))
         return hidden_states + self.dropout(self.mlp(hidden_states))
 
 
@@ -159,6 +165,7 @@ class VisualGLMImagePreTrainedModel(PreTrainedModel):
 class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
     config_class = VisualGLMVisionConfig
     main_input_name = "pixel_values"
+    _can_record_outputs = {"hidden_states": VisualGLMVisionLayer, "attentions": VisualGLMImageAttention}
 
     def __init__(self, config: VisualGLMVisionConfig):
         super().__init__(config)
@@ -193,12 +200,14 @@ class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
         class_token = self.transformer["word_embeddings"](index[:1]).expand(len(patches), -1, -1)
         return torch.cat((class_token, patches), dim=1) + self.transformer["position_embeddings"](index)
 
+    @merge_with_config_defaults
+    @capture_outputs
     @auto_docstring
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
         hidden_states = self.dropout(self.embed(pixel_values))
         for layer in self.transformer["layers"]:
             hidden_states = layer(hidden_states)
-        return self.mixins["cls"]["ln_vision"](hidden_states)
+        return BaseModelOutput(last_hidden_state=self.mixins["cls"]["ln_vision"](hidden_states))
 
 
 class VisualGLMQFormer(VisualGLMImagePreTrainedModel):
@@ -238,14 +247,16 @@ class VisualGLMImageEncoder(nn.Module):
         self.qformer = VisualGLMQFormer(config.qformer_config)
         self.glm_proj = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutput, torch.Tensor]:
         """Encode pictures.
 
         Args:
             pixel_values: [B, 3, image_size, image_size], normalised.
+            kwargs: `output_hidden_states` and `output_attentions`, of the ViT.
 
         Returns:
-            The ViT's output [B, 1 + patches, vision C] and the soft prompt embeddings [B, num_query_tokens, text C].
+            The ViT's output with `last_hidden_state` [B, 1 + patches, vision C], and the soft prompt embeddings
+            [B, num_query_tokens, text C].
         """
-        vision_hidden_states = self.vit(pixel_values)
-        return vision_hidden_states, self.glm_proj(self.qformer(vision_hidden_states))
+        vision_output = self.vit(pixel_values, return_dict=True, **kwargs)
+        return vision_output, self.glm_proj(self.qformer(vision_output.last_hidden_state))

@@ -455,15 +455,26 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         expected = (vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(f"pixel_values must be [images, {expected}], found {tuple(pixel_values.shape)}.")
-        vision_hidden_states, image_embeds = self.image_encoder(pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=vision_hidden_states, pooler_output=image_embeds)
+        vision_output, image_embeds = self.image_encoder(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_output.last_hidden_state,
+            pooler_output=image_embeds,
+            hidden_states=vision_output.hidden_states,
+            attentions=vision_output.attentions,
+        )
 
-    def embed(self, input_ids: torch.Tensor, image_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor | None,
+        image_embeds: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Embed a prompt with the soft prompts of its pictures in the places of its image tokens.
 
         Args:
             input_ids: [B, S] with `num_query_tokens` times `config.image_token_id` for each picture.
             image_embeds: [images, num_query_tokens, C], in the order of their places, row by row; None for no picture.
+            inputs_embeds: [B, S, C], the prompt with its image tokens embedded like all others, instead of `input_ids`.
 
         Returns:
             [B, S, C]
@@ -471,15 +482,24 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         Raises:
             ValueError: the pictures do not fill the places.
         """
-        inputs_embeds = self.get_input_embeddings()(input_ids)
+        is_image = None if image_embeds is None else self.find_places(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_embeds is None:
             return inputs_embeds
-        self.check_places(input_ids, len(image_embeds))
-        is_image = (input_ids == self.config.image_token_id)[..., None].to(inputs_embeds.device)
+        self.check_places(is_image, len(image_embeds))
+        is_image = is_image[..., None].to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
 
-    def check_places(self, input_ids: torch.Tensor, num_images: int) -> None:
-        places = (input_ids == self.config.image_token_id).sum().item()
+    def find_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the image tokens are, [B, S] boolean; without ids, by the embedding of the image token."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
+
+    def check_places(self, is_image: torch.Tensor, num_images: int) -> None:
+        places = is_image.sum().item()
         needed = num_images * self.config.qformer_config.num_query_tokens
         if places != needed:
             raise ValueError(
@@ -488,14 +508,18 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             )
 
     def encode_images(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The soft prompts of the pictures of a prompt, however they were given, if it has places for them."""
         if pixel_values is None:
             return image_embeds
         if image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
-        self.check_places(input_ids, len(pixel_values))
+        self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
         return self.get_image_features(pixel_values, return_dict=True).pooler_output
 
     @can_return_tuple
@@ -587,20 +611,20 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
         has_pictures = pixel_values is not None or image_embeds is not None
-        if has_pictures and (inputs_embeds is not None or prompt_embeds is not None):
-            raise ValueError("Give pictures with input_ids, or inputs_embeds with the pictures already in place.")
+        if has_pictures and prompt_embeds is not None:
+            raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
         self.check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
             glm_position_ids = position_ids
         if glm_position_ids is None:
             glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
         if has_pictures:
-            image_embeds = self.encode_images(input_ids, pixel_values, image_embeds)
+            image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds)
         if prompt_embeds is not None:
             rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
             inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
-        elif inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, image_embeds)
+        elif has_pictures or inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
         glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
@@ -662,7 +686,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             input_ids: [B, S], left-padded.
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            inputs_embeds: [B, S, C], instead of all these.
+            inputs_embeds: [B, S, C], instead of `input_ids`; pictures replace what equals the image token's embedding.
 
         Raises:
             ValueError: as in `forward`; also if the prompt is to be processed in chunks, which would hide later parts
@@ -679,12 +703,13 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         elif inputs_embeds is not None:
             kwargs["num_prompt_embeds"] = inputs_embeds.shape[1]
         if pixel_values is not None or image_embeds is not None:
-            if input_ids is None or inputs_embeds is not None:
-                raise ValueError("Pictures need input_ids that say where they belong, and no inputs_embeds.")
+            if input_ids is None and inputs_embeds is None:
+                raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
+            name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
             with torch.no_grad():
-                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds)
-                kwargs["prompt_embeds"] = self.embed(input_ids, image_embeds)
-        if inputs_embeds is not None:
+                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds)
+                kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
+        elif inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         with torch.no_grad():
             prefix_key_values = self.transformer.compute_prefix(self.input_device)

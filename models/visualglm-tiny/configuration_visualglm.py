@@ -191,7 +191,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int = 130004
-    eos_token_id: int = 130005
+    eos_token_id: int | None = 130005
     pad_token_id: int = 3
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
@@ -215,6 +215,8 @@ class VisualGLMTextConfig(PreTrainedConfig):
         check_divisible(self, "hidden_size", by="num_attention_heads", times=4)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id"):
             token_id = getattr(self, name)
+            if token_id is None and name == "eos_token_id":
+                continue  # an answer that ends at its length only
             if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"{name}={token_id!r} is not in the vocabulary of {self.vocab_size} tokens.")
 

@@ -1,0 +1,45 @@
+"""transformers' common tests of models, of generation and of configurations, with a tiny VisualGLM."""
+
+import unittest
+
+import torch
+from tests.generation.test_utils import GenerationTesterMixin
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ModelTesterMixin
+from tiny_model import VisualGLMModelTester
+
+from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration, VisualGLMTextConfig
+
+
+class VisualGLMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (VisualGLMForConditionalGeneration,)
+    _is_composite = True
+    # `base_model_prefix` is the decoder alone, as in the original's key names: its folder has no picture encoder.
+    test_missing_keys = False
+
+    def setUp(self):
+        self.model_tester = VisualGLMModelTester(self)
+        self.config_tester = ConfigTester(self, config_class=VisualGLMConfig, has_text_modality=False)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if return_labels:  # the mixin knows the classes of its own release only
+            inputs["labels"] = torch.zeros_like(inputs["input_ids"])
+        return inputs
+
+    def _get_custom_4d_mask_test_data(self):
+        """The mixin's data as an answer, which is what has causal positions here; one row of positions says nothing."""
+        ids, positions, shared_ids, mask, shared_positions = super()._get_custom_4d_mask_test_data()
+        in_answer = [torch.stack((torch.zeros_like(each), each + 1), dim=1) for each in (positions, shared_positions)]
+        return ids, in_answer[0], shared_ids, mask, in_answer[1]
+
+    def test_resize_tokens_embeddings(self):
+        self.model_tester.answer_length = 2  # the mixin overwrites the token before the last, which would be [gMASK]
+        super().test_resize_tokens_embeddings()
+
+    def test_model_forward_default_config_values(self):
+        self.model_tester.vocab_size = VisualGLMTextConfig().vocab_size  # which holds the default special tokens
+        super().test_model_forward_default_config_values()
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
