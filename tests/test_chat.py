@@ -335,3 +335,15 @@ def test_nan_is_an_error_not_an_answer(tiny_original, tokenizer):
     model.transformer.final_layernorm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         model.chat(tokenizer, None, "你好", max_new_tokens=4)
+
+
+def test_what_no_tokenizer_knows_is_never_answered(tiny_original, tokenizer):
+    """The model has more rows than the vocabulary has pieces; the original failed to decode them, when sampling hot."""
+    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+    options = {"do_sample": False, "max_new_tokens": 4, "suppress_tokens": [7]}
+    expected, _ = model.chat(tokenizer, None, "你好", **options)
+    first_answered = tokenizer(expected, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :] = 2 * model.lm_head.weight[first_answered[0]]
+    assert model.chat(tokenizer, None, "你好", **options)[0] == expected
+    assert [answer for answer, _ in model.stream_chat(tokenizer, None, "你好", **options)][-1] == expected

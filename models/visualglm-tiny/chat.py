@@ -200,6 +200,7 @@ class ChatMixin:
             ValueError: an unusable query, history, picture, tokenizer or length; NaN in the logits.
         """
         options = self.generation_options(
+            tokenizer,
             max_length=max_length,
             min_length=min_length,
             do_sample=do_sample,
@@ -237,6 +238,7 @@ class ChatMixin:
         which the original lost. When the caller stops iterating, the model stops within one token.
         """
         options = self.generation_options(
+            tokenizer,
             max_length=max_length,
             min_length=min_length,
             do_sample=do_sample,
@@ -324,7 +326,12 @@ class ChatMixin:
         return inputs
 
     def generation_options(
-        self, max_length: int, min_length: int | None, logits_processor: LogitsProcessorList | None, **options
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        min_length: int | None,
+        logits_processor: LogitsProcessorList | None,
+        **options,
     ) -> dict:
         """`generate`'s keywords for those of `chat`, without the ones that contradict each other."""
         if options.get("num_return_sequences", 1) != 1:
@@ -338,5 +345,9 @@ class ChatMixin:
             options.pop("min_length")
         if not options["do_sample"]:
             options.update(top_p=None, top_k=None, temperature=None)
+        # The model has rows beyond the vocabulary, which mean nothing and cannot be decoded.
+        beyond = range(len(tokenizer), self.config.text_config.vocab_size)
+        if beyond:
+            options["suppress_tokens"] = [*(options.get("suppress_tokens") or ()), *beyond]
         options["logits_processor"] = LogitsProcessorList([*(logits_processor or ()), RefuseNan()])
         return options
