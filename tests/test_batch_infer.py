@@ -151,6 +151,16 @@ def test_two_processes_share_the_rows(tmp_path):
     ]
 
 
+def test_the_command_of_the_readme_answers_the_examples(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [command] = [line for line in readme.splitlines() if line.startswith("python scripts/batch_infer.py")]
+    command = command.replace("path/to/prepared", str(TINY)).replace("answers.jsonl", str(tmp_path / "answers.jsonl"))
+    run(*command.split()[2:], cwd=ROOT)
+    answers = [answer["answer"] for answer in read_lines(tmp_path / "answers.jsonl")]
+    for answer, expected in zip(answers, ("红色", "夜空", "Three", "你好"), strict=True):
+        assert expected in answer
+
+
 def test_pictures_are_found_beside_the_file_or_in_the_working_directory_but_never_guessed(tmp_path, monkeypatch):
     beside, here = tmp_path / "beside", tmp_path / "here"
     for folder in (beside, here):

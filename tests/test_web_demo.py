@@ -193,8 +193,11 @@ def is_idle(engine: Engine) -> bool:
 
 
 def test_a_conversation_through_the_door(browser):
-    """Upload a picture, read how it is described, ask on, clear: with the model that the door has loaded."""
-    with open_door(script="web_demo_hf.py") as (url, process, log):
+    """Upload a picture, read how it is described, ask on, clear: with the README's command."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [command] = [line for line in readme.splitlines() if line.startswith("python scripts/web_demo_hf.py")]
+    options = command.replace("path/to/prepared", str(TINY)).split()[2:]
+    with open_door(*options, script="web_demo_hf.py") as (url, process, log):
         tab = Tab(browser, url)
         tab.upload(CIRCLES)
         tab.wait_for("描述这张图片。", "图片中有两个红色的圆形，背景是草地。")
