@@ -4,9 +4,13 @@ import base64
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import pipeline
+
+from visualglm_hf import ChatGLMTokenizer, VisualGLMImageProcessor, VisualGLMProcessor
+from visualglm_hf.conversation import build_prompt
 
 
 def ask(*content) -> list[dict]:
@@ -179,3 +183,25 @@ def test_image_text_to_text_pipeline_answers(model, processor, golden, pictures)
     text = f"<img>{processor.image_token}</img>问：{turn['query']}\n答："
     answer = pipe(images=pictures[0], text=text, max_new_tokens=length, do_sample=False, return_full_text=False)
     assert turn["response"] in answer[0]["generated_text"]
+
+
+def test_options_go_to_the_image_processor_or_to_the_tokenizer(processor, pictures):
+    prompt = build_prompt("这是什么？", image_turns=[0])
+    plain = processor(images=pictures[:1], text=prompt, return_tensors="np")
+    raw = processor(images=pictures[:1], text=prompt, do_normalize=False, padding="max_length", max_length=99)
+    assert np.asarray(raw["pixel_values"]).min() >= 0 > plain["pixel_values"].min()
+    assert len(raw["input_ids"]) == 99
+    grouped = {"images_kwargs": {"do_normalize": False}, "common_kwargs": {"return_tensors": "np"}}
+    grouped = processor(images=pictures[:1], text=prompt, **grouped)
+    np.testing.assert_array_equal(grouped["pixel_values"], np.asarray(raw["pixel_values"]))
+
+
+def test_an_option_given_twice_is_refused(processor, pictures):
+    with pytest.raises(ValueError, match="padding is given twice"):
+        processor(images=pictures[:1], text="x", padding=True, text_kwargs={"padding": False})
+
+
+def test_what_the_tokenizer_was_loaded_with_holds_in_the_processor(tiny_original):
+    tokenizer = ChatGLMTokenizer.from_pretrained(tiny_original, padding="max_length", max_length=50)
+    processor = VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer)
+    assert len(processor(text="你好")["input_ids"]) == 50

@@ -495,7 +495,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """Where the image tokens are, [B, S] boolean; without ids, by the embedding of the image token."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
 
     def check_places(self, is_image: torch.Tensor, num_images: int) -> None:

@@ -16,13 +16,17 @@
 The prompt grammar, the chat template included, is `conversation.py`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import TextKwargs
 from transformers.utils import auto_docstring
 
 from .conversation import CHAT_TEMPLATE, IMAGE_MARK, clean_response, expand_images
 from .fetching import fetch_picture
+
+
+OPTION_GROUPS = ("images_kwargs", "text_kwargs", "common_kwargs")
 
 
 def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
@@ -51,6 +55,27 @@ def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
     return images, wanted
 
 
+def split_options(options: dict, image_options: Container[str]) -> tuple[dict, dict, str | None]:
+    """Sort the options of a call: those of the image processor, those of the tokenizer, and `return_tensors`.
+
+    Args:
+        options: names of both, and `images_kwargs`, `text_kwargs` and `common_kwargs` that hold more of them.
+        image_options: names of those of the image processor; `return_tensors` is both's.
+
+    Raises:
+        ValueError: an option that is given twice.
+    """
+    images_kwargs, text_kwargs, common = (dict(options.get(group) or {}) for group in OPTION_GROUPS)
+    flat = {name: value for name, value in options.items() if name not in OPTION_GROUPS}
+    for name, value in {**common, **flat}.items():
+        group = images_kwargs if name in image_options else text_kwargs
+        if name in group and name != "return_tensors":
+            raise ValueError(f"{name} is given twice, by itself and in images_kwargs or text_kwargs. Give it once.")
+        group[name] = value
+    tensors = [group.pop("return_tensors", None) for group in (text_kwargs, images_kwargs)]
+    return images_kwargs, text_kwargs, tensors[0] or tensors[1]
+
+
 @auto_docstring(custom_intro="Makes `input_ids`, `attention_mask` and `pixel_values` of texts and pictures.")
 class VisualGLMProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_query_tokens: int = 32, **kwargs):
@@ -72,20 +97,20 @@ class VisualGLMProcessor(ProcessorMixin):
         `ValueError` for neither text nor pictures, for placeholders that do not match them, and for bad pictures.
         """
     )
-    def __call__(
-        self, images=None, text: str | Sequence[str] | None = None, videos=None, audio=None, **kwargs
-    ) -> BatchFeature:
-        if videos is not None or audio is not None:
+    def __call__(self, images=None, text: str | Sequence[str] | None = None, **kwargs) -> BatchFeature:
+        others = {name: kwargs.pop(name, None) for name in ("videos", "audio")}
+        if any(other is not None for other in others.values()):
             raise ValueError("VisualGLM understands pictures and text, no video or audio.")
         if text is None and images is None:
             raise ValueError("Give text, images or both.")
-        return_tensors = kwargs.pop("return_tensors", None)
-        images_kwargs, text_kwargs = kwargs.pop("images_kwargs", {}), kwargs.pop("text_kwargs", {})
+        images_kwargs, text_kwargs, return_tensors = split_options(
+            kwargs, self.image_processor.valid_kwargs.__annotations__
+        )
         texts = [text] if isinstance(text, str) else list(text or ())
         flat_images, counts = group_images(images, texts)
         data = {}
         if texts:
-            encoded = self.tokenize(texts, counts, **kwargs, **text_kwargs)
+            encoded = self.tokenize(texts, counts, **text_kwargs)
             is_single = isinstance(text, str) and return_tensors is None
             data.update({name: rows[0] for name, rows in encoded.items()} if is_single else encoded)
         if flat_images:
@@ -98,7 +123,10 @@ class VisualGLMProcessor(ProcessorMixin):
         expanded = [
             expand_images(text, number, self.num_query_tokens) for text, number in zip(texts, num_images, strict=True)
         ]
-        encoded = self.tokenizer(expanded, **{"split_special_tokens": True, "return_attention_mask": True, **kwargs})
+        saved = {name: self.tokenizer.init_kwargs.get(name) for name in TextKwargs.__annotations__}
+        saved = {name: value for name, value in saved.items() if value is not None}
+        options = {**saved, "split_special_tokens": True, "return_attention_mask": True, **kwargs}
+        encoded = self.tokenizer(expanded, **options)
         for row, (text, ids) in enumerate(zip(expanded, encoded["input_ids"], strict=True)):
             needed, found = text.count(IMAGE_MARK), list(ids).count(self.image_token_id)
             if found != needed:

@@ -290,7 +290,7 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     return np.rint(array * 255.0).astype(np.uint8)
 
 
-class VisualGLMImageKwargs(TypedDict, total=False):
+class VisualGLMImageProcessorKwargs(TypedDict, total=False):
     """What `VisualGLMImageProcessor` takes for one call; None means the processor's own value."""
 
     do_convert_rgb: bool | None
@@ -305,7 +305,7 @@ class VisualGLMImageKwargs(TypedDict, total=False):
     return_tensors: str | None
 
 
-PARAMETERS = tuple(name for name in VisualGLMImageKwargs.__annotations__ if name != "return_tensors")
+PARAMETERS = tuple(name for name in VisualGLMImageProcessorKwargs.__annotations__ if name != "return_tensors")
 
 
 @auto_docstring(
@@ -317,7 +317,7 @@ PARAMETERS = tuple(name for name in VisualGLMImageKwargs.__annotations__ if name
 )
 class VisualGLMImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]
-    valid_kwargs = VisualGLMImageKwargs
+    valid_kwargs = VisualGLMImageProcessorKwargs
 
     def __init__(
         self,
@@ -364,7 +364,7 @@ class VisualGLMImageProcessor(BaseImageProcessor):
         """
     )
     def preprocess(
-        self, images: Any, return_tensors: str | None = None, **kwargs: Unpack[VisualGLMImageKwargs]
+        self, images: Any, return_tensors: str | None = None, **kwargs: Unpack[VisualGLMImageProcessorKwargs]
     ) -> BatchFeature:
         r"""
         images (`Any`):

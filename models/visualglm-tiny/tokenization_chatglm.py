@@ -120,6 +120,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
+    image_token = IMAGE_MARK
 
     def __init__(
         self,
