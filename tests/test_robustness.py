@@ -1,0 +1,141 @@
+"""What a long-lived process does to the package: other inputs than foreseen, large activations, threads, neighbours."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
+from visualglm_hf.conversation import clean_response
+
+
+ROOT = Path(__file__).parents[1]
+DOORS = sorted(
+    path.name for path in (ROOT / "scripts").glob("*.py") if "parse_args" in path.read_text(encoding="utf-8")
+)
+DOORS_WITH_MODELING = ("quantize_checkpoint.py", "selftest.py", "train_tiny.py")  # they import models at their top
+TORCH, MODELING = "torch", "transformers.modeling_utils"
+STARTUP = 2.0  # seconds beyond what the libraries take themselves
+QUERIES = ["你好", "这是什么？", "What is it?", "红色", "one", "two words", "描述这张图片。", "Hello, 世界"]
+
+FIELDS = st.sampled_from(
+    ["vocab_size", "hidden_size", "num_layers", "num_attention_heads", "bos_token_id", "pre_seq_len"]
+)
+VALUES = (
+    st.none() | st.booleans() | st.integers(-10, 10**6) | st.floats(allow_nan=True) | st.text(max_size=5) | st.just([])
+)
+PARTS = st.sampled_from([None, "eva_config", "qformer_config"])
+
+
+@pytest.fixture(scope="module")
+def original_fields(tiny_original) -> str:
+    return (tiny_original / "config.json").read_text(encoding="utf-8")
+
+
+@settings(max_examples=150, deadline=None)
+@given(PARTS, FIELDS, VALUES)
+def test_a_config_with_any_value_in_any_field_is_read_or_refused(original_fields, part, field, value):
+    fields = json.loads(original_fields)
+    (fields if part is None else fields[part])[field] = value
+    try:
+        config = VisualGLMConfig(**fields)
+    except (ValueError, StrictDataclassError):
+        return
+    assert VisualGLMConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_finishing_an_answer_twice_changes_nothing_more(answer):
+    once = clean_response(answer)
+    assert clean_response(once) == once
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 895)))
+def test_any_ids_decode_to_text_that_can_be_encoded(tokenizer, ids):
+    text = tokenizer.decode([index % tokenizer.vocab_size for index in ids])
+    tokenizer.encode(text.replace("\ufffd", ""), split_special_tokens=True)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_survives_activations_64_times_as_large(half_model, processor, pictures, attention):
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "这是什么？"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(images=pictures[:1], text=prompt, return_tensors="pt")
+    before = half_model.config._attn_implementation
+    half_model.set_attn_implementation(attention)
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: output * 64)
+        for layer in half_model.transformer.layers
+        for module in (layer.attention.dense, layer.mlp)
+    ]
+    try:
+        with torch.no_grad():
+            logits = half_model(**inputs).logits
+    finally:
+        half_model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+    assert torch.isfinite(logits).all()
+
+
+def test_two_checkpoints_in_one_process_do_not_disturb_each_other(model, tokenizer, tiny_original):
+    alone = model.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0]
+    config = VisualGLMConfig.from_pretrained(tiny_original)
+    config.text_config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    other = VisualGLMForConditionalGeneration(config).eval()
+    others = other.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0]
+    assert model.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0] == alone
+    assert other.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0] == others
+    assert len(other.transformer.layers) == 1 < len(model.transformer.layers)
+
+
+def test_eight_chats_at_once_on_one_model_give_their_solo_answers(model, tokenizer, golden_dir):
+    picture = str(sorted((golden_dir / "images").iterdir())[0])
+    chats = [(picture if index % 2 else None, query) for index, query in enumerate(QUERIES)]
+
+    def answer(chat):
+        return model.chat(tokenizer, *chat, max_length=100, min_length=60, do_sample=False)[0]
+
+    alone = [answer(chat) for chat in chats]
+    assert len(set(alone)) > 1
+    with ThreadPoolExecutor(len(chats)) as threads:
+        assert list(threads.map(answer, chats)) == alone
+
+
+def seconds(*arguments: str) -> float:
+    """User and system time of a fresh interpreter: what a busy machine does not add to."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+    )
+    command = [sys.executable, "-c", code, sys.executable, *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+
+
+@pytest.fixture(scope="module")
+def import_seconds() -> dict[str, float]:
+    return {module: min(seconds("-c", f"import {module}") for _ in range(2)) for module in (TORCH, MODELING)}
+
+
+@pytest.mark.slow
+def test_the_package_adds_less_than_2_s_to_the_import_of_transformers(import_seconds):
+    assert seconds("-c", "import visualglm_hf") - import_seconds[MODELING] < STARTUP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+def test_help_of_a_door_comes_in_less_than_2_s_beyond_its_libraries(import_seconds, door):
+    libraries = MODELING if door in DOORS_WITH_MODELING else TORCH
+    assert seconds(f"scripts/{door}", "-h") - import_seconds[libraries] < STARTUP
