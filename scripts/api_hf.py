@@ -9,31 +9,19 @@ requests, completes those it has, and ends.
 """
 
 import argparse
+import math
 import os
 import sys
 from contextlib import asynccontextmanager
-from pathlib import Path
+
+from command_line import COUNT, add_model_options, loading_options, number
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "visualglm-tiny"
 KEY_VARIABLE = "VISUALGLM_API_KEY"
 MIB = 2**20
 SWITCH_SECONDS = 0.0005
-
-
-def positive(kind: type):
-    """An argparse type: a number above 0."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    parse.__name__ = "positive number"  # argparse says "invalid positive number value: '-1'"
-    return parse
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,14 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=None,
     )
-    count, seconds, size = positive(int), positive(float), positive(float)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default=DEFAULT_MODEL, type=Path, metavar="FOLDER", help="checkpoint folder")
-    model.add_argument("--adapter", metavar="FOLDER", help="a fine-tuned adapter to load on top")
-    model.add_argument("--quant", type=int, choices=(8, 4), help="quantize the language model to 8 or 4 bits")
-    model.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
-    model.add_argument("--served-model-name", metavar="NAME", help="for clients; the folder's name if not given")
+    amount = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+    add_model_options(parser)
+    parser.add_argument("--served-model-name", metavar="NAME", help="for clients; the folder's name if not given")
 
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reachable from other machines")
@@ -58,16 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--api-key", metavar="KEY", help=f"that clients must send; better set {KEY_VARIABLE}")
     server.add_argument("--allow-urls", action="store_true", help="fetch pictures from public http(s) addresses")
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help="web page that may call")
-    server.add_argument("--drain-seconds", type=seconds, default=300, metavar="S", help="for open requests at the end")
+    server.add_argument("--drain-seconds", type=amount, default=300, metavar="S", help="for open requests at the end")
 
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-batch-size", type=count, default=8, metavar="N", help="answers generated at a time")
-    limits.add_argument("--max-waiting", type=count, default=64, metavar="N", help="requests that may wait; more: 429")
-    limits.add_argument("--max-new-tokens", type=count, metavar="N", help="of an answer; the context's if not given")
-    limits.add_argument("--max-pictures", type=count, default=8, metavar="N", help="of a conversation")
-    limits.add_argument("--max-picture-mib", type=size, default=20, metavar="MIB", help="of an encoded picture")
-    limits.add_argument("--max-body-mib", type=size, default=32, metavar="MIB", help="of a request")
-    limits.add_argument("--timeout", type=seconds, default=300, metavar="S", help="for an answer, waiting included")
+    limits.add_argument("--max-batch-size", type=COUNT, default=8, metavar="N", help="answers generated at a time")
+    limits.add_argument("--max-waiting", type=COUNT, default=64, metavar="N", help="requests that may wait; more: 429")
+    limits.add_argument("--max-new-tokens", type=COUNT, metavar="N", help="of an answer; the context's if not given")
+    limits.add_argument("--max-pictures", type=COUNT, default=8, metavar="N", help="of a conversation")
+    limits.add_argument("--max-picture-mib", type=amount, default=20, metavar="MIB", help="of an encoded picture")
+    limits.add_argument("--max-body-mib", type=amount, default=32, metavar="MIB", help="of a request")
+    limits.add_argument("--timeout", type=amount, default=300, metavar="S", help="for an answer, waiting included")
     return parser
 
 
@@ -89,9 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
         max_picture_bytes=int(arguments.max_picture_mib * MIB),
         timeout=arguments.timeout,
     )
-    loading_options = {"device": arguments.device, "dtype": arguments.dtype, "quant": arguments.quant}
-    if arguments.adapter:
-        loading_options["adapter"] = arguments.adapter
     options = ApiOptions(
         model_name=arguments.served_model_name or arguments.model.absolute().name,
         api_key=arguments.api_key or os.environ.get(KEY_VARIABLE),
@@ -103,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     def stop_serving() -> None:
         server.should_exit = True
 
-    engine = LoadingEngine(lambda: Engine.load(arguments.model, limits, **loading_options), stop_serving)
+    engine = LoadingEngine(lambda: Engine.load(arguments.model, limits, **loading_options(arguments)), stop_serving)
 
     @asynccontextmanager
     async def lifespan(app):

@@ -22,12 +22,12 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from command_line import DEFAULT_MODEL, number
 from serving.text import stable_part
 
 
 # torch, transformers and the model are imported in `open_model`: `-h` and typing errors shall not wait for them.
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "models" / "visualglm-tiny"
 
 WELCOME = {
     "zh": "欢迎使用 VisualGLM-6B 模型，输入图像URL或本地路径读图，继续输入内容对话，clear 重新开始，stop 终止程序\n"
@@ -55,21 +55,6 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 class Stop(Exception):
     """The user wants to leave."""
-
-
-def number(kind: type, is_valid, expected: str):
-    """An argparse type: a `kind` that `is_valid`; the error names the value and what was `expected`."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, found {text!r}")
-        return value
-
-    return parse
 
 
 def build_parser() -> argparse.ArgumentParser:
