@@ -19,6 +19,7 @@ The prompt grammar, the chat template included, is `conversation.py`'s.
 from collections.abc import Container, Sequence
 
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import TextKwargs
 from transformers.utils import auto_docstring
 
@@ -97,7 +98,9 @@ class VisualGLMProcessor(ProcessorMixin):
         `ValueError` for neither text nor pictures, for placeholders that do not match them, and for bad pictures.
         """
     )
-    def __call__(self, images=None, text: str | Sequence[str] | None = None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images: ImageInput | None = None, text: str | Sequence[str] | None = None, **kwargs
+    ) -> BatchFeature:
         others = {name: kwargs.pop(name, None) for name in ("videos", "audio")}
         if any(other is not None for other in others.values()):
             raise ValueError("VisualGLM understands pictures and text, no video or audio.")
