@@ -553,7 +553,8 @@ def test_the_door_says_503_while_it_loads(door):
 def test_the_commands_of_the_readme_work(door, tmp_path):
     url, *_ = door
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    server, *requests = re.findall(r"^```bash\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    section = readme.partition("## Over HTTP")[2].partition("\n## ")[0]
+    server, *requests = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     assert "python scripts/api_hf.py --model path/to/prepared" in server  # the fixture's command
     assert len(requests) == 2
     for script, found in zip(requests, ("red circles", "[DONE]"), strict=True):
