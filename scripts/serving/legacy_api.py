@@ -17,11 +17,11 @@ from visualglm_hf.conversation import has_chinese
 from .answering import ask, complete
 from .engine import Engine
 from .errors import ApiError, responses
+from .prompts import conversation_messages
 from .sampling import Settings
 
 
 EXAMPLE = {"image": "", "text": "Hello", "history": []}
-ROLES = ("user", "assistant")
 Turn = Annotated[list[str], Field(min_length=2, max_length=2)]  # a tuple's schema would be none of OpenAPI
 
 
@@ -45,13 +45,9 @@ class LegacyRequest(BaseModel):
 
     def messages(self) -> list[dict]:
         """The conversation; its picture stands in front, as in the original."""
-        turns = [(role, text) for turn in self.history or () for role, text in zip(ROLES, turn, strict=True)]
-        messages = [{"role": role, "content": text} for role, text in [*turns, ("user", self.text)]]
-        if self.image:
-            uri = self.image if self.image[:5].lower() == "data:" else f"data:;base64,{self.image}"
-            first = {"type": "text", "text": messages[0]["content"]}
-            messages[0]["content"] = [{"type": "image", "image": uri}, first]
-        return messages
+        is_bare = self.image and self.image[:5].lower() != "data:"
+        picture = f"data:;base64,{self.image}" if is_bare else self.image
+        return conversation_messages(self.history or (), self.text, picture)
 
 
 class LegacyResponse(BaseModel):
