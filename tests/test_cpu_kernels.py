@@ -167,7 +167,8 @@ def test_products_at_the_same_time_do_not_disturb_each_other(kernels, monkeypatc
 
 
 def multiply_in_child(connection, kernels: CpuKernels, arguments: tuple) -> None:
-    connection.send(kernels.multiply(*arguments, KINDS[4]).tolist())
+    inherited = kernels.crew.helpers
+    connection.send((kernels.multiply(*arguments, KINDS[4]).tolist(), kernels.crew.helpers is not inherited))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
@@ -182,7 +183,9 @@ def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
     child.start()
     try:
         assert receiver.poll(60)
-        assert receiver.recv() == expected
+        out, has_threads_of_its_own = receiver.recv()
+        assert out == expected
+        assert has_threads_of_its_own
     finally:
         child.kill()
 
