@@ -26,12 +26,21 @@ from serving_helpers import PICTURES, ROOT, TINY, free_port, open_door, wait_unt
 
 pytest.importorskip("gradio", reason="the web demo needs gradio")
 webdriver = pytest.importorskip("selenium.webdriver", reason="the web demo is tested through selenium")
+exceptions = pytest.importorskip("selenium.common.exceptions")
 web = pytest.importorskip("serving.web")
 
+INTERRUPTIONS = (
+    exceptions.StaleElementReferenceException,
+    exceptions.ElementNotInteractableException,
+    exceptions.ElementClickInterceptedException,
+    IndexError,  # nothing has been found yet
+    StopIteration,  # nothing that is looked for has been found yet
+)
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 STAR = next(path for path in PICTURES if "star" in path.name)
 CIRCLES = next(path for path in PICTURES if "circles" in path.name)
+REMOVE = "#picture button[aria-label='Remove Image']"
 # Keeps every text that the latest answer shows, and counts what a page may not contain.
 RECORD_ANSWERS = """
     window.seen = [];
@@ -40,6 +49,18 @@ RECORD_ANSWERS = """
         if (texts.length && texts.at(-1) != window.seen.at(-1)) window.seen.push(texts.at(-1));
     }).observe(document.querySelector('#chat'), {subtree: true, childList: true, characterData: true});
 """
+
+
+def patiently(act):
+    """Do what a page may interrupt for a moment, by drawing the element that it is done to anew; return the result."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return act()
+        except INTERRUPTIONS:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 class Tab:
@@ -66,25 +87,27 @@ class Tab:
 
     def upload(self, path: Path) -> None:
         self.remove_picture()
-        self.find("#picture input[type=file]")[0].send_keys(str(path))
+        patiently(lambda: self.find("#picture input[type=file]")[0].send_keys(str(path)))
 
     def remove_picture(self) -> None:
-        for button in self.find("#picture button[aria-label='Remove Image']"):
-            button.click()
+        if self.find(REMOVE):
+            self.click_first(REMOVE)
         wait_until(lambda: self.find("#picture input[type=file]"), 30)
 
     def ask(self, question: str) -> None:
-        self.find("#question textarea")[0].send_keys(question + "\ue007")  # the Enter key
+        patiently(lambda: self.find("#question textarea")[0].send_keys(question + "\ue007"))  # the Enter key
 
     def click(self, name: str) -> None:
-        self.find(f"#{name}")[0].click()
+        self.click_first(f"#{name}")
+
+    def click_first(self, selector: str, which=lambda element: True) -> None:
+        patiently(lambda: next(filter(which, self.find(selector))).click())
+
+    def click_example(self, path: Path) -> None:
+        patiently(lambda: self.find("button.gallery-item")[PICTURES.index(path)].click())
 
     def click_labelled(self, text: str) -> None:
-        def labelled():
-            return [b for b in self.find("#picture button") if text in (b.text, b.get_attribute("aria-label"))]
-
-        wait_until(lambda: labelled() and labelled()[0].is_displayed(), 30)
-        labelled()[0].click()
+        self.click_first("#picture button", lambda button: text in (button.text, button.get_attribute("aria-label")))
 
     @property
     def messages(self) -> list[str]:
@@ -99,11 +122,11 @@ class Tab:
 
     @property
     def question(self) -> str:
-        return self.find("#question textarea")[0].get_attribute("value")
+        return patiently(lambda: self.find("#question textarea")[0].get_attribute("value"))
 
     @property
     def warnings(self) -> str:
-        return " ".join(each.text for each in self.find("[data-testid=toast-body]"))
+        return patiently(lambda: " ".join(each.text for each in self.find("[data-testid=toast-body]")))
 
     def wait_for(self, *messages: str) -> None:
         """Wait until the chat has as many messages, each with the text."""
@@ -237,14 +260,14 @@ def test_another_picture_begins_a_new_conversation_in_the_language_that_was_chos
     tab = open_tab()
     tab.upload(CIRCLES)
     tab.wait_for("描述", "红色")
-    tab.find("input[type=radio]")[1].click()
+    patiently(lambda: tab.find("input[type=radio]")[1].click())
     tab.upload(STAR)
     tab.wait_for("Describe the image.", "yellow star")
 
 
 def test_an_example_and_the_webcam_are_pictures_too(open_tab):
     tab = open_tab()
-    tab.find("button.gallery-item")[PICTURES.index(STAR)].click()
+    tab.click_example(STAR)
     tab.wait_for("描述", "黄色")
     tab.click("clear")
     tab.wait_for()
@@ -322,7 +345,7 @@ def test_what_cannot_be_used_is_one_message_and_nothing_is_lost(open_tab, tmp_pa
 def test_labels_speak_the_language_of_the_browser(open_tab):
     for language, label in (("zh-CN", "清空对话"), ("en-GB", "Clear History"), ("fr", "Clear History")):
         tab = open_tab(language)
-        wait_until(lambda tab=tab, label=label: tab.find("#clear")[0].text == label, 10)
+        wait_until(lambda tab=tab, label=label: patiently(lambda: tab.find("#clear")[0].text) == label, 10)
         tab.close()
 
 
@@ -402,7 +425,7 @@ def take_screenshot(path: str) -> None:
         start_browser(profile, "hide-scrollbars") as browser,
     ):
         tab = Tab(browser, url, "zh-CN")
-        tab.find("button.gallery-item")[PICTURES.index(CIRCLES)].click()
+        tab.click_example(CIRCLES)
         tab.wait_for("描述", "红色")
         tab.ask("这张图片的背景里有什么内容？")
         tab.wait_for("描述", "红色", "背景", "草地")
