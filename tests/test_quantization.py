@@ -83,6 +83,12 @@ def door(monkeypatch):
     return importlib.import_module("quantize_checkpoint")
 
 
+@pytest.fixture
+def on_disk(door):
+    """The module that does its work."""
+    return importlib.import_module("checkpoint_quantization")
+
+
 @pytest.fixture(scope="session")
 def tiny_int4(golden_dir):
     """The tiny checkpoint as the original code writes it after `.half().quantize(4)`."""
@@ -729,8 +735,8 @@ def test_checkpoint_quantized_on_disk_equals_the_model_quantized_in_memory(
     assert json.loads((target / "model.safetensors.index.json").read_text())["metadata"]["total_size"] > 0
 
 
-def test_original_per_row_checkpoint_is_reproduced(door, tiny_original, tiny_int4, tmp_path):
-    door.quantize_checkpoint(tiny_original, tmp_path / "out", 4, group_size=-1)
+def test_original_per_row_checkpoint_is_reproduced(on_disk, tiny_original, tiny_int4, tmp_path):
+    on_disk.quantize_checkpoint(tiny_original, tmp_path / "out", 4, group_size=-1)
     assert_same_state(load(tmp_path / "out"), load(tiny_int4))
 
 
@@ -760,13 +766,15 @@ def test_door_looks_at_the_disk_before_it_writes(door, tiny_original, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_door_holds_one_shard_at_a_time(door, tiny_original, tmp_path, monkeypatch):
+def test_door_holds_one_shard_at_a_time(on_disk, tiny_original, tmp_path, monkeypatch):
     mapped = []
-    map_tensors = door.map_tensors
-    monkeypatch.setattr(door, "map_tensors", lambda path: mapped.append(path.name) or map_tensors(path))
-    save = door.save_safetensors
-    monkeypatch.setattr(door, "save_safetensors", lambda path, tensors: mapped.append("saved") or save(path, tensors))
-    door.quantize_checkpoint(tiny_original, tmp_path / "out", 4)
+    map_tensors = on_disk.map_tensors
+    monkeypatch.setattr(on_disk, "map_tensors", lambda path: mapped.append(path.name) or map_tensors(path))
+    save = on_disk.save_safetensors
+    monkeypatch.setattr(
+        on_disk, "save_safetensors", lambda path, tensors: mapped.append("saved") or save(path, tensors)
+    )
+    on_disk.quantize_checkpoint(tiny_original, tmp_path / "out", 4)
     assert mapped[1::2] == ["saved"] * 2
     assert len(set(mapped)) == 3
 

@@ -26,6 +26,12 @@ def door():
         yield importlib.import_module("selftest")
 
 
+@pytest.fixture(scope="module")
+def checks(door):
+    """The module with the checks."""
+    return importlib.import_module("checkpoint_checks")
+
+
 @pytest.fixture
 def folder(tiny_original, tmp_path) -> Path:
     """A copy of the tiny original, to be damaged."""
@@ -50,8 +56,8 @@ class RealTokenizer:
 
 
 @pytest.fixture
-def known(door) -> dict:
-    return json.loads(door.KNOWN_IDS.read_text(encoding="utf-8"))
+def known(checks) -> dict:
+    return json.loads(checks.KNOWN_IDS.read_text(encoding="utf-8"))
 
 
 def change_shard(folder: Path, name: str, change) -> None:
@@ -199,20 +205,20 @@ def test_missing_folder_is_a_usage_error(door, tmp_path, capsys):
 # ---- the ids of the real tokenizer, which is not at hand: a double gives them
 
 
-def test_real_ids_pass(door, known):
-    subject = door.Subject(Path(), tokenizer=RealTokenizer(known))
-    assert "6 texts give the ids of the real tokenizer" in door.check_known_ids(subject)
+def test_real_ids_pass(checks, known):
+    subject = checks.Subject(Path(), tokenizer=RealTokenizer(known))
+    assert "6 texts give the ids of the real tokenizer" in checks.check_known_ids(subject)
 
 
-def test_other_ids_are_named(door, known):
+def test_other_ids_are_named(checks, known):
     tokenizer = RealTokenizer(known)
     tokenizer.texts["你好"] = [5, 6]
     tokenizer.pieces["[gMASK]"] = 7
     with pytest.raises(ValueError, match=r"2 differences .*'\[gMASK\]' is 7 instead of 130001.*ice_text\.model"):
-        door.check_known_ids(door.Subject(Path(), tokenizer=tokenizer))
+        checks.check_known_ids(checks.Subject(Path(), tokenizer=tokenizer))
 
 
-def test_ids_that_were_never_observed_prove_nothing(door, known):
+def test_ids_that_were_never_observed_prove_nothing(checks, known):
     tokenizer = RealTokenizer(known)
     tokenizer.pieces.update({"<0x00>": 130100, "<|blank_80|>": 130099})
-    assert door.compare_ids(tokenizer, known) == []
+    assert checks.compare_ids(tokenizer, known) == []

@@ -64,21 +64,21 @@ def test_the_folder_is_small_and_safe():
 
 
 @pytest.fixture(scope="module")
-def train_tiny():
+def tiny_training():
     sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("train_tiny")
+    yield importlib.import_module("tiny_training")
     sys.path.remove(str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="module")
-def held_out_answers(train_tiny):
+def held_out_answers(tiny_training):
     """Answer everything there is to ask about held-out pictures with the weights in so many bits."""
     pictures = 16
-    scenes = [train_tiny.tiny_world.sample_scene(number, "new pictures") for number in range(pictures)]
+    scenes = [tiny_training.tiny_world.sample_scene(number, "new pictures") for number in range(pictures)]
     dialogues = [
         dialogue
-        for language in train_tiny.tiny_world.LANGUAGES
-        for dialogue in train_tiny.examination(scenes, language, np.random.default_rng(0))
+        for language in tiny_training.tiny_world.LANGUAGES
+        for dialogue in tiny_training.examination(scenes, language, np.random.default_rng(0))
     ]
     processor = VisualGLMProcessor(
         VisualGLMImageProcessor.from_pretrained(FOLDER), ChatGLMTokenizer.from_pretrained(FOLDER)
@@ -89,7 +89,7 @@ def held_out_answers(train_tiny):
         if bits:
             model.quantize(bits)
         with torch.no_grad():
-            return train_tiny.answer_all(model, processor, scenes, dialogues, batch_size=16)
+            return tiny_training.answer_all(model, processor, scenes, dialogues, batch_size=16)
 
     return answer
 
