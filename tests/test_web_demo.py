@@ -4,22 +4,26 @@
 """
 
 import asyncio
+import base64
 import contextlib
 import functools
+import importlib
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from serving.engine import Engine, QueueFull
+from serving.engine import Answer, Completion, Engine, QueueFull
 from serving.loading import load_model
+from serving.prompts import Prompt
 from serving.sampling import Settings
 from serving_helpers import PICTURES, ROOT, TINY, free_port, open_door, wait_until
 
@@ -102,6 +106,21 @@ class Tab:
 
     def click_first(self, selector: str, which=lambda element: True) -> None:
         patiently(lambda: next(filter(which, self.find(selector))).click())
+
+    def copy(self, path: Path) -> None:
+        """Put a PNG into the clipboard, as another program does."""
+        origin = self.browser.execute_script("return window.origin")
+        permissions = {"origin": origin, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        self.browser.execute_cdp_cmd("Browser.grantPermissions", permissions)
+        self.browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
+        script = """
+            const [data, done] = arguments;
+            fetch("data:image/png;base64," + data).then(response => response.blob())
+                .then(blob => navigator.clipboard.write([new ClipboardItem({"image/png": blob})]))
+                .then(() => done(null), error => done(String(error)));
+        """
+        error = self.browser.execute_async_script(script, base64.b64encode(path.read_bytes()).decode())
+        assert error is None, error
 
     def click_example(self, path: Path) -> None:
         patiently(lambda: self.find("button.gallery-item")[PICTURES.index(path)].click())
@@ -277,6 +296,15 @@ def test_an_example_and_the_webcam_are_pictures_too(open_tab):
     tab.wait_for("描述", "绿色")
 
 
+def test_a_picture_can_be_pasted(open_tab):
+    tab = open_tab()
+    tab.copy(STAR)
+    tab.click_labelled("Paste from clipboard")
+    tab.wait_for("描述", "黄色")
+    tab.ask("图片的背景是什么？")
+    tab.wait_for("描述", "黄色", "背景", "夜")
+
+
 def test_texts_are_shown_as_they_are(open_tab):
     tab = open_tab()
     question = "**bold** <img src=nowhere.png onerror=alert(1)> $$x$$ &amp; [a](http://example.org) ![b](nowhere.png)"
@@ -297,6 +325,65 @@ def test_stop_keeps_what_was_said_and_retry_answers_again(open_tab, engine, long
     monkeypatch.undo()
     tab.click("retry")
     wait_until(lambda: tab.messages == ["描述这张图片。", "图片中有两个红色的圆形，背景是草地。"], 30)
+
+
+def test_only_one_thread_changes_a_conversation(open_tab, monkeypatch):
+    threads = {}
+
+    def record(name: str) -> None:
+        method = getattr(web.Session, name)
+
+        def recorded(session, *arguments):
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return method(session, *arguments)
+
+        monkeypatch.setattr(web.Session, name, recorded)
+
+    for name in ("begin", "settle", "stop"):
+        record(name)
+    tab = open_tab()
+    tab.ask("Hello")
+    tab.wait_for("Hello", "")
+    tab.click("stop")
+    tab.click("clear")
+    tab.wait_for()
+    wait_until(lambda: threads.keys() == {"begin", "settle", "stop"}, 10)
+    assert len(set.union(*threads.values())) == 1
+
+
+class EngineByHand:
+    """Answers "one" and waits to be cancelled."""
+
+    def check_room(self):
+        pass
+
+    def prepare(self, messages):
+        return Prompt((0,))
+
+    def submit(self, prompt, settings):
+        answer = Answer(prompt, settings, 60, self.cancel)
+        answer.publish("one")
+        return answer
+
+    def cancel(self, answer):
+        if not answer.future.done():
+            answer.finish(Completion(answer.text, "cancelled", 1, 1))
+
+
+@pytest.mark.parametrize("action", ["clear", "retry", "change_picture"])
+def test_an_answer_draws_nothing_over_what_was_begun_after_it(action):
+    sliders = (2048, 0.4, 0.8)
+    arguments = {"clear": (), "retry": sliders, "change_picture": (b"", "?", *sliders)}[action]
+
+    async def act_during_the_answer():
+        handlers, session = web.Handlers(EngineByHand()), web.Session()
+        updates = handlers.ask(session, "Hello", *sliders)
+        assert [await anext(updates), await anext(updates)][1][0][-1]["content"] == "one"
+        begun = getattr(handlers, action)(session, *arguments)
+        await (begun if action == "clear" else anext(begun))
+        return [update async for update in updates]
+
+    assert asyncio.run(act_during_the_answer()) == []
 
 
 def test_clear_and_a_new_picture_end_the_answer_on_its_way(open_tab, engine, long_answers, monkeypatch):
@@ -415,6 +502,22 @@ def test_a_port_that_is_taken_is_one_line():
         with open_door("--port", str(taken.getsockname()[1]), script="web_demo_hf.py") as (_, process, log):
             assert process.wait(60) == 2
             assert log.read_text().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("options", [(), ("--share",)])
+def test_only_the_option_makes_a_public_link(monkeypatch, options):
+    def launch(page, **arguments):
+        launched.append(arguments)
+        raise OSError("launched")
+
+    launched = []
+    monkeypatch.setattr(web.gr.Blocks, "launch", launch)
+    monkeypatch.setenv("GRADIO_SHARE", "True")  # would decide if we left it to gradio
+    monkeypatch.setattr(sys, "argv", ["web_demo_hf.py", "--model", str(TINY), "--device", "cpu", *options])
+    assert importlib.import_module("web_demo_hf").main() == 2
+    [arguments] = launched
+    assert arguments["share"] is bool(options)
+    assert arguments["server_name"] == "127.0.0.1"
 
 
 def take_screenshot(path: str) -> None:

@@ -66,7 +66,10 @@ class Superseded(Exception):
 
 
 class Session:
-    """One tab: its picture, the turns that are complete, and the one on its way."""
+    """One tab: its picture, the turns that are complete, and the one on its way.
+
+    All events of the page run in one event loop, and nothing here may be called from another thread.
+    """
 
     def __init__(self):
         self.picture: bytes | str | None = None
@@ -113,6 +116,7 @@ class Session:
                 self.check_current(number)
                 self.turn = (question, text)
                 yield text
+            self.check_current(number)  # what follows an answer's end shall not be drawn over what was begun
         finally:  # also when the tab was closed
             answer.cancel()
             if number == self.number:
@@ -146,7 +150,10 @@ def take_uploads_as_they_are(picture: gr.Image) -> None:
 
 
 class Handlers:
-    """What happens on the page's events. Those that answer yield what the chat and the question box show."""
+    """What happens on the page's events. Those that answer yield what the chat and the question box show.
+
+    All are coroutines, since gradio runs functions in threads.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -172,10 +179,10 @@ class Handlers:
             async for chat, _ in self.answer(session, question, sliders):
                 yield chat  # and what was typed meanwhile stays
 
-    def stop(self, session: Session) -> None:
+    async def stop(self, session: Session) -> None:
         session.stop()
 
-    def clear(self, session: Session):
+    async def clear(self, session: Session):
         """The emptied picture, chat and question."""
         session.begin(None)
         return None, [], ""
