@@ -21,9 +21,10 @@ ARROWS = {
     "processing_visualglm": ({"conversation", "fetching"}, {"transformers"}),
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
     "modeling_visualglm": (
-        {"configuration_visualglm", "modeling_image_encoder", "chat", "quantization"},
+        {"chat", "configuration_visualglm", "feature_cache", "modeling_image_encoder", "quantization"},
         {"transformers", "torch"},
     ),
+    "feature_cache": (set(), {"torch"}),
     "chat": ({"conversation", "fetching", "image_processing_visualglm"}, {"transformers", "torch"}),
     "quantization": ({"cpu_kernels", "cuda_kernels", "quantization_kernels"}, {"transformers", "torch"}),
     "cpu_kernels": (set(), {"torch", "llvmlite"}),

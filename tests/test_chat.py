@@ -31,6 +31,7 @@ def encoded(model, monkeypatch) -> list[int]:
     """Grows by one number of pictures each time the model encodes some."""
     calls = []
     encode = model.get_image_features
+    model.image_cache.clear()  # other tests may have shown these pictures
 
     def count(pixel_values, **kwargs):
         calls.append(len(pixel_values))

@@ -88,6 +88,7 @@ def test_beams_and_return_sequences_keep_each_row_its_pictures(model, processor,
 
 def test_pictures_are_encoded_once_whatever_the_number_of_beams(model, inputs, monkeypatch):
     calls = []
+    model.image_cache.clear()  # another test may have shown this picture
     encode = model.get_image_features
     monkeypatch.setattr(model, "get_image_features", lambda *args, **kw: calls.append(1) or encode(*args, **kw))
     model.generate(**inputs, max_new_tokens=4, num_beams=4, num_return_sequences=4, do_sample=False)

@@ -156,7 +156,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
 
 
 class ChatMixin:
-    """Conversation for a model with `generate`, `get_image_features`, `input_device` and a VisualGLM config."""
+    """Conversation for a model with `generate`, `encode_pictures`, `input_device` and a VisualGLM config."""
 
     def chat(
         self,
@@ -295,7 +295,7 @@ class ChatMixin:
         if new_image is not None:
             digest, pixel_values = new_image
             with torch.no_grad():
-                embeds = self.get_image_features(pixel_values.to(self.input_device), return_dict=True).pooler_output
+                embeds = self.encode_pictures(pixel_values.to(self.input_device))
             images.append(RememberedImage(image_turns[-1], digest, embeds))
         if images:
             inputs["image_embeds"] = torch.cat([image.embeds.to(self.input_device) for image in images])

@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chat import ChatMixin
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
+from .feature_cache import FeatureCache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import HalfLinear, prepare_model, quantize_model
 
@@ -394,6 +395,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.transformer = VisualGLMTextModel(config.text_config)
         self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
+        self.image_cache = FeatureCache()
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
@@ -451,16 +453,41 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """
     )
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        vision = self.config.vision_config
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values must be [images, {expected}], found {tuple(pixel_values.shape)}.")
+        self.check_pixel_values(pixel_values)
         vision_output, image_embeds = self.image_encoder(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_output.last_hidden_state,
             pooler_output=image_embeds,
             hidden_states=vision_output.hidden_states,
             attentions=vision_output.attentions,
+        )
+
+    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        vision = self.config.vision_config
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(f"pixel_values must be [images, {expected}], found {tuple(pixel_values.shape)}.")
+
+    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The soft prompts of pictures, of which the last few are remembered in evaluation without gradients.
+
+        `image_cache.clear()` forgets them, `image_cache.capacity` is how many they are (0: none). They are forgotten by
+        themselves when the weights or the adapters of the image encoder change. `get_image_features` always encodes.
+
+        Args:
+            pixel_values: [images, 3, image_size, image_size]
+
+        Returns:
+            [images, num_query_tokens, C]
+
+        Raises:
+            ValueError: another shape.
+        """
+        self.check_pixel_values(pixel_values)
+        return self.image_cache.encode(
+            self.image_encoder,
+            pixel_values,
+            lambda pixels: self.get_image_features(pixels, return_dict=True).pooler_output,
         )
 
     def embed(
@@ -520,7 +547,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         if image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
         self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
-        return self.get_image_features(pixel_values, return_dict=True).pooler_output
+        return self.encode_pictures(pixel_values)
 
     @can_return_tuple
     @auto_docstring(

@@ -16,7 +16,6 @@ owns the model. Not here: HTTP, and how a batch advances (`batching.py`).
 import asyncio
 import collections
 import contextlib
-import hashlib
 import math
 import sys
 import threading
@@ -218,7 +217,7 @@ class Engine:
         self.context_length, self.eos_token_id = config.max_position_embeddings, config.eos_token_id
         self.metrics = Metrics()
         self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
-        self._picture_embeds: collections.OrderedDict[str, torch.Tensor] = collections.OrderedDict()
+        model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
         self._changed = threading.Condition()  # guards the next three
         self._waiting: collections.deque[Answer] = collections.deque()
         self._unfinished: set[Answer] = set()  # those that wait and those that are being generated
@@ -397,24 +396,17 @@ class Engine:
             delivery.on_finish,
         )
 
+    @torch.no_grad()
     def _encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
         """Soft prompts [pictures, num_query_tokens, C]; a picture that was asked about lately is not encoded again."""
         if pixel_values is None:
             return None
-        return torch.cat([self._encode_one(picture[None]) for picture in pixel_values])
-
-    def _encode_one(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
-        embeds = self._picture_embeds.pop(digest, None)
-        if embeds is None:
-            self.metrics.pictures.inc()
-            with torch.no_grad():
-                pixel_values = pixel_values.to(self.model.device)
-                embeds = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        self._picture_embeds[digest] = embeds  # as the last one used
-        if len(self._picture_embeds) > REMEMBERED_PICTURES:
-            self._picture_embeds.popitem(last=False)
-        return embeds
+        cache, device = self.model.image_cache, self.model.device
+        known = cache.num_encoded
+        # One by one, so that a picture's features do not depend on its neighbours.
+        embeds = [self.model.encode_pictures(picture[None].to(device)) for picture in pixel_values]
+        self.metrics.pictures.inc(cache.num_encoded - known)
+        return torch.cat(embeds)
 
     def _advance(self, batch: Batch) -> None:
         """Generate until there is something else to do."""

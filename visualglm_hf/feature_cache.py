@@ -1,0 +1,161 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What an encoder made of the pictures it saw last, for as long as the encoder is the one it was.
+
+Not here: which pictures there are, and how they are encoded (`modeling_visualglm.py`).
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+REMEMBERED_PICTURES = 16  # of the real model in half precision, 256 KiB each
+SAMPLES = 8  # of each matrix: writing through `.data`, as merging an adapter does, moves no version counter
+ADAPTER_STATE = ("disable_adapters", "active_adapter", "merged_adapters", "scaling")  # of PEFT's layers
+
+
+class FeatureCache:
+    """The features of the last pictures that an encoder saw, by their pixels and by the state of the encoder.
+
+    It is no part of the model: never saved, and a copy of the model starts with an empty one. Threads may share it.
+
+    Attributes:
+        capacity: pictures that are remembered; 0 turns it off.
+        num_encoded: pictures that were not remembered when they were asked for.
+    """
+
+    def __init__(self, capacity: int = REMEMBERED_PICTURES):
+        self.capacity = capacity
+        self.num_encoded = 0
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # the last one used is last
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __reduce__(self):
+        return type(self), (self.capacity,)
+
+    def clear(self) -> None:
+        """Forget all pictures. Needed after a change that no weight shows: a hook that alters what a layer returns."""
+        with self._lock:
+            self._features.clear()
+
+    def encode(
+        self, encoder: nn.Module, pixel_values: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """`compute(pixel_values)`, asked only for the pictures that are not remembered, and for each but once.
+
+        Args:
+            encoder: the module that `compute` runs.
+            pixel_values: [B, 3, H, W].
+            compute: gives [B, ...] for [B, 3, H, W], picture by picture.
+        """
+        if torch.compiler.is_compiling():
+            return compute(pixel_values)
+        state = describe(encoder) if self.capacity > 0 and can_remember(pixel_values) else None
+        if state is None:
+            return self._compute(compute, pixel_values)
+        keys = [state + digest(picture) for picture in pixel_values]
+        features = self._recall(keys)
+        new = {key: index for index, key in enumerate(keys) if key not in features}
+        if new:
+            features.update(zip(new, self._compute(compute, pixel_values[list(new.values())]), strict=True))
+        self._remember({key: features[key] for key in keys})
+        return torch.stack([features[key] for key in keys])  # a copy: callers may write to it
+
+    def _compute(self, compute: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
+        with self._lock:
+            self.num_encoded += len(pixel_values)
+        return compute(pixel_values)
+
+    def _recall(self, keys: list[bytes]) -> dict[bytes, torch.Tensor]:
+        with self._lock:
+            return {key: self._features[key] for key in keys if key in self._features}
+
+    def _remember(self, features: dict[bytes, torch.Tensor]) -> None:
+        with self._lock:
+            for key, value in features.items():
+                # Of a batch, each is a view that would keep all of them.
+                self._features[key] = self._features.pop(key) if key in self._features else value.clone()
+            while len(self._features) > self.capacity:
+                self._features.popitem(last=False)
+
+
+def can_remember(pixel_values: torch.Tensor) -> bool:
+    """Whether features may be remembered: of real pixels, without gradients, and as no other mode makes them."""
+    device_type = pixel_values.device.type
+    return not (
+        torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or type(pixel_values) is not torch.Tensor
+        or device_type == "meta"
+        or torch.is_autocast_enabled(device_type)
+        or (device_type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+@torch.no_grad()
+def describe(encoder: nn.Module) -> bytes | None:
+    """A digest that changes with the weights of a module, its adapters and its attention; None if it cannot be told.
+
+    Every parameter is told by its identity and its version, which counts what is written to it, and matrices by a few
+    of their numbers too. What is offloaded, sharded or in training cannot be told.
+    """
+    settings, identities, samples = [], [], {}
+    for module in encoder.modules():
+        if module.training:
+            return None
+        if isinstance(getattr(type(module), "disable_adapters", None), property):  # no model's method of that name
+            settings += [getattr(module, name, None) for name in ADAPTER_STATE]
+        elif (config := vars(module).get("config")) is not None:
+            settings.append(config._attn_implementation)
+    for parameter in encoder.parameters():
+        if (
+            type(parameter) is not nn.Parameter
+            or parameter.is_meta
+            or parameter.is_inference()
+            or not parameter.numel()
+        ):
+            return None
+        identities += (id(parameter), parameter._version)
+        if parameter.dim() > 1:
+            samples.setdefault((parameter.device, parameter.dtype), []).append(sample(parameter))
+    if not identities:  # a replica of `nn.DataParallel`
+        return None
+    state = hashlib.sha256(repr((settings, identities)).encode())
+    for parts in samples.values():
+        state.update(to_bytes(torch.cat(parts)))
+    return state.digest()
+
+
+def sample(parameter: torch.Tensor) -> torch.Tensor:
+    """A few numbers of a tensor, evenly spread."""
+    count = min(SAMPLES, parameter.numel())
+    return parameter.contiguous().as_strided((count,), (parameter.numel() // count,))
+
+
+def digest(picture: torch.Tensor) -> bytes:
+    """Of the pixels, their type, shape and device."""
+    kind = f"{picture.dtype} {tuple(picture.shape)} {picture.device}"
+    return hashlib.sha256(kind.encode() + to_bytes(picture)).digest()
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
