@@ -7,6 +7,7 @@ import platform
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: tor
     matrix = dequantize(codes, scale, bits, x.shape[1], torch.float64)
     expected = x.double() @ matrix.T
     blocks = x.double().unflatten(1, (-1, min(cpu_kernels.BLOCK, x.shape[1])))
-    half_a_step = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(1) / (2 * cpu_kernels.LARGEST_INT16)
+    half_a_step = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(1) / (2 * cpu_kernels.LARGEST_CODE)
     bound = (1.001 * half_a_step + 1e-6 * x.double().abs()) @ matrix.abs().T + TOLERANCE[x.dtype] * expected.abs()
     return out.dtype == x.dtype and out.shape == expected.shape and ((out.double() - expected).abs() <= bound).all()
 
@@ -93,7 +94,7 @@ def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, 
     for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4), (7, 7), (19, 16)):
         arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
         assert fits(*arguments, KINDS[bits])
-        assert is_right(kernels.multiply(*arguments, KINDS[bits]), *arguments, bits)
+        assert is_right(kernels.multiply(*arguments, bits), *arguments, bits)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -102,9 +103,9 @@ def test_products_with_halves_equal_the_reference(kernels, inputs, dtype):
     random = torch.Generator().manual_seed(1)
     for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4)):
         x, matrix = (torch.randn(size, inputs, generator=random).to(dtype) for size in (rows, outputs))
-        out = kernels.multiply(x, matrix, None, KINDS[dtype])
+        out = kernels.multiply(x, matrix, None, dtype)
         assert difference(out, x.double() @ matrix.double().T) < TOLERANCE[dtype]
-        exact = kernels.multiply(x.float(), matrix, None, KINDS[dtype])
+        exact = kernels.multiply(x.float(), matrix, None, dtype)
         assert difference(exact, x.double() @ matrix.double().T) < 1e-6
 
 
@@ -118,9 +119,9 @@ def test_any_int4_matrix_that_fits_is_computed_right(outputs, steps, groups_per_
 def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
     _, codes, scale = make_problem(4, 8, 256, 4, 1)
     x = torch.zeros(1, 256)
-    assert kernels.multiply(x, codes, scale, KINDS[4]).eq(0).all()
+    assert kernels.multiply(x, codes, scale, 4).eq(0).all()
     x[:, 64:128] = 1e-41  # subnormal
-    assert kernels.multiply(x, codes, scale, KINDS[4]).abs().max() < 1e-36
+    assert kernels.multiply(x, codes, scale, 4).abs().max() < 1e-36
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -128,7 +129,7 @@ def test_what_is_not_finite_stays_so(kernels, bad):
     for bits in (4, 8):
         x, codes, scale = make_problem(bits, 8, 256, 1, 2)
         x[1, 77] = bad
-        out = kernels.multiply(x, codes, scale, KINDS[bits])
+        out = kernels.multiply(x, codes, scale, bits)
         assert out[0].isfinite().all()
         assert not out[1].isfinite().any()
 
@@ -137,7 +138,7 @@ def test_what_is_not_finite_stays_so(kernels, bad):
 def test_the_largest_codes_and_activations_do_not_overflow(kernels, bits):
     codes = torch.full((4, 1024 * bits // 8), {4: 0x88 - 256, 8: -128}[bits], dtype=torch.int8)
     x = torch.full((1, 1024), 65504.0)
-    out = kernels.multiply(x, codes, torch.ones(4).half(), KINDS[bits])
+    out = kernels.multiply(x, codes, torch.ones(4).half(), bits)
     assert torch.allclose(out, torch.full((1, 4), 65504.0 * 1024 * -(2 ** (bits - 1))), rtol=1e-4)
 
 
@@ -151,7 +152,7 @@ def test_threads_share_the_rows_and_leave_none(kernels, monkeypatch, has_openmp)
     for outputs in (1, 63, 4096, 4099):
         arguments = make_problem(4, outputs, 1024, 16, 2)
         for _ in range(5):
-            assert is_right(kernels.multiply(*arguments, KINDS[4]), *arguments, 4)
+            assert is_right(kernels.multiply(*arguments, 4), *arguments, 4)
 
 
 @pytest.mark.parametrize("has_openmp", [True, False])
@@ -161,14 +162,14 @@ def test_products_at_the_same_time_do_not_disturb_each_other(kernels, monkeypatc
         monkeypatch.setattr(kernels.crew, "openmp", None)
     problems = [make_problem(4, 2048, 1024, 16, rows, seed=rows) for rows in range(1, 9)]
     with ThreadPoolExecutor(8) as pool:
-        outputs = pool.map(lambda problem: kernels.multiply(*problem, KINDS[4]), problems * 4)
+        outputs = pool.map(lambda problem: kernels.multiply(*problem, 4), problems * 4)
         for out, arguments in zip(outputs, problems * 4, strict=True):
             assert is_right(out, *arguments, 4)
 
 
 def multiply_in_child(connection, kernels: CpuKernels, arguments: tuple) -> None:
     inherited = kernels.crew.helpers
-    connection.send((kernels.multiply(*arguments, KINDS[4]).tolist(), kernels.crew.helpers is not inherited))
+    connection.send((kernels.multiply(*arguments, 4).tolist(), kernels.crew.helpers is not inherited))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
@@ -176,7 +177,7 @@ def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
     monkeypatch.setattr(kernels.crew, "openmp", None)  # it cannot be forked, and nor can torch's threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     arguments = make_problem(4, 2048, 1024, 16, 2)
-    expected = kernels.multiply(*arguments, KINDS[4]).tolist()
+    expected = kernels.multiply(*arguments, 4).tolist()
     receiver, sender = multiprocessing.Pipe()
     context = multiprocessing.get_context("fork")
     child = context.Process(target=multiply_in_child, args=(sender, kernels, arguments))
@@ -193,25 +194,44 @@ def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
 # Other processors
 
 
-class OldCompiler(Compiler):
-    """Compiles as for a processor of 2013, without 512-bit vectors."""
-
-    def make_target(self):
-        features = "+avx2,+f16c,+fma,-avx512f"
-        return self.llvm.Target.from_default_triple().create_target_machine("haswell", features, opt=3)
+BASIC = {"avx2": True, "f16c": True, "fma": True, "avx512f": False}
+PROCESSORS = {
+    "haswell": (BASIC, "int4"),  # of 2013
+    "alderlake": ({**BASIC, "avxvnni": True}, "int4_avxvnni"),
+    "cascadelake": (
+        dict.fromkeys((*BASIC, "avx512bw", "avx512dq", "avx512vl", "avx512vnni"), True),
+        "int4_avx512vnni",
+    ),
+}
 
 
 @pytest.mark.skipif(not IS_X86, reason="for x86")
-def test_the_kernels_are_right_without_512_bit_vectors(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "Compiler", OldCompiler)
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_kernels_are_right_on_older_and_smaller_processors(monkeypatch, processor):
+    features, name = PROCESSORS[processor]
+    has = load_llvm().get_host_cpu_features()
+    if not all(has[feature] for feature, is_needed in features.items() if is_needed):
+        pytest.skip("this processor has less")
+    monkeypatch.setattr(cpu_kernels, "Compiler", partial(Compiler, processor=processor, features=features))
     products = make_products()
     assert products.kernels is not None  # they passed the self-check
+    assert products.kernels.kinds[4].name == name
     arguments = make_problem(4, 33, 768, 12, 4)
     assert is_right(products.multiply(*arguments, 4, 768, False), *arguments, 4)
+    assert torch.equal(products.multiply(*arguments, 4, 768, False), PRODUCTS.multiply(*arguments, 4, 768, False))
 
 
-@pytest.mark.parametrize("triple", ["x86_64-pc-linux-gnu", "aarch64-linux-gnu", "arm64-apple-darwin"])
-def test_the_kernels_compile_for_other_processors(triple):
+@pytest.mark.parametrize(
+    ("triple", "processor"),
+    [
+        ("x86_64-pc-linux-gnu", "skylake-avx512"),
+        ("x86_64-pc-linux-gnu", "sapphirerapids"),
+        ("x86_64-pc-windows-msvc", "alderlake"),
+        ("aarch64-linux-gnu", "neoverse-n1"),
+        ("arm64-apple-darwin", "apple-m1"),
+    ],
+)
+def test_the_kernels_compile_for_other_processors(triple, processor):
     llvm = load_llvm()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -219,16 +239,16 @@ def test_the_kernels_compile_for_other_processors(triple):
         target = llvm.Target.from_triple(triple)
     except RuntimeError as error:
         pytest.skip(str(error))
-    cpu = {"x86_64-pc-linux-gnu": "skylake-avx512", "aarch64-linux-gnu": "neoverse-n1"}.get(triple, "apple-m1")
-    machine = target.create_target_machine(cpu, "", opt=3)
-    for kind in KINDS.values():
-        module = llvm.parse_assembly(
-            write_kernel("kernel", kind, steps=4, groups=0 if kind.columns == 32 else 4, tile=2)
-        )
+    machine = target.create_target_machine(processor, "", opt=3)
+    byte_dot = {"sapphirerapids": "avx512vnni", "alderlake": "avxvnni"}.get(processor)
+    for form, kind in cpu_kernels.choose_kinds({byte_dot: True}).items():
+        groups = 4 if form in (4, 8) else 0
+        module = llvm.parse_assembly(write_kernel("kernel", kind, steps=4, groups=groups, tile=2))
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
         passes.getModulePassManager().run(module, passes)
         assembly = machine.emit_assembly(module)
         assert "kernel" in assembly
+        assert ("vpdpbusd" in assembly) == (form == 4 and byte_dot is not None)
         assert not any(function in assembly for function in ("__extendhfsf2", "__gnu_h2f_ieee"))  # a C library's
 
 
@@ -325,12 +345,8 @@ def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, recwarn):
 
 
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
-    wrong = {
-        **KINDS,
-        8: cpu_kernels.Kind(
-            "int8", KINDS[8].step, 64, 192, KINDS[8].record.replace("fdiv float 1.0", "fdiv float 2.0"), 16
-        ),
-    }
+    record = KINDS[8].record.replace("fdiv float 1.0", "fdiv float 2.0")
+    wrong = {**KINDS, 8: cpu_kernels.Kind("int8", KINDS[8].step, 64, 192, record, 16)}
     monkeypatch.setattr(cpu_kernels, "KINDS", wrong)
     products = make_products()
     arguments = make_problem(4, 9, 256, 4, 1)

@@ -45,6 +45,8 @@ needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chro
 STAR = next(path for path in PICTURES if "star" in path.name)
 CIRCLES = next(path for path in PICTURES if "circles" in path.name)
 REMOVE = "#picture button[aria-label='Remove Image']"
+# Its first pictures are black.
+WEBCAM_SHOWS = "return [...document.querySelectorAll('#picture video')].some(each => each.currentTime > 0.5)"
 # Keeps every text that the latest answer shows, and counts what a page may not contain.
 RECORD_ANSWERS = """
     window.seen = [];
@@ -292,6 +294,7 @@ def test_an_example_and_the_webcam_are_pictures_too(open_tab):
     tab.wait_for()
     tab.click_labelled("Capture from camera")
     tab.click_labelled("Click to Access Webcam")
+    wait_until(lambda: tab.browser.execute_script(WEBCAM_SHOWS), 30)
     tab.click_labelled("capture photo")
     tab.wait_for("描述", "绿色")
 

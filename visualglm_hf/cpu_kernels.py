@@ -40,17 +40,19 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 
 
 TILE_ROWS = 4  # rows of activations in registers
+PASS_ROWS = 4  # of the matrix, with one row of activations
+MOST_STEPS = 8  # at a time
 STEP_BYTES = 64  # of the matrix
 AHEAD = 8192  # bytes that are asked for before they are needed
 BLOCK = 64  # columns of activations with a common scale
-LARGEST_INT16 = 32767
+LARGEST_CODE = 127 * 256 + 127  # of an activation
 BYTES_PER_SHARE = 2**17  # of the matrix, taken by a thread at once
 NEEDED_FEATURES = ("avx2", "f16c", "fma")  # of an x86 processor
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")  # as platforms call them
@@ -104,7 +106,9 @@ end:
   ret void
 }}
 """
-# The product of some rows of a matrix with {tile} rows of activations: this loop, and one of the steps below.
+# The product of some rows of a matrix with some rows of activations: this loop, and one of the steps below. A pass
+# takes {rows} rows of the matrix (the last of a share again where fewer are left), so that the activations are read
+# once for all of them; and {unroll} steps at a time, which have their scales in common.
 LOOP = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
@@ -112,32 +116,25 @@ declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 define internal void @multiply(ptr noalias %matrix, ptr noalias %scales, ptr noalias %x, ptr noalias %out,
                                i64 %first, i64 %last, i64 %outputs) alwaysinline {{
 start:
+  %final = sub i64 %last, 1
   br label %row
 
 row:
   %r = phi i64 [ %first, %start ], [ %r.next, %store ]
-  %row.offset = mul i64 %r, {row_bytes}
-  %row.codes = getelementptr i8, ptr %matrix, i64 %row.offset
-  %scale.offset = mul i64 %r, {groups}
-  %row.scales = getelementptr half, ptr %scales, i64 %scale.offset
+{beginnings}
   br label %step
 
 step:
   %i = phi i64 [ 0, %row ], [ %i.next, %step ]
 {sums}
-  %offset = mul i64 %i, {step_bytes}
-  %codes = getelementptr i8, ptr %row.codes, i64 %offset
-  %ahead = getelementptr i8, ptr %codes, i64 {ahead}
-  call void @llvm.prefetch.p0(ptr %ahead, i32 0, i32 2, i32 1)
-  %scale = call <16 x float> @scale(ptr %row.scales, i64 %i)
 {products}
-  %i.next = add i64 %i, 1
+  %i.next = add i64 %i, {unroll}
   %more = icmp ult i64 %i.next, {steps}
   br i1 %more, label %step, label %store
 
 store:
 {results}
-  %r.next = add i64 %r, 1
+  %r.next = add i64 %r, {rows}
   %unfinished = icmp ult i64 %r.next, %last
   br i1 %unfinished, label %row, label %end
 
@@ -145,19 +142,37 @@ end:
   ret void
 }}
 """
-# The parts of the loop that are there once for each row of activations, #.
-SUM = "  %sum.# = phi <16 x float> [ zeroinitializer, %row ], [ %sum.#.next, %step ]"
+# The parts of the loop that are there for each row of the matrix, {j}, of activations, {t}, and for each step, {u}.
+ROW = """
+  %count.{j} = add i64 %r, {j}
+  %row.{j} = call i64 @llvm.umin.i64(i64 %count.{j}, i64 %final)
+  %row.offset.{j} = mul i64 %row.{j}, {row_bytes}
+  %row.codes.{j} = getelementptr i8, ptr %matrix, i64 %row.offset.{j}
+  %scale.offset.{j} = mul i64 %row.{j}, {groups}
+  %row.scales.{j} = getelementptr half, ptr %scales, i64 %scale.offset.{j}"""
+SUM = "  %sum.{j}.{t}.0 = phi <16 x float> [ zeroinitializer, %row ], [ %sum.{j}.{t}.{unroll}, %step ]"
+SCALES = "  %scales.{j} = call <{count} x float> @scales(ptr %row.scales.{j}, i64 %i)"
+STEP = """
+  %index.{u} = add i64 %i, {u}
+  %offset.{u} = mul i64 %index.{u}, {step_bytes}"""
+ACTIVATIONS = """
+  %x.index.{u}.{t} = add i64 %index.{u}, {first_step}
+  %x.offset.{u}.{t} = mul i64 %x.index.{u}.{t}, {record_bytes}
+  %x.{u}.{t} = getelementptr i8, ptr %x, i64 %x.offset.{u}.{t}"""
+CODES = """
+  %codes.{u}.{j} = getelementptr i8, ptr %row.codes.{j}, i64 %offset.{u}
+  %ahead.{u}.{j} = getelementptr i8, ptr %codes.{u}.{j}, i64 {ahead}
+  call void @llvm.prefetch.p0(ptr %ahead.{u}.{j}, i32 0, i32 2, i32 1)
+  %scale.{u}.{j} = shufflevector <{count} x float> %scales.{j}, <{count} x float> poison, <16 x i32> <{lanes}>"""
 PRODUCT = """
-  %index.# = add i64 %i, {first_step}
-  %x.offset.# = mul i64 %index.#, {record_bytes}
-  %x.# = getelementptr i8, ptr %x, i64 %x.offset.#
-  %sum.#.next = call <16 x float> @step(ptr %codes, ptr %x.#, <16 x float> %scale, <16 x float> %sum.#)"""
+  %sum.{j}.{t}.{next} = call <16 x float> @step(
+      ptr %codes.{u}.{j}, ptr %x.{u}.{t}, <16 x float> %scale.{u}.{j}, <16 x float> %sum.{j}.{t}.{u})"""
 RESULT = """
-  %total.# = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %sum.#.next)
-  %out.row.# = mul i64 %outputs, #
-  %out.index.# = add i64 %out.row.#, %r
-  %out.# = getelementptr float, ptr %out, i64 %out.index.#
-  store float %total.#, ptr %out.#"""
+  %total.{j}.{t} = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %sum.{j}.{t}.{unroll})
+  %out.row.{j}.{t} = mul i64 %outputs, {t}
+  %out.index.{j}.{t} = add i64 %out.row.{j}.{t}, %row.{j}
+  %out.{j}.{t} = getelementptr float, ptr %out, i64 %out.index.{j}.{t}
+  store float %total.{j}.{t}, ptr %out.{j}.{t}"""
 
 # 32 products of 16-bit integers, summed in pairs: one instruction where there is one (vpmaddwd, vpdpwssd).
 DOT = f"""
@@ -170,15 +185,16 @@ define internal <16 x i32> @dot(<32 x i16> %a, <32 x i16> %b) alwaysinline {{
   %sum = add nsw <16 x i32> %even, %odd
   ret <16 x i32> %sum
 }}
-
+"""
+ADD_SCALED = """
 define internal <16 x float> @add_scaled(
-    <16 x float> %sum, <16 x i32> %dot, <16 x float> %a, <16 x float> %b) alwaysinline {{
+    <16 x float> %sum, <16 x i32> %dot, <16 x float> %a, <16 x float> %b) alwaysinline {
   %value = sitofp <16 x i32> %dot to <16 x float>
   %scale = fmul <16 x float> %a, %b
   %product = fmul contract <16 x float> %value, %scale
   %next = fadd contract <16 x float> %sum, %product
   ret <16 x float> %next
-}}
+}
 """
 
 # 4 bits: 128 columns. A 16-bit word holds the columns 1, 0, 3, 2 of four, from its low bits up. Codes are made
@@ -186,6 +202,7 @@ define internal <16 x float> @add_scaled(
 # minus 8 times the sum of the activations, is what that adds.
 STEP_INT4 = (
     DOT
+    + ADD_SCALED
     + """
 define internal <32 x i16> @unsigned(<32 x i16> %words) alwaysinline {
   %code = and <32 x i16> %words, splat (i16 15)
@@ -228,9 +245,76 @@ define internal <16 x float> @step(ptr %codes, ptr %x, <16 x float> %scale, <16 
 """
 )
 
+# The same sums in fewer instructions, where a processor adds up products of unsigned and signed bytes: activations are
+# split into their high and their low byte. A byte of codes holds a column in its low bits, and the one before it above.
+STEP_INT4_BYTES = (
+    ADD_SCALED
+    + """
+define internal <16 x float> @step(ptr %codes, ptr %x, <16 x float> %scale, <16 x float> %sum) alwaysinline {
+  %bytes = load <64 x i8>, ptr %codes, align 1
+  %odd.code = and <64 x i8> %bytes, splat (i8 15)
+  %even.code = lshr <64 x i8> %bytes, splat (i8 4)
+  %odd = xor <64 x i8> %odd.code, splat (i8 8)
+  %even = xor <64 x i8> %even.code, splat (i8 8)
+  %at.1 = getelementptr i8, ptr %x, i64 64
+  %at.2 = getelementptr i8, ptr %x, i64 128
+  %at.3 = getelementptr i8, ptr %x, i64 192
+  %at.correction = getelementptr i8, ptr %x, i64 256
+  %at.scale = getelementptr i8, ptr %x, i64 320
+  %x.odd.high = load <64 x i8>, ptr %x, align 4
+  %x.even.high = load <64 x i8>, ptr %at.1, align 4
+  %x.odd.low = load <64 x i8>, ptr %at.2, align 4
+  %x.even.low = load <64 x i8>, ptr %at.3, align 4
+  %correction = load <16 x i32>, ptr %at.correction, align 4
+  %x.scale = load <16 x float>, ptr %at.scale, align 4
+  %high.0 = call <16 x i32> @add_dot(<16 x i32> zeroinitializer, <64 x i8> %odd, <64 x i8> %x.odd.high)
+  %high.1 = call <16 x i32> @add_dot(<16 x i32> %high.0, <64 x i8> %even, <64 x i8> %x.even.high)
+  %low.0 = call <16 x i32> @add_dot(<16 x i32> %correction, <64 x i8> %odd, <64 x i8> %x.odd.low)
+  %low.1 = call <16 x i32> @add_dot(<16 x i32> %low.0, <64 x i8> %even, <64 x i8> %x.even.low)
+  %high = shl <16 x i32> %high.1, splat (i32 8)
+  %total = add <16 x i32> %high, %low.1
+  %next = call <16 x float> @add_scaled(
+      <16 x float> %sum, <16 x i32> %total, <16 x float> %scale, <16 x float> %x.scale)
+  ret <16 x float> %next
+}
+"""
+)
+# Products of unsigned and signed bytes, summed in fours, by the feature of the processor that computes them.
+BYTE_DOTS = {
+    "avx512vnni": """
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)
+
+define internal <16 x i32> @add_dot(<16 x i32> %sum, <64 x i8> %a, <64 x i8> %b) alwaysinline {
+  %fours.a = bitcast <64 x i8> %a to <16 x i32>
+  %fours.b = bitcast <64 x i8> %b to <16 x i32>
+  %next = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %sum, <16 x i32> %fours.a, <16 x i32> %fours.b)
+  ret <16 x i32> %next
+}
+""",
+    "avxvnni": f"""
+declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <8 x i32>, <8 x i32>)
+
+define internal <16 x i32> @add_dot(<16 x i32> %sum, <64 x i8> %a, <64 x i8> %b) alwaysinline {{
+  %fours.a = bitcast <64 x i8> %a to <16 x i32>
+  %fours.b = bitcast <64 x i8> %b to <16 x i32>
+  %sum.0 = shufflevector <16 x i32> %sum, <16 x i32> poison, <8 x i32> <{indices(8, 1)}>
+  %sum.1 = shufflevector <16 x i32> %sum, <16 x i32> poison, <8 x i32> <{indices(8, 1, first=8)}>
+  %a.0 = shufflevector <16 x i32> %fours.a, <16 x i32> poison, <8 x i32> <{indices(8, 1)}>
+  %a.1 = shufflevector <16 x i32> %fours.a, <16 x i32> poison, <8 x i32> <{indices(8, 1, first=8)}>
+  %b.0 = shufflevector <16 x i32> %fours.b, <16 x i32> poison, <8 x i32> <{indices(8, 1)}>
+  %b.1 = shufflevector <16 x i32> %fours.b, <16 x i32> poison, <8 x i32> <{indices(8, 1, first=8)}>
+  %next.0 = call <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32> %sum.0, <8 x i32> %a.0, <8 x i32> %b.0)
+  %next.1 = call <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32> %sum.1, <8 x i32> %a.1, <8 x i32> %b.1)
+  %next = shufflevector <8 x i32> %next.0, <8 x i32> %next.1, <16 x i32> <{indices(16, 1)}>
+  ret <16 x i32> %next
+}}
+""",
+}
+
 # 8 bits: 64 columns.
 STEP_INT8 = (
     DOT
+    + ADD_SCALED
     + """
 define internal <16 x float> @step(ptr %codes, ptr %x, <16 x float> %scale, <16 x float> %sum) alwaysinline {
   %at.codes = getelementptr i8, ptr %codes, i64 32
@@ -289,21 +373,20 @@ define internal <16 x float> @widen(<16 x i16> %bits) alwaysinline {
 """,
 }
 
-# The scales of the matrix in one step: {count} of them, in the 16 lanes of a sum.
-SCALE = """
-define internal <16 x float> @scale(ptr %scales, i64 %i) alwaysinline {{
-  %first = mul i64 %i, {count}
+# The {count} scales of the matrix in the steps that are done at a time.
+SCALES_FUNCTION = """
+define internal <{count} x float> @scales(ptr %scales, i64 %i) alwaysinline {{
+  %first = mul i64 %i, {scales_per_step}
   %index = udiv i64 %first, {steps_per_scale}
   %at = getelementptr half, ptr %scales, i64 %index
   %half = load <{count} x half>, ptr %at, align 2
   %value = fpext <{count} x half> %half to <{count} x float>
-  %lanes = shufflevector <{count} x float> %value, <{count} x float> poison, <16 x i32> <{lanes}>
-  ret <16 x float> %lanes
+  ret <{count} x float> %value
 }}
 """
-NO_SCALE = """
-define internal <16 x float> @scale(ptr %scales, i64 %i) alwaysinline {
-  ret <16 x float> zeroinitializer
+NO_SCALES = """
+define internal <1 x float> @scales(ptr %scales, i64 %i) alwaysinline {
+  ret <1 x float> zeroinitializer
 }
 """
 
@@ -329,8 +412,8 @@ end:
   ret void
 }}
 """
-# 64 columns become 16-bit integers and their scale, the largest / 32767. A block of zeros is divided by something;
-# infinity and NaN are kept, in the scale.
+# 64 columns become 16-bit integers and their scale, the largest / LARGEST_CODE. A block of zeros is divided by
+# something; infinity and NaN are kept, in the scale.
 SPLIT = f"""
 declare <64 x float> @llvm.fabs.v64f32(<64 x float>)
 declare float @llvm.vector.reduce.fmaximum.v64f32(<64 x float>)
@@ -342,7 +425,7 @@ define internal {{ <64 x i16>, float }} @split(ptr %x) alwaysinline {{
   %values = load <64 x float>, ptr %x, align 4
   %sizes = call <64 x float> @llvm.fabs.v64f32(<64 x float> %values)
   %largest = call float @llvm.vector.reduce.fmaximum.v64f32(<64 x float> %sizes)
-  %scale = fmul float %largest, {llvm_float(1 / LARGEST_INT16)}
+  %scale = fmul float %largest, {llvm_float(1 / LARGEST_CODE)}
   %divisor = call float @llvm.maxnum.f32(float %scale, float {llvm_float(2.0**-126)})
   %factor = fdiv float 1.0, %divisor
   %first = insertelement <64 x float> poison, float %factor, i64 0
@@ -363,10 +446,11 @@ define internal <16 x float> @repeat(float %a, float %b) alwaysinline {{
   ret <16 x float> %lanes
 }}
 """
-RECORD_INT4 = (
+# 128 columns: two blocks, and minus 8 times the sum of every eight columns, which is what unsigned codes add.
+SPLIT_INT4 = (
     SPLIT
-    + """
-define internal void @record(ptr %x, ptr %record) alwaysinline {{
+    + f"""
+define internal {{ <128 x i16>, <16 x float> }} @split_both(ptr %x) alwaysinline {{
   %x.b = getelementptr i8, ptr %x, i64 256
   %a = call {{ <64 x i16>, float }} @split(ptr %x)
   %b = call {{ <64 x i16>, float }} @split(ptr %x.b)
@@ -374,19 +458,41 @@ define internal void @record(ptr %x, ptr %record) alwaysinline {{
   %codes.b = extractvalue {{ <64 x i16>, float }} %b, 0
   %scale.a = extractvalue {{ <64 x i16>, float }} %a, 1
   %scale.b = extractvalue {{ <64 x i16>, float }} %b, 1
-  %plane.0 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_0}>
-  %plane.1 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_1}>
-  %plane.2 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_2}>
-  %plane.3 = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <32 x i32> <{plane_3}>
-  %ones = add <32 x i16> zeroinitializer, splat (i16 -8)
-  %sum.0 = call <16 x i32> @dot(<32 x i16> %plane.0, <32 x i16> %ones)
-  %sum.1 = call <16 x i32> @dot(<32 x i16> %plane.1, <32 x i16> %ones)
-  %sum.2 = call <16 x i32> @dot(<32 x i16> %plane.2, <32 x i16> %ones)
-  %sum.3 = call <16 x i32> @dot(<32 x i16> %plane.3, <32 x i16> %ones)
-  %sum.01 = add <16 x i32> %sum.0, %sum.1
-  %sum.23 = add <16 x i32> %sum.2, %sum.3
-  %correction = add <16 x i32> %sum.01, %sum.23
+  %codes = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <128 x i32> <{indices(128, 1)}>
   %scale = call <16 x float> @repeat(float %scale.a, float %scale.b)
+  %half = insertvalue {{ <128 x i16>, <16 x float> }} poison, <128 x i16> %codes, 0
+  %both = insertvalue {{ <128 x i16>, <16 x float> }} %half, <16 x float> %scale, 1
+  ret {{ <128 x i16>, <16 x float> }} %both
+}}
+
+define internal <16 x i32> @correct(<128 x i16> %codes) alwaysinline {{
+  %sum.0 = add <16 x i32> zeroinitializer, zeroinitializer
+"""
+    + "".join(
+        f"""
+  %part.{k} = shufflevector <128 x i16> %codes, <128 x i16> poison, <16 x i32> <{indices(16, 8, first=k)}>
+  %wide.{k} = sext <16 x i16> %part.{k} to <16 x i32>
+  %sum.{k + 1} = add <16 x i32> %sum.{k}, %wide.{k}"""
+        for k in range(8)
+    )
+    + """
+  %correction = mul <16 x i32> %sum.8, splat (i32 -8)
+  ret <16 x i32> %correction
+}
+"""
+)
+RECORD_INT4 = (
+    SPLIT_INT4
+    + f"""
+define internal void @record(ptr %x, ptr %record) alwaysinline {{
+  %both = call {{ <128 x i16>, <16 x float> }} @split_both(ptr %x)
+  %codes = extractvalue {{ <128 x i16>, <16 x float> }} %both, 0
+  %scale = extractvalue {{ <128 x i16>, <16 x float> }} %both, 1
+  %plane.0 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4)}>
+  %plane.1 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4, first=1)}>
+  %plane.2 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4, first=2)}>
+  %plane.3 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4, first=3)}>
+  %correction = call <16 x i32> @correct(<128 x i16> %codes)
   %at.1 = getelementptr i8, ptr %record, i64 64
   %at.2 = getelementptr i8, ptr %record, i64 128
   %at.3 = getelementptr i8, ptr %record, i64 192
@@ -400,7 +506,41 @@ define internal void @record(ptr %x, ptr %record) alwaysinline {{
   store <16 x float> %scale, ptr %at.scale, align 4
   ret void
 }}
-""".format(**{f"plane_{plane}": indices(32, 4, 1, plane) for plane in range(4)})
+"""
+)
+# x = 256 high + low, both signed, which is why LARGEST_CODE is a little less than 16 bits could hold.
+RECORD_INT4_BYTES = (
+    SPLIT_INT4
+    + f"""
+define internal void @record(ptr %x, ptr %record) alwaysinline {{
+  %both = call {{ <128 x i16>, <16 x float> }} @split_both(ptr %x)
+  %codes = extractvalue {{ <128 x i16>, <16 x float> }} %both, 0
+  %scale = extractvalue {{ <128 x i16>, <16 x float> }} %both, 1
+  %odd = shufflevector <128 x i16> %codes, <128 x i16> poison, <64 x i32> <{indices(64, 2, first=1)}>
+  %even = shufflevector <128 x i16> %codes, <128 x i16> poison, <64 x i32> <{indices(64, 2)}>
+  %odd.low = trunc <64 x i16> %odd to <64 x i8>
+  %even.low = trunc <64 x i16> %even to <64 x i8>
+  %odd.rounded = add <64 x i16> %odd, splat (i16 128)
+  %even.rounded = add <64 x i16> %even, splat (i16 128)
+  %odd.shifted = ashr <64 x i16> %odd.rounded, splat (i16 8)
+  %even.shifted = ashr <64 x i16> %even.rounded, splat (i16 8)
+  %odd.high = trunc <64 x i16> %odd.shifted to <64 x i8>
+  %even.high = trunc <64 x i16> %even.shifted to <64 x i8>
+  %correction = call <16 x i32> @correct(<128 x i16> %codes)
+  %at.1 = getelementptr i8, ptr %record, i64 64
+  %at.2 = getelementptr i8, ptr %record, i64 128
+  %at.3 = getelementptr i8, ptr %record, i64 192
+  %at.correction = getelementptr i8, ptr %record, i64 256
+  %at.scale = getelementptr i8, ptr %record, i64 320
+  store <64 x i8> %odd.high, ptr %record, align 4
+  store <64 x i8> %even.high, ptr %at.1, align 4
+  store <64 x i8> %odd.low, ptr %at.2, align 4
+  store <64 x i8> %even.low, ptr %at.3, align 4
+  store <16 x i32> %correction, ptr %at.correction, align 4
+  store <16 x float> %scale, ptr %at.scale, align 4
+  ret void
+}}
+"""
 )
 RECORD_INT8 = (
     SPLIT
@@ -448,11 +588,22 @@ class Kind:
 
 
 KINDS = {
-    4: Kind("int4", STEP_INT4, 128, 384, DOT + RECORD_INT4, 16),
+    4: Kind("int4", STEP_INT4, 128, 384, RECORD_INT4, 16),
     8: Kind("int8", STEP_INT8, 64, 192, RECORD_INT8, 16),
     torch.float16: Kind("float16", STEP_HALF + WIDEN[torch.float16], 32, 128, None, TILE_ROWS),
     torch.bfloat16: Kind("bfloat16", STEP_HALF + WIDEN[torch.bfloat16], 32, 128, None, TILE_ROWS),
 }
+
+
+def choose_kinds(features: Mapping[str, bool]) -> dict[int | torch.dtype, Kind]:
+    """Choose the kinds of kernels for a processor, by bits or dtype of the matrix."""
+    kinds = dict(KINDS)
+    for feature, dot in BYTE_DOTS.items():
+        if features.get(feature):
+            step = dot + STEP_INT4_BYTES
+            kinds[4] = replace(KINDS[4], name=f"int4_{feature}", step=step, record=RECORD_INT4_BYTES)
+            break
+    return kinds
 
 
 def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> str:
@@ -465,31 +616,65 @@ def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> s
         groups: scales in a row of the matrix; 0 for none.
         tile: rows of activations.
     """
-    rows = range(tile)
-    products = [PRODUCT.format(first_step=row * steps, record_bytes=kind.record_bytes) for row in rows]
-    loop = LOOP.format(
-        row_bytes=steps * STEP_BYTES,
-        groups=groups,
-        step_bytes=STEP_BYTES,
-        ahead=AHEAD,
-        steps=steps,
-        sums="\n".join(SUM.replace("#", str(row)) for row in rows),
-        products="".join(product.replace("#", str(row)) for row, product in enumerate(products)),
-        results="".join(RESULT.replace("#", str(row)) for row in rows),
+    rows = PASS_ROWS if tile == 1 else PASS_ROWS // 2
+    steps_per_scale, scales_per_step = max(1, steps // max(1, groups)), max(1, groups // steps)
+    unroll = choose_unroll(steps, steps_per_scale, tile)
+    count = max(1, scales_per_step * unroll // steps_per_scale)
+    sizes = {
+        "unroll": unroll,
+        "rows": rows,
+        "steps": steps,
+        "groups": groups,
+        "count": count,
+        "row_bytes": steps * STEP_BYTES,
+        "step_bytes": STEP_BYTES,
+        "record_bytes": kind.record_bytes,
+        "ahead": AHEAD,
+    }
+
+    def write(part: str, **more: int | str) -> str:
+        return part.format(**sizes, **more)
+
+    products = [write(SCALES, j=j) for j in range(rows)]
+    for u in range(unroll):
+        first_lane = u * scales_per_step // steps_per_scale
+        lanes = indices(16, 1, 16 // scales_per_step, first_lane)
+        products.append(write(STEP, u=u))
+        products += [write(ACTIVATIONS, u=u, t=t, first_step=t * steps) for t in range(tile)]
+        for j in range(rows):
+            products.append(write(CODES, u=u, j=j, lanes=lanes))
+            products += [write(PRODUCT, u=u, j=j, t=t, next=u + 1) for t in range(tile)]
+    each = [{"j": j, "t": t} for j in range(rows) for t in range(tile)]
+    loop = write(
+        LOOP,
+        beginnings="".join(write(ROW, j=j) for j in range(rows)),
+        sums="\n".join(write(SUM, **one) for one in each),
+        products="".join(products),
+        results="".join(write(RESULT, **one) for one in each),
     )
-    return kind.step + write_scale(steps, groups) + loop + KERNEL.format(name=name)
+    scales = (
+        NO_SCALES
+        if groups == 0
+        else SCALES_FUNCTION.format(count=count, scales_per_step=scales_per_step, steps_per_scale=steps_per_scale)
+    )
+    return KERNEL.format(name=name) + kind.step + scales + loop
+
+
+def choose_unroll(steps: int, steps_per_scale: int, tile: int) -> int:
+    """Choose how many steps to do at a time: a part of a row that has whole scales, or is in one."""
+    fitting = [
+        unroll
+        for unroll in (1, 2, 4, MOST_STEPS)
+        if unroll * tile <= MOST_STEPS
+        and steps % unroll == 0
+        and (unroll % steps_per_scale == 0 or steps_per_scale % unroll == 0)
+    ]
+    return fitting[-1]
 
 
 def write_records(name: str, kind: Kind) -> str:
     """Write the LLVM code that makes records of activations."""
     return kind.record + RECORDS.format(name=name, x_bytes=4 * kind.columns, record_bytes=kind.record_bytes)
-
-
-def write_scale(steps: int, groups: int) -> str:
-    if groups == 0:
-        return NO_SCALE
-    count = max(1, groups // steps)
-    return SCALE.format(count=count, steps_per_scale=max(1, steps // groups), lanes=indices(16, 1, 16 // count))
 
 
 def load_llvm():
@@ -514,17 +699,25 @@ def check_processor(features: Mapping[str, bool]) -> None:
 
 
 class Compiler:
-    """LLVM for the processor of this machine. What it has compiled stays until the process ends."""
+    """LLVM for one processor. What it has compiled stays until the process ends.
 
-    def __init__(self, llvm):
+    Args:
+        llvm: as `load_llvm` returns it.
+        processor: its name, as LLVM has it; of this machine by default.
+        features: what it can do and what not, by LLVM's names.
+    """
+
+    def __init__(self, llvm, processor: str | None = None, features: Mapping[str, bool] | None = None):
         self.llvm = llvm
-        check_processor(llvm.get_host_cpu_features())
+        self.processor = processor or llvm.get_host_cpu_name()
+        self.features = features or llvm.get_host_cpu_features()
+        check_processor(self.features)
         self.target = self.make_target()
         self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self.make_target())  # takes the target
 
     def make_target(self):
-        cpu, features = self.llvm.get_host_cpu_name(), self.llvm.get_host_cpu_features().flatten()
-        return self.llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3)
+        features = ",".join(("+" if has else "-") + name for name, has in self.features.items())
+        return self.llvm.Target.from_default_triple().create_target_machine(self.processor, features, opt=3)
 
     def compile(self, name: str, source: str, *arguments: type) -> Callable[..., None]:
         """Compile the function `name` of these ctypes; while it runs, other threads of Python do too."""
@@ -600,6 +793,7 @@ class CpuKernels:
 
     def __init__(self, llvm):
         self.compiler = Compiler(llvm)
+        self.kinds = choose_kinds(self.compiler.features)
         self.crew = Crew()
         self.functions: dict[str, Callable[..., None]] = {}
         self.lock = threading.Lock()
@@ -612,8 +806,15 @@ class CpuKernels:
                     self.functions[name] = self.compiler.compile(name, write(name), *arguments)
         return self.functions[name]
 
-    def multiply(self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, kind: Kind):
-        """Multiply activations [M, K] with the matrix of N rows: [M, N], of the dtype of `x`. See `fits`."""
+    def multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, form: int | torch.dtype
+    ):
+        """Multiply activations [M, K] with a matrix of N rows in this many bits, or of this dtype; see `fits`.
+
+        Returns:
+            [M, N], of the dtype of `x`.
+        """
+        kind = self.kinds[form]
         steps = x.shape[1] // kind.columns
         groups = 0 if weight_scale is None else weight_scale[0].numel()
         records = self.make_records(x.float().contiguous(), steps, kind)
@@ -694,13 +895,15 @@ class CpuProducts:
         kernels = None if transposed or not fits(x, weight, weight_scale, KINDS[bits]) else self.kernels
         if kernels is None:
             return self.torch_multiply(x, weight, weight_scale, bits, in_features, transposed)
-        return kernels.multiply(x, weight, weight_scale, KINDS[bits])
+        return kernels.multiply(x, weight, weight_scale, bits)
 
     def multiply_half(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Compute x @ weight.T for [M, K] and a matrix [N, K] of half precision."""
         kind = KINDS.get(weight.dtype)
         kernels = None if kind is None or not fits(x, weight, None, kind) else self.kernels
-        return self.torch_multiply_half(x, weight) if kernels is None else kernels.multiply(x, weight, None, kind)
+        return (
+            self.torch_multiply_half(x, weight) if kernels is None else kernels.multiply(x, weight, None, weight.dtype)
+        )
 
     @property
     def kernels(self) -> CpuKernels | None:
@@ -745,11 +948,13 @@ class CpuProducts:
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
             codes = torch.randint(-128, 128, (33, 512 * bits // 8), generator=random).to(torch.int8)
             scale = torch.rand((33, groups) if groups > 1 else (33,), generator=random).sub(0.5).half()
-            expected[KINDS[bits], groups] = codes, scale, self.torch_multiply(x, codes, scale, bits, 512, False)
+            expected[bits, groups] = codes, scale, self.torch_multiply(x, codes, scale, bits, 512, False)
         for dtype in WIDEN:
             matrix = torch.randn(33, 512, generator=random).to(dtype)
-            expected[KINDS[dtype], 0] = matrix, None, self.torch_multiply_half(x, matrix.float())
-        for (kind, groups), (matrix, scale, product) in expected.items():
-            error = ((kernels.multiply(x, matrix, scale, kind) - product).norm() / product.norm()).item()
+            expected[dtype, 0] = matrix, None, self.torch_multiply_half(x, matrix.float())
+        for (form, groups), (matrix, scale, product) in expected.items():
+            error = ((kernels.multiply(x, matrix, scale, form) - product).norm() / product.norm()).item()
             if not error < CHECK_TOLERANCE:
-                raise KernelError(f"{kind.name} with {groups} scales is off by {error:.2g} of the result.")
+                raise KernelError(
+                    f"{kernels.kinds[form].name} with {groups} scales is off by {error:.2g} of the result."
+                )
