@@ -14,7 +14,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from visualglm_hf.chat import check_tokenizer
@@ -81,8 +80,8 @@ def read_config(folder: Path) -> VisualGLMConfig:
     read_json(path)  # for its message
     try:
         return VisualGLMConfig.from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise ValueError(f"{path} is not a VisualGLM's: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_tokenizer(place: Path) -> ChatGLMTokenizer:

@@ -30,7 +30,6 @@ from checkpoint_files import (
     read_tokenizer,
     some,
 )
-from huggingface_hub.errors import StrictDataclassError
 from prepared_folder import Checkpoint, kept_entries, save_safetensors, write_json
 from sat_layout import (
     BLOCKS,
@@ -338,10 +337,11 @@ def read_sat(
 
 def translate_config(file: Path, tokenizer: ChatGLMTokenizer) -> VisualGLMConfig:
     """Our configuration for a model_config.json, which leaves the end of an answer to the tokenizer."""
+    fields = read_json(file)
     try:
-        config = read_model_config(read_json(file), tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
-    except StrictDataclassError as error:
-        raise ValueError(f"{file} is not a VisualGLM's: {error}") from error
+        config = read_model_config(fields, tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     check_vocabulary(tokenizer, config)
     return config
 

@@ -74,12 +74,44 @@ def test_real_config_json_is_the_default(golden_dir):
         (lambda fields: fields.update(quantization_bit=3), "quantization_bit must be 0, 4 or 8, found 3"),
         (lambda fields: fields["eva_config"].update(image_size=[224, 112]), "must be a square"),
         (lambda fields: fields["qformer_config"].update(cross_attn_hidden_size=64), "encoder_hidden_size=64"),
+        (lambda fields: fields.update(hidden_size="64"), "VisualGLMTextConfig: Field 'hidden_size' expected int"),
+        (lambda fields: fields.update(image_token_id=None), "VisualGLMConfig: Field 'image_token_id' expected int"),
     ],
 )
 def test_wrong_or_missing_field_is_named(original, change, complaint):
     change(original)
     with pytest.raises(ValueError, match=complaint.replace("[", r"\[").replace("*", r"\*")):
         VisualGLMConfig(**original)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({}, "lacks text_config, vision_config, qformer_config, so it is not a VisualGLM's"),
+        ({"text_config": {"hidden_size": 64}}, "lacks vision_config, qformer_config"),
+        ({"num_layers": 28, "hidden_size": 4096, "model_type": "chatglm"}, "lacks eva_config and qformer_config"),
+        ({"model_type": "blip-2", "text_config": {}, "vision_config": {}, "qformer_config": {}}, "'blip-2'"),
+    ],
+)
+def test_config_json_of_another_model_does_not_become_a_full_size_visualglm(fields, complaint, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=complaint):
+        VisualGLMConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("use", [lambda fields: VisualGLMConfig(**fields), VisualGLMConfig.from_dict])
+def test_a_wrong_type_is_one_line(original, use):
+    original["eva_config"]["patch_size"] = [14]
+    with pytest.raises(
+        ValueError, match="^VisualGLMVisionConfig: Field 'patch_size' expected int, got list.*$"
+    ) as raised:
+        use(original)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_an_option_of_a_wrong_type_is_one_line(tiny_original):
+    with pytest.raises(ValueError, match="^VisualGLMConfig: Field 'image_token_id' expected int, got str"):
+        VisualGLMConfig.from_pretrained(tiny_original, image_token_id="<unk>")
 
 
 def test_unknown_field_of_a_part_is_reported_not_hidden(original, caplog, monkeypatch):

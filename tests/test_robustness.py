@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +53,7 @@ def test_a_config_with_any_value_in_any_field_is_read_or_refused(original_fields
     (fields if part is None else fields[part])[field] = value
     try:
         config = VisualGLMConfig(**fields)
-    except (ValueError, StrictDataclassError):
+    except ValueError:
         return
     assert VisualGLMConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 

@@ -18,9 +18,13 @@ original's, with the language model's fields at the top level beside `eva_config
 are those of VisualGLM-6B.
 """
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
@@ -149,7 +153,30 @@ def check_divisible(config: PreTrainedConfig, name: str, by: str, times: int = 1
         raise ValueError(f"{type(config).__name__}.{name}={value} must be a multiple of {what}={divisor}.")
 
 
+@contextmanager
+def wrong_types_as_value_errors(name: str) -> Iterator[None]:
+    """Let a field of a wrong type end in one line, as a field of a wrong value does."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: {' '.join(str(error.__cause__ or error).split())}") from error
+
+
+def raises_value_errors(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Decorate a strict class, whose generated `__init__` knows an error of its own for types."""
+    initialise = config_class.__init__
+
+    @functools.wraps(initialise)
+    def __init__(self, *args, **kwargs):
+        with wrong_types_as_value_errors(type(self).__name__):
+            initialise(self, *args, **kwargs)
+
+    config_class.__init__ = __init__
+    return config_class
+
+
 @auto_docstring(custom_intro="The ChatGLM-6B decoder.")
+@raises_value_errors
 @strict
 class VisualGLMTextConfig(PreTrainedConfig):
     r"""
@@ -226,6 +253,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
 
 
 @auto_docstring(custom_intro="The EVA ViT-g of BLIP-2: pre-LayerNorm, one class token, learned positions.")
+@raises_value_errors
 @strict
 class VisualGLMVisionConfig(PreTrainedConfig):
     r"""
@@ -275,6 +303,7 @@ class VisualGLMVisionConfig(PreTrainedConfig):
 
 
 @auto_docstring(custom_intro="The Q-Former of BLIP-2: post-LayerNorm, learned queries that look at the ViT's output.")
+@raises_value_errors
 @strict
 class VisualGLMQFormerConfig(PreTrainedConfig):
     r"""
@@ -327,6 +356,7 @@ class VisualGLMQFormerConfig(PreTrainedConfig):
     the original's alike, and raises a `ValueError` if one is missing, out of range, or contradicts another.
     """
 )
+@raises_value_errors
 @strict
 class VisualGLMConfig(PreTrainedConfig):
     r"""
@@ -368,6 +398,26 @@ class VisualGLMConfig(PreTrainedConfig):
             kwargs.pop("auto_map")
         self.make_parts()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VisualGLMConfig":
+        """[`PreTrainedConfig.from_dict`] for VisualGLMs only: defaults would make another model's a full-size one.
+
+        Raises:
+            ValueError: `config_dict` is another model's, or it lacks a part.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"config.json has model_type={model_type!r}; a VisualGLM's has {cls.model_type!r}.")
+        is_original = "eva_config" in config_dict or "num_layers" in config_dict
+        missing = [] if is_original else [name for name in cls.sub_configs if config_dict.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"config.json lacks {', '.join(missing)}, so it is not a VisualGLM's. Give the folder of the original "
+                "visualglm-6b, or one that scripts/convert_checkpoint.py has written."
+            )
+        with wrong_types_as_value_errors(cls.__name__):
+            return super().from_dict(config_dict, **kwargs)
 
     def make_parts(self) -> None:
         for name, part in self.sub_configs.items():
