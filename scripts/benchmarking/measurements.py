@@ -1,0 +1,225 @@
+"""The measurements of one model: encoding, prompts and decoding, over batches and contexts.
+
+What does not fit into the memory, or would take longer than a measurement may, is not tried; the reason is kept.
+
+`generate` decodes on caches that are filled, not computed, and is told to go on from there:
+
+- dynamic: a cache that grows by concatenation, transformers' default.
+- static: a cache of the final size, nothing compiled.
+- compiled: the same, and the step for one token goes through `torch.compile`. On an accelerator that is what `generate`
+  does by itself with its static cache; on a CPU it does not, so the model's `forward` is compiled here.
+"""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, StaticCache
+
+from benchmarking.engines import FilledRunner, ModelEngine, Prompts, Runner, fill_cache, random_states
+from benchmarking.models import cache_bytes
+from benchmarking.timing import GIB, Clock, TokenTimes, announce, collect, free_memory, summarise
+from visualglm_hf import VisualGLMForConditionalGeneration
+
+
+SPARE_CACHE = 1.1  # times the cache: a layer's keys and values are twice there while they grow
+WARMUP_TOKENS = 4  # of `generate`, after which everything is compiled
+
+
+@dataclass
+class Bench:
+    """What all measurements share."""
+
+    settings: argparse.Namespace
+    model: VisualGLMForConditionalGeneration
+    clock: Clock
+    # Milliseconds per picture and per token of a prompt, as far as known: how long a larger one will take.
+    pace: dict[str, float] = field(default_factory=dict)
+
+    def prompts(self, batch: int) -> Prompts:
+        return Prompts(self.model, batch)
+
+    def runner(self, batch: int) -> Runner:
+        return Runner(ModelEngine(self.model), self.prompts(batch), self.clock)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: which part, how, how many rows, after how many tokens."""
+
+    part: str  # "encode", "prefill" or "decode"
+    batch: int
+    context: int = 0
+    path: str = ""  # of decoding: "forward" or "generate, … cache"
+
+    def describe(self) -> str:
+        words = [self.part, self.path and f"({self.path})", self.context and f"at {self.context} tokens"]
+        return " ".join(str(word) for word in (*words, f"batch {self.batch}") if word)
+
+    def fields(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name in ("part", "batch") or value}
+
+
+def list_cases(settings: argparse.Namespace) -> list[Case]:
+    """List what is to be measured, cheap batches first."""
+    cases = []
+    paths = ["forward", *(path_name(cache) for cache in settings.cache)]
+    for batch in settings.batch:
+        if "encode" in settings.parts:
+            cases.append(Case("encode", batch))
+        if "prefill" in settings.parts:
+            cases += [Case("prefill", batch, context) for context in settings.contexts]
+        if "decode" in settings.parts:
+            cases += [Case("decode", batch, context, path) for context in settings.contexts for path in paths]
+    return cases
+
+
+def path_name(cache: str) -> str:
+    return "generate, compiled" if cache == "compiled" else f"generate, {cache} cache"
+
+
+def warm_up(bench: Bench) -> None:
+    """Touch every weight once: memory-mapped weights are read from the disk at their first use."""
+    announce("warming up")
+    picture, runner = bench.prompts(1).pictures(), bench.runner(1)
+    bench.pace["encode"] = bench.clock(bench.model.get_image_features, picture)[0]
+    context = min(bench.settings.contexts)
+    runner.start(context)
+    runner.step()
+    bench.pace["prefill"] = runner.start(context) / context
+
+
+def measure_all(bench: Bench) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure every case; return the rows and, with reasons, what was left out."""
+    rows, skipped = [], []
+    for case in list_cases(bench.settings):
+        reason = obstacle(bench, case)
+        if reason is None:
+            announce(case.describe())
+            samples = measure(bench, case)
+            reason = None if samples else f"one token takes more than --row-seconds, {bench.settings.row_seconds:g}"
+        if reason is None:
+            rows.append({**case.fields(), "ms": summarise(samples)})
+        else:
+            announce(f"{case.describe()} is not measured: {reason}")
+            skipped.append({**case.fields(), "reason": reason})
+    return rows, skipped
+
+
+def obstacle(bench: Bench, case: Case) -> str | None:
+    """Say why a case cannot be measured; None if it can."""
+    units = case.batch if case.part == "encode" else case.batch * case.context
+    needed, free = needed_memory(bench, case), free_memory(bench.clock.device)
+    if needed > free:
+        return f"needs {needed / GIB:.1f} GiB beside the weights, {free / GIB:.1f} GiB are free"
+    if case.part in bench.pace:
+        seconds = bench.pace[case.part] * units / 1000
+        if seconds > bench.settings.row_seconds:
+            return f"one sample would take about {seconds:,.0f} s, --row-seconds is {bench.settings.row_seconds:g}"
+    return None
+
+
+def needed_memory(bench: Bench, case: Case) -> float:
+    """Return the bytes that a case needs beside the weights: its cache, and the activations of a prompt."""
+    if case.part == "encode":
+        return 0
+    tokens = case.batch * (case.context + bench.settings.new_tokens + 2)
+    needed = tokens * cache_bytes(bench.model) * SPARE_CACHE
+    if case.part == "prefill":
+        config = bench.model.config.text_config
+        wide = 3 * config.intermediate_size + 8 * config.hidden_size + 2 * case.context  # the mask, too
+        needed += case.batch * case.context * wide * bench.model.dtype.itemsize
+    return needed
+
+
+def measure(bench: Bench, case: Case) -> list[float]:
+    """Return the milliseconds of a case, of one token if it decodes; none if even one takes too long."""
+    settings = bench.settings
+    how = {"repeats": settings.repeats, "seconds": settings.row_seconds}
+    if case.part == "encode":
+        pictures = bench.prompts(case.batch).pictures()
+        samples = bench.clock.sample(
+            lambda: bench.model.get_image_features(pictures), warmup=max(1, bench.clock.warmup), **how
+        )
+        bench.pace["encode"] = samples[-1] / case.batch
+        return samples
+    if case.part == "prefill":
+        runner = bench.runner(case.batch)
+        samples = collect(lambda: runner.start(case.context), warmup=bench.clock.warmup, **how)
+        bench.pace["prefill"] = samples[-1] / (case.batch * case.context)
+        return samples
+    if case.path == "forward":
+        return measure_forward(bench, case)
+    return measure_generate(bench, case)
+
+
+def measure_forward(bench: Bench, case: Case) -> list[float]:
+    """Decode by bare forward steps with a dynamic cache."""
+    runner = FilledRunner(ModelEngine(bench.model), bench.prompts(case.batch), bench.clock)
+    runner.start(case.context)
+    return collect(runner.step, bench.settings.new_tokens, warmup=1, seconds=bench.settings.row_seconds)
+
+
+def measure_generate(bench: Bench, case: Case) -> list[float]:
+    """Decode greedily through `generate`, from a filled cache."""
+    model, new_tokens = bench.model, bench.settings.new_tokens
+    is_compiled, is_dynamic = case.path == path_name("compiled"), case.path == path_name("dynamic")
+    config, length = model.config.text_config, case.context + new_tokens + 2
+    cache = DynamicCache(config=config) if is_dynamic else StaticCache(config=config, max_cache_len=length)
+    input_ids = bench.prompts(case.batch).answered(case.context)
+    with compiled_step(model) if is_compiled and model.device.type == "cpu" else nullcontext():
+        if is_compiled or bench.clock.warmup:
+            generate_from(model, cache, input_ids, min(WARMUP_TOKENS, new_tokens + 1), not is_compiled)
+        return generate_from(model, cache, input_ids, new_tokens + 1, not is_compiled, bench.settings.row_seconds)
+
+
+def generate_from(
+    model: VisualGLMForConditionalGeneration,
+    cache: Cache,
+    input_ids: torch.Tensor,
+    new_tokens: int,
+    disable_compile: bool,
+    seconds: float | None = None,
+) -> list[float]:
+    """Continue [B, S] by `new_tokens` after filling `cache` for all but the last; return the milliseconds per token.
+
+    Fewer if they take more than `seconds`.
+    """
+    batch, length = input_ids.shape
+    cache.reset()  # the same object again: graphs that were captured know its tensors
+    fill_cache(cache, random_states(model, batch, length - 1))
+    streamer = TokenTimes()
+    model.generate(
+        input_ids,
+        past_key_values=cache,
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        disable_compile=disable_compile,
+        max_time=seconds,
+        streamer=streamer,
+    )
+    return streamer.intervals()
+
+
+@contextmanager
+def compiled_step(model: VisualGLMForConditionalGeneration) -> Iterator[None]:
+    """Let calls for one token per row go through `torch.compile`, as `generate` does it on accelerators."""
+    torch.compiler.reset()  # or the graphs of other sizes make this one dynamic
+    eager = model.forward
+    compiled = torch.compile(eager)
+
+    @functools.wraps(eager)
+    def forward(*args, input_ids: torch.Tensor | None = None, **kwargs):
+        is_step = input_ids is not None and input_ids.shape[1] == 1
+        return (compiled if is_step else eager)(*args, input_ids=input_ids, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
