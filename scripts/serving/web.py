@@ -237,9 +237,11 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
                     )
         session = gr.State(Session())
         handlers, display = Handlers(engine), [chat, question]
-        gr.on([submit.click, question.submit], handlers.ask, [session, question, *sliders], display, **ANSWERING)
-        retry.click(handlers.retry, [session, *sliders], display, **ANSWERING)
-        picture.change(
+        asked = gr.on(
+            [submit.click, question.submit], handlers.ask, [session, question, *sliders], display, **ANSWERING
+        )
+        retried = retry.click(handlers.retry, [session, *sliders], display, **ANSWERING)
+        changed = picture.change(
             handlers.change_picture,
             [session, picture, first_question, *sliders],
             chat,
@@ -247,7 +249,14 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
             **ANSWERING,
         )
         stop.click(handlers.stop, session, **AT_ONCE)
-        gr.on([clear.click, chat.clear], handlers.clear, session, [picture, *display], **AT_ONCE)
+        gr.on(
+            [clear.click, chat.clear],
+            handlers.clear,
+            session,
+            [picture, *display],
+            cancels=[asked, retried, changed],  # or what was sent before might arrive after
+            **AT_ONCE,
+        )
     return page
 
 
