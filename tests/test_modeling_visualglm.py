@@ -85,7 +85,7 @@ def test_rotary_angles_equal_the_originals_in_both_precisions(model, golden, arr
             assert ours.dtype == dtype
             half = expected.shape[1] // 2  # the original repeats its angles for both members of a pair
             assert torch.equal(expected[:, :half], expected[:, half:])
-            assert relative_error(ours[0, :, 0, 0].float(), expected[:, :half].float()) < 1e-6
+            assert relative_error(ours[0, :, 0, 0, 0].float(), expected[:, :half].float()) < 1e-6
 
 
 def test_rotary_angles_of_bfloat16_are_computed_in_float32(model):

@@ -118,19 +118,22 @@ def compute_rotary(glm_position_ids: torch.Tensor, config: VisualGLMTextConfig, 
     of what it learned. No other model does; bfloat16 could not even tell position 257 from 258.
 
     Returns:
-        [2 (cos, sin), B, S, 1, 2 (position, block position), D / 4]
+        [2 (cos, sin), B, S, 1, 1, 2 (position, block position), D / 4]
     """
     angle_dtype = torch.float16 if dtype == torch.float16 else torch.float32
     positions = glm_position_ids.transpose(1, 2).to(angle_dtype)
     frequencies = inverse_frequencies(config, glm_position_ids.device)
-    angles = positions[:, :, None, :, None] * frequencies.to(angle_dtype)
+    angles = positions[:, :, None, None, :, None] * frequencies.to(angle_dtype)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Rotate the first half of each head by the position and the second by the block position; [B, S, H, D]."""
+    """Rotate the first half of each head by the position and the second by the block position.
+
+    Queries and keys together, [B, S, H, 2, D]: a decoded token is so little work that each call counts.
+    """
     cos, sin = rotary
-    first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)  # each [B, S, H, 2, D / 4]
+    first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)  # each [B, S, H, 2, 2, D / 4]
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
     return rotated.flatten(-3).to(states.dtype)
 
@@ -191,9 +194,9 @@ class VisualGLMAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Rows are grouped by head, [q_h; k_h; v_h], unlike the ViT's.
-        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_dim))
-        query, key, value = fused.chunk(3, dim=-1)  # each [B, S, H, D]
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_dim))  # [B, S, H, 3, D]
+        query, key = rotate(fused[..., :2, :], rotary).unbind(-2)  # each [B, S, H, D]
+        value = fused[..., 2, :]
         # The scores shrink by the layer's number before they exist in half precision and grow back in float32.
         query = query / (self.head_dim**0.5 * (self.layer_idx + 1))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))

@@ -42,6 +42,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 
@@ -719,7 +720,7 @@ class Compiler:
         features = ",".join(("+" if has else "-") + name for name, has in self.features.items())
         return self.llvm.Target.from_default_triple().create_target_machine(self.processor, features, opt=3)
 
-    def compile(self, name: str, source: str, *arguments: type) -> Callable[..., None]:
+    def compile(self, name: str, source: str, *arguments: type) -> "Function":
         """Compile the function `name` of these ctypes; while it runs, other threads of Python do too."""
         module = self.llvm.parse_assembly(source)
         module.verify()
@@ -727,10 +728,29 @@ class Compiler:
         passes.getModulePassManager().run(module, passes)
         self.engine.add_module(module)
         self.engine.finalize_object()
-        return ctypes.CFUNCTYPE(None, *arguments)(self.engine.get_function_address(name))
+        address = self.engine.get_function_address(name)
+        return Function(address, ctypes.CFUNCTYPE(None, *arguments)(address))
 
 
 # Launch
+
+
+class Function(NamedTuple):
+    """Compiled code."""
+
+    address: int
+    call: Callable[..., None]
+
+
+class Plan(NamedTuple):
+    """How activations [M, K] and a matrix [N, K] of some form are multiplied."""
+
+    record: Function | None  # None for activations that are read as they are
+    steps: int  # in all rows of the activations
+    record_bytes: int  # of all rows of the activations
+    tiles: tuple[tuple[Function, int, int], ...]  # kernel, and the bytes before the tile: of records, of results
+    share: int  # rows of the matrix that a thread takes at once
+    most_threads: int
 
 
 class Task(ctypes.Structure):
@@ -742,7 +762,7 @@ class Task(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
-        ("share", ctypes.c_int64),  # rows that a thread takes at once
+        ("share", ctypes.c_int64),  # as in `Plan`
         ("supply", ctypes.c_int64),  # the first row that no thread has taken
     )
 
@@ -766,19 +786,19 @@ class Crew:
         self.process = os.getpid()
         self.helpers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="visualglm")
 
-    def run(self, kernel: Callable[..., None], task: Task, threads: int) -> None:
+    def run(self, kernel: Function, task: Task, threads: int) -> None:
         if threads == 1:
-            kernel(ctypes.byref(task))
+            kernel.call(ctypes.byref(task))
         elif self.openmp is not None:
-            self.openmp(ctypes.cast(kernel, ctypes.c_void_p), ctypes.byref(task), threads, 0)
+            self.openmp(kernel.address, ctypes.byref(task), threads, 0)
         else:
             self.run_with_helpers(kernel, task, threads - 1)
 
-    def run_with_helpers(self, kernel: Callable[..., None], task: Task, helpers: int) -> None:
+    def run_with_helpers(self, kernel: Function, task: Task, helpers: int) -> None:
         if self.process != os.getpid():  # a fork has no threads but one
             self.__init__()
-        futures = [self.helpers.submit(kernel, ctypes.byref(task)) for _ in range(helpers)]
-        kernel(ctypes.byref(task))
+        futures = [self.helpers.submit(kernel.call, ctypes.byref(task)) for _ in range(helpers)]
+        kernel.call(ctypes.byref(task))
         for future in futures:
             if not future.cancel():  # one that has not begun has nothing left to take
                 future.result()
@@ -795,10 +815,11 @@ class CpuKernels:
         self.compiler = Compiler(llvm)
         self.kinds = choose_kinds(self.compiler.features)
         self.crew = Crew()
-        self.functions: dict[str, Callable[..., None]] = {}
+        self.functions: dict[str, Function] = {}
+        self.plans: dict[tuple, Plan] = {}
         self.lock = threading.Lock()
 
-    def compiled(self, name: str, write: Callable[..., str], *arguments: type) -> Callable[..., None]:
+    def compiled(self, name: str, write: Callable[..., str], *arguments: type) -> Function:
         """The function that `write` writes when it is told the name, compiled once."""
         if name not in self.functions:
             with self.lock:
@@ -806,51 +827,56 @@ class CpuKernels:
                     self.functions[name] = self.compiler.compile(name, write(name), *arguments)
         return self.functions[name]
 
+    def make_plan(self, form: int | torch.dtype, rows: int, columns: int, outputs: int, groups: int) -> Plan:
+        """Plan a product of `rows` rows of activations with a matrix; see `multiply`."""
+        kind = self.kinds[form]
+        steps = columns // kind.columns
+        tiles = []
+        for first in range(0, rows, TILE_ROWS):
+            tile = min(TILE_ROWS, rows - first)
+            write = partial(write_kernel, kind=kind, steps=steps, groups=groups, tile=tile)
+            kernel = self.compiled(f"{kind.name}_{steps}_{groups}_{tile}", write, ctypes.c_void_p)
+            tiles.append((kernel, first * steps * kind.record_bytes, first * outputs * torch.float32.itemsize))
+        record = None
+        if kind.record is not None:
+            write, arguments = partial(write_records, kind=kind), (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+            record = self.compiled(f"{kind.name}_records", write, *arguments)
+        share = max(1, BYTES_PER_SHARE // (steps * STEP_BYTES))
+        record_bytes = rows * steps * kind.record_bytes
+        return Plan(record, rows * steps, record_bytes, tuple(tiles), share, most_threads=-(-outputs // share))
+
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, form: int | torch.dtype
-    ):
+    ) -> torch.Tensor:
         """Multiply activations [M, K] with a matrix of N rows in this many bits, or of this dtype; see `fits`.
 
         Returns:
             [M, N], of the dtype of `x`.
         """
-        kind = self.kinds[form]
-        steps = x.shape[1] // kind.columns
-        groups = 0 if weight_scale is None else weight_scale[0].numel()
-        records = self.make_records(x.float().contiguous(), steps, kind)
-        out = torch.empty(x.shape[0], weight.shape[0])
-        for first in range(0, x.shape[0], TILE_ROWS):
-            tile = records[first : first + TILE_ROWS]
-            kernel = self.compiled(
-                f"{kind.name}_{steps}_{groups}_{len(tile)}",
-                partial(write_kernel, kind=kind, steps=steps, groups=groups, tile=len(tile)),
-                ctypes.c_void_p,
-            )
-            self.launch(kernel, weight, weight_scale, tile, out[first : first + TILE_ROWS])
+        (rows, columns), outputs = x.shape, weight.shape[0]
+        key = (form, rows, columns, outputs, count_groups(weight_scale))
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self.make_plan(*key)
+        records = x.float().contiguous()
+        if plan.record is not None:
+            values, records = records, torch.empty(plan.record_bytes, dtype=torch.uint8)
+            plan.record.call(values.data_ptr(), records.data_ptr(), plan.steps)
+        out = torch.empty(rows, outputs)
+        matrix, scales = weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr()
+        at_records, at_out = records.data_ptr(), out.data_ptr()
+        threads = min(torch.get_num_threads(), plan.most_threads)
+        for kernel, record_offset, out_offset in plan.tiles:
+            task = Task(matrix, scales, at_records + record_offset, at_out + out_offset, outputs, plan.share)
+            self.crew.run(kernel, task, threads)
         return out.to(x.dtype)
 
-    def make_records(self, x: torch.Tensor, steps: int, kind: Kind) -> torch.Tensor:
-        """Write activations [M, K], float32, as the kernels read them: [M, steps, bytes of a record]."""
-        if kind.record is None:
-            return x.view(len(x), steps, -1)
-        records = torch.empty(len(x), steps, kind.record_bytes, dtype=torch.uint8)
-        write = partial(write_records, kind=kind)
-        record = self.compiled(f"{kind.name}_records", write, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-        record(x.data_ptr(), records.data_ptr(), len(x) * steps)
-        return records
 
-    def launch(
-        self,
-        kernel: Callable[..., None],
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor | None,
-        records: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        scales = None if weight_scale is None else weight_scale.data_ptr()
-        share = max(1, BYTES_PER_SHARE * len(weight) // weight.nbytes)
-        task = Task(weight.data_ptr(), scales, records.data_ptr(), out.data_ptr(), len(weight), share)
-        self.crew.run(kernel, task, min(torch.get_num_threads(), -(-len(weight) // share)))
+def count_groups(weight_scale: torch.Tensor | None) -> int:
+    """The scales in a row of the matrix, given all, [N] or [N, n]; 0 without any."""
+    if weight_scale is None:
+        return 0
+    return 1 if weight_scale.dim() == 1 else weight_scale.shape[1]
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, kind: Kind) -> bool:
@@ -864,7 +890,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | Non
         return False
     if weight_scale is None:
         return True
-    steps, groups = columns // kind.columns, weight_scale[0].numel()
+    steps, groups = columns // kind.columns, count_groups(weight_scale)
     return weight_scale.dtype == torch.float16 and (
         steps % groups == 0 or groups % steps == 0 and 16 % (groups // steps) == 0
     )
