@@ -1,5 +1,6 @@
 """transformers' common tests of models, of generation and of configurations, with a tiny VisualGLM."""
 
+import tempfile
 import unittest
 
 import torch
@@ -45,6 +46,19 @@ class VisualGLMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestC
         if "embed_tokens" in self.model_tester.get_config().text_config.base_model_tp_plan:
             self.skipTest("This release writes embed_tokens into every plan, whatever a model calls its embeddings.")
         super().test_tp_plan_matches_params()
+
+    def test_sdpa_can_dispatch_composite_models(self):
+        """The mixin looks for parts called vision_tower and language_model; ours have the original's names."""
+        model = VisualGLMForConditionalGeneration(self.model_tester.get_config())
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            for asked, expected in ((None, "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
+                model = VisualGLMForConditionalGeneration.from_pretrained(folder, attn_implementation=asked)
+                layers = [each for name, each in model.named_modules() if name.endswith("attention")]
+                assert {each.config.model_type for each in layers} == {
+                    part.model_type for part in VisualGLMConfig.sub_configs.values()
+                }
+                assert {each.config._attn_implementation for each in (model, *layers)} == {expected}
 
     def test_config(self):
         self.config_tester.run_common_tests()
