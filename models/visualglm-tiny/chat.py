@@ -253,6 +253,7 @@ class ChatMixin:
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
+        """Yield the growing response of a turn; `options` are those of `generate`."""
         tokens, decoder, stop = TokenQueue(), IncrementalDecoder(tokenizer), threading.Event()
         criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), StopWhenSet(stop)])
         last = None

@@ -249,6 +249,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
+        """Numbers per head, half of them turned by each of the two positions."""
         return self.hidden_size // self.num_attention_heads
 
 
@@ -420,6 +421,7 @@ class VisualGLMConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
 
     def make_parts(self) -> None:
+        """Turn the fields of the three parts into configs that agree, or raise a `ValueError`."""
         for name, part in self.sub_configs.items():
             fields = getattr(self, name)
             if fields is None or isinstance(fields, dict):
@@ -436,6 +438,7 @@ class VisualGLMConfig(PreTrainedConfig):
     # Where the original has them: `from_pretrained(folder, pre_seq_len=128)` adds a prefix to be learned.
     @property
     def pre_seq_len(self) -> int | None:
+        """Length of the learned prefix of P-tuning v2; None for none."""
         return self.text_config.pre_seq_len
 
     @pre_seq_len.setter
@@ -444,6 +447,7 @@ class VisualGLMConfig(PreTrainedConfig):
 
     @property
     def prefix_projection(self) -> bool:
+        """Whether a small network computes that prefix."""
         return self.text_config.prefix_projection
 
     @prefix_projection.setter

@@ -417,6 +417,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.transformer.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Linear:
+        """The head [vocab_size, C]."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -467,6 +468,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         )
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        """Raise a `ValueError` unless `pixel_values` are [images, 3, image_size, image_size]."""
         vision = self.config.vision_config
         expected = (vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
@@ -530,6 +532,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
 
     def check_places(self, is_image: torch.Tensor, num_images: int) -> None:
+        """Raise a `ValueError` unless the places `is_image` [B, S] are as many as the images fill."""
         places = is_image.sum().item()
         needed = num_images * self.config.qformer_config.num_query_tokens
         if places != needed:
@@ -545,7 +548,17 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         image_embeds: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The soft prompts of the pictures of a prompt, however they were given, if it has places for them."""
+        """The soft prompts [images, num_query_tokens, C] of a prompt's pictures, however they were given.
+
+        Args:
+            input_ids: [B, S]
+            pixel_values: [images, 3, image_size, image_size]
+            image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
+            inputs_embeds: [B, S, C], instead of `input_ids`.
+
+        Raises:
+            ValueError: the prompt has no places for them, or they were given twice.
+        """
         if pixel_values is None:
             return image_embeds
         if image_embeds is not None:
@@ -664,6 +677,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         return outputs, image_embeds
 
     def check_length(self, length: int) -> None:
+        """Raise a `ValueError` for more tokens than the model was made for."""
         limit = self.config.text_config.max_position_embeddings
         if length > limit:
             raise ValueError(
@@ -671,7 +685,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             )
 
     def check_prompt(self, input_ids: torch.Tensor) -> None:
-        """Raise a `ValueError` if a row cannot have positions. Asks the device, so once per prompt, not per token."""
+        """Raise a `ValueError` if a row of `input_ids` [B, S] cannot have positions.
+
+        Asks the device, so once per prompt, not per token.
+        """
         config = self.config.text_config
         has_slot = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
         if not (has_slot.any(-1) & (input_ids == config.bos_token_id).any(-1)).all():
@@ -684,6 +701,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     def derive_positions(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
+        """GLM's positions [B, 2, S] of `input_ids` [B, S], or of `inputs_embeds` [B, S, C] without them."""
         if input_ids is None:
             input_ids = self.presumed_input_ids(inputs_embeds)
         elif not torch.compiler.is_compiling():
@@ -713,7 +731,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         which `generate` repeats row by row: a row with two pictures stays right.
 
         Args:
-            inputs: the same as `input_ids`.
+            inputs: [B, S], the same as `input_ids`.
             input_ids: [B, S], left-padded.
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
@@ -783,7 +801,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         return model_inputs
 
     def place_prompt(self, prompt_embeds: torch.Tensor, start: int, past_key_values: Cache | None) -> dict:
-        """What of the prompt belongs to the tokens from `start` on."""
+        """What of `prompt_embeds` [B, S, C] belongs to the tokens from `start` on."""
         if start >= prompt_embeds.shape[1]:
             return {}
         # Prefix tuning keeps its cache where none was wanted, and will cut the input down to its last token.
@@ -800,8 +818,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     ) -> torch.Tensor | None:
         """The mask of a step with a static cache. `generate`'s own would make the context causal.
 
-        A prompt keeps its two-dimensional mask, to which `forward` adds the context; one token gets a ready mask of
-        constant shape, so that a compiled step is compiled once.
+        A prompt keeps its two-dimensional mask, to which `forward` adds the context; one token gets a ready mask
+        [B, 1, 1, T] of constant shape, so that a compiled step is compiled once.
         """
         batch_size, query_length = inputs_embeds.shape[:2]
         if query_length > 1:

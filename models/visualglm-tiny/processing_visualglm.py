@@ -148,6 +148,7 @@ class VisualGLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """What the model takes of what this returns."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
 

@@ -71,6 +71,10 @@ class VisualGLMImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     def test_pil_can_load_without_torchvision(self):
         pass
 
+    @unittest.skip("Looks for the class in another process by its name, which only transformers' own have there.")
+    def test_pil_can_run_without_torchvision(self):
+        pass
+
     def setUp(self):
         # What the mixin's own setUp does since 5.20; before, each class did it.
         self.image_processor_tester = self.image_processor_tester_class(self)
