@@ -130,6 +130,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "float16", "bfloat16"),
         help="number format; auto: float16, on a CPU float32 if it fits, else bfloat16",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the model for faster answers: the first one waits for the compiler, a minute or more",
+    )
     return parser
 
 
@@ -299,10 +304,14 @@ def open_model(arguments: argparse.Namespace) -> tuple:
     """Load the model, with progress bars but without the libraries' warnings."""
     warnings.filterwarnings("ignore")
     import torch
-    from serving.loading import load_model
+    from serving.loading import choose_device, load_model
     from transformers.utils import logging
 
+    from visualglm_hf.compilation import check_compiler
+
     logging.set_verbosity_error()
+    if arguments.compile:
+        check_compiler(choose_device(arguments.device))
     model, tokenizer = load_model(
         arguments.model, arguments.device, arguments.dtype, arguments.quant, arguments.adapter
     )
@@ -319,6 +328,7 @@ def answer_options(arguments: argparse.Namespace, tokenizer) -> dict:
         "top_p": arguments.top_p,
         "top_k": arguments.top_k,
         "temperature": arguments.temperature,
+        "compile": arguments.compile,
     }
     if arguments.english:
         options.update(english=True, suppress_tokens=english_only_token_ids(tokenizer.get_vocab()))

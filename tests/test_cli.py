@@ -397,6 +397,15 @@ def test_quant_answers_as_the_quantized_model(run_here, tokenizer, tiny_original
     assert f"{bits} bits" in err
 
 
+def test_compile_reaches_the_model_and_a_missing_compiler_is_one_line(cli, run_here, monkeypatch):
+    arguments = cli.build_parser().parse_args(["--compile"])
+    assert cli.answer_options(arguments, None)["compile"] is True
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, out, err = run_here("--query", "你好", "--compile")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "there is no 'no-such-compiler'" in err
+
+
 def test_a_cpu_computes_in_float32_if_that_fits_into_the_free_memory(cli, monkeypatch, tiny_original):
     import torch
     from serving import loading

@@ -1,13 +1,26 @@
 """Room: decoder's hooks for `generate`. Every standard mode, and what must not change under them."""
 
+import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import FLOAT32_TOLERANCE, relative_error
+from PIL import Image
 from transformers import LogitsProcessorList, TextIteratorStreamer
 
+from visualglm_hf import (
+    ChatGLMTokenizer,
+    VisualGLMForConditionalGeneration,
+    VisualGLMImageProcessor,
+    VisualGLMProcessor,
+)
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
+
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "models" / "visualglm-tiny"
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +50,82 @@ def test_mode_gives_the_greedy_answer(model, inputs, greedy, tokenizer, options)
     assert torch.equal(output, greedy)
 
 
-def test_assistant_model_gives_the_greedy_answer(model, inputs, greedy):
-    text_only = inputs["input_ids"][:, 38:]  # what follows the picture
-    expected = model.generate(input_ids=text_only, max_new_tokens=16, do_sample=False)
-    output = model.generate(input_ids=text_only, max_new_tokens=16, do_sample=False, assistant_model=model)
+@pytest.fixture(scope="module")
+def trained():
+    """The tiny model that was trained to talk about shapes, its tokenizer and one of its pictures."""
+    model = VisualGLMForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    picture = Image.open(ROOT / "examples" / "red_circles_on_grass.png")
+    return model, ChatGLMTokenizer.from_pretrained(TRAINED), picture
+
+
+@pytest.fixture
+def steps(trained):
+    """Grows by one each time that the trained model computes logits."""
+    steps = []
+    hook = trained[0].lm_head.register_forward_pre_hook(lambda module, inputs: steps.append(1))
+    yield steps
+    hook.remove()
+
+
+def build_inputs(tokenizer, picture, text: str):
+    processor = VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer)
+    return processor(text=f"<img>{processor.image_token}</img>{text}", images=picture, return_tensors="pt")
+
+
+def build_smaller(model):
+    """An untrained model of another width, but with the same vocabulary."""
+    config = copy.deepcopy(model.config)
+    config.text_config.hidden_size, config.text_config.num_attention_heads = 32, 2
+    config.text_config.num_hidden_layers = 2
+    return VisualGLMForConditionalGeneration(config).eval()
+
+
+def test_prompt_lookup_says_what_was_said_before_in_fewer_steps(trained, steps):
+    model, tokenizer, picture = trained
+    options = {"do_sample": False, "min_length": 0, "repetition_penalty": 1.0}
+    answer, history = model.chat(tokenizer, picture, "描述这张图片。", **options)
+    steps.clear()
+    expected, _ = model.chat(tokenizer, "描述这张图片。", history=history, **options)
+    plain = len(steps)
+    steps.clear()
+    response, _ = model.chat(tokenizer, "描述这张图片。", history=history, prompt_lookup_num_tokens=4, **options)
+    assert response == expected == answer
+    assert len(steps) <= plain // 2
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_an_assistant_gives_the_greedy_answer_about_a_picture_in_fewer_steps(trained, steps, quantize):
+    model, tokenizer, picture = trained
+    assistant = VisualGLMForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    if quantize:
+        assistant.quantize(4)
+    options = {"do_sample": False, "min_length": 0}
+    expected, _ = model.chat(tokenizer, picture, "描述这张图片。", **options)
+    plain = len(steps)
+    steps.clear()
+    response, _ = model.chat(tokenizer, picture, "描述这张图片。", assistant_model=assistant, **options)
+    assert response == expected
+    assert len(steps) <= plain // 2
+
+
+def test_a_smaller_assistant_looks_at_the_picture_itself_once(trained):
+    model, tokenizer, picture = trained
+    assistant, seen = build_smaller(model), []
+    assistant.image_encoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    inputs = build_inputs(tokenizer, picture, "问：描述这张图片。\n答：")
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=assistant)
     assert torch.equal(output, expected)
+    assert seen == [1]
+    text = tokenizer("问：你好\n答：", return_tensors="pt")
+    expected = model.generate(**text, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(**text, max_new_tokens=8, do_sample=False, assistant_model=assistant), expected)
+
+
+def test_an_assistant_of_another_width_cannot_read_embeddings(trained):
+    model, tokenizer, picture = trained
+    with pytest.raises(ValueError, match="assistant model is 32 wide"):
+        model.chat(tokenizer, picture, "描述这张图片。", assistant_model=build_smaller(model))
 
 
 def test_left_padded_batch_generates_what_the_original_did(model, golden):

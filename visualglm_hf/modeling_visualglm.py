@@ -20,13 +20,14 @@ original.
 Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -36,6 +37,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .chat import ChatMixin
+from .compilation import bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from .feature_cache import FeatureCache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
@@ -43,6 +45,7 @@ from .quantization import HalfLinear, prepare_model, quantize_model
 
 
 PREFIX_DROPOUT = 0.1  # the original's, in training
+DEFAULT_NEW_TOKENS = 20  # of `generate`
 
 
 def build_glm_position_ids(
@@ -566,6 +569,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
         return self.encode_pictures(pixel_values)
 
+    def __call__(self, *args, compiled_call: Callable | None = None, **kwargs):
+        """Call the model as always, or through a compiled call of it; `generate` says which for each step."""
+        return super().__call__(*args, **kwargs) if compiled_call is None else compiled_call(self, *args, **kwargs)
+
     @can_return_tuple
     @auto_docstring(
         custom_intro="""
@@ -723,6 +730,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         pixel_values: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        compile: bool | CompileConfig = False,
         **kwargs,
     ):
         """[`GenerationMixin.generate`] after the pictures are in place.
@@ -736,15 +744,28 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
             inputs_embeds: [B, S, C], instead of `input_ids`; pictures replace what equals the image token's embedding.
+            compile: True to compile the step from token to token, with CUDA graphs on CUDA, on a CPU with its C++
+                compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
+                the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs.
 
         Raises:
             ValueError: as in `forward`; also if the prompt is to be processed in chunks, which would hide later parts
-                of the context from earlier ones.
+                of the context from earlier ones, and if the step cannot be compiled here or with the other options.
         """
         input_ids = inputs if input_ids is None else input_ids
+        if kwargs.get("assistant_pixel_values") is not None:  # this is an assistant: it sees the pictures its own way
+            pixel_values = kwargs.pop("assistant_pixel_values")
+            kwargs.pop("prompt_embeds")
+        elif kwargs.get("assistant_model") is not None:
+            self.check_assistant(kwargs["assistant_model"], image_embeds, inputs_embeds)
+            kwargs["assistant_pixel_values"] = pixel_values
         generation_config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size cannot be used: the context of a prefix-LM must be seen as a whole.")
+        if compile:
+            prompt = inputs_embeds if input_ids is None else input_ids
+            prompt_length = 0 if prompt is None else prompt.shape[1]
+            kwargs |= self.compile_options(compile, prompt_length, generation_config, kwargs)
         if input_ids is not None:
             self.check_length(input_ids.shape[1])
             self.check_prompt(input_ids)
@@ -762,9 +783,56 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             kwargs["inputs_embeds"] = inputs_embeds
         with torch.no_grad():
             prefix_key_values = self.transformer.compute_prefix(self.input_device)
-        if prefix_key_values is not None:
-            kwargs["prefix_key_values"] = prefix_key_values
+        kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
         return super().generate(None, *args, **kwargs)
+
+    def check_assistant(
+        self, assistant: PreTrainedModel, image_embeds: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> None:
+        """Raise a `ValueError` if a model cannot draft answers to a prompt that is embedded already."""
+        width, other = (model.config.get_text_config().hidden_size for model in (self, assistant))
+        if width != other and (image_embeds is not None or inputs_embeds is not None):
+            raise ValueError(
+                f"The assistant model is {other} wide and cannot read embeddings of {width}. Give generate() the "
+                "prompt as input_ids and pixel_values, or an assistant of the same width, such as a quantized copy."
+            )
+
+    def compile_options(
+        self, compile: bool | CompileConfig, prompt_length: int, generation_config: GenerationConfig, options: dict
+    ) -> dict:
+        """What to add to the `options` of `generate` for a compiled decode step.
+
+        Args:
+            compile, generation_config, options: `generate`'s.
+            prompt_length: in tokens.
+
+        Raises:
+            ValueError: no compiler, weights that come and go, or options that the cache of a compiled step contradicts.
+        """
+
+        def setting(name: str):
+            value = options.get(name)
+            return getattr(generation_config, name, None) if value is None else value
+
+        places = {str(place) for place in getattr(self, "hf_device_map", {}).values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError("A model that is partly offloaded cannot be compiled. Leave compile out.")
+        compile_config = resolve_compile_config(compile, self.device)
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "past_key_values"):
+            if setting(name) is not None:
+                raise ValueError(f"compile has a cache of its own and steps of one token: leave it or {name} out.")
+        if setting("use_cache") is False or setting("cache_implementation") not in (None, "static"):
+            raise ValueError("compile needs the static cache: leave use_cache and cache_implementation out.")
+        length = prompt_length + (setting("max_new_tokens") or DEFAULT_NEW_TOKENS)
+        if setting("max_new_tokens") is None:
+            length = setting("max_length") or length
+        limit = self.config.text_config.max_position_embeddings
+        return {
+            "cache_implementation": "static",
+            "max_cache_len": max(bucket_length(length, limit), setting("max_cache_len") or 0),
+            "compiled_call": compile_call(compile_config),
+            "disable_compile": True,  # transformers' own way, which there is on CUDA alone
+        }
 
     def prepare_inputs_for_generation(
         self,
@@ -775,6 +843,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         position_ids: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         num_prompt_embeds: int = 0,
+        is_first_iteration: bool | None = False,
+        compiled_call: Callable | None = None,
+        assistant_pixel_values: torch.Tensor | None = None,
         **kwargs,
     ) -> dict:
         """Derive the positions from the whole sequence at every step.
@@ -787,6 +858,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
             **kwargs,
         )
         if num_prompt_embeds:
@@ -798,6 +870,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         model_inputs["glm_position_ids"] = glm_position_ids[..., -current.shape[1] :].contiguous()
         if prompt_embeds is not None:
             model_inputs |= self.place_prompt(prompt_embeds, input_ids.shape[1] - current.shape[1], past_key_values)
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        if compiled_call is not None and is_static and not is_first_iteration:  # prompts have all lengths
+            model_inputs["compiled_call"] = compiled_call
         return model_inputs
 
     def place_prompt(self, prompt_embeds: torch.Tensor, start: int, past_key_values: Cache | None) -> dict:

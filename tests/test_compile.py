@@ -1,0 +1,259 @@
+"""Room: the compiled decode step. It gives the eager answers, and is compiled once for prompts of all lengths."""
+
+import copy
+import importlib.util
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import CompileConfig
+
+from visualglm_hf import (
+    ChatGLMTokenizer,
+    VisualGLMForConditionalGeneration,
+    VisualGLMImageProcessor,
+    VisualGLMProcessor,
+)
+from visualglm_hf.compilation import bucket_length, resolve_compile_config
+
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "models" / "visualglm-tiny"
+CHAT = {"do_sample": False, "min_length": 0}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def load(bits: int | None = None):
+    model = VisualGLMForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    return model if bits is None else model.quantize(bits)
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """The tiny model that was trained to talk about shapes."""
+    return load()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatGLMTokenizer.from_pretrained(TRAINED)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.open(ROOT / "examples" / "red_circles_on_grass.png")
+
+
+@pytest.fixture
+def graphs():
+    """The graphs that were compiled, in order: see `counting`."""
+    torch.compiler.reset()
+    yield []
+    torch.compiler.reset()
+
+
+def counting(graphs: list) -> CompileConfig:
+    """Compile to the same operators in one graph per step, and note it."""
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return CompileConfig(backend=compiler, fullgraph=True, mode=None)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_compiled_answers_are_the_eager_ones_and_the_step_is_compiled_once(bits, tokenizer, picture, graphs):
+    model, compile = load(bits), counting(graphs)
+    history = []
+    for query in ("描述这张图片。", "图里有几个圆形？他们是什么颜色的？", "背景是什么？"):
+        expected, _ = model.chat(tokenizer, picture, query, history=history, **CHAT)
+        response, history = model.chat(tokenizer, picture, query, history=history, compile=compile, **CHAT)
+        assert response == expected
+    response, _ = model.chat(tokenizer, "What is the capital of France?", compile=compile, **CHAT)
+    assert response == model.chat(tokenizer, "What is the capital of France?", **CHAT)[0]
+    assert len(graphs) == 1
+
+
+def test_sampled_answers_are_the_eager_ones_too(talker, tokenizer, picture, graphs):
+    answers = []
+    for options in ({}, {"compile": counting(graphs)}):
+        torch.manual_seed(5)
+        answers.append(talker.chat(tokenizer, picture, "描述这张图片。", temperature=1.5, top_p=0.9, **options)[0])
+    assert answers[0] == answers[1]
+
+
+def test_only_a_few_lengths_of_cache_are_compiled(talker, tokenizer, graphs):
+    compile, inputs = counting(graphs), tokenizer("问：你好\n答：", return_tensors="pt")
+    length = inputs["input_ids"].shape[1] + 6
+    options = {"do_sample": False, "stopping_criteria": [lambda ids, scores: torch.tensor([ids.shape[1] >= length])]}
+    expected = talker.generate(**inputs, max_new_tokens=6, **options)
+    for new_tokens in (6, 200, 300, 450, 600, 1500):
+        assert torch.equal(talker.generate(**inputs, max_new_tokens=new_tokens, compile=compile, **options), expected)
+    assert len(graphs) == 2  # for 256, and then for any length: torch has noticed that it changes
+
+
+def test_buckets_are_few_and_end_at_the_context():
+    lengths = [bucket_length(length, 2048) for length in range(1, 2049)]
+    assert sorted(set(lengths)) == [256, 512, 1024, 2048]
+    assert all(bucket >= length for length, bucket in enumerate(lengths, start=1))
+    assert bucket_length(1200, 1500) == 1500
+    assert bucket_length(3000, 2048) == 3000  # whatever generate was asked for: it decides whether that is too much
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.3}],
+    ids=str,
+)
+def test_left_padded_batches_and_beams_are_the_eager_ones(talker, tokenizer, picture, graphs, options):
+    processor = VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer)
+    image = f"<img>{processor.image_token}</img>"
+    compile = counting(graphs)
+    for texts in (
+        ["问：你好\n答：", f"{image}问：描述这张图片。\n答："],
+        [f"{image}问：几个？\n答：", "问：什么？\n答："],
+    ):
+        batch = processor(text=texts, images=[[picture] if image in text else [] for text in texts], padding=True)
+        batch = batch.convert_to_tensors("pt")
+        expected = talker.generate(**batch, max_new_tokens=12, do_sample=False, **options)
+        output = talker.generate(**batch, max_new_tokens=12, do_sample=False, compile=compile, **options)
+        assert torch.equal(output, expected)
+    assert len(graphs) == 1
+
+
+def test_a_prefix_tuned_model_compiles(tokenizer, graphs):
+    config = copy.deepcopy(load().config)
+    config.text_config.pre_seq_len = 3
+    torch.manual_seed(0)
+    model = VisualGLMForConditionalGeneration(config).eval()
+    inputs = tokenizer("问：你好\n答：", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False, compile=counting(graphs)), expected)
+    assert len(graphs) == 1
+
+
+def test_an_adapted_model_compiles(tokenizer, graphs):
+    config = LoraConfig(target_modules=r"transformer\.layers\..*query_key_value", init_lora_weights=False)
+    model = get_peft_model(load(), config).eval()
+    inputs = tokenizer("问：你好\n答：", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False, compile=counting(graphs)), expected)
+    assert len(graphs) == 1
+
+
+def test_embeddings_instead_of_ids_compile(talker, tokenizer, graphs):
+    embeds = talker.get_input_embeddings()(tokenizer("问：你好\n答：", return_tensors="pt")["input_ids"]).detach()
+    options = {"inputs_embeds": embeds, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(talker.generate(**options, compile=counting(graphs)), talker.generate(**options))
+    assert len(graphs) == 1
+
+
+def test_a_copy_with_other_weights_is_not_mistaken_for_the_model(talker, tokenizer, picture, graphs):
+    compile = counting(graphs)
+    talker.chat(tokenizer, picture, "描述这张图片。", compile=compile, **CHAT)
+    other = copy.deepcopy(talker)
+    with torch.no_grad():
+        other.transformer.word_embeddings.weight.copy_(other.transformer.word_embeddings.weight.flip(0))
+    expected, _ = other.chat(tokenizer, picture, "描述这张图片。", max_new_tokens=8, **CHAT)
+    response, _ = other.chat(tokenizer, picture, "描述这张图片。", max_new_tokens=8, compile=compile, **CHAT)
+    assert response == expected
+
+
+def test_a_model_that_is_quantized_later_is_compiled_again(tokenizer, picture, graphs):
+    model, compile = load(), counting(graphs)
+    model.chat(tokenizer, picture, "描述这张图片。", compile=compile, **CHAT)
+    model.quantize(4)
+    expected, _ = model.chat(tokenizer, picture, "描述这张图片。", **CHAT)
+    assert model.chat(tokenizer, picture, "描述这张图片。", compile=compile, **CHAT)[0] == expected
+    assert len(graphs) == 2
+
+
+def test_compiled_streams_share_a_thread_and_give_the_same_answer(talker, tokenizer, picture, graphs):
+    threads = set()
+
+    def note(input_ids, scores, **kwargs):
+        threads.add(threading.current_thread())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    expected, _ = talker.chat(tokenizer, picture, "描述这张图片。", **CHAT)
+    for _ in range(2):
+        stream = talker.stream_chat(
+            tokenizer, picture, "描述这张图片。", compile=counting(graphs), stopping_criteria=[note], **CHAT
+        )
+        assert list(stream)[-1][0] == expected
+    assert len(threads) == 1 and threads.isdisjoint({threading.main_thread()})
+
+
+def test_a_compiled_stream_that_is_left_stops_and_the_next_one_runs(talker, tokenizer, picture, graphs):
+    compile = counting(graphs)
+    stream = talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=compile, **CHAT)
+    first, _ = next(stream)
+    stream.close()
+    last = list(talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=compile, **CHAT))[-1][0]
+    assert len(first) < len(last)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("bits", [None, 4])
+def test_torchs_own_compiler_gives_the_eager_answers_and_never_compiles_again(bits, tokenizer, picture):
+    torch.compiler.reset()
+    model = load(bits)
+    expected = [model.chat(tokenizer, picture, query, **CHAT)[0] for query in ("描述这张图片。", "有几个圆形？")]
+    assert model.chat(tokenizer, picture, "描述这张图片。", compile=True, **CHAT)[0] == expected[0]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert model.chat(tokenizer, picture, "有几个圆形？", compile=True, **CHAT)[0] == expected[1]
+        with pytest.raises(RuntimeError, match="recompile"):
+            model.chat(tokenizer, picture, "有几个圆形？", max_length=2000, compile=True, **CHAT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "yes"}, "found 'yes'"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens out"),
+        ({"use_cache": False}, "static cache"),
+        ({"cache_implementation": "dynamic"}, "static cache"),
+    ],
+    ids=str,
+)
+def test_options_that_a_compiled_step_contradicts_are_refused(talker, tokenizer, options, message):
+    options = {"compile": CompileConfig(backend="eager"), **options}
+    with pytest.raises(ValueError, match=message):
+        talker.chat(tokenizer, "你好", **options)
+
+
+def test_an_offloaded_model_is_not_compiled(tokenizer):
+    model = load()
+    model.hf_device_map = {"transformer": 0, "image_encoder": "disk"}
+    with pytest.raises(ValueError, match="offloaded"):
+        model.chat(tokenizer, "你好", compile=CompileConfig(backend="eager"))
+
+
+@pytest.mark.parametrize("door", ["chat", "stream_chat"])
+def test_a_missing_cpp_compiler_is_named_before_anything_is_done(talker, tokenizer, monkeypatch, door):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(talker, "get_image_features", None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler on a CPU, and there is no 'no-such-compiler'"):
+        getattr(talker, door)(tokenizer, Image.new("RGB", (5, 7)), "你好", compile=True)
+
+
+def test_cuda_needs_triton_and_gets_graphs_where_threads_can_use_them(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs Triton"):
+        resolve_compile_config(True, CUDA)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for version, mode in (("2.12.1", "default"), ("2.13.0+cu130", "reduce-overhead")):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        assert resolve_compile_config(True, CUDA).mode == mode
+        assert resolve_compile_config(CompileConfig(mode="max-autotune"), CUDA).mode == "max-autotune"
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="not for 'mps'"):
+        resolve_compile_config(True, torch.device("mps"))
