@@ -7,6 +7,7 @@ import platform
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,6 +26,7 @@ from visualglm_hf.cpu_kernels import (
     fits,
     load_llvm,
     write_kernel,
+    write_matrix,
 )
 from visualglm_hf.quantization import HalfLinear, QuantizedLinear
 from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows, packed_matrices
@@ -95,6 +97,37 @@ def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, 
         arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
         assert fits(*arguments, KINDS[bits])
         assert is_right(kernels.multiply(*arguments, bits), *arguments, bits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "inputs", "groups"),
+    [*[(4, 768, groups) for groups in (1, 2, 3, 6, 12, 24, 48, 96)], (4, 128, 1), (8, 64, 1), (8, 192, 1), (8, 512, 2)],
+)
+def test_the_matrix_of_the_codes_is_the_references_to_the_bit(kernels, bits, inputs, groups):
+    for outputs in (1, 7, 300):
+        _, codes, scale = make_problem(bits, outputs, inputs, groups, 1)
+        for dtype in TOLERANCE:
+            matrix = kernels.dequantize(codes, scale, bits, inputs, dtype)
+            assert torch.equal(matrix, dequantize(codes, scale, bits, inputs, dtype))
+
+
+@pytest.mark.usefixtures("several_threads")
+def test_many_activations_and_gradients_are_multiplied_with_the_matrix_of_the_kernels(kernels, monkeypatch):
+    calls = []
+    original = kernels.dequantize
+    monkeypatch.setattr(
+        kernels, "dequantize", lambda *arguments: calls.append(len(arguments[0])) or original(*arguments)
+    )
+    for bits, groups in ((4, 16), (8, 1)):
+        for dtype in TOLERANCE:
+            x, codes, scale = make_problem(bits, 1500, 1024, groups, 33, dtype)
+            gradient = torch.randn(33, 1500).to(dtype)
+            for activations, transposed in ((x, False), (gradient, True)):
+                out = PRODUCTS.multiply(activations, codes, scale, bits, 1024, transposed)
+                matrix = dequantize(codes, scale, bits, 1024, torch.float64)
+                assert difference(out, activations.double() @ (matrix if transposed else matrix.T)) < TOLERANCE[dtype]
+                assert sum(calls) == 1500
+                calls.clear()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -241,14 +274,17 @@ def test_the_kernels_compile_for_other_processors(triple, processor):
         pytest.skip(str(error))
     machine = target.create_target_machine(processor, "", opt=3)
     byte_dot = {"sapphirerapids": "avx512vnni", "alderlake": "avxvnni"}.get(processor)
-    for form, kind in cpu_kernels.choose_kinds({byte_dot: True}).items():
-        groups = 4 if form in (4, 8) else 0
-        module = llvm.parse_assembly(write_kernel("kernel", kind, steps=4, groups=groups, tile=2))
+    kinds = cpu_kernels.choose_kinds({byte_dot: True})
+    sources = [
+        write_kernel("kernel", kind, steps=4, groups=4 * (form in (4, 8)), tile=2) for form, kind in kinds.items()
+    ]
+    for source in [*sources, write_matrix("kernel", kinds[4], 4, 8), write_matrix("kernel", kinds[8], 4, 1)]:
+        module = llvm.parse_assembly(source)
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
         passes.getModulePassManager().run(module, passes)
         assembly = machine.emit_assembly(module)
         assert "kernel" in assembly
-        assert ("vpdpbusd" in assembly) == (form == 4 and byte_dot is not None)
+        assert ("vpdpbusd" in assembly) == ("vpdpbusd" in source)
         assert not any(function in assembly for function in ("__extendhfsf2", "__gnu_h2f_ieee"))  # a C library's
 
 
@@ -346,7 +382,7 @@ def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, recwarn):
 
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
     record = KINDS[8].record.replace("fdiv float 1.0", "fdiv float 2.0")
-    wrong = {**KINDS, 8: cpu_kernels.Kind("int8", KINDS[8].step, 64, 192, record, 16)}
+    wrong = {**KINDS, 8: replace(KINDS[8], record=record)}
     monkeypatch.setattr(cpu_kernels, "KINDS", wrong)
     products = make_products()
     arguments = make_problem(4, 9, 256, 4, 1)

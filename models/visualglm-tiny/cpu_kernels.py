@@ -49,7 +49,7 @@ import torch
 
 TILE_ROWS = 4  # rows of activations in registers
 PASS_ROWS = 4  # of the matrix, with one row of activations
-MOST_STEPS = 8  # at a time
+MOST_STEPS = 8  # at a time; 1, 2, 4 or 8
 STEP_BYTES = 64  # of the matrix
 AHEAD = 8192  # bytes that are asked for before they are needed
 BLOCK = 64  # columns of activations with a common scale
@@ -64,6 +64,11 @@ CHOICES = ("auto", "cpu", "cuda", "torch")
 def indices(count: int, step: int, repeat: int = 1, first: int = 0) -> str:
     """Write the elements that a `shufflevector` takes: every `step`th from `first`, each `repeat` times."""
     return ", ".join(f"i32 {first + index // repeat * step}" for index in range(count))
+
+
+def interleaved(count: int) -> str:
+    """Write the elements that a `shufflevector` takes: those of two vectors in turns."""
+    return ", ".join(f"i32 {index}, i32 {index + count}" for index in range(count))
 
 
 def llvm_float(value: float) -> str:
@@ -174,6 +179,65 @@ RESULT = """
   %out.index.{j}.{t} = add i64 %out.row.{j}.{t}, %row.{j}
   %out.{j}.{t} = getelementptr float, ptr %out, i64 %out.index.{j}.{t}
   store float %total.{j}.{t}, ptr %out.{j}.{t}"""
+
+# The matrix itself, in float32, for as many activations that multiplying costs more than writing it out: this loop
+# takes the place of the other one, and one of the functions @values below that of a step.
+MATRIX_LOOP = """
+define internal void @multiply(ptr noalias %matrix, ptr noalias %scales, ptr noalias %x, ptr noalias %out,
+                               i64 %first, i64 %last, i64 %outputs) alwaysinline {{
+start:
+  br label %row
+
+row:
+  %r = phi i64 [ %first, %start ], [ %r.next, %row.end ]
+  %scale.offset = mul i64 %r, {groups}
+  %row.scales = getelementptr half, ptr %scales, i64 %scale.offset
+  %row.first = mul i64 %r, {steps}
+  br label %step
+
+step:
+  %i = phi i64 [ 0, %row ], [ %i.next, %step ]
+  %index = add i64 %row.first, %i
+  %offset = mul i64 %index, {step_bytes}
+  %codes = getelementptr i8, ptr %matrix, i64 %offset
+  %some.scales = call <{count} x float> @scales(ptr %row.scales, i64 %i)
+  %scale = shufflevector <{count} x float> %some.scales, <{count} x float> poison, <{columns} x i32> <{lanes}>
+  %values = call <{columns} x float> @values(ptr %codes)
+  %scaled = fmul <{columns} x float> %values, %scale
+  %out.index = mul i64 %index, {columns}
+  %at.out = getelementptr float, ptr %out, i64 %out.index
+  store <{columns} x float> %scaled, ptr %at.out, align 4
+  %i.next = add i64 %i, 1
+  %more = icmp ult i64 %i.next, {steps}
+  br i1 %more, label %step, label %row.end
+
+row.end:
+  %r.next = add i64 %r, 1
+  %unfinished = icmp ult i64 %r.next, %last
+  br i1 %unfinished, label %row, label %end
+
+end:
+  ret void
+}}
+"""
+VALUES_INT4 = f"""
+define internal <128 x float> @values(ptr %codes) alwaysinline {{
+  %bytes = load <64 x i8>, ptr %codes, align 1
+  %even = ashr <64 x i8> %bytes, splat (i8 4)
+  %shifted = shl <64 x i8> %bytes, splat (i8 4)
+  %odd = ashr <64 x i8> %shifted, splat (i8 4)
+  %both = shufflevector <64 x i8> %even, <64 x i8> %odd, <128 x i32> <{interleaved(64)}>
+  %values = sitofp <128 x i8> %both to <128 x float>
+  ret <128 x float> %values
+}}
+"""
+VALUES_INT8 = """
+define internal <64 x float> @values(ptr %codes) alwaysinline {
+  %bytes = load <64 x i8>, ptr %codes, align 1
+  %values = sitofp <64 x i8> %bytes to <64 x float>
+  ret <64 x float> %values
+}
+"""
 
 # 32 products of 16-bit integers, summed in pairs: one instruction where there is one (vpmaddwd, vpdpwssd).
 DOT = f"""
@@ -377,7 +441,7 @@ define internal <16 x float> @widen(<16 x i16> %bits) alwaysinline {
 # The {count} scales of the matrix in the steps that are done at a time.
 SCALES_FUNCTION = """
 define internal <{count} x float> @scales(ptr %scales, i64 %i) alwaysinline {{
-  %first = mul i64 %i, {scales_per_step}
+  %first = mul i64 %i, {per_step}
   %index = udiv i64 %first, {steps_per_scale}
   %at = getelementptr half, ptr %scales, i64 %index
   %half = load <{count} x half>, ptr %at, align 2
@@ -578,6 +642,7 @@ class Kind:
         record_bytes: of the activations in a step.
         record: the LLVM code of a record; None if that is simply the activations in float32.
         most_rows: M up to which the kernels are used; for more, torch has better ways.
+        values: the LLVM code of the matrix in a step, without its scales; None if it has none.
     """
 
     name: str
@@ -586,13 +651,14 @@ class Kind:
     record_bytes: int
     record: str | None
     most_rows: int
+    values: str | None
 
 
 KINDS = {
-    4: Kind("int4", STEP_INT4, 128, 384, RECORD_INT4, 16),
-    8: Kind("int8", STEP_INT8, 64, 192, RECORD_INT8, 16),
-    torch.float16: Kind("float16", STEP_HALF + WIDEN[torch.float16], 32, 128, None, TILE_ROWS),
-    torch.bfloat16: Kind("bfloat16", STEP_HALF + WIDEN[torch.bfloat16], 32, 128, None, TILE_ROWS),
+    4: Kind("int4", STEP_INT4, 128, 384, RECORD_INT4, 16, VALUES_INT4),
+    8: Kind("int8", STEP_INT8, 64, 192, RECORD_INT8, 16, VALUES_INT8),
+    torch.float16: Kind("float16", STEP_HALF + WIDEN[torch.float16], 32, 128, None, TILE_ROWS, None),
+    torch.bfloat16: Kind("bfloat16", STEP_HALF + WIDEN[torch.bfloat16], 32, 128, None, TILE_ROWS, None),
 }
 
 
@@ -618,15 +684,14 @@ def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> s
         tile: rows of activations.
     """
     rows = PASS_ROWS if tile == 1 else PASS_ROWS // 2
-    steps_per_scale, scales_per_step = max(1, steps // max(1, groups)), max(1, groups // steps)
-    unroll = choose_unroll(steps, steps_per_scale, tile)
-    count = max(1, scales_per_step * unroll // steps_per_scale)
+    scaling = Scaling(steps, groups)
+    unroll = scaling.choose_unroll(MOST_STEPS // tile)
     sizes = {
         "unroll": unroll,
         "rows": rows,
         "steps": steps,
         "groups": groups,
-        "count": count,
+        "count": scaling.count(unroll),
         "row_bytes": steps * STEP_BYTES,
         "step_bytes": STEP_BYTES,
         "record_bytes": kind.record_bytes,
@@ -638,8 +703,7 @@ def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> s
 
     products = [write(SCALES, j=j) for j in range(rows)]
     for u in range(unroll):
-        first_lane = u * scales_per_step // steps_per_scale
-        lanes = indices(16, 1, 16 // scales_per_step, first_lane)
+        lanes = scaling.lanes(16, u)
         products.append(write(STEP, u=u))
         products += [write(ACTIVATIONS, u=u, t=t, first_step=t * steps) for t in range(tile)]
         for j in range(rows):
@@ -653,24 +717,62 @@ def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> s
         products="".join(products),
         results="".join(write(RESULT, **one) for one in each),
     )
-    scales = (
-        NO_SCALES
-        if groups == 0
-        else SCALES_FUNCTION.format(count=count, scales_per_step=scales_per_step, steps_per_scale=steps_per_scale)
+    return KERNEL.format(name=name) + kind.step + scaling.write(unroll) + loop
+
+
+def write_matrix(name: str, kind: Kind, steps: int, groups: int) -> str:
+    """Write the LLVM code that writes a matrix out; see `write_kernel`."""
+    scaling = Scaling(steps, groups)
+    loop = MATRIX_LOOP.format(
+        steps=steps,
+        groups=groups,
+        step_bytes=STEP_BYTES,
+        columns=kind.columns,
+        count=scaling.count(1),
+        lanes=scaling.lanes(kind.columns, 0),
     )
-    return KERNEL.format(name=name) + kind.step + scales + loop
+    return KERNEL.format(name=name) + kind.values + scaling.write(1) + loop
 
 
-def choose_unroll(steps: int, steps_per_scale: int, tile: int) -> int:
-    """Choose how many steps to do at a time: a part of a row that has whole scales, or is in one."""
-    fitting = [
-        unroll
-        for unroll in (1, 2, 4, MOST_STEPS)
-        if unroll * tile <= MOST_STEPS
-        and steps % unroll == 0
-        and (unroll % steps_per_scale == 0 or steps_per_scale % unroll == 0)
-    ]
-    return fitting[-1]
+@dataclass(frozen=True)
+class Scaling:
+    """Which scales the steps through a row of the matrix need: `groups` in all `steps`, 0 for none."""
+
+    steps: int
+    groups: int
+
+    @property
+    def per_step(self) -> int:
+        return max(1, self.groups // self.steps)
+
+    @property
+    def steps_per_scale(self) -> int:
+        return max(1, self.steps // max(1, self.groups))
+
+    def choose_unroll(self, most: int) -> int:
+        """Choose how many steps to do at a time: a part of a row that has whole scales, or is in one."""
+        fitting = [
+            unroll
+            for unroll in (1, 2, 4, 8)
+            if unroll <= most
+            and self.steps % unroll == 0
+            and (unroll % self.steps_per_scale == 0 or self.steps_per_scale % unroll == 0)
+        ]
+        return fitting[-1]
+
+    def count(self, unroll: int) -> int:
+        """The scales in this many steps."""
+        return max(1, self.per_step * unroll // self.steps_per_scale)
+
+    def lanes(self, count: int, step: int) -> str:
+        """Write which of the scales of an unrolled step are in the `count` lanes of its `step`th."""
+        return indices(count, 1, count // self.per_step, step * self.per_step // self.steps_per_scale)
+
+    def write(self, unroll: int) -> str:
+        if self.groups == 0:
+            return NO_SCALES
+        count = self.count(unroll)
+        return SCALES_FUNCTION.format(count=count, per_step=self.per_step, steps_per_scale=self.steps_per_scale)
 
 
 def write_records(name: str, kind: Kind) -> str:
@@ -871,6 +973,20 @@ class CpuKernels:
             self.crew.run(kernel, task, threads)
         return out.to(x.dtype)
 
+    def dequantize(
+        self, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Compute the matrix [N, K] that the codes stand for; see `is_regular`."""
+        kind = self.kinds[bits]
+        steps, groups, rows = in_features // kind.columns, count_groups(weight_scale), len(weight)
+        write = partial(write_matrix, kind=kind, steps=steps, groups=groups)
+        kernel = self.compiled(f"{kind.name}_{steps}_{groups}_matrix", write, ctypes.c_void_p)
+        out = torch.empty(rows, in_features)
+        share = max(1, BYTES_PER_SHARE // out[0].nbytes)
+        task = Task(weight.data_ptr(), weight_scale.data_ptr(), None, out.data_ptr(), rows, share)
+        self.crew.run(kernel, task, min(torch.get_num_threads(), -(-rows // share)))
+        return out.to(dtype)
+
 
 def count_groups(weight_scale: torch.Tensor | None) -> int:
     """The scales in a row of the matrix, given all, [N] or [N, n]; 0 without any."""
@@ -884,23 +1000,27 @@ def fits(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | Non
     rows, columns = x.shape
     if x.dtype not in (torch.float32, *WIDEN):  # float64 asks for more
         return False
-    if not 0 < rows <= kind.most_rows or columns == 0 or columns % kind.columns or weight.shape[0] == 0:
-        return False
-    if not weight.is_contiguous() or weight_scale is not None and not weight_scale.is_contiguous():
+    return 0 < rows <= kind.most_rows and is_regular(weight, weight_scale, columns, kind)
+
+
+def is_regular(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> bool:
+    """Whether the kernels can read the matrix: whole steps, and whole scales in a step or whole steps in a scale."""
+    if columns == 0 or columns % kind.columns or weight.shape[0] == 0 or not weight.is_contiguous():
         return False
     if weight_scale is None:
         return True
+    if weight_scale.dtype != torch.float16 or not weight_scale.is_contiguous():
+        return False
     steps, groups = columns // kind.columns, count_groups(weight_scale)
-    return weight_scale.dtype == torch.float16 and (
-        steps % groups == 0 or groups % steps == 0 and 16 % (groups // steps) == 0
-    )
+    return steps % groups == 0 or groups % steps == 0 and 16 % (groups // steps) == 0
 
 
 class CpuProducts:
     """The operators of quantization_kernels.py for CPU tensors.
 
     Args:
-        multiply: the torch way to do what the method of this name does.
+        multiply: the torch way to do what the method of this name does. It takes a function that dequantizes, too, for
+            when there are too many activations for a kernel.
         multiply_half: likewise.
     """
 
@@ -918,10 +1038,15 @@ class CpuProducts:
         transposed: bool,
     ) -> torch.Tensor:
         """See `multiply` in quantization_kernels.py."""
-        kernels = None if transposed or not fits(x, weight, weight_scale, KINDS[bits]) else self.kernels
+        kind = KINDS[bits]
+        kernels = None
+        if x.dtype != torch.float64 and is_regular(weight, weight_scale, in_features, kind):
+            kernels = self.kernels
         if kernels is None:
             return self.torch_multiply(x, weight, weight_scale, bits, in_features, transposed)
-        return kernels.multiply(x, weight, weight_scale, bits)
+        if not transposed and fits(x, weight, weight_scale, kind):
+            return kernels.multiply(x, weight, weight_scale, bits)
+        return self.torch_multiply(x, weight, weight_scale, bits, in_features, transposed, kernels.dequantize)
 
     def multiply_half(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Compute x @ weight.T for [M, K] and a matrix [N, K] of half precision."""
@@ -975,6 +1100,9 @@ class CpuProducts:
             codes = torch.randint(-128, 128, (33, 512 * bits // 8), generator=random).to(torch.int8)
             scale = torch.rand((33, groups) if groups > 1 else (33,), generator=random).sub(0.5).half()
             expected[bits, groups] = codes, scale, self.torch_multiply(x, codes, scale, bits, 512, False)
+            matrix = self.torch_multiply(torch.eye(512), codes, scale, bits, 512, False).T
+            if not torch.equal(kernels.dequantize(codes, scale, bits, 512, torch.float32), matrix):
+                raise KernelError(f"{kernels.kinds[bits].name} with {groups} scales is another matrix.")
         for dtype in WIDEN:
             matrix = torch.randn(33, 512, generator=random).to(dtype)
             expected[dtype, 0] = matrix, None, self.torch_multiply_half(x, matrix.float())

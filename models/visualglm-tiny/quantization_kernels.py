@@ -43,7 +43,8 @@ SCHEMAS = {
     "half_matmul": "(Tensor x, Tensor weight) -> Tensor",
 }
 
-CPU_CHUNK = 2**17  # elements dequantized at a time: half a MiB of float32 stays in a core's cache
+CPU_CHUNK = 2**17  # elements dequantized at a time by torch: half a MiB of float32 stays in a core's cache
+CPU_KERNEL_CHUNK = 2**20  # by a kernel, which needs no room between: large enough for the product to be fast
 DEVICE_CHUNK = 2**26  # elements: few kernel launches, and at most 256 MB
 # Columns of a group that torch's int4 operator takes, and rows it packs as a block.
 PACKABLE_GROUPS = (256, 128, 64, 32)
@@ -91,9 +92,10 @@ def multiply_by_rows(
     A CPU computes in float32 whatever the activations are, which is both faster and more accurate there. `to_matrix` is
     a device's own `dequantize`.
     """
-    on_cpu = x.device.type == "cpu" and to_matrix is None
+    on_cpu = x.device.type == "cpu"
     compute_dtype = torch.promote_types(x.dtype, torch.float32) if on_cpu else x.dtype
-    step = max(1, (CPU_CHUNK if on_cpu else DEVICE_CHUNK) // max(in_features, 1))
+    chunk = DEVICE_CHUNK if not on_cpu else CPU_CHUNK if to_matrix is None else CPU_KERNEL_CHUNK
+    step = max(1, chunk // max(in_features, 1))
     x_compute = x.to(compute_dtype)
     out = x_compute.new_zeros(x.shape[0], in_features if transposed else weight.shape[0])
     for start in range(0, weight.shape[0], step):
@@ -182,7 +184,13 @@ def pack_scales_for_cpu(weight: torch.Tensor, weight_scale: torch.Tensor, group:
 
 
 def multiply_on_cpu(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, transposed: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bits: int,
+    in_features: int,
+    transposed: bool,
+    to_matrix: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The product as in `multiply`. bfloat16 goes through torch's packed operators, which round scales to bfloat16.
 
@@ -195,7 +203,7 @@ def multiply_on_cpu(
         if group is not None:
             packed, scales = packed_matrices.get(weight, weight_scale, group)
             return torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scales)
-    return multiply_by_rows(x, weight, weight_scale, bits, in_features, transposed)
+    return multiply_by_rows(x, weight, weight_scale, bits, in_features, transposed, to_matrix)
 
 
 # The operators
