@@ -29,7 +29,7 @@ from visualglm_hf.cpu_kernels import (
     write_matrix,
 )
 from visualglm_hf.quantization import HalfLinear, QuantizedLinear
-from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows, packed_matrices
+from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows, multiply_on_cpu, packed_matrices
 
 
 pytest.importorskip("llvmlite")
@@ -39,7 +39,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 def make_products() -> CpuProducts:
-    return CpuProducts(multiply_by_rows, nn.functional.linear)
+    return CpuProducts(multiply_on_cpu, nn.functional.linear)
 
 
 PRODUCTS = make_products()  # compiles each kernel once for all tests

@@ -86,16 +86,16 @@ def multiply_by_rows(
     in_features: int,
     transposed: bool,
     to_matrix: Callable[..., torch.Tensor] | None = None,
+    chunk: int = DEVICE_CHUNK,
 ) -> torch.Tensor:
     """The product as in `multiply`, with a few rows of the matrix dequantized at a time, on any device.
 
     A CPU computes in float32 whatever the activations are, which is both faster and more accurate there. `to_matrix` is
-    a device's own `dequantize`.
+    a device's own `dequantize`, for so many elements at a time.
     """
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.device.type == "cpu" and to_matrix is None
     compute_dtype = torch.promote_types(x.dtype, torch.float32) if on_cpu else x.dtype
-    chunk = DEVICE_CHUNK if not on_cpu else CPU_CHUNK if to_matrix is None else CPU_KERNEL_CHUNK
-    step = max(1, chunk // max(in_features, 1))
+    step = max(1, (CPU_CHUNK if on_cpu else chunk) // max(in_features, 1))
     x_compute = x.to(compute_dtype)
     out = x_compute.new_zeros(x.shape[0], in_features if transposed else weight.shape[0])
     for start in range(0, weight.shape[0], step):
@@ -203,7 +203,10 @@ def multiply_on_cpu(
         if group is not None:
             packed, scales = packed_matrices.get(weight, weight_scale, group)
             return torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scales)
-    return multiply_by_rows(x, weight, weight_scale, bits, in_features, transposed, to_matrix)
+    if to_matrix is None:
+        return multiply_by_rows(x, weight, weight_scale, bits, in_features, transposed)
+    arguments = (weight, weight_scale, bits, in_features, transposed, to_matrix, CPU_KERNEL_CHUNK)
+    return multiply_by_rows(x.float(), *arguments).to(x.dtype)
 
 
 # The operators
