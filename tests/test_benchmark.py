@@ -426,7 +426,7 @@ def test_only_single_tokens_go_through_the_compiler(tiny, monkeypatch):
 @pytest.fixture
 def bench(tiny):
     settings = SimpleNamespace(row_seconds=100.0, new_tokens=4)
-    return Bench(settings, tiny, timing.Clock(tiny.device), pace={"prefill": 10.0, "encode": 10.0})
+    return Bench(settings, tiny, timing.Clock(tiny.device), known={"prefill": {64: 640.0}})
 
 
 def test_what_does_not_fit_into_the_memory_is_not_tried(bench, monkeypatch):
@@ -440,6 +440,13 @@ def test_what_would_take_too_long_is_not_tried(bench):
     assert measurements.obstacle(bench, Case("prefill", 1, 400)) is None
     reason = measurements.obstacle(bench, Case("prefill", 64, 400))
     assert reason == "one sample would take about 256 s, --row-seconds is 100"
+
+
+def test_what_a_prompt_takes_however_short_is_not_multiplied_by_its_length():
+    assert measurements.expect({}, 64) == 0
+    assert measurements.expect({64: 640.0}, 128) == 1280
+    assert measurements.expect({64: 1000.0, 128: 1100.0}, 256) == 1300
+    assert measurements.expect({64: 1000.0, 128: 900.0}, 256) == 900
 
 
 def test_what_was_left_out_is_reported_with_its_reason(run_here, monkeypatch):

@@ -37,8 +37,8 @@ class Bench:
     settings: argparse.Namespace
     model: VisualGLMForConditionalGeneration
     clock: Clock
-    # Milliseconds per picture and per token of a prompt, as far as known: how long a larger one will take.
-    pace: dict[str, float] = field(default_factory=dict)
+    # Part -> how many pictures or tokens of a prompt took how many milliseconds, as far as known.
+    known: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def prompts(self, batch: int) -> Prompts:
         return Prompts(self.model, batch)
@@ -55,6 +55,11 @@ class Case:
     batch: int
     context: int = 0
     path: str = ""  # of decoding: "forward" or "generate, … cache"
+
+    @property
+    def units(self) -> int:
+        """Pictures, or tokens of the prompts."""
+        return self.batch if self.part == "encode" else self.batch * self.context
 
     def describe(self) -> str:
         words = [self.part, self.path and f"({self.path})", self.context and f"at {self.context} tokens"]
@@ -85,12 +90,11 @@ def path_name(cache: str) -> str:
 def warm_up(bench: Bench) -> None:
     """Touch every weight once: memory-mapped weights are read from the disk at their first use."""
     announce("warming up")
-    picture, runner = bench.prompts(1).pictures(), bench.runner(1)
-    bench.pace["encode"] = bench.clock(bench.model.get_image_features, picture)[0]
-    context = min(bench.settings.contexts)
-    runner.start(context)
+    prompts = bench.prompts(1)
+    bench.model.get_image_features(prompts.pictures())
+    runner = FilledRunner(ModelEngine(bench.model), prompts, bench.clock)
+    runner.start(min(bench.settings.contexts))
     runner.step()
-    bench.pace["prefill"] = runner.start(context) / context
 
 
 def measure_all(bench: Bench) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -112,15 +116,25 @@ def measure_all(bench: Bench) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 def obstacle(bench: Bench, case: Case) -> str | None:
     """Say why a case cannot be measured; None if it can."""
-    units = case.batch if case.part == "encode" else case.batch * case.context
     needed, free = needed_memory(bench, case), free_memory(bench.clock.device)
     if needed > free:
         return f"needs {needed / GIB:.1f} GiB beside the weights, {free / GIB:.1f} GiB are free"
-    if case.part in bench.pace:
-        seconds = bench.pace[case.part] * units / 1000
-        if seconds > bench.settings.row_seconds:
-            return f"one sample would take about {seconds:,.0f} s, --row-seconds is {bench.settings.row_seconds:g}"
+    seconds = expect(bench.known.get(case.part, {}), case.units) / 1000
+    if seconds > bench.settings.row_seconds:
+        return f"one sample would take about {seconds:,.0f} s, --row-seconds is {bench.settings.row_seconds:g}"
     return None
+
+
+def expect(known: dict[int, float], units: int) -> float:
+    """Return the milliseconds that `units` will take, on the line through the last two that are known; 0 for none."""
+    points = list(known.items())[-2:]
+    if not points:
+        return 0.0
+    last, ms = points[-1]
+    slope = ms / last
+    if len(points) == 2:  # low bits are unpacked once per prompt, however long it is
+        slope = (ms - points[0][1]) / (last - points[0][0])
+    return ms + max(slope, 0.0) * (units - last)
 
 
 def needed_memory(bench: Bench, case: Case) -> float:
@@ -142,15 +156,13 @@ def measure(bench: Bench, case: Case) -> list[float]:
     how = {"repeats": settings.repeats, "seconds": settings.row_seconds}
     if case.part == "encode":
         pictures = bench.prompts(case.batch).pictures()
-        samples = bench.clock.sample(
-            lambda: bench.model.get_image_features(pictures), warmup=max(1, bench.clock.warmup), **how
-        )
-        bench.pace["encode"] = samples[-1] / case.batch
+        samples = bench.clock.sample(lambda: bench.model.get_image_features(pictures), warmup=bench.clock.warmup, **how)
+        bench.known.setdefault("encode", {})[case.units] = samples[-1]
         return samples
     if case.part == "prefill":
         runner = bench.runner(case.batch)
         samples = collect(lambda: runner.start(case.context), warmup=bench.clock.warmup, **how)
-        bench.pace["prefill"] = samples[-1] / (case.batch * case.context)
+        bench.known.setdefault("prefill", {})[case.units] = samples[-1]
         return samples
     if case.path == "forward":
         return measure_forward(bench, case)
