@@ -13,11 +13,11 @@ import pytest
 import torch
 from benchmarking import measurements, timing
 from benchmarking.comparison import DEVIATIONS, ShortStack, check_deviation, deviation
-from benchmarking.engines import FilledRunner, ModelEngine, Prompts, Runner, fill_cache, random_states
+from benchmarking.engines import FilledRunner, ModelEngine, Prompts, fill_cache, random_states
 from benchmarking.growth import measure_growth, plot_growth
 from benchmarking.limits import add_rates
 from benchmarking.machine import public_command
-from benchmarking.measurements import Bench, Case, compiled_step, generate_from
+from benchmarking.measurements import Bench, Case
 from benchmarking.models import TINY, build_model, fill, model_figures
 from benchmarking.peers import parse_peer, run_peer
 from benchmarking.report import read_run, render_page, render_run, write_page, write_run
@@ -398,35 +398,35 @@ def test_every_step_of_a_filled_runner_sees_one_token_more(tiny):
     assert runner.input_ids.shape[1] == 34
 
 
-@torch.no_grad()
-def test_only_single_tokens_go_through_the_compiler(tiny, monkeypatch):
-    calls = []
-
-    def compile_with_notes(forward):
-        def compiled(*args, **kwargs):
-            calls.append(kwargs["input_ids"].shape[1])
-            return forward(*args, **kwargs)
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile_with_notes)
-    prompts = Prompts(tiny, batch=1)
-    cache = StaticCache(config=tiny.config.text_config, max_cache_len=40)
-    with compiled_step(tiny):
-        Runner(ModelEngine(tiny), prompts, timing.Clock(tiny.device)).start(30)
-        assert calls == []
-        assert len(generate_from(tiny, cache, prompts.answered(30), 4, disable_compile=True)) == 3
-    assert calls == [1, 1, 1, 1]
-    assert "forward" not in vars(tiny)
-
-
 # ---------------------------------------------------------------- what is left out
 
 
 @pytest.fixture
 def bench(tiny):
-    settings = SimpleNamespace(row_seconds=100.0, new_tokens=4)
+    settings = SimpleNamespace(row_seconds=100.0, new_tokens=4, repeats=2)
     return Bench(settings, tiny, timing.Clock(tiny.device), known={"prefill": {64: 640.0}})
+
+
+@torch.no_grad()
+def test_the_compiled_step_and_its_cache_are_those_of_generate(bench, monkeypatch):
+    calls = []
+
+    def note(config):
+        def compiled(model, **inputs):
+            calls.append((inputs["input_ids"].shape[1], inputs["past_key_values"].layers[0].max_cache_len))
+            return model(**inputs)
+
+        return compiled
+
+    monkeypatch.setattr(measurements, "compile_call", note)
+    assert len(measurements.measure(bench, Case("decode", 1, 30, "generate, compiled"))) == 4
+    assert set(calls) == {(1, 256)}
+    monkeypatch.setattr("visualglm_hf.modeling_visualglm.compile_call", note)
+    prompts, ours = bench.prompts(1), set(calls)
+    calls.clear()
+    options = {"image_embeds": prompts.image_embeds, "max_new_tokens": 4, "do_sample": False}
+    bench.model.generate(prompts.ids(30), compile=True, **options)
+    assert set(calls) == ours
 
 
 def test_what_does_not_fit_into_the_memory_is_not_tried(bench, monkeypatch):

@@ -6,14 +6,10 @@ What does not fit into the memory, or would take longer than a measurement may, 
 
 - dynamic: a cache that grows by concatenation, transformers' default.
 - static: a cache of the final size, nothing compiled.
-- compiled: the same, and the step for one token goes through `torch.compile`. On an accelerator that is what `generate`
-  does by itself with its static cache; on a CPU it does not, so the model's `forward` is compiled here.
+- compiled: the compiled step and the cache that `generate(compile=True)` takes, which has no place for a filled one.
 """
 
 import argparse
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +20,7 @@ from benchmarking.engines import FilledRunner, ModelEngine, Prompts, Runner, fil
 from benchmarking.models import cache_bytes
 from benchmarking.timing import GIB, Clock, TokenTimes, announce, collect, free_memory, summarise
 from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_hf.compilation import bucket_length, compile_call, resolve_compile_config
 
 
 SPARE_CACHE = 1.1  # times the cache: a layer's keys and values are twice there while they grow
@@ -179,27 +176,25 @@ def measure_forward(bench: Bench, case: Case) -> list[float]:
 def measure_generate(bench: Bench, case: Case) -> list[float]:
     """Decode greedily through `generate`, from a filled cache."""
     model, new_tokens = bench.model, bench.settings.new_tokens
-    is_compiled, is_dynamic = case.path == path_name("compiled"), case.path == path_name("dynamic")
-    config, length = model.config.text_config, case.context + new_tokens + 2
+    config, length, options = model.config.text_config, case.context + new_tokens + 2, {"disable_compile": True}
+    if case.path == path_name("compiled"):
+        torch.compiler.reset()  # or the code for other sizes makes this one's general, and slower
+        options["compiled_call"] = compile_call(resolve_compile_config(True, model.device))
+        length = bucket_length(length, config.max_position_embeddings)
+    is_dynamic = case.path == path_name("dynamic")
     cache = DynamicCache(config=config) if is_dynamic else StaticCache(config=config, max_cache_len=length)
     input_ids = bench.prompts(case.batch).answered(case.context)
-    with compiled_step(model) if is_compiled and model.device.type == "cpu" else nullcontext():
-        if is_compiled or bench.clock.warmup:
-            generate_from(model, cache, input_ids, min(WARMUP_TOKENS, new_tokens + 1), not is_compiled)
-        return generate_from(model, cache, input_ids, new_tokens + 1, not is_compiled, bench.settings.row_seconds)
+    if "compiled_call" in options or bench.clock.warmup:
+        generate_from(model, cache, input_ids, min(WARMUP_TOKENS, new_tokens + 1), **options)
+    return generate_from(model, cache, input_ids, new_tokens + 1, max_time=bench.settings.row_seconds, **options)
 
 
 def generate_from(
-    model: VisualGLMForConditionalGeneration,
-    cache: Cache,
-    input_ids: torch.Tensor,
-    new_tokens: int,
-    disable_compile: bool,
-    seconds: float | None = None,
+    model: VisualGLMForConditionalGeneration, cache: Cache, input_ids: torch.Tensor, new_tokens: int, **options
 ) -> list[float]:
     """Continue [B, S] by `new_tokens` after filling `cache` for all but the last; return the milliseconds per token.
 
-    Fewer if they take more than `seconds`.
+    `options` are `generate`'s; fewer tokens come where they say so.
     """
     batch, length = input_ids.shape
     cache.reset()  # the same object again: graphs that were captured know its tensors
@@ -211,27 +206,7 @@ def generate_from(
         do_sample=False,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
-        disable_compile=disable_compile,
-        max_time=seconds,
         streamer=streamer,
+        **options,
     )
     return streamer.intervals()
-
-
-@contextmanager
-def compiled_step(model: VisualGLMForConditionalGeneration) -> Iterator[None]:
-    """Let calls for one token per row go through `torch.compile`, as `generate` does it on accelerators."""
-    torch.compiler.reset()  # or the graphs of other sizes make this one dynamic
-    eager = model.forward
-    compiled = torch.compile(eager)
-
-    @functools.wraps(eager)
-    def forward(*args, input_ids: torch.Tensor | None = None, **kwargs):
-        is_step = input_ids is not None and input_ids.shape[1] == 1
-        return (compiled if is_step else eager)(*args, input_ids=input_ids, **kwargs)
-
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward

@@ -28,6 +28,7 @@ from benchmarking.peers import Peer, run_peer
 from benchmarking.programs import run_program
 from benchmarking.timing import Clock, announce, digits, memory_figures, summarise
 from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_hf.compilation import resolve_compile_config
 
 
 DOOR = Path(__file__).resolve().parents[1] / "benchmark.py"
@@ -59,6 +60,8 @@ def measure_variant(settings: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     clock = Clock(device)
+    if "compiled" in settings.cache:
+        resolve_compile_config(True, device)  # a compiler is missing now or not at all
     with torch.no_grad():
         announce("building or loading the model")
         load_ms, model = clock(make_model, settings, device)
