@@ -52,6 +52,13 @@ def test_every_room_is_on_the_map():
     assert set(ROOMS) <= set(ARROWS)
 
 
+def test_every_file_has_its_place_in_the_architecture():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:\*\*|`)(\w+)(?:\*\*|`)", text))
+    files = {path.stem for folder in (PACKAGE, SCRIPTS) for path in folder.rglob("*.py")} - {"__init__"}
+    assert sorted(files - named) == []
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_room_imports_only_what_it_may_know(room):
     siblings, packages = imports_of(PACKAGE / f"{room}.py")
