@@ -81,6 +81,16 @@ def test_every_other_command_runs(tiny_original, golden_dir, tmp_path, monkeypat
     assert (tmp_path / "for-sat" / "latest").exists() and (tmp_path / "merged" / "config.json").exists()
 
 
+def test_options_in_the_documents_are_options_of_a_door():
+    doors = [path.read_text(encoding="utf-8") for path in (ROOT / "scripts").rglob("*.py")]
+    doors.append(importlib.import_module("finetune_visualglm").build_parser().format_help())  # it composes some
+    options = set(re.findall(r"[\" ]--([a-z][\w-]+)", "\n".join(doors)))
+    others = {"config_file", "multi_gpu", "num_processes", "nproc_per_node", "trust-remote-code"}  # of launchers
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", document.read_text(encoding="utf-8")))
+        assert named - options - others == set(), document.name
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
