@@ -851,8 +851,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """Derive the positions from the whole sequence at every step.
 
         They are no state of `generate`, which would add 1 to both rows and repeat them along the wrong dimension; so
-        beams, rollbacks and continued caches are right by construction. `assistant_pixel_values` [images, 3, image_size,
-        image_size] are for an assistant alone, which has seen them when its `generate` began.
+        beams, rollbacks and continued caches are right by construction. An assistant has seen its pictures,
+        `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began.
         """
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
