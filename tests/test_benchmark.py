@@ -147,7 +147,9 @@ def test_every_part_was_measured_at_every_batch_and_context(variant):
     assert [row["batch"] for row in rows_of(variant, "encode")] == [1, 2]
     assert [(row["batch"], row["context"]) for row in rows_of(variant, "prefill")] == places
     assert [(row["batch"], row["context"], row["path"]) for row in rows_of(variant, "decode")] == [
-        (*place, path) for place in places for path in paths
+        each
+        for batch in (1, 2)
+        for each in [(batch, 0, "products alone"), *((batch, context, path) for context in (16, 40) for path in paths)]
     ]
     assert all(is_summary(row["ms"], 4 if row["part"] == "decode" else 2) for row in variant["rows"])
     assert variant["skipped"] == []
@@ -525,7 +527,7 @@ def several(peer_command, tmp_path_factory) -> tuple[int, dict, Path]:
 def test_variants_and_peers_are_measured_side_by_side(several):
     _, report, _ = several
     assert [variant["name"] for variant in report["variants"]] == ["fp32", "int4-torch"]
-    assert all(len(rows_of(variant, "decode")) == 4 for variant in report["variants"])
+    assert all(len(rows_of(variant, "decode")) == 5 for variant in report["variants"])
     assert all(variant["limits"]["read_gb_per_s"] > 0 for variant in report["variants"])
     assert [peer["name"] for peer in report["peers"]] == ["llama.cpp"]
     text = render_run(report)

@@ -24,6 +24,7 @@ from visualglm_hf.compilation import bucket_length, compile_call, resolve_compil
 
 
 SPARE_CACHE = 1.1  # times the cache: a layer's keys and values are twice there while they grow
+PRODUCTS = "products alone"  # what is left of a step without all that is around its matrices
 WARMUP_TOKENS = 4  # of `generate`, after which everything is compiled
 
 
@@ -51,7 +52,7 @@ class Case:
     part: str  # "encode", "prefill" or "decode"
     batch: int
     context: int = 0
-    path: str = ""  # of decoding: "forward" or "generate, … cache"
+    path: str = ""  # of decoding: PRODUCTS, "forward" or "generate, … cache"
 
     @property
     def units(self) -> int:
@@ -63,7 +64,8 @@ class Case:
         return " ".join(str(word) for word in (*words, f"batch {self.batch}") if word)
 
     def fields(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name in ("part", "batch") or value}
+        always = ("part", "batch", "context") if self.part == "decode" else ("part", "batch")
+        return {name: value for name, value in vars(self).items() if name in always or value}
 
 
 def list_cases(settings: argparse.Namespace) -> list[Case]:
@@ -76,6 +78,7 @@ def list_cases(settings: argparse.Namespace) -> list[Case]:
         if "prefill" in settings.parts:
             cases += [Case("prefill", batch, context) for context in settings.contexts]
         if "decode" in settings.parts:
+            cases.append(Case("decode", batch, path=PRODUCTS))
             cases += [Case("decode", batch, context, path) for context in settings.contexts for path in paths]
     return cases
 
@@ -161,9 +164,27 @@ def measure(bench: Bench, case: Case) -> list[float]:
         samples = collect(lambda: runner.start(case.context), warmup=bench.clock.warmup, **how)
         bench.known.setdefault("prefill", {})[case.units] = samples[-1]
         return samples
+    if case.path == PRODUCTS:
+        return measure_products(bench, case)
     if case.path == "forward":
         return measure_forward(bench, case)
     return measure_generate(bench, case)
+
+
+def measure_products(bench: Bench, case: Case) -> list[float]:
+    """Multiply with every matrix of a decode step, one after the other, and do nothing else."""
+    model = bench.model
+    layers = [each for each in model.transformer.layers.modules() if isinstance(each, torch.nn.Linear)]
+    layers.append(model.lm_head)
+    widths = {layer.in_features for layer in layers}
+    inputs = {width: torch.randn(case.batch, 1, width, device=model.device).to(model.dtype) for width in widths}
+
+    def multiply() -> None:
+        for layer in layers:
+            layer(inputs[layer.in_features])
+
+    how = {"repeats": bench.settings.new_tokens, "seconds": bench.settings.row_seconds}
+    return bench.clock.sample(multiply, warmup=1, **how)
 
 
 def measure_forward(bench: Bench, case: Case) -> list[float]:
