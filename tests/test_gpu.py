@@ -74,6 +74,20 @@ def test_compiled_static_cache_gives_the_eager_answer(cuda_model, inputs):
     assert torch.equal(eager, compiled)
 
 
+def test_compiled_answers_and_streams_are_the_eager_ones_without_recompiling(tiny_original, tokenizer, pictures):
+    """In this thread and in that of the streams, which record their own CUDA graphs."""
+    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).cuda().eval()
+    options = {"do_sample": False, "max_new_tokens": 16}
+    queries = ("描述这张图片。", "这张图片的背景里有什么内容？")
+    expected = [model.chat(tokenizer, pictures[0], query, **options)[0] for query in queries]
+    model.chat(tokenizer, pictures[0], queries[0], compile=True, **options)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for query, answer in zip(queries, expected, strict=True):
+            assert model.chat(tokenizer, pictures[0], query, compile=True, **options)[0] == answer
+            stream = model.stream_chat(tokenizer, pictures[0], query, compile=True, **options)
+            assert list(stream)[-1][0] == answer
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_left_padded_batch_is_finite(cuda_model, golden, dtype):
     model = cuda_model.to(dtype)
