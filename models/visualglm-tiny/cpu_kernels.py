@@ -25,9 +25,10 @@ The environment variable VISUALGLM_KERNELS says otherwise: "torch" never uses th
 they cannot be used; "auto" is the default.
 
 How it is fast: a decoded token reads every matrix once, so memory is the limit, and the work per byte must hide behind
-it. Matrices are read as they are stored, 64 bytes at a time and 8 KiB ahead. For integer codes the activations become
-16-bit integers with a scale per 64 columns, which costs no measurable accuracy; sums are exact in 32 bits, and scaled
-in float32. Threads take rows of the matrix, a few at a time, from a common supply, without Python.
+it. Matrices are read as they are stored, a few rows beside each other, 64 bytes at a time and 8 KiB ahead. For integer
+codes the activations become 16-bit integers with a scale per 64 columns, which costs no measurable accuracy; sums are
+exact in 32 bits, and scaled in float32. Threads take rows of the matrix, a few at a time, from a common supply,
+without Python. For more activations than that pays for, the matrix is written out in float32, for torch to multiply.
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix.
 """
