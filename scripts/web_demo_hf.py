@@ -7,6 +7,7 @@ This door parses options, loads the model and serves the page; the page is in `s
 
 import argparse
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -36,8 +37,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_port(host: str, port: int) -> None:
+    """Raise an `OSError` if somebody listens there already: now, and not when a large model is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is asked to end; returns its exit code."""
+    check_port(arguments.host, arguments.port)
     from serving.engine import Engine, Limits
     from serving.web import create_page, launch
     from transformers.utils import logging

@@ -72,7 +72,7 @@ def test_each_row_has_the_answer_that_it_has_alone(loaded):
 
 
 def test_a_run_that_is_killed_again_and_again_loses_and_doubles_nothing(loaded, tmp_path):
-    rows = many_rows(400)
+    rows = many_rows(200)
     source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     options = [source, output, "--batch-size", "2", "--temperature", "3"]
     command = [sys.executable, str(DOOR), *map(str, options), "--device", "cpu"]
@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_again_and_again_loses_and_doubles_nothing(loaded, 
     answers = read_lines(output)
     assert [{name: answer[name] for name in rows[0]} for answer in answers] == rows
     in_order = [Row(number, content) for number, content in enumerate(rows, 1)]
-    uninterrupted = answer_all(loaded, in_order, Settings(max_length=2048, temperature=3), max_waiting=400)
+    uninterrupted = answer_all(loaded, in_order, Settings(max_length=2048, temperature=3), max_waiting=200)
     assert [answer["answer"] for answer in answers] == [completion.text for _, completion in uninterrupted]
 
 

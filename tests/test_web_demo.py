@@ -505,6 +505,7 @@ def test_a_port_that_is_taken_is_one_line():
         with open_door("--port", str(taken.getsockname()[1]), script="web_demo_hf.py") as (_, process, log):
             assert process.wait(60) == 2
             assert log.read_text().splitlines()[-1].startswith("error: ")
+            assert "Loading" not in log.read_text()
 
 
 @pytest.mark.parametrize("options", [(), ("--share",)])
