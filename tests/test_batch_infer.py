@@ -71,6 +71,7 @@ def test_each_row_has_the_answer_that_it_has_alone(loaded):
             assert engine.submit(prompt, alone).result() == completion
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_loses_and_doubles_nothing(loaded, tmp_path):
     rows = many_rows(200)
     source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"

@@ -554,6 +554,7 @@ print(peak() - before, sum(tensor.nbytes for tensor in model.state_dict().values
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_quantizing_while_loading_needs_little_more_memory_than_the_result(tmp_path):
     """Resident memory, pages of the checkpoint included: 8 layers, 200 MB of weights in five files."""
