@@ -998,10 +998,12 @@ def count_groups(weight_scale: torch.Tensor | None) -> int:
 
 def fits(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, kind: Kind) -> bool:
     """Whether there is a kernel for the matrix [N, K], its scales [N] or [N, n], and activations [M, K]."""
-    rows, columns = x.shape
-    if x.dtype not in (torch.float32, *WIDEN):  # float64 asks for more
-        return False
-    return 0 < rows <= kind.most_rows and is_regular(weight, weight_scale, columns, kind)
+    return has_few_rows(x, kind) and is_regular(weight, weight_scale, x.shape[1], kind)
+
+
+def has_few_rows(x: torch.Tensor, kind: Kind) -> bool:
+    """Whether a kernel may take the activations; float64 asks for more than it gives."""
+    return x.dtype in (torch.float32, *WIDEN) and 0 < x.shape[0] <= kind.most_rows
 
 
 def is_regular(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> bool:
@@ -1045,7 +1047,7 @@ class CpuProducts:
             kernels = self.kernels
         if kernels is None:
             return self.torch_multiply(x, weight, weight_scale, bits, in_features, transposed)
-        if not transposed and fits(x, weight, weight_scale, kind):
+        if not transposed and has_few_rows(x, kind):
             return kernels.multiply(x, weight, weight_scale, bits)
         return self.torch_multiply(x, weight, weight_scale, bits, in_features, transposed, kernels.dequantize)
 
