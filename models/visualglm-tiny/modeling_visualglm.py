@@ -29,13 +29,18 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
@@ -193,7 +198,7 @@ class VisualGLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rotary: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         prefix: torch.Tensor | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -204,8 +209,8 @@ class VisualGLMAttention(nn.Module):
         # The scores shrink by the layer's number before they exist in half precision and grow back in float32.
         query = query / (self.head_dim**0.5 * (self.layer_idx + 1))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if prefix is not None:  # not in the cache, whose length is then that of the text
             key, value = prepend_prefix(prefix, key, value)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -241,12 +246,12 @@ class VisualGLMBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rotary: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         prefix: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         hidden_states = self.input_layernorm(hidden_states)
-        attended, _ = self.attention(hidden_states, attention_mask, rotary, past_key_values, prefix, **kwargs)
+        attended, _ = self.attention(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
         hidden_states = self.post_attention_layernorm(hidden_states * self.alpha + attended)
         return hidden_states * self.alpha + self.mlp(hidden_states)
 
@@ -258,7 +263,7 @@ class VisualGLMPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisualGLMBlock", "VisualGLMImageEncoder"]  # the latter because residuals cross its parts
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", OLD_NAME]
     # Saved by the original beside each layer and ignored by it: angles are computed from the positions.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
@@ -291,6 +296,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
     def compute_prefix(self, device: torch.device) -> tuple[torch.Tensor, ...] | None:
         return None if self.prefix_encoder is None else self.prefix_encoder(device)
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -299,7 +305,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         inputs_embeds: torch.Tensor,
         glm_position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         **kwargs,
@@ -310,13 +316,13 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             What the prefix encoder returns, if it was asked already; it does not depend on the text.
         """
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
         if attention_mask is None or attention_mask.dim() == 2:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             key_length = past_length + inputs_embeds.shape[1]
-            if past_key_values is not None and past_key_values.is_compileable:
-                key_length = past_key_values.layers[0].max_cache_len
+            if cache is not None and cache.is_compileable:
+                key_length = cache.layers[0].max_cache_len
             attention_mask = build_attention_mask(glm_position_ids, attention_mask, past_length, key_length)
         rotary = compute_rotary(glm_position_ids, self.config, inputs_embeds.dtype)
         if prefix_key_values is None:
@@ -328,31 +334,22 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         hidden_states = inputs_embeds
         for layer_idx, layer in enumerate(self.layers):
             prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
-            hidden_states = layer(hidden_states, attention_mask, rotary, past_key_values, prefix, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
-        )
+            hidden_states = layer(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
+        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
 
 
 @auto_docstring(custom_intro="What [`VisualGLMForConditionalGeneration`] returns.")
 @dataclass
-class VisualGLMCausalLMOutputWithPast(ModelOutput):
+class VisualGLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
         Mean cross-entropy over the labels that are not -100.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Scores of the next token, for the last `logits_to_keep` positions only if that was given.
-    past_key_values (`Cache`, *optional*):
-        The keys and values to continue from.
     image_hidden_states (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
         The soft prompts of the pictures.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -573,6 +570,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """Call the model as always, or through a compiled call of it; `generate` says which for each step."""
         return super().__call__(*args, **kwargs) if compiled_call is None else compiled_call(self, *args, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     @auto_docstring(
         custom_intro="""
@@ -587,7 +585,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
@@ -616,7 +614,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
             prompt_embeds=prompt_embeds,
@@ -636,10 +634,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         return VisualGLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_embeds,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def compute_states(
@@ -722,6 +720,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         ids[:, -2], ids[:, -1] = config.gmask_token_id, config.bos_token_id
         return ids
 
+    @takes_cache
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -730,6 +729,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         pixel_values: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        cache: Cache | None = None,
         compile: bool | CompileConfig = False,
         **kwargs,
     ):
@@ -744,6 +744,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
             inputs_embeds: [B, S, C], instead of `input_ids`; pictures replace what equals the image token's embedding.
+            cache: of a context that was processed before, by this or its older name, past_key_values.
             compile: True to compile the step from token to token, with CUDA graphs on CUDA, on a CPU with its C++
                 compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
                 the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs.
@@ -762,6 +763,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         generation_config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size cannot be used: the context of a prefix-LM must be seen as a whole.")
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         if compile:
             prompt = inputs_embeds if input_ids is None else input_ids
             prompt_length = 0 if prompt is None else prompt.shape[1]
@@ -818,7 +821,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError("A model that is partly offloaded cannot be compiled. Leave compile out.")
         compile_config = resolve_compile_config(compile, self.device)
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "past_key_values"):
+        for name in ("assistant_model", "prompt_lookup_num_tokens", CACHE_NAME):
             if setting(name) is not None:
                 raise ValueError(f"compile has a cache of its own and steps of one token: leave it or {name} out.")
         if setting("use_cache") is False or setting("cache_implementation") not in (None, "static"):
@@ -834,10 +837,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             "disable_compile": True,  # transformers' own way, which there is on CUDA alone
         }
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -856,12 +860,14 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
+        if CACHE_NAME in model_inputs:  # PEFT looks for the prefix of prefix tuning under the older name
+            model_inputs[OLD_NAME] = model_inputs.pop(CACHE_NAME)
         if num_prompt_embeds:
             prompt_ids = self.presumed_input_ids(inputs_embeds[:, :num_prompt_embeds])
             input_ids = torch.cat((prompt_ids, input_ids), dim=1)
@@ -870,26 +876,27 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         glm_position_ids = build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
         model_inputs["glm_position_ids"] = glm_position_ids[..., -current.shape[1] :].contiguous()
         if prompt_embeds is not None:
-            model_inputs |= self.place_prompt(prompt_embeds, input_ids.shape[1] - current.shape[1], past_key_values)
-        is_static = past_key_values is not None and past_key_values.is_compileable
+            model_inputs |= self.place_prompt(prompt_embeds, input_ids.shape[1] - current.shape[1], cache)
+        is_static = cache is not None and cache.is_compileable
         if compiled_call is not None and is_static and not is_first_iteration:  # prompts have all lengths
             model_inputs["compiled_call"] = compiled_call
         return model_inputs
 
-    def place_prompt(self, prompt_embeds: torch.Tensor, start: int, past_key_values: Cache | None) -> dict:
+    def place_prompt(self, prompt_embeds: torch.Tensor, start: int, cache: Cache | None) -> dict:
         """What of `prompt_embeds` [B, S, C] belongs to the tokens from `start` on."""
         if start >= prompt_embeds.shape[1]:
             return {}
         # Prefix tuning keeps its cache where none was wanted, and will cut the input down to its last token.
-        is_cached = start == 0 and past_key_values is not None and past_key_values.get_seq_length() > 0
+        is_cached = start == 0 and cache is not None and cache.get_seq_length() > 0
         return {} if is_cached else {"prompt_embeds": prompt_embeds[:, start:]}
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(
         config: VisualGLMConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache,
+        cache: Cache,
         **kwargs,
     ) -> torch.Tensor | None:
         """The mask of a step with a static cache. `generate`'s own would make the context causal.
@@ -900,7 +907,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         batch_size, query_length = inputs_embeds.shape[:2]
         if query_length > 1:
             return attention_mask
-        past_length, key_length = past_key_values.get_seq_length(), past_key_values.layers[0].max_cache_len
+        past_length, key_length = cache.get_seq_length(), cache.layers[0].max_cache_len
         mask = torch.arange(key_length, device=inputs_embeds.device).expand(batch_size, -1) <= past_length
         if attention_mask is not None:
             mask = mask & F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))

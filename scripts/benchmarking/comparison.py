@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from original_formulation import OriginalFormulation
+from transformers import DynamicCache
 
 from benchmarking.engines import Contestant, Engine, ModelEngine, Prompts, Runner
 from benchmarking.measurements import Bench
@@ -37,7 +38,7 @@ class ShortStack:
         self.shape, self.dtype, self.clock = (batch, model.config.text_config.hidden_size), model.dtype, clock
 
     def start(self, context: int) -> float:
-        self.context, self.length, self.cache = context, context, None
+        self.context, self.length, self.cache = context, context, DynamicCache()
         row = torch.arange(context)
         return self.advance(torch.stack((row.clamp(max=context - 2), (row == context - 1).long())))
 
@@ -50,9 +51,7 @@ class ShortStack:
         batch, hidden_size = self.shape
         states = torch.randn(batch, positions.shape[1], hidden_size).to(self.clock.device, self.dtype)
         positions = positions.expand(batch, -1, -1).to(self.clock.device)
-        ms, outputs = self.clock(self.decoder, states, positions, past_key_values=self.cache, use_cache=True)
-        self.cache = outputs.past_key_values
-        return ms
+        return self.clock(self.decoder, states, positions, cache=self.cache, use_cache=True)[0]
 
 
 class ReferenceProcess:

@@ -64,15 +64,18 @@ class ModelEngine:
     def forget(self) -> None:
         self.cache = None
 
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.text_config)
+
     def fill(self, batch: int, context: int) -> None:
         """Have `context` random tokens in the cache: what follows costs the same as after a prompt of that length."""
-        cache = DynamicCache(config=self.model.config.text_config)
-        self.cache = fill_cache(cache, random_states(self.model, batch, context))
+        self.cache = fill_cache(self.new_cache(), random_states(self.model, batch, context))
 
     def prefill(self, input_ids: torch.Tensor, image_embeds: torch.Tensor | None) -> torch.Tensor:
-        outputs = self.model(input_ids=input_ids, image_embeds=image_embeds, use_cache=True, logits_to_keep=1)
-        self.cache = outputs.past_key_values
-        return outputs.logits
+        self.cache = self.new_cache()
+        return self.model(
+            input_ids=input_ids, image_embeds=image_embeds, cache=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
 
     def decode(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Process the last token of [B, S]. The positions come from the whole sequence, as under `generate`."""
@@ -80,7 +83,7 @@ class ModelEngine:
         return self.model(
             input_ids=input_ids[:, -1:],
             glm_position_ids=positions[..., -1:],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         ).logits
 

@@ -223,7 +223,7 @@ def generate_from(
     streamer = TokenTimes()
     model.generate(
         input_ids,
-        past_key_values=cache,
+        cache=cache,
         do_sample=False,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,

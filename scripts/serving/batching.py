@@ -113,7 +113,7 @@ def prefill(model: PreTrainedModel, rows: Sequence[Row]) -> Batch:
         attention_mask=attention_mask[:, :-1],
         glm_position_ids=build_glm_position_ids(input_ids, attention_mask, config)[..., :-1],
         image_embeds=torch.cat(pictures) if pictures else None,
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         logits_to_keep=1,
     )
@@ -127,7 +127,7 @@ def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], boo
     model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        past_key_values=batch.cache,
+        cache=batch.cache,
         logits_processor=LogitsProcessorList([RowSampler(batch.rows, pad_token_id)]),
         stopping_criteria=StoppingCriteriaList([RowsStop(batch.rows, should_pause)]),
         max_new_tokens=max(row.max_length - len(row.token_ids) for row in batch.rows),
