@@ -254,6 +254,47 @@ def test_the_kernels_are_right_on_older_and_smaller_processors(monkeypatch, proc
     assert torch.equal(products.multiply(*arguments, 4, 768, False), PRODUCTS.multiply(*arguments, 4, 768, False))
 
 
+# What BYTE_DOTS' instructions compute, for processors that lack them.
+DOT_OF_BYTES = f"""
+define internal <16 x i32> @add_dot(<16 x i32> %sum, <64 x i8> %a, <64 x i8> %b) alwaysinline {{
+  %wide.a = zext <64 x i8> %a to <64 x i32>
+  %wide.b = sext <64 x i8> %b to <64 x i32>
+  %products = mul <64 x i32> %wide.a, %wide.b
+  %first = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4)}>
+  %second = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4, first=1)}>
+  %third = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4, first=2)}>
+  %fourth = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4, first=3)}>
+  %half = add <16 x i32> %first, %second
+  %other = add <16 x i32> %third, %fourth
+  %total = add <16 x i32> %half, %other
+  %next = add <16 x i32> %sum, %total
+  ret <16 x i32> %next
+}}
+"""
+
+
+def test_activations_in_two_bytes_make_the_same_sums_as_in_one_word(monkeypatch):
+    feature = next(name for name, has in load_llvm().get_host_cpu_features().items() if has)
+    outs = []
+    for dots in ({feature: DOT_OF_BYTES}, {}):
+        monkeypatch.setattr(cpu_kernels, "BYTE_DOTS", dots)
+        products = make_products()
+        assert products.kernels.kinds[4].name == "_".join(("int4", *dots))
+        arguments = [make_problem(4, 33, 768, groups, rows) for groups in (1, 6, 12, 96) for rows in (1, 3, 5)]
+        outs.append([products.multiply(*problem, 4, 768, False) for problem in arguments])
+    for by_bytes, by_words, problem in zip(*outs, arguments, strict=True):
+        assert torch.equal(by_bytes, by_words)
+        assert is_right(by_bytes, *problem, 4)
+
+
+def test_rows_do_not_depend_on_those_beside_them(kernels):
+    for bits, groups in ((4, 12), (4, 1), (8, 1)):
+        x, codes, scale = make_problem(bits, 33, 768, groups, 7)
+        together = kernels.multiply(x, codes, scale, bits)
+        alone = torch.cat([kernels.multiply(row[None], codes, scale, bits) for row in x])
+        assert torch.equal(together, alone)
+
+
 @pytest.mark.parametrize(
     ("triple", "processor"),
     [
@@ -406,5 +447,5 @@ def test_the_environment_decides(monkeypatch):
 
 
 def test_a_task_is_laid_out_as_the_kernels_read_it():
-    assert [getattr(cpu_kernels.Task, name).offset for name, _ in cpu_kernels.Task._fields_] == list(range(0, 56, 8))
-    assert ctypes.sizeof(cpu_kernels.Task) == 56
+    assert [getattr(cpu_kernels.Task, name).offset for name, _ in cpu_kernels.Task._fields_] == list(range(0, 72, 8))
+    assert ctypes.sizeof(cpu_kernels.Task) == 72

@@ -25,12 +25,14 @@ The environment variable VISUALGLM_KERNELS says otherwise: "torch" never uses th
 they cannot be used; "auto" is the default.
 
 How it is fast: a decoded token reads every matrix once, so memory is the limit, and the work per byte must hide behind
-it. Matrices are read as they are stored, a few rows beside each other, 64 bytes at a time and 8 KiB ahead. For integer
-codes the activations become 16-bit integers with a scale per 64 columns, which costs no measurable accuracy; sums are
-exact in 32 bits, and scaled in float32. Threads take rows of the matrix, a few at a time, from a common supply,
-without Python. For more activations than that pays for, the matrix is written out in float32, for torch to multiply.
+it. Matrices are read as they are stored, from the first byte to the last: processors fetch ahead of a thread that reads
+one row after the other, and not of one that reads several at a time, which halves the speed on some. For integer codes
+the activations become 16-bit integers with a scale per 64 columns, which costs no measurable accuracy; sums are exact in
+32 bits, and scaled in float32. Threads take rows of the matrix, a few at a time, from a common supply, without Python.
+For more activations than that pays for, the matrix is written out in float32, for torch to multiply.
 
-Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix.
+Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A step is 64 bytes
+of a row; a cell is what has a scale of the matrix and a scale of the activations in common, some columns of a step.
 """
 
 import ctypes
@@ -49,12 +51,13 @@ import torch
 
 
 TILE_ROWS = 4  # rows of activations in registers
-PASS_ROWS = 4  # of the matrix, with one row of activations
-MOST_STEPS = 8  # at a time; 1, 2, 4 or 8
+MOST_STEPS = 4  # at a time; 1, 2, 4 or 8
 STEP_BYTES = 64  # of the matrix
-AHEAD = 8192  # bytes that are asked for before they are needed
+AHEAD = 3072  # bytes that are asked for before they are needed
+LANES = 16  # of a sum: a step adds to each of them
 BLOCK = 64  # columns of activations with a common scale
 LARGEST_CODE = 127 * 256 + 127  # of an activation
+ROUND = 1.5 * 2**23  # of float32, whose neighbours are integers
 BYTES_PER_SHARE = 2**17  # of the matrix, taken by a thread at once
 NEEDED_FEATURES = ("avx2", "f16c", "fma")  # of an x86 processor
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")  # as platforms call them
@@ -79,20 +82,24 @@ def llvm_float(value: float) -> str:
 
 # A kernel: what each thread runs until no rows are left. The fields are those of `Task`.
 KERNEL = """
-%task = type {{ ptr, ptr, ptr, ptr, i64, i64, i64 }}
+%task = type {{ ptr, ptr, ptr, ptr, ptr, ptr, i64, i64, i64 }}
 declare i64 @llvm.umin.i64(i64, i64)
 
 define void @{name}(ptr %task) {{
 start:
   %at.scales = getelementptr %task, ptr %task, i64 0, i32 1
   %at.x = getelementptr %task, ptr %task, i64 0, i32 2
-  %at.out = getelementptr %task, ptr %task, i64 0, i32 3
-  %at.outputs = getelementptr %task, ptr %task, i64 0, i32 4
-  %at.share = getelementptr %task, ptr %task, i64 0, i32 5
-  %supply = getelementptr %task, ptr %task, i64 0, i32 6
+  %at.x.scales = getelementptr %task, ptr %task, i64 0, i32 3
+  %at.x.corrections = getelementptr %task, ptr %task, i64 0, i32 4
+  %at.out = getelementptr %task, ptr %task, i64 0, i32 5
+  %at.outputs = getelementptr %task, ptr %task, i64 0, i32 6
+  %at.share = getelementptr %task, ptr %task, i64 0, i32 7
+  %supply = getelementptr %task, ptr %task, i64 0, i32 8
   %matrix = load ptr, ptr %task
   %scales = load ptr, ptr %at.scales
   %x = load ptr, ptr %at.x
+  %x.scales = load ptr, ptr %at.x.scales
+  %x.corrections = load ptr, ptr %at.x.corrections
   %out = load ptr, ptr %at.out
   %outputs = load i64, ptr %at.outputs
   %share = load i64, ptr %at.share
@@ -106,29 +113,33 @@ take:
 work:
   %until = add i64 %first, %share
   %last = call i64 @llvm.umin.i64(i64 %until, i64 %outputs)
-  call void @multiply(ptr %matrix, ptr %scales, ptr %x, ptr %out, i64 %first, i64 %last, i64 %outputs)
+  call void @multiply(ptr %matrix, ptr %scales, ptr %x, ptr %x.scales, ptr %x.corrections, ptr %out,
+                      i64 %first, i64 %last, i64 %outputs)
   br label %take
 
 end:
   ret void
 }}
 """
-# The product of some rows of a matrix with some rows of activations: this loop, and one of the steps below. A pass
-# takes {rows} rows of the matrix (the last of a share again where fewer are left), so that the activations are read
-# once for all of them; and {unroll} steps at a time, which have their scales in common.
+# The product of some rows of a matrix with some rows of activations: this loop, and one of the steps below, {unroll} at a
+# time.
 LOOP = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+{reductions}
 
-define internal void @multiply(ptr noalias %matrix, ptr noalias %scales, ptr noalias %x, ptr noalias %out,
-                               i64 %first, i64 %last, i64 %outputs) alwaysinline {{
+define internal void @multiply(ptr noalias %matrix, ptr noalias %scales, ptr noalias %x, ptr noalias %x.scales,
+                               ptr noalias %x.corrections, ptr noalias %out, i64 %first, i64 %last, i64 %outputs)
+    alwaysinline {{
 start:
-  %final = sub i64 %last, 1
+  %cells = alloca [{tile} x [{cells} x float]], align 64
   br label %row
 
 row:
   %r = phi i64 [ %first, %start ], [ %r.next, %store ]
-{beginnings}
+  %row.offset = mul i64 %r, {row_bytes}
+  %row.codes = getelementptr i8, ptr %matrix, i64 %row.offset
+  %scale.offset = mul i64 %r, {groups}
+  %row.scales = getelementptr half, ptr %scales, i64 %scale.offset
   br label %step
 
 step:
@@ -141,7 +152,7 @@ step:
 
 store:
 {results}
-  %r.next = add i64 %r, {rows}
+  %r.next = add i64 %r, 1
   %unfinished = icmp ult i64 %r.next, %last
   br i1 %unfinished, label %row, label %end
 
@@ -149,43 +160,61 @@ end:
   ret void
 }}
 """
-# The parts of the loop that are there for each row of the matrix, {j}, of activations, {t}, and for each step, {u}.
-ROW = """
-  %count.{j} = add i64 %r, {j}
-  %row.{j} = call i64 @llvm.umin.i64(i64 %count.{j}, i64 %final)
-  %row.offset.{j} = mul i64 %row.{j}, {row_bytes}
-  %row.codes.{j} = getelementptr i8, ptr %matrix, i64 %row.offset.{j}
-  %scale.offset.{j} = mul i64 %row.{j}, {groups}
-  %row.scales.{j} = getelementptr half, ptr %scales, i64 %scale.offset.{j}"""
-SUM = "  %sum.{j}.{t}.0 = phi <16 x float> [ zeroinitializer, %row ], [ %sum.{j}.{t}.{unroll}, %step ]"
-SCALES = "  %scales.{j} = call <{count} x float> @scales(ptr %row.scales.{j}, i64 %i)"
+REDUCTION = "declare float @llvm.vector.reduce.fadd.v{width}f32(float, <{width} x float>)"
+# The parts of the loop that are there for each row of activations, {t}, and for each step, {u}.
+SUM = "  %sum.{t}.0 = phi <16 x float> [ zeroinitializer, %row ], [ %sum.{t}.{unroll}, %step ]"
 STEP = """
   %index.{u} = add i64 %i, {u}
-  %offset.{u} = mul i64 %index.{u}, {step_bytes}"""
-ACTIVATIONS = """
-  %x.index.{u}.{t} = add i64 %index.{u}, {first_step}
-  %x.offset.{u}.{t} = mul i64 %x.index.{u}.{t}, {record_bytes}
-  %x.{u}.{t} = getelementptr i8, ptr %x, i64 %x.offset.{u}.{t}"""
-CODES = """
-  %codes.{u}.{j} = getelementptr i8, ptr %row.codes.{j}, i64 %offset.{u}
-  %ahead.{u}.{j} = getelementptr i8, ptr %codes.{u}.{j}, i64 {ahead}
-  call void @llvm.prefetch.p0(ptr %ahead.{u}.{j}, i32 0, i32 2, i32 1)
-  %scale.{u}.{j} = shufflevector <{count} x float> %scales.{j}, <{count} x float> poison, <16 x i32> <{lanes}>"""
+  %offset.{u} = mul i64 %index.{u}, {step_bytes}
+  %codes.{u} = getelementptr i8, ptr %row.codes, i64 %offset.{u}
+  %ahead.{u} = getelementptr i8, ptr %codes.{u}, i64 {ahead}
+  call void @llvm.prefetch.p0(ptr %ahead.{u}, i32 0, i32 2, i32 1)"""
 PRODUCT = """
-  %sum.{j}.{t}.{next} = call <16 x float> @step(
-      ptr %codes.{u}.{j}, ptr %x.{u}.{t}, <16 x float> %scale.{u}.{j}, <16 x float> %sum.{j}.{t}.{u})"""
+  %x.index.{u}.{t} = add i64 %index.{u}, {first_step}
+  %x.offset.{u}.{t} = mul i64 %x.index.{u}.{t}, {x_bytes}
+  %x.{u}.{t} = getelementptr i8, ptr %x, i64 %x.offset.{u}.{t}
+  %at.scale.{u}.{t} = getelementptr float, ptr %cells, i64 {cell}
+  %scale.{u}.{t} = call <16 x float> @lanes(ptr %at.scale.{u}.{t})
+  %sum.{t}.{next} = call <16 x float> @step(
+      ptr %codes.{u}, ptr %x.{u}.{t}, <16 x float> %scale.{u}.{t}, <16 x float> %sum.{t}.{u})"""
 RESULT = """
-  %total.{j}.{t} = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %sum.{j}.{t}.{unroll})
-  %out.row.{j}.{t} = mul i64 %outputs, {t}
-  %out.index.{j}.{t} = add i64 %out.row.{j}.{t}, %row.{j}
-  %out.{j}.{t} = getelementptr float, ptr %out, i64 %out.index.{j}.{t}
-  store float %total.{j}.{t}, ptr %out.{j}.{t}"""
+  %total.{t} = call reassoc float @llvm.vector.reduce.fadd.v16f32(float {start}, <16 x float> %sum.{t}.{unroll})
+  %out.row.{t} = mul i64 %outputs, {t}
+  %out.index.{t} = add i64 %out.row.{t}, %r
+  %out.{t} = getelementptr float, ptr %out, i64 %out.index.{t}
+  store float %total.{t}, ptr %out.{t}"""
+# The scales of all cells in the steps that are done at a time, of the matrix times of the activations. They go through
+# memory, which the assembly of no instructions makes sure of: a number is loaded into all lanes for nothing, but moving
+# it there from another lane takes an instruction.
+CELLS_OF_MATRIX = """
+  %some.scales = call <{count} x float> @scales(ptr %row.scales, i64 %i)
+  %matrix.scales = shufflevector <{count} x float> %some.scales, <{count} x float> poison, <{cells} x i32> <{repeated}>
+  %cell = mul i64 %i, {cells_per_step}"""
+CELLS = """
+  %cell.{t} = add i64 %cell, {first_cell}
+  %at.x.scales.{t} = getelementptr float, ptr %x.scales, i64 %cell.{t}
+  %x.scales.{t} = load <{cells} x float>, ptr %at.x.scales.{t}, align 4
+  %scales.{t} = fmul <{cells} x float> %matrix.scales, %x.scales.{t}
+  %at.cells.{t} = getelementptr float, ptr %cells, i64 {first}
+  store <{cells} x float> %scales.{t}, ptr %at.cells.{t}, align 4"""
+CELLS_IN_MEMORY = """
+  call void asm sideeffect "", "r,~{{memory}}"(ptr %cells)"""
+# Codes that were made unsigned, code + 8, add 8 times the activations, which is taken off again for each cell as a whole.
+CORRECTION_SUM = "  %correction.{t} = phi <{cells} x float> [ zeroinitializer, %row ], [ %correction.{t}.next, %step ]"
+CORRECTION = """
+  %at.x.corrections.{t} = getelementptr float, ptr %x.corrections, i64 %cell.{t}
+  %x.corrections.{t} = load <{cells} x float>, ptr %at.x.corrections.{t}, align 4
+  %corrections.{t} = fmul contract <{cells} x float> %matrix.scales, %x.corrections.{t}
+  %correction.{t}.next = fadd contract <{cells} x float> %correction.{t}, %corrections.{t}"""
+CORRECTION_RESULT = """
+  %correction.total.{t} = call reassoc float @llvm.vector.reduce.fadd.v{cells}f32(
+      float 0.0, <{cells} x float> %correction.{t}.next)"""
 
 # The matrix itself, in float32, for as many activations that multiplying costs more than writing it out: this loop
 # takes the place of the other one, and one of the functions @values below that of a step.
 MATRIX_LOOP = """
-define internal void @multiply(ptr noalias %matrix, ptr noalias %scales, ptr noalias %x, ptr noalias %out,
-                               i64 %first, i64 %last, i64 %outputs) alwaysinline {{
+define internal void @multiply(ptr noalias %matrix, ptr noalias %scales, ptr %x, ptr %x.scales, ptr %x.corrections,
+                               ptr noalias %out, i64 %first, i64 %last, i64 %outputs) alwaysinline {{
 start:
   br label %row
 
@@ -253,10 +282,8 @@ define internal <16 x i32> @dot(<32 x i16> %a, <32 x i16> %b) alwaysinline {{
 }}
 """
 ADD_SCALED = """
-define internal <16 x float> @add_scaled(
-    <16 x float> %sum, <16 x i32> %dot, <16 x float> %a, <16 x float> %b) alwaysinline {
+define internal <16 x float> @add_scaled(<16 x float> %sum, <16 x i32> %dot, <16 x float> %scale) alwaysinline {
   %value = sitofp <16 x i32> %dot to <16 x float>
-  %scale = fmul <16 x float> %a, %b
   %product = fmul contract <16 x float> %value, %scale
   %next = fadd contract <16 x float> %sum, %product
   ret <16 x float> %next
@@ -264,48 +291,35 @@ define internal <16 x float> @add_scaled(
 """
 
 # 4 bits: 128 columns. A 16-bit word holds the columns 1, 0, 3, 2 of four, from its low bits up. Codes are made
-# unsigned, code + 8, by flipping their highest bit, which takes fewer instructions than keeping the sign; %correction,
-# minus 8 times the sum of the activations, is what that adds.
+# unsigned, code + 8, by flipping their highest bit, which takes fewer instructions than keeping the sign.
 STEP_INT4 = (
     DOT
     + ADD_SCALED
     + """
-define internal <32 x i16> @unsigned(<32 x i16> %words) alwaysinline {
-  %code = and <32 x i16> %words, splat (i16 15)
-  %flipped = xor <32 x i16> %code, splat (i16 8)
-  ret <32 x i16> %flipped
-}
-
 define internal <16 x float> @step(ptr %codes, ptr %x, <16 x float> %scale, <16 x float> %sum) alwaysinline {
-  %word.0 = load <32 x i16>, ptr %codes, align 1
+  %words = load <32 x i16>, ptr %codes, align 1
+  %word.0 = xor <32 x i16> %words, splat (i16 34952)
   %word.1 = lshr <32 x i16> %word.0, splat (i16 4)
   %word.2 = lshr <32 x i16> %word.0, splat (i16 8)
-  %word.3 = lshr <32 x i16> %word.0, splat (i16 12)
-  %code.0 = call <32 x i16> @unsigned(<32 x i16> %word.0)
-  %code.1 = call <32 x i16> @unsigned(<32 x i16> %word.1)
-  %code.2 = call <32 x i16> @unsigned(<32 x i16> %word.2)
-  %code.3 = call <32 x i16> @unsigned(<32 x i16> %word.3)
+  %code.0 = and <32 x i16> %word.0, splat (i16 15)
+  %code.1 = and <32 x i16> %word.1, splat (i16 15)
+  %code.2 = and <32 x i16> %word.2, splat (i16 15)
+  %code.3 = lshr <32 x i16> %word.0, splat (i16 12)
   %at.1 = getelementptr i8, ptr %x, i64 64
   %at.2 = getelementptr i8, ptr %x, i64 128
   %at.3 = getelementptr i8, ptr %x, i64 192
-  %at.correction = getelementptr i8, ptr %x, i64 256
-  %at.scale = getelementptr i8, ptr %x, i64 320
   %x.0 = load <32 x i16>, ptr %at.1, align 4
   %x.1 = load <32 x i16>, ptr %x, align 4
   %x.2 = load <32 x i16>, ptr %at.3, align 4
   %x.3 = load <32 x i16>, ptr %at.2, align 4
-  %correction = load <16 x i32>, ptr %at.correction, align 4
-  %x.scale = load <16 x float>, ptr %at.scale, align 4
   %dot.0 = call <16 x i32> @dot(<32 x i16> %code.0, <32 x i16> %x.0)
   %dot.1 = call <16 x i32> @dot(<32 x i16> %code.1, <32 x i16> %x.1)
   %dot.2 = call <16 x i32> @dot(<32 x i16> %code.2, <32 x i16> %x.2)
   %dot.3 = call <16 x i32> @dot(<32 x i16> %code.3, <32 x i16> %x.3)
-  %total.0 = add <16 x i32> %correction, %dot.0
-  %total.1 = add <16 x i32> %total.0, %dot.1
-  %total.2 = add <16 x i32> %total.1, %dot.2
-  %total.3 = add <16 x i32> %total.2, %dot.3
-  %next = call <16 x float> @add_scaled(
-      <16 x float> %sum, <16 x i32> %total.3, <16 x float> %scale, <16 x float> %x.scale)
+  %total.1 = add <16 x i32> %dot.0, %dot.1
+  %total.2 = add <16 x i32> %dot.2, %dot.3
+  %total = add <16 x i32> %total.1, %total.2
+  %next = call <16 x float> @add_scaled(<16 x float> %sum, <16 x i32> %total, <16 x float> %scale)
   ret <16 x float> %next
 }
 """
@@ -325,22 +339,16 @@ define internal <16 x float> @step(ptr %codes, ptr %x, <16 x float> %scale, <16 
   %at.1 = getelementptr i8, ptr %x, i64 64
   %at.2 = getelementptr i8, ptr %x, i64 128
   %at.3 = getelementptr i8, ptr %x, i64 192
-  %at.correction = getelementptr i8, ptr %x, i64 256
-  %at.scale = getelementptr i8, ptr %x, i64 320
   %x.odd.high = load <64 x i8>, ptr %x, align 4
   %x.even.high = load <64 x i8>, ptr %at.1, align 4
   %x.odd.low = load <64 x i8>, ptr %at.2, align 4
   %x.even.low = load <64 x i8>, ptr %at.3, align 4
-  %correction = load <16 x i32>, ptr %at.correction, align 4
-  %x.scale = load <16 x float>, ptr %at.scale, align 4
   %high.0 = call <16 x i32> @add_dot(<16 x i32> zeroinitializer, <64 x i8> %odd, <64 x i8> %x.odd.high)
   %high.1 = call <16 x i32> @add_dot(<16 x i32> %high.0, <64 x i8> %even, <64 x i8> %x.even.high)
-  %low.0 = call <16 x i32> @add_dot(<16 x i32> %correction, <64 x i8> %odd, <64 x i8> %x.odd.low)
-  %low.1 = call <16 x i32> @add_dot(<16 x i32> %low.0, <64 x i8> %even, <64 x i8> %x.even.low)
   %high = shl <16 x i32> %high.1, splat (i32 8)
-  %total = add <16 x i32> %high, %low.1
-  %next = call <16 x float> @add_scaled(
-      <16 x float> %sum, <16 x i32> %total, <16 x float> %scale, <16 x float> %x.scale)
+  %low.0 = call <16 x i32> @add_dot(<16 x i32> %high, <64 x i8> %odd, <64 x i8> %x.odd.low)
+  %total = call <16 x i32> @add_dot(<16 x i32> %low.0, <64 x i8> %even, <64 x i8> %x.even.low)
+  %next = call <16 x float> @add_scaled(<16 x float> %sum, <16 x i32> %total, <16 x float> %scale)
   ret <16 x float> %next
 }
 """
@@ -385,19 +393,16 @@ STEP_INT8 = (
 define internal <16 x float> @step(ptr %codes, ptr %x, <16 x float> %scale, <16 x float> %sum) alwaysinline {
   %at.codes = getelementptr i8, ptr %codes, i64 32
   %at.x = getelementptr i8, ptr %x, i64 64
-  %at.scale = getelementptr i8, ptr %x, i64 128
   %byte.0 = load <32 x i8>, ptr %codes, align 1
   %byte.1 = load <32 x i8>, ptr %at.codes, align 1
   %code.0 = sext <32 x i8> %byte.0 to <32 x i16>
   %code.1 = sext <32 x i8> %byte.1 to <32 x i16>
   %x.0 = load <32 x i16>, ptr %x, align 4
   %x.1 = load <32 x i16>, ptr %at.x, align 4
-  %x.scale = load <16 x float>, ptr %at.scale, align 4
   %dot.0 = call <16 x i32> @dot(<32 x i16> %code.0, <32 x i16> %x.0)
   %dot.1 = call <16 x i32> @dot(<32 x i16> %code.1, <32 x i16> %x.1)
   %total = add <16 x i32> %dot.0, %dot.1
-  %next = call <16 x float> @add_scaled(
-      <16 x float> %sum, <16 x i32> %total, <16 x float> %scale, <16 x float> %x.scale)
+  %next = call <16 x float> @add_scaled(<16 x float> %sum, <16 x i32> %total, <16 x float> %scale)
   ret <16 x float> %next
 }
 """
@@ -450,26 +455,49 @@ define internal <{count} x float> @scales(ptr %scales, i64 %i) alwaysinline {{
   ret <{count} x float> %value
 }}
 """
-NO_SCALES = """
-define internal <1 x float> @scales(ptr %scales, i64 %i) alwaysinline {
-  ret <1 x float> zeroinitializer
+# The scales of a step's cells, each in the {width} lanes of the sum that belong to it.
+LANES_FUNCTION = """
+define internal <16 x float> @lanes(ptr %cells) alwaysinline {{
+{loads}
+{joins}
+  ret <16 x float> %lanes.16.0
+}}
+"""
+LOAD_LANES = """
+  %at.{c} = getelementptr float, ptr %cells, i64 {c}
+  %scale.{c} = load float, ptr %at.{c}, align 4
+  %first.{c} = insertelement <{width} x float> poison, float %scale.{c}, i64 0
+  %lanes.{width}.{c} = shufflevector <{width} x float> %first.{c}, <{width} x float> poison, <{width} x i32> zeroinitializer"""
+JOIN_LANES = """
+  %lanes.{double}.{c} = shufflevector <{width} x float> %lanes.{width}.{a}, <{width} x float> %lanes.{width}.{b},
+                                      <{double} x i32> <{all}>"""
+NO_LANES = """
+define internal <16 x float> @lanes(ptr %cells) alwaysinline {
+  ret <16 x float> zeroinitializer
 }
 """
 
 
-# Activations as the steps read them: one record for each step. This loop, and one of the functions @record below.
+# Activations as the steps read them: 16-bit codes, and for each cell its scale and, where the codes of the matrix are made
+# unsigned, a correction. This loop, and one of the functions @record below.
 RECORDS = """
-define void @{name}(ptr noalias %x, ptr noalias %records, i64 %count) {{
+define void @{name}(ptr noalias %x, ptr noalias %codes, ptr noalias %scales, ptr noalias %corrections, i64 %count) {{
 start:
   br label %record
 
 record:
   %i = phi i64 [ 0, %start ], [ %i.next, %record ]
-  %x.offset = mul i64 %i, {x_bytes}
-  %record.offset = mul i64 %i, {record_bytes}
-  %at.x = getelementptr i8, ptr %x, i64 %x.offset
-  %at.record = getelementptr i8, ptr %records, i64 %record.offset
-  call void @record(ptr %at.x, ptr %at.record)
+  %first = mul i64 %i, {columns}
+  %at.x = getelementptr float, ptr %x, i64 %first
+  %codes.offset = mul i64 %i, {x_bytes}
+  %at.codes = getelementptr i8, ptr %codes, i64 %codes.offset
+  %recorded = call {{ <{blocks} x float>, <16 x i32> }} @record(ptr %at.x, ptr %at.codes)
+  %block.scales = extractvalue {{ <{blocks} x float>, <16 x i32> }} %recorded, 0
+  %cell.scales = shufflevector <{blocks} x float> %block.scales, <{blocks} x float> poison, <{cells} x i32> <{repeated}>
+  %cell = mul i64 %i, {cells}
+  %at.scales = getelementptr float, ptr %scales, i64 %cell
+  store <{cells} x float> %cell.scales, ptr %at.scales, align 4
+{corrections}
   %i.next = add i64 %i, 1
   %more = icmp ult i64 %i.next, %count
   br i1 %more, label %record, label %end
@@ -479,44 +507,52 @@ end:
 }}
 """
 # 64 columns become 16-bit integers and their scale, the largest / LARGEST_CODE. A block of zeros is divided by
-# something; infinity and NaN are kept, in the scale.
+# something; infinity and NaN are kept, in the scale. Sizes are compared as integers, of which NaN is the largest. ROUND
+# added to a number leaves its nearest integer in the last bits.
 SPLIT = f"""
-declare <64 x float> @llvm.fabs.v64f32(<64 x float>)
-declare float @llvm.vector.reduce.fmaximum.v64f32(<64 x float>)
+declare i32 @llvm.vector.reduce.umax.v64i32(<64 x i32>)
 declare float @llvm.maxnum.f32(float, float)
-declare <64 x float> @llvm.rint.v64f32(<64 x float>)
-declare <64 x i32> @llvm.fptosi.sat.v64i32.v64f32(<64 x float>)
+declare <64 x float> @llvm.fma.v64f32(<64 x float>, <64 x float>, <64 x float>)
 
 define internal {{ <64 x i16>, float }} @split(ptr %x) alwaysinline {{
   %values = load <64 x float>, ptr %x, align 4
-  %sizes = call <64 x float> @llvm.fabs.v64f32(<64 x float> %values)
-  %largest = call float @llvm.vector.reduce.fmaximum.v64f32(<64 x float> %sizes)
+  %bits = bitcast <64 x float> %values to <64 x i32>
+  %sizes = and <64 x i32> %bits, splat (i32 {2**31 - 1})
+  %largest.bits = call i32 @llvm.vector.reduce.umax.v64i32(<64 x i32> %sizes)
+  %largest = bitcast i32 %largest.bits to float
   %scale = fmul float %largest, {llvm_float(1 / LARGEST_CODE)}
   %divisor = call float @llvm.maxnum.f32(float %scale, float {llvm_float(2.0**-126)})
   %factor = fdiv float 1.0, %divisor
   %first = insertelement <64 x float> poison, float %factor, i64 0
   %factors = shufflevector <64 x float> %first, <64 x float> poison, <64 x i32> zeroinitializer
-  %scaled = fmul <64 x float> %values, %factors
-  %rounded = call <64 x float> @llvm.rint.v64f32(<64 x float> %scaled)
-  %integers = call <64 x i32> @llvm.fptosi.sat.v64i32.v64f32(<64 x float> %rounded)
+  %rounded = call <64 x float> @llvm.fma.v64f32(
+      <64 x float> %values, <64 x float> %factors, <64 x float> splat (float {llvm_float(ROUND)}))
+  %integers = bitcast <64 x float> %rounded to <64 x i32>
   %codes = trunc <64 x i32> %integers to <64 x i16>
   %half = insertvalue {{ <64 x i16>, float }} poison, <64 x i16> %codes, 0
   %both = insertvalue {{ <64 x i16>, float }} %half, float %scale, 1
   ret {{ <64 x i16>, float }} %both
 }}
-
-define internal <16 x float> @repeat(float %a, float %b) alwaysinline {{
-  %first = insertelement <2 x float> poison, float %a, i64 0
-  %two = insertelement <2 x float> %first, float %b, i64 1
-  %lanes = shufflevector <2 x float> %two, <2 x float> poison, <16 x i32> <{indices(16, 1, 8)}>
-  ret <16 x float> %lanes
-}}
 """
-# 128 columns: two blocks, and minus 8 times the sum of every eight columns, which is what unsigned codes add.
+# What adds the {cells} corrections of a step, minus 8 times its activations. {folding} makes %sums of those of all lanes.
+RECORD_CORRECTIONS = """
+  %sums.16 = extractvalue {{ <{blocks} x float>, <16 x i32> }} %recorded, 1
+{folding}
+  %values = sitofp <{cells} x i32> %sums.{cells} to <{cells} x float>
+  %factors = fmul <{cells} x float> %cell.scales, splat (float -8.0)
+  %cell.corrections = fmul <{cells} x float> %values, %factors
+  %at.corrections = getelementptr float, ptr %corrections, i64 %cell
+  store <{cells} x float> %cell.corrections, ptr %at.corrections, align 4"""
+FOLD = """
+  %even.{half} = shufflevector <{count} x i32> %sums.{count}, <{count} x i32> poison, <{half} x i32> <{evens}>
+  %odd.{half} = shufflevector <{count} x i32> %sums.{count}, <{count} x i32> poison, <{half} x i32> <{odds}>
+  %sums.{half} = add <{half} x i32> %even.{half}, %odd.{half}"""
+# 128 columns: two blocks. Plane k has the columns k, k + 4, k + 8, …; all planes make the sums of every eight columns.
 SPLIT_INT4 = (
     SPLIT
+    + DOT
     + f"""
-define internal {{ <128 x i16>, <16 x float> }} @split_both(ptr %x) alwaysinline {{
+define internal {{ <128 x i16>, <2 x float> }} @split_both(ptr %x) alwaysinline {{
   %x.b = getelementptr i8, ptr %x, i64 256
   %a = call {{ <64 x i16>, float }} @split(ptr %x)
   %b = call {{ <64 x i16>, float }} @split(ptr %x.b)
@@ -525,65 +561,73 @@ define internal {{ <128 x i16>, <16 x float> }} @split_both(ptr %x) alwaysinline
   %scale.a = extractvalue {{ <64 x i16>, float }} %a, 1
   %scale.b = extractvalue {{ <64 x i16>, float }} %b, 1
   %codes = shufflevector <64 x i16> %codes.a, <64 x i16> %codes.b, <128 x i32> <{indices(128, 1)}>
-  %scale = call <16 x float> @repeat(float %scale.a, float %scale.b)
-  %half = insertvalue {{ <128 x i16>, <16 x float> }} poison, <128 x i16> %codes, 0
-  %both = insertvalue {{ <128 x i16>, <16 x float> }} %half, <16 x float> %scale, 1
-  ret {{ <128 x i16>, <16 x float> }} %both
+  %scale = insertelement <2 x float> poison, float %scale.a, i64 0
+  %scales = insertelement <2 x float> %scale, float %scale.b, i64 1
+  %half = insertvalue {{ <128 x i16>, <2 x float> }} poison, <128 x i16> %codes, 0
+  %both = insertvalue {{ <128 x i16>, <2 x float> }} %half, <2 x float> %scales, 1
+  ret {{ <128 x i16>, <2 x float> }} %both
 }}
 
-define internal <16 x i32> @correct(<128 x i16> %codes) alwaysinline {{
+define internal <32 x i16> @plane(<128 x i16> %codes, i64 %k) alwaysinline {{
+  %fours = bitcast <128 x i16> %codes to <32 x i64>
+  %bits = mul i64 %k, 16
+  %first = insertelement <32 x i64> poison, i64 %bits, i64 0
+  %shift = shufflevector <32 x i64> %first, <32 x i64> poison, <32 x i32> zeroinitializer
+  %shifted = lshr <32 x i64> %fours, %shift
+  %plane = trunc <32 x i64> %shifted to <32 x i16>
+  ret <32 x i16> %plane
+}}
+
+define internal {{ <2 x float>, <16 x i32> }} @with_sums(<2 x float> %scales, <128 x i16> %codes) alwaysinline {{
   %sum.0 = add <16 x i32> zeroinitializer, zeroinitializer
 """
     + "".join(
         f"""
-  %part.{k} = shufflevector <128 x i16> %codes, <128 x i16> poison, <16 x i32> <{indices(16, 8, first=k)}>
-  %wide.{k} = sext <16 x i16> %part.{k} to <16 x i32>
-  %sum.{k + 1} = add <16 x i32> %sum.{k}, %wide.{k}"""
-        for k in range(8)
+  %plane.{k} = call <32 x i16> @plane(<128 x i16> %codes, i64 {k})
+  %pairs.{k} = call <16 x i32> @dot(<32 x i16> %plane.{k}, <32 x i16> splat (i16 1))
+  %sum.{k + 1} = add <16 x i32> %sum.{k}, %pairs.{k}"""
+        for k in range(4)
     )
     + """
-  %correction = mul <16 x i32> %sum.8, splat (i32 -8)
-  ret <16 x i32> %correction
+  %half = insertvalue { <2 x float>, <16 x i32> } poison, <2 x float> %scales, 0
+  %both = insertvalue { <2 x float>, <16 x i32> } %half, <16 x i32> %sum.4, 1
+  ret { <2 x float>, <16 x i32> } %both
 }
 """
 )
 RECORD_INT4 = (
     SPLIT_INT4
-    + f"""
-define internal void @record(ptr %x, ptr %record) alwaysinline {{
-  %both = call {{ <128 x i16>, <16 x float> }} @split_both(ptr %x)
-  %codes = extractvalue {{ <128 x i16>, <16 x float> }} %both, 0
-  %scale = extractvalue {{ <128 x i16>, <16 x float> }} %both, 1
-  %plane.0 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4)}>
-  %plane.1 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4, first=1)}>
-  %plane.2 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4, first=2)}>
-  %plane.3 = shufflevector <128 x i16> %codes, <128 x i16> poison, <32 x i32> <{indices(32, 4, first=3)}>
-  %correction = call <16 x i32> @correct(<128 x i16> %codes)
-  %at.1 = getelementptr i8, ptr %record, i64 64
-  %at.2 = getelementptr i8, ptr %record, i64 128
-  %at.3 = getelementptr i8, ptr %record, i64 192
-  %at.correction = getelementptr i8, ptr %record, i64 256
-  %at.scale = getelementptr i8, ptr %record, i64 320
-  store <32 x i16> %plane.0, ptr %record, align 4
-  store <32 x i16> %plane.1, ptr %at.1, align 4
-  store <32 x i16> %plane.2, ptr %at.2, align 4
-  store <32 x i16> %plane.3, ptr %at.3, align 4
-  store <16 x i32> %correction, ptr %at.correction, align 4
-  store <16 x float> %scale, ptr %at.scale, align 4
-  ret void
-}}
+    + """
+define internal { <2 x float>, <16 x i32> } @record(ptr %x, ptr %record) alwaysinline {
+  %both = call { <128 x i16>, <2 x float> } @split_both(ptr %x)
+  %codes = extractvalue { <128 x i16>, <2 x float> } %both, 0
+  %scales = extractvalue { <128 x i16>, <2 x float> } %both, 1
+"""
+    + "".join(
+        f"""
+  %at.{k} = getelementptr i8, ptr %record, i64 {64 * k}
+  %plane.{k} = call <32 x i16> @plane(<128 x i16> %codes, i64 {k})
+  store <32 x i16> %plane.{k}, ptr %at.{k}, align 4"""
+        for k in range(4)
+    )
+    + """
+  %result = call { <2 x float>, <16 x i32> } @with_sums(<2 x float> %scales, <128 x i16> %codes)
+  ret { <2 x float>, <16 x i32> } %result
+}
 """
 )
 # x = 256 high + low, both signed, which is why LARGEST_CODE is a little less than 16 bits could hold.
 RECORD_INT4_BYTES = (
     SPLIT_INT4
-    + f"""
-define internal void @record(ptr %x, ptr %record) alwaysinline {{
-  %both = call {{ <128 x i16>, <16 x float> }} @split_both(ptr %x)
-  %codes = extractvalue {{ <128 x i16>, <16 x float> }} %both, 0
-  %scale = extractvalue {{ <128 x i16>, <16 x float> }} %both, 1
-  %odd = shufflevector <128 x i16> %codes, <128 x i16> poison, <64 x i32> <{indices(64, 2, first=1)}>
-  %even = shufflevector <128 x i16> %codes, <128 x i16> poison, <64 x i32> <{indices(64, 2)}>
+    + """
+define internal { <2 x float>, <16 x i32> } @record(ptr %x, ptr %record) alwaysinline {
+  %both = call { <128 x i16>, <2 x float> } @split_both(ptr %x)
+  %codes = extractvalue { <128 x i16>, <2 x float> } %both, 0
+  %scales = extractvalue { <128 x i16>, <2 x float> } %both, 1
+  %twos = bitcast <128 x i16> %codes to <64 x i32>
+  %high.halves = lshr <64 x i32> %twos, splat (i32 16)
+  %odd = trunc <64 x i32> %high.halves to <64 x i16>
+  %even = trunc <64 x i32> %twos to <64 x i16>
   %odd.low = trunc <64 x i16> %odd to <64 x i8>
   %even.low = trunc <64 x i16> %even to <64 x i8>
   %odd.rounded = add <64 x i16> %odd, splat (i16 128)
@@ -592,34 +636,29 @@ define internal void @record(ptr %x, ptr %record) alwaysinline {{
   %even.shifted = ashr <64 x i16> %even.rounded, splat (i16 8)
   %odd.high = trunc <64 x i16> %odd.shifted to <64 x i8>
   %even.high = trunc <64 x i16> %even.shifted to <64 x i8>
-  %correction = call <16 x i32> @correct(<128 x i16> %codes)
   %at.1 = getelementptr i8, ptr %record, i64 64
   %at.2 = getelementptr i8, ptr %record, i64 128
   %at.3 = getelementptr i8, ptr %record, i64 192
-  %at.correction = getelementptr i8, ptr %record, i64 256
-  %at.scale = getelementptr i8, ptr %record, i64 320
   store <64 x i8> %odd.high, ptr %record, align 4
   store <64 x i8> %even.high, ptr %at.1, align 4
   store <64 x i8> %odd.low, ptr %at.2, align 4
   store <64 x i8> %even.low, ptr %at.3, align 4
-  store <16 x i32> %correction, ptr %at.correction, align 4
-  store <16 x float> %scale, ptr %at.scale, align 4
-  ret void
-}}
+  %result = call { <2 x float>, <16 x i32> } @with_sums(<2 x float> %scales, <128 x i16> %codes)
+  ret { <2 x float>, <16 x i32> } %result
+}
 """
 )
 RECORD_INT8 = (
     SPLIT
     + """
-define internal void @record(ptr %x, ptr %record) alwaysinline {
+define internal { <1 x float>, <16 x i32> } @record(ptr %x, ptr %record) alwaysinline {
   %a = call { <64 x i16>, float } @split(ptr %x)
   %codes = extractvalue { <64 x i16>, float } %a, 0
-  %one.scale = extractvalue { <64 x i16>, float } %a, 1
-  %scale = call <16 x float> @repeat(float %one.scale, float %one.scale)
-  %at.scale = getelementptr i8, ptr %record, i64 128
+  %scale = extractvalue { <64 x i16>, float } %a, 1
   store <64 x i16> %codes, ptr %record, align 4
-  store <16 x float> %scale, ptr %at.scale, align 4
-  ret void
+  %scales = insertelement <1 x float> poison, float %scale, i64 0
+  %result = insertvalue { <1 x float>, <16 x i32> } poison, <1 x float> %scales, 0
+  ret { <1 x float>, <16 x i32> } %result
 }
 """
 )
@@ -640,26 +679,33 @@ class Kind:
         name: of the kernels.
         step: the LLVM code of a step.
         columns: of the matrix in a step.
-        record_bytes: of the activations in a step.
+        x_bytes: of the activations in a step.
         record: the LLVM code of a record; None if that is simply the activations in float32.
         most_rows: M up to which the kernels are used; for more, torch has better ways.
         values: the LLVM code of the matrix in a step, without its scales; None if it has none.
+        is_offset: whether a step multiplies with 8 more than the codes.
     """
 
     name: str
     step: str
     columns: int
-    record_bytes: int
+    x_bytes: int
     record: str | None
     most_rows: int
     values: str | None
+    is_offset: bool
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of activations in a step."""
+        return self.columns // BLOCK
 
 
 KINDS = {
-    4: Kind("int4", STEP_INT4, 128, 384, RECORD_INT4, 16, VALUES_INT4),
-    8: Kind("int8", STEP_INT8, 64, 192, RECORD_INT8, 16, VALUES_INT8),
-    torch.float16: Kind("float16", STEP_HALF + WIDEN[torch.float16], 32, 128, None, TILE_ROWS, None),
-    torch.bfloat16: Kind("bfloat16", STEP_HALF + WIDEN[torch.bfloat16], 32, 128, None, TILE_ROWS, None),
+    4: Kind("int4", STEP_INT4, 128, 256, RECORD_INT4, 16, VALUES_INT4, True),
+    8: Kind("int8", STEP_INT8, 64, 128, RECORD_INT8, 16, VALUES_INT8, False),
+    torch.float16: Kind("float16", STEP_HALF + WIDEN[torch.float16], 32, 128, None, TILE_ROWS, None, False),
+    torch.bfloat16: Kind("bfloat16", STEP_HALF + WIDEN[torch.bfloat16], 32, 128, None, TILE_ROWS, None, False),
 }
 
 
@@ -684,61 +730,78 @@ def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> s
         groups: scales in a row of the matrix; 0 for none.
         tile: rows of activations.
     """
-    rows = PASS_ROWS if tile == 1 else PASS_ROWS // 2
-    scaling = Scaling(steps, groups)
-    unroll = scaling.choose_unroll(MOST_STEPS // tile)
+    scaling = Scaling(kind, steps, groups)
+    unroll = scaling.choose_unroll()
+    cells_per_step, cells, count = scaling.cells_per_step, unroll * scaling.cells_per_step, scaling.count(unroll)
     sizes = {
+        "tile": tile,
         "unroll": unroll,
-        "rows": rows,
         "steps": steps,
         "groups": groups,
-        "count": scaling.count(unroll),
+        "count": count,
+        "cells": cells,
+        "cells_per_step": cells_per_step,
+        "repeated": indices(cells, 1, cells // count),
         "row_bytes": steps * STEP_BYTES,
         "step_bytes": STEP_BYTES,
-        "record_bytes": kind.record_bytes,
+        "x_bytes": kind.x_bytes,
         "ahead": AHEAD,
     }
+    tiles = [
+        {
+            "t": t,
+            "first_step": t * steps,
+            "first_cell": t * steps * cells_per_step,
+            "first": t * cells,
+            "start": f"%correction.total.{t}" if kind.is_offset else "0.0",
+        }
+        for t in range(tile)
+    ]
 
-    def write(part: str, **more: int | str) -> str:
-        return part.format(**sizes, **more)
+    def write(*parts: str, **more: int | str) -> list[str]:
+        return [part.format(**sizes, **more) for part in parts]
 
-    products = [write(SCALES, j=j) for j in range(rows)]
+    def write_tiles(*parts: str) -> list[str]:
+        return [text for one in tiles for text in write(*parts, **one)]
+
+    corrections = [CORRECTION] if kind.is_offset else []
+    products = []
+    if groups:
+        products += [*write(CELLS_OF_MATRIX), *write_tiles(CELLS, *corrections), *write(CELLS_IN_MEMORY)]
     for u in range(unroll):
-        lanes = scaling.lanes(16, u)
-        products.append(write(STEP, u=u))
-        products += [write(ACTIVATIONS, u=u, t=t, first_step=t * steps) for t in range(tile)]
-        for j in range(rows):
-            products.append(write(CODES, u=u, j=j, lanes=lanes))
-            products += [write(PRODUCT, u=u, j=j, t=t, next=u + 1) for t in range(tile)]
-    each = [{"j": j, "t": t} for j in range(rows) for t in range(tile)]
-    loop = write(
-        LOOP,
-        beginnings="".join(write(ROW, j=j) for j in range(rows)),
-        sums="\n".join(write(SUM, **one) for one in each),
+        products += write(STEP, u=u)
+        for one in tiles:
+            products += write(PRODUCT, u=u, next=u + 1, cell=one["first"] + u * cells_per_step, **one)
+    loop = LOOP.format(
+        **sizes,
+        reductions="\n".join(REDUCTION.format(width=width) for width in sorted({LANES, cells})),
+        sums="\n".join(write_tiles(SUM, *([CORRECTION_SUM] if corrections else []))),
         products="".join(products),
-        results="".join(write(RESULT, **one) for one in each),
+        results="".join(write_tiles(*([CORRECTION_RESULT] if corrections else []), RESULT)),
     )
     return KERNEL.format(name=name) + kind.step + scaling.write(unroll) + loop
 
 
 def write_matrix(name: str, kind: Kind, steps: int, groups: int) -> str:
     """Write the LLVM code that writes a matrix out; see `write_kernel`."""
-    scaling = Scaling(steps, groups)
+    scaling = Scaling(kind, steps, groups)
+    count = scaling.count(1)
     loop = MATRIX_LOOP.format(
         steps=steps,
         groups=groups,
         step_bytes=STEP_BYTES,
         columns=kind.columns,
-        count=scaling.count(1),
-        lanes=scaling.lanes(kind.columns, 0),
+        count=count,
+        lanes=indices(kind.columns, 1, kind.columns // count),
     )
     return KERNEL.format(name=name) + kind.values + scaling.write(1) + loop
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Which scales the steps through a row of the matrix need: `groups` in all `steps`, 0 for none."""
+    """Which scales the steps through a row of a matrix need: `groups` in all `steps`, 0 for none."""
 
+    kind: Kind
     steps: int
     groups: int
 
@@ -750,12 +813,16 @@ class Scaling:
     def steps_per_scale(self) -> int:
         return max(1, self.steps // max(1, self.groups))
 
-    def choose_unroll(self, most: int) -> int:
+    @property
+    def cells_per_step(self) -> int:
+        return max(self.kind.blocks, self.per_step)
+
+    def choose_unroll(self) -> int:
         """Choose how many steps to do at a time: a part of a row that has whole scales, or is in one."""
         fitting = [
             unroll
             for unroll in (1, 2, 4, 8)
-            if unroll <= most
+            if unroll <= MOST_STEPS
             and self.steps % unroll == 0
             and (unroll % self.steps_per_scale == 0 or self.steps_per_scale % unroll == 0)
         ]
@@ -765,20 +832,44 @@ class Scaling:
         """The scales in this many steps."""
         return max(1, self.per_step * unroll // self.steps_per_scale)
 
-    def lanes(self, count: int, step: int) -> str:
-        """Write which of the scales of an unrolled step are in the `count` lanes of its `step`th."""
-        return indices(count, 1, count // self.per_step, step * self.per_step // self.steps_per_scale)
-
     def write(self, unroll: int) -> str:
+        """Write the functions @scales and @lanes."""
         if self.groups == 0:
-            return NO_SCALES
-        count = self.count(unroll)
-        return SCALES_FUNCTION.format(count=count, per_step=self.per_step, steps_per_scale=self.steps_per_scale)
+            return NO_LANES
+        sizes = {"per_step": self.per_step, "steps_per_scale": self.steps_per_scale, "count": self.count(unroll)}
+        return SCALES_FUNCTION.format(**sizes) + write_lanes(self.cells_per_step)
 
 
-def write_records(name: str, kind: Kind) -> str:
-    """Write the LLVM code that makes records of activations."""
-    return kind.record + RECORDS.format(name=name, x_bytes=4 * kind.columns, record_bytes=kind.record_bytes)
+def write_lanes(cells: int) -> str:
+    """Write the function @lanes for so many cells in a step."""
+    width = LANES // cells
+    loads, joins = "".join(LOAD_LANES.format(c=c, width=width) for c in range(cells)), ""
+    while width < LANES:
+        for c in range(LANES // width // 2):
+            all_of_both = indices(2 * width, 1)
+            joins += JOIN_LANES.format(c=c, a=2 * c, b=2 * c + 1, width=width, double=2 * width, all=all_of_both)
+        width *= 2
+    return LANES_FUNCTION.format(loads=loads, joins=joins)
+
+
+def write_records(name: str, kind: Kind, cells: int) -> str:
+    """Write the LLVM code that makes records of activations for so many cells in a step."""
+    folding, count = "", LANES
+    while count > cells:
+        half = count // 2
+        folding += FOLD.format(count=count, half=half, evens=indices(half, 2), odds=indices(half, 2, first=1))
+        count = half
+    corrections = RECORD_CORRECTIONS.format(folding=folding, blocks=kind.blocks, cells=cells)
+    loop = RECORDS.format(
+        name=name,
+        columns=kind.columns,
+        x_bytes=kind.x_bytes,
+        blocks=kind.blocks,
+        cells=cells,
+        repeated=indices(cells, 1, cells // kind.blocks),
+        corrections=corrections if kind.is_offset else "",
+    )
+    return kind.record + loop
 
 
 def load_llvm():
@@ -845,13 +936,23 @@ class Function(NamedTuple):
     call: Callable[..., None]
 
 
+class Tile(NamedTuple):
+    """Some rows of activations, which a kernel takes together; bytes that come before theirs."""
+
+    kernel: Function
+    x: int
+    cells: int
+    out: int
+
+
 class Plan(NamedTuple):
     """How activations [M, K] and a matrix [N, K] of some form are multiplied."""
 
     record: Function | None  # None for activations that are read as they are
     steps: int  # in all rows of the activations
-    record_bytes: int  # of all rows of the activations
-    tiles: tuple[tuple[Function, int, int], ...]  # kernel, and the bytes before the tile: of records, of results
+    x_bytes: int  # of the codes in all rows of the activations
+    cells_bytes: int  # of the scales of their cells, and of the corrections
+    tiles: tuple[Tile, ...]
     share: int  # rows of the matrix that a thread takes at once
     most_threads: int
 
@@ -863,6 +964,8 @@ class Task(ctypes.Structure):
         ("matrix", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
+        ("x_scales", ctypes.c_void_p),
+        ("x_corrections", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
         ("share", ctypes.c_int64),  # as in `Plan`
@@ -934,19 +1037,31 @@ class CpuKernels:
         """Plan a product of `rows` rows of activations with a matrix; see `multiply`."""
         kind = self.kinds[form]
         steps = columns // kind.columns
+        cells = Scaling(kind, steps, groups).cells_per_step
+        cells_bytes = steps * cells * torch.float32.itemsize  # of a row
         tiles = []
         for first in range(0, rows, TILE_ROWS):
             tile = min(TILE_ROWS, rows - first)
             write = partial(write_kernel, kind=kind, steps=steps, groups=groups, tile=tile)
             kernel = self.compiled(f"{kind.name}_{steps}_{groups}_{tile}", write, ctypes.c_void_p)
-            tiles.append((kernel, first * steps * kind.record_bytes, first * outputs * torch.float32.itemsize))
+            before = (steps * kind.x_bytes, cells_bytes, outputs * torch.float32.itemsize)
+            tiles.append(Tile(kernel, *(first * row_bytes for row_bytes in before)))
         record = None
         if kind.record is not None:
-            write, arguments = partial(write_records, kind=kind), (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-            record = self.compiled(f"{kind.name}_records", write, *arguments)
+            arguments = (*[ctypes.c_void_p] * 4, ctypes.c_int64)
+            record = self.compiled(
+                f"{kind.name}_{cells}_records", partial(write_records, kind=kind, cells=cells), *arguments
+            )
         share = max(1, BYTES_PER_SHARE // (steps * STEP_BYTES))
-        record_bytes = rows * steps * kind.record_bytes
-        return Plan(record, rows * steps, record_bytes, tuple(tiles), share, most_threads=-(-outputs // share))
+        return Plan(
+            record,
+            rows * steps,
+            rows * steps * kind.x_bytes,
+            rows * cells_bytes,
+            tuple(tiles),
+            share,
+            most_threads=-(-outputs // share),
+        )
 
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, form: int | torch.dtype
@@ -961,17 +1076,20 @@ class CpuKernels:
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.make_plan(*key)
-        records = x.float().contiguous()
+        values = x.float().contiguous()
+        at_x, at_scales, at_corrections = values.data_ptr(), 0, 0
         if plan.record is not None:
-            values, records = records, torch.empty(plan.record_bytes, dtype=torch.uint8)
-            plan.record.call(values.data_ptr(), records.data_ptr(), plan.steps)
+            records = torch.empty(plan.x_bytes + 2 * plan.cells_bytes, dtype=torch.uint8)
+            at_x = records.data_ptr()
+            at_scales = at_x + plan.x_bytes
+            at_corrections = at_scales + plan.cells_bytes
+            plan.record.call(values.data_ptr(), at_x, at_scales, at_corrections, plan.steps)
         out = torch.empty(rows, outputs)
         matrix, scales = weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr()
-        at_records, at_out = records.data_ptr(), out.data_ptr()
-        threads = min(torch.get_num_threads(), plan.most_threads)
-        for kernel, record_offset, out_offset in plan.tiles:
-            task = Task(matrix, scales, at_records + record_offset, at_out + out_offset, outputs, plan.share)
-            self.crew.run(kernel, task, threads)
+        at_out, threads = out.data_ptr(), min(torch.get_num_threads(), plan.most_threads)
+        for kernel, x_bytes, cells_bytes, out_bytes in plan.tiles:
+            x_parts = (at_x + x_bytes, at_scales + cells_bytes, at_corrections + cells_bytes)
+            self.crew.run(kernel, Task(matrix, scales, *x_parts, at_out + out_bytes, outputs, plan.share), threads)
         return out.to(x.dtype)
 
     def dequantize(
@@ -984,7 +1102,7 @@ class CpuKernels:
         kernel = self.compiled(f"{kind.name}_{steps}_{groups}_matrix", write, ctypes.c_void_p)
         out = torch.empty(rows, in_features)
         share = max(1, BYTES_PER_SHARE // out[0].nbytes)
-        task = Task(weight.data_ptr(), weight_scale.data_ptr(), None, out.data_ptr(), rows, share)
+        task = Task(weight.data_ptr(), weight_scale.data_ptr(), None, None, None, out.data_ptr(), rows, share)
         self.crew.run(kernel, task, min(torch.get_num_threads(), -(-rows // share)))
         return out.to(dtype)
 
