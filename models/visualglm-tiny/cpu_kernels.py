@@ -27,12 +27,12 @@ they cannot be used; "auto" is the default.
 How it is fast: a decoded token reads every matrix once, so memory is the limit, and the work per byte must hide behind
 it. Matrices are read as they are stored, from the first byte to the last: processors fetch ahead of a thread that reads
 one row after the other, and not of one that reads several at a time, which halves the speed on some. For integer codes
-the activations become 16-bit integers with a scale per 64 columns, which costs no measurable accuracy; sums are exact in
-32 bits, and scaled in float32. Threads take rows of the matrix, a few at a time, from a common supply, without Python.
-For more activations than that pays for, the matrix is written out in float32, for torch to multiply.
+the activations become 16-bit integers with a scale per 64 columns, which costs no measurable accuracy; sums are exact
+in 32 bits, and scaled in float32. Threads take rows of the matrix, a few at a time, from a common supply, without
+Python. For more activations than that pays for, the matrix is written out in float32, for torch to multiply.
 
-Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A step is 64 bytes
-of a row; a cell is what has a scale of the matrix and a scale of the activations in common, some columns of a step.
+Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A step is 64
+bytes of a row; a cell is what has a scale of the matrix and one of the activations in common, some columns of a step.
 """
 
 import ctypes
@@ -41,11 +41,12 @@ import platform
 import struct
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -121,8 +122,8 @@ end:
   ret void
 }}
 """
-# The product of some rows of a matrix with some rows of activations: this loop, and one of the steps below, {unroll} at a
-# time.
+# The product of some rows of a matrix with some rows of activations: this loop, and one of the steps below, {unroll} at
+# a time.
 LOOP = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 {reductions}
@@ -199,7 +200,7 @@ CELLS = """
   store <{cells} x float> %scales.{t}, ptr %at.cells.{t}, align 4"""
 CELLS_IN_MEMORY = """
   call void asm sideeffect "", "r,~{{memory}}"(ptr %cells)"""
-# Codes that were made unsigned, code + 8, add 8 times the activations, which is taken off again for each cell as a whole.
+# Codes that were made unsigned, code + 8, add 8 times the activations, which is taken off for each cell as a whole.
 CORRECTION_SUM = "  %correction.{t} = phi <{cells} x float> [ zeroinitializer, %row ], [ %correction.{t}.next, %step ]"
 CORRECTION = """
   %at.x.corrections.{t} = getelementptr float, ptr %x.corrections, i64 %cell.{t}
@@ -467,7 +468,8 @@ LOAD_LANES = """
   %at.{c} = getelementptr float, ptr %cells, i64 {c}
   %scale.{c} = load float, ptr %at.{c}, align 4
   %first.{c} = insertelement <{width} x float> poison, float %scale.{c}, i64 0
-  %lanes.{width}.{c} = shufflevector <{width} x float> %first.{c}, <{width} x float> poison, <{width} x i32> zeroinitializer"""
+  %lanes.{width}.{c} = shufflevector <{width} x float> %first.{c}, <{width} x float> poison,
+                                     <{width} x i32> zeroinitializer"""
 JOIN_LANES = """
   %lanes.{double}.{c} = shufflevector <{width} x float> %lanes.{width}.{a}, <{width} x float> %lanes.{width}.{b},
                                       <{double} x i32> <{all}>"""
@@ -478,8 +480,8 @@ define internal <16 x float> @lanes(ptr %cells) alwaysinline {
 """
 
 
-# Activations as the steps read them: 16-bit codes, and for each cell its scale and, where the codes of the matrix are made
-# unsigned, a correction. This loop, and one of the functions @record below.
+# Activations as the steps read them: 16-bit codes, and for each cell its scale and, where the codes of the matrix are
+# made unsigned, a correction. This loop, and one of the functions @record below.
 RECORDS = """
 define void @{name}(ptr noalias %x, ptr noalias %codes, ptr noalias %scales, ptr noalias %corrections, i64 %count) {{
 start:
@@ -534,7 +536,7 @@ define internal {{ <64 x i16>, float }} @split(ptr %x) alwaysinline {{
   ret {{ <64 x i16>, float }} %both
 }}
 """
-# What adds the {cells} corrections of a step, minus 8 times its activations. {folding} makes %sums of those of all lanes.
+# The {cells} corrections of a step, minus 8 times its activations. {folding} adds up the sums of eight columns.
 RECORD_CORRECTIONS = """
   %sums.16 = extractvalue {{ <{blocks} x float>, <16 x i32> }} %recorded, 1
 {folding}
@@ -1136,7 +1138,51 @@ def is_regular(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns:
     return steps % groups == 0 or groups % steps == 0 and 16 % (groups // steps) == 0
 
 
-class CpuProducts:
+class KernelUser(ABC):
+    """What has a fast way with kernels, which are made and checked when they are first asked for, and a torch way."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    @abstractmethod
+    def make(self, llvm) -> Any:
+        """Make the kernels with LLVM, as `load_llvm` returns it.
+
+        Raises:
+            KernelError, OSError, RuntimeError, AttributeError: they cannot be made, or compute something else.
+        """
+
+    @property
+    def kernels(self) -> Any | None:
+        """The kernels, or None for the torch way."""
+        with self.lock:
+            return self.checked_kernels
+
+    @cached_property
+    def checked_kernels(self) -> Any | None:
+        choice = os.environ.get("VISUALGLM_KERNELS", "auto")
+        if choice not in CHOICES:
+            raise ValueError(f"VISUALGLM_KERNELS is {choice!r}; it can be {', '.join(CHOICES)}.")
+        llvm = None if choice == "torch" else load_llvm()
+        if llvm is None and choice == "cpu":
+            raise KernelError("The CPU kernels need the package llvmlite. Get it with: pip install llvmlite")
+        if llvm is None:
+            return None
+        try:
+            return self.make(llvm)
+        except (OSError, RuntimeError, AttributeError) as error:
+            if choice == "cpu":
+                raise KernelError(f"The CPU kernels do not work: {error}") from error
+            warnings.warn(
+                "The CPU kernels do not work, torch's operators are used instead, which are slower. Set "
+                f"VISUALGLM_KERNELS=torch to do without this message. Reason: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+
+
+class CpuProducts(KernelUser):
     """The operators of quantization_kernels.py for CPU tensors.
 
     Args:
@@ -1146,8 +1192,8 @@ class CpuProducts:
     """
 
     def __init__(self, multiply: Callable[..., torch.Tensor], multiply_half: Callable[..., torch.Tensor]):
+        super().__init__()
         self.torch_multiply, self.torch_multiply_half = multiply, multiply_half
-        self.lock = threading.Lock()
 
     def multiply(
         self,
@@ -1177,35 +1223,9 @@ class CpuProducts:
             self.torch_multiply_half(x, weight) if kernels is None else kernels.multiply(x, weight, None, weight.dtype)
         )
 
-    @property
-    def kernels(self) -> CpuKernels | None:
-        """The kernels, checked when they are first asked for, or None for the torch way."""
-        with self.lock:
-            return self.checked_kernels
-
-    @cached_property
-    def checked_kernels(self) -> CpuKernels | None:
-        choice = os.environ.get("VISUALGLM_KERNELS", "auto")
-        if choice not in CHOICES:
-            raise ValueError(f"VISUALGLM_KERNELS is {choice!r}; it can be {', '.join(CHOICES)}.")
-        llvm = None if choice == "torch" else load_llvm()
-        if llvm is None and choice == "cpu":
-            raise KernelError("The CPU kernels need the package llvmlite. Get it with: pip install llvmlite")
-        if llvm is None:
-            return None
-        try:
-            kernels = CpuKernels(llvm)
-            self.check(kernels)
-        except (OSError, RuntimeError, AttributeError) as error:
-            if choice == "cpu":
-                raise KernelError(f"The CPU kernels do not work: {error}") from error
-            warnings.warn(
-                "The CPU kernels for low-bit weights do not work, torch's operators are used instead, which are "
-                f"slower. Set VISUALGLM_KERNELS=torch to do without this message. Reason: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
+    def make(self, llvm) -> CpuKernels:
+        kernels = CpuKernels(llvm)
+        self.check(kernels)
         return kernels
 
     def check(self, kernels: CpuKernels) -> None:

@@ -44,6 +44,7 @@ from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
+from .cpu_attention import is_single_query, single_query_attention
 from .feature_cache import FeatureCache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import HalfLinear, prepare_model, quantize_model
@@ -213,10 +214,14 @@ class VisualGLMAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx)
         if prefix is not None:  # not in the cache, whose length is then that of the text
             key, value = prepend_prefix(prefix, key, value)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, weights = attention(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=float(self.layer_idx + 1), **kwargs
-        )
+        implementation, scaling = self.config._attn_implementation, float(self.layer_idx + 1)
+        if implementation == "sdpa" and is_single_query(query, attention_mask):
+            attended, weights = single_query_attention(query, key, value, attention_mask, scaling), None
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            attended, weights = attention(
+                self, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs
+            )
         return self.dense(attended.flatten(2)), weights
 
 

@@ -1,0 +1,444 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Attention of one query per sequence on a CPU, a decode step's: LLVM code and its launch.
+
+Not here: the compiler and the threads (`cpu_kernels.py`), other attention (transformers).
+
+A decode step reads every key and value once, so memory is the limit again. torch's way takes five to ten times as long
+on a processor without instructions for half precision. Here each thread takes one head after the other: scores in
+float32, their softmax, and the sum of the values, whose every byte is read once, in order.
+
+Used for keys and values of half precision in evaluation, when llvmlite is installed; else torch does it.
+
+Shapes: B sequences, H heads, T keys, D head dimension.
+"""
+
+import ctypes
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .cpu_kernels import LANES, ROUND, WIDEN, Compiler, Crew, Function, KernelError, KernelUser, llvm_float
+
+
+NAMESPACE, OPERATOR = "visualglm", "single_query_attention"
+SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling) -> Tensor"
+MOST_COLUMNS = 64  # of the values at a time: their sums stay in registers
+LOWEST = torch.finfo(torch.float32).min  # what a score that is masked falls by
+LOG2_E = 1.4426950408889634
+# ln 2 in two parts, of which the first times any exponent is exact.
+LN_2 = (0.693359375, -2.12194440e-4)
+LEAST = -87.0  # e to the power of less is no normal float32
+FACTORS = tuple(1 / math.factorial(power) for power in range(7))  # of the powers of x in e^x, for |x| < 0.35
+CHECK_TOLERANCE = 1e-5  # relative error of the self-check
+
+# What each thread runs until no heads are left. The fields are those of `AttentionTask`; {steps} times 16 columns.
+KERNEL = """
+%task = type {{ ptr, ptr, ptr, ptr, ptr, ptr, i64, i64, i64, i64, i64, i64, i64, i64, i64 }}
+declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
+{widen}
+define internal <16 x float> @splat(float %value) alwaysinline {{
+  %first = insertelement <16 x float> poison, float %value, i64 0
+  %all = shufflevector <16 x float> %first, <16 x float> poison, <16 x i32> zeroinitializer
+  ret <16 x float> %all
+}}
+
+define internal <16 x float> @read(ptr %row, i64 %column) alwaysinline {{
+  %at = getelementptr i16, ptr %row, i64 %column
+  %half = load <16 x i16>, ptr %at, align 2
+  %value = call <16 x float> @widen(<16 x i16> %half)
+  ret <16 x float> %value
+}}
+
+; e^x for x <= 0, as 2^n times a polynomial; NaN stays NaN
+define internal <16 x float> @exp(<16 x float> %x) alwaysinline {{
+  %least = call <16 x float> @splat(float {least})
+  %is.less = fcmp olt <16 x float> %x, %least
+  %clamped = select <16 x i1> %is.less, <16 x float> %least, <16 x float> %x
+  %log2.e = call <16 x float> @splat(float {log2_e})
+  %round = call <16 x float> @splat(float {round})
+  %shifted = call <16 x float> @llvm.fma.v16f32(<16 x float> %clamped, <16 x float> %log2.e, <16 x float> %round)
+  %n = fsub <16 x float> %shifted, %round
+  %minus.n = fneg <16 x float> %n
+  %ln.2 = call <16 x float> @splat(float {ln_2})
+  %ln.2.rest = call <16 x float> @splat(float {ln_2_rest})
+  %nearly = call <16 x float> @llvm.fma.v16f32(<16 x float> %minus.n, <16 x float> %ln.2, <16 x float> %clamped)
+  %f = call <16 x float> @llvm.fma.v16f32(<16 x float> %minus.n, <16 x float> %ln.2.rest, <16 x float> %nearly)
+{polynomial}
+  %exponent = bitcast <16 x float> %shifted to <16 x i32>
+  %bits = bitcast <16 x float> %power.0 to <16 x i32>
+  %raised = shl <16 x i32> %exponent, splat (i32 23)
+  %sum = add <16 x i32> %bits, %raised
+  %result = bitcast <16 x i32> %sum to <16 x float>
+  ret <16 x float> %result
+}}
+
+define void @{name}(ptr %task) {{
+start:
+{fields}
+  br label %take
+
+take:
+  %head = atomicrmw add ptr %field.supply, i64 1 monotonic
+  %is.left = icmp ult i64 %head, %heads
+  br i1 %is.left, label %work, label %end
+
+work:
+  %sequence = udiv i64 %head, %sequence.heads
+  %head.of.sequence = urem i64 %head, %sequence.heads
+  %query.offset = mul i64 %head, {columns}
+  %head.query = getelementptr float, ptr %query, i64 %query.offset
+  %head.out = getelementptr float, ptr %out, i64 %query.offset
+  %scores.offset = mul i64 %head, %scores.stride
+  %head.scores = getelementptr float, ptr %scores, i64 %scores.offset
+  %key.sequence.offset = mul i64 %sequence, %key.sequence.stride
+  %key.head.offset = mul i64 %head.of.sequence, %key.head.stride
+  %key.offset = add i64 %key.sequence.offset, %key.head.offset
+  %head.keys = getelementptr i16, ptr %keys, i64 %key.offset
+  %value.sequence.offset = mul i64 %sequence, %value.sequence.stride
+  %value.head.offset = mul i64 %head.of.sequence, %value.head.stride
+  %value.offset = add i64 %value.sequence.offset, %value.head.offset
+  %head.values = getelementptr i16, ptr %values, i64 %value.offset
+  %bias.offset = mul i64 %sequence, %length
+  %sequence.bias = getelementptr float, ptr %bias, i64 %bias.offset
+  %has.bias = icmp ne ptr %bias, null
+  br label %score
+
+score:
+  %t = phi i64 [ 0, %work ], [ %t.next, %scored ]
+  %key.row = mul i64 %t, {columns}
+  %key = getelementptr i16, ptr %head.keys, i64 %key.row
+{products}
+  %dot = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %dot.{steps})
+  br i1 %has.bias, label %biased, label %scored
+
+biased:
+  %at.bias = getelementptr float, ptr %sequence.bias, i64 %t
+  %one.bias = load float, ptr %at.bias, align 4
+  %moved = fadd float %dot, %one.bias
+  br label %scored
+
+scored:
+  %value.of.score = phi float [ %dot, %score ], [ %moved, %biased ]
+  %at.score = getelementptr float, ptr %head.scores, i64 %t
+  store float %value.of.score, ptr %at.score, align 4
+  %t.next = add i64 %t, 1
+  %more.keys = icmp ult i64 %t.next, %length
+  br i1 %more.keys, label %score, label %fill
+
+fill:
+  %after = getelementptr float, ptr %head.scores, i64 %length
+  %nothing = call <16 x float> @splat(float 0xFFF0000000000000)
+  store <16 x float> %nothing, ptr %after, align 4
+  br label %find
+
+find:
+  %f = phi i64 [ 0, %fill ], [ %f.next, %find ]
+  %largest = phi <16 x float> [ %nothing, %fill ], [ %largest.next, %find ]
+  %at.some = getelementptr float, ptr %head.scores, i64 %f
+  %some = load <16 x float>, ptr %at.some, align 4
+  %largest.next = call <16 x float> @llvm.maxnum.v16f32(<16 x float> %largest, <16 x float> %some)
+  %f.next = add i64 %f, 16
+  %more.to.find = icmp ult i64 %f.next, %length
+  br i1 %more.to.find, label %find, label %found
+
+found:
+  %peak = call float @llvm.vector.reduce.fmax.v16f32(<16 x float> %largest.next)
+  %peaks = call <16 x float> @splat(float %peak)
+  br label %exponentiate
+
+exponentiate:
+  %e = phi i64 [ 0, %found ], [ %e.next, %exponentiate ]
+  %total = phi <16 x float> [ zeroinitializer, %found ], [ %total.next, %exponentiate ]
+  %at.scores = getelementptr float, ptr %head.scores, i64 %e
+  %old = load <16 x float>, ptr %at.scores, align 4
+  %below = fsub <16 x float> %old, %peaks
+  %weight = call <16 x float> @exp(<16 x float> %below)
+  store <16 x float> %weight, ptr %at.scores, align 4
+  %total.next = fadd <16 x float> %total, %weight
+  %e.next = add i64 %e, 16
+  %more.to.weigh = icmp ult i64 %e.next, %length
+  br i1 %more.to.weigh, label %exponentiate, label %weighed
+
+weighed:
+  %sum = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %total.next)
+  %one.factor = fdiv float 1.0, %sum
+  %factor = call <16 x float> @splat(float %one.factor)
+  br label %part
+
+part:
+  %column = phi i64 [ 0, %weighed ], [ %column.next, %summed ]
+  br label %add
+
+add:
+  %a = phi i64 [ 0, %part ], [ %a.next, %add ]
+{sums}
+  %value.row = mul i64 %a, {columns}
+  %value = getelementptr i16, ptr %head.values, i64 %value.row
+  %at.weight = getelementptr float, ptr %head.scores, i64 %a
+  %one.weight = load float, ptr %at.weight, align 4
+  %weights = call <16 x float> @splat(float %one.weight)
+{additions}
+  %a.next = add i64 %a, 1
+  %more.values = icmp ult i64 %a.next, %length
+  br i1 %more.values, label %add, label %summed
+
+summed:
+{results}
+  %column.next = add i64 %column, {part}
+  %more.columns = icmp ult i64 %column.next, {columns}
+  br i1 %more.columns, label %part, label %take
+
+end:
+  ret void
+}}
+"""
+# The parts of the loops that are there for each 16 columns, {c}.
+PRODUCT = """
+  %key.{c} = call <16 x float> @read(ptr %key, i64 {first})
+  %at.query.{c} = getelementptr float, ptr %head.query, i64 {first}
+  %query.{c} = load <16 x float>, ptr %at.query.{c}, align 4
+  %dot.{next} = call <16 x float> @llvm.fma.v16f32(
+      <16 x float> %key.{c}, <16 x float> %query.{c}, <16 x float> {dot})"""
+SUM = "  %sum.{c} = phi <16 x float> [ zeroinitializer, %part ], [ %sum.{c}.next, %add ]"
+ADDITION = """
+  %column.{c} = add i64 %column, {first}
+  %value.{c} = call <16 x float> @read(ptr %value, i64 %column.{c})
+  %sum.{c}.next = call <16 x float> @llvm.fma.v16f32(
+      <16 x float> %value.{c}, <16 x float> %weights, <16 x float> %sum.{c})"""
+RESULT = """
+  %mean.{c} = fmul <16 x float> %sum.{c}.next, %factor
+  %at.out.{c} = getelementptr float, ptr %head.out, i64 %column.{c}
+  store <16 x float> %mean.{c}, ptr %at.out.{c}, align 4"""
+FACTOR = """
+  %factor.{power} = call <16 x float> @splat(float {factor})
+  %power.{power} = call <16 x float> @llvm.fma.v16f32(
+      <16 x float> {higher}, <16 x float> %f, <16 x float> %factor.{power})"""
+FIELD = """
+  %field.{name} = getelementptr %task, ptr %task, i64 0, i32 {index}
+  %{name} = load {type}, ptr %field.{name}"""
+
+
+class AttentionTask(ctypes.Structure):
+    """What the threads that compute one attention have in common. Strides are in elements."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("heads", ctypes.c_int64),  # of all sequences
+        ("sequence_heads", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("scores_stride", ctypes.c_int64),
+        ("key_sequence_stride", ctypes.c_int64),
+        ("key_head_stride", ctypes.c_int64),
+        ("value_sequence_stride", ctypes.c_int64),
+        ("value_head_stride", ctypes.c_int64),
+        ("supply", ctypes.c_int64),  # the first head that no thread has taken
+    )
+
+
+def write_attention(name: str, dtype: torch.dtype, columns: int) -> str:
+    """Write the LLVM code of a kernel for keys and values [T, columns] of this dtype."""
+    part = next(part for part in range(MOST_COLUMNS, 0, -LANES) if columns % part == 0)
+    fields = [
+        FIELD.format(index=index, name=name.replace("_", "."), type="ptr" if kind is ctypes.c_void_p else "i64")
+        for index, (name, kind) in enumerate(AttentionTask._fields_)
+    ]
+    polynomial = []
+    for power in reversed(range(len(FACTORS) - 1)):
+        highest = f"splat (float {llvm_float(FACTORS[-1])})"
+        higher = highest if power == len(FACTORS) - 2 else f"%power.{power + 1}"
+        polynomial.append(FACTOR.format(power=power, factor=llvm_float(FACTORS[power]), higher=higher))
+
+    def write(text: str, count: int) -> list[str]:
+        return [
+            text.format(c=c, first=c * LANES, next=c + 1, dot=f"%dot.{c}" if c else "zeroinitializer")
+            for c in range(count // LANES)
+        ]
+
+    return KERNEL.format(
+        name=name,
+        columns=columns,
+        part=part,
+        steps=columns // LANES,
+        widen=WIDEN[dtype],
+        least=llvm_float(LEAST),
+        log2_e=llvm_float(LOG2_E),
+        round=llvm_float(ROUND),
+        ln_2=llvm_float(LN_2[0]),
+        ln_2_rest=llvm_float(LN_2[1]),
+        polynomial="".join(polynomial),
+        fields="".join(fields),
+        products="".join(write(PRODUCT, columns)),
+        sums="\n".join(write(SUM, part)),
+        additions="".join(write(ADDITION, part)),
+        results="".join(write(RESULT, part)),
+    )
+
+
+class AttentionKernels:
+    """The kernels, compiled as they are needed."""
+
+    def __init__(self, llvm):
+        self.compiler = Compiler(llvm)
+        self.crew = Crew()
+        self.functions: dict[str, Function] = {}
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """See `single_query_attention`; the arguments are those that `fits`."""
+        (batch, heads, _, columns), length = query.shape, key.shape[2]
+        name = f"attention_{str(key.dtype).removeprefix('torch.')}_{columns}"
+        if name not in self.functions:
+            source = write_attention(name, key.dtype, columns)
+            self.functions[name] = self.compiler.compile(name, source, ctypes.c_void_p)
+        scaled = query.float().mul(scaling).contiguous()
+        bias = None if mask is None else torch.where(mask, 0.0, LOWEST).view(batch, length)
+        stride = length + LANES  # the last scores are read together with what follows
+        scores, out = torch.empty(batch * heads * stride), torch.empty(batch, 1, heads, columns)
+        task = AttentionTask(
+            scaled.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            scores.data_ptr(),
+            out.data_ptr(),
+            batch * heads,
+            heads,
+            length,
+            stride,
+            *key.stride()[:2],
+            *value.stride()[:2],
+        )
+        self.crew.run(self.functions[name], task, min(torch.get_num_threads(), batch * heads))
+        return out.to(query.dtype)
+
+
+def attend_with_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """See `single_query_attention`."""
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).contiguous()
+
+
+class CpuAttention(KernelUser):
+    """The operator for CPU tensors."""
+
+    def make(self, llvm) -> AttentionKernels:
+        kernels = AttentionKernels(llvm)
+        self.check(kernels)
+        return kernels
+
+    def check(self, kernels: AttentionKernels) -> None:
+        """Compare the kernels with the torch way on a small problem.
+
+        Raises:
+            KernelError: they disagree.
+        """
+        random = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(2, 3, length, 80, generator=random) for length in (1, 37, 37))
+        mask = torch.rand(2, 1, 1, 37, generator=random) < 0.8
+        for dtype in WIDEN:
+            halves = [tensor.to(dtype) for tensor in (query, key, value)]
+            expected = attend_with_torch(*(half.float() for half in halves), mask, 0.3)
+            out = kernels.attend(halves[0].float(), *halves[1:], mask, 0.3)
+            error = ((out - expected).norm() / expected.norm()).item()
+            if not error < CHECK_TOLERANCE:
+                raise KernelError(f"Attention to {dtype} is off by {error:.2g} of the result.")
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        kernels = self.kernels if fits(query, key, value, mask) else None
+        attend = attend_with_torch if kernels is None else kernels.attend
+        return attend(query, key, value, mask, scaling)
+
+
+def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether there is a kernel for these: rows of keys and values one after the other, a mask for each sequence."""
+    batch, _, queries, columns = query.shape
+    shape = (*query.shape[:2], key.shape[2], columns)
+    return (
+        queries == 1
+        and columns % LANES == 0
+        and query.numel() > 0
+        and key.numel() > 0
+        and all(
+            states.dtype in WIDEN and states.shape == shape and states.stride()[2:] == (columns, 1)
+            for states in (key, value)
+        )
+        and key.dtype == value.dtype
+        and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, 1, 1, shape[2])))
+    )
+
+
+def output_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Shape, dtype and device of the result, for tracing."""
+    batch, heads, queries, columns = query.shape
+    return query.new_empty(batch, queries, heads, columns)
+
+
+def register_operator() -> torch.library.Library | None:
+    """Define the operator, once per process: the same file is imported once for each checkpoint folder."""
+    if hasattr(getattr(torch.ops, NAMESPACE), OPERATOR):
+        return None
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    library.define(OPERATOR + SCHEMA, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    library.impl(OPERATOR, attend_with_torch, "CompositeExplicitAutograd")
+    library.impl(OPERATOR, CpuAttention(), "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{OPERATOR}", output_of, lib=library)
+    return library
+
+
+LIBRARY = register_operator()  # the operator lives as long as this object
+
+
+def is_single_query(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether queries [B, H, S, D] are a decode step's on a CPU, in half precision and without gradients."""
+    return (
+        query.shape[2] == 1
+        and query.device.type == "cpu"
+        and query.dtype in WIDEN
+        and not torch.is_grad_enabled()
+        and (mask is None or mask.dtype == torch.bool)
+    )
+
+
+def single_query_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Compute softmax(scaling q k^T) v for one query of each head.
+
+    Args:
+        query: [B, H, 1, D]
+        key: [B, H, T, D], as are the values.
+        mask: [B, 1, 1, T], True for keys that are seen; None for all.
+        scaling: of the scores.
+
+    Returns:
+        [B, 1, H, D], of the dtype of `query`.
+    """
+    return torch.ops.visualglm.single_query_attention(query, key, value, mask, scaling)
