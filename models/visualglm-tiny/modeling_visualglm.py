@@ -22,11 +22,13 @@ Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidd
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -46,6 +48,7 @@ from .compilation import bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from .cpu_attention import is_single_query, single_query_attention
 from .feature_cache import FeatureCache
+from .growing_cache import make_cache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import HalfLinear, prepare_model, quantize_model
 
@@ -322,7 +325,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             What the prefix encoder returns, if it was asked already; it does not depend on the text.
         """
         if use_cache and cache is None and not self.training:
-            cache = DynamicCache(config=self.config)
+            cache = make_cache(self.config, inputs_embeds.device)
         if attention_mask is None or attention_mask.dim() == 2:
             past_length = cache.get_seq_length() if cache is not None else 0
             key_length = past_length + inputs_embeds.shape[1]
@@ -375,6 +378,12 @@ def check_tensor_parallel(config: VisualGLMConfig) -> None:
             f"A model with {' and '.join(name for name, value in undivided.items() if value)} cannot be divided among "
             'processes. Use device_map="auto" in one process.'
         )
+
+
+def find_setting(generation_config: GenerationConfig, options: dict, name: str) -> Any:
+    """A setting of `generate`: of its `options`, else of the config."""
+    value = options.get(name)
+    return getattr(generation_config, name, None) if value is None else value
 
 
 class VisualGLMBackbone:
@@ -768,6 +777,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         generation_config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size cannot be used: the context of a prefix-LM must be seen as a whole.")
+        if cache is None and not compile and self.wants_dynamic_cache(generation_config, kwargs):
+            cache = make_cache(self.config.text_config, self.input_device)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         if compile:
@@ -794,6 +805,15 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
         return super().generate(None, *args, **kwargs)
 
+    def wants_dynamic_cache(self, generation_config: GenerationConfig, options: dict) -> bool:
+        """Whether `generate` with these `options` would make a dynamic cache that nobody but it knows of."""
+        setting = partial(find_setting, generation_config, options)
+        return (
+            setting("use_cache") is not False
+            and setting("cache_implementation") is None
+            and not setting("is_assistant")
+        )
+
     def check_assistant(
         self, assistant: PreTrainedModel, image_embeds: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> None:
@@ -818,10 +838,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             ValueError: no compiler, weights that come and go, or options that the cache of a compiled step contradicts.
         """
 
-        def setting(name: str):
-            value = options.get(name)
-            return getattr(generation_config, name, None) if value is None else value
-
+        setting = partial(find_setting, generation_config, options)
         places = {str(place) for place in getattr(self, "hf_device_map", {}).values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError("A model that is partly offloaded cannot be compiled. Leave compile out.")

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache
 from benchmarking.models import BLOCK_LENGTH, BLOCKS, WEIGHT_STD, fill, random_block
 from benchmarking.timing import Clock
 from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_hf.growing_cache import make_cache
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
@@ -65,7 +66,7 @@ class ModelEngine:
         self.cache = None
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config.text_config)
+        return make_cache(self.model.config.text_config, self.model.device)
 
     def fill(self, batch: int, context: int) -> None:
         """Have `context` random tokens in the cache: what follows costs the same as after a prompt of that length."""

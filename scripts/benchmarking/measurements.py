@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, StaticCache
 
 from benchmarking.engines import FilledRunner, ModelEngine, Prompts, Runner, fill_cache, random_states
 from benchmarking.models import cache_bytes
 from benchmarking.timing import GIB, Clock, TokenTimes, announce, collect, free_memory, summarise
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.compilation import bucket_length, compile_call, resolve_compile_config
+from visualglm_hf.growing_cache import make_cache
 
 
 SPARE_CACHE = 1.1  # times the cache: a layer's keys and values are twice there while they grow
@@ -203,7 +204,7 @@ def measure_generate(bench: Bench, case: Case) -> list[float]:
         options["compiled_call"] = compile_call(resolve_compile_config(True, model.device))
         length = bucket_length(length, config.max_position_embeddings)
     is_dynamic = case.path == path_name("dynamic")
-    cache = DynamicCache(config=config) if is_dynamic else StaticCache(config=config, max_cache_len=length)
+    cache = make_cache(config, model.device) if is_dynamic else StaticCache(config=config, max_cache_len=length)
     input_ids = bench.prompts(case.batch).answered(case.context)
     if "compiled_call" in options or bench.clock.warmup:
         generate_from(model, cache, input_ids, min(WARMUP_TOKENS, new_tokens + 1), **options)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from visualglm_hf.growing_cache import make_cache
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 from .sampling import Chooser, RowSampler
@@ -105,7 +106,8 @@ class RowsStop(StoppingCriteria):
 @torch.no_grad()
 def prefill(model: PreTrainedModel, rows: Sequence[Row]) -> Batch:
     """A batch of new rows. The last token of a prompt, `<sop>`, is the first that its context does not look at."""
-    config, cache = model.config.text_config, DynamicCache()
+    config = model.config.text_config
+    cache = make_cache(config, model.device)
     input_ids, attention_mask = pad_left([row.token_ids for row in rows], config.pad_token_id, model.device)
     pictures = [row.image_embeds for row in rows if row.image_embeds is not None]
     model(
@@ -148,7 +150,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device) -> tuple[
     return torch.tensor(input_ids, device=device), torch.tensor(attention_mask, device=device)
 
 
-def merge(batches: Sequence[Batch]) -> Batch | None:
+def merge(model: PreTrainedModel, batches: Sequence[Batch]) -> Batch | None:
     """The rows of all `batches` that go on, without columns that are padding for all of them; None if none does."""
     batches = [batch for batch in batches if batch.live]
     if not batches:
@@ -157,7 +159,7 @@ def merge(batches: Sequence[Batch]) -> Batch | None:
     length = max(len(row.token_ids) for row in rows) - 1
     if len(batches) == 1 and len(rows) == len(batches[0].rows) and batches[0].cache.get_seq_length() == length:
         return batches[0]
-    cache = DynamicCache()
+    cache = make_cache(model.config.text_config, model.device)
     kept = [torch.tensor([row.is_live for row in batch.rows]).nonzero().flatten() for batch in batches]
     for index in range(len(batches[0].cache.layers)):
         layers = [batch.cache.layers[index] for batch in batches]

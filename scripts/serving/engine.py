@@ -347,10 +347,10 @@ class Engine:
         batch: Batch | None = None
         try:
             while (newcomers := self._take(len(batch.rows) if batch else 0)) is not None:
-                batch = merge([each for each in (batch, self._start(newcomers)) if each is not None])
+                batch = merge(self.model, [each for each in (batch, self._start(newcomers)) if each is not None])
                 if batch is not None:
                     self._advance(batch)
-                    batch = merge([batch])
+                    batch = merge(self.model, [batch])
         finally:  # closed, with nothing left; or failed, and nobody shall wait for ever
             with self._changed:
                 self._end = self._end or "The engine has failed."
