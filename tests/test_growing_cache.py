@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from visualglm_hf.cache_naming import CACHE_NAME
 from visualglm_hf.growing_cache import ROOM, GrowingCache, make_cache
+from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
 HEADS, DIMENSION = 2, 3
@@ -104,6 +106,19 @@ def test_gradients_flow_through_it(config):
     assert torch.equal(second[1].grad, torch.ones_like(second[1]))
 
 
+@torch.no_grad()
+def test_a_step_with_it_compiles_into_one_graph(model, golden):
+    case = next(case for case in golden["prompts"] if not case["image"])
+    input_ids = torch.tensor([[*case["input_ids"], 700]])
+    positions = build_glm_position_ids(input_ids, None, model.config.text_config)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    logits = []
+    for call in (model, compiled):
+        cache = model(input_ids[:, :-1], glm_position_ids=positions[..., :-1], use_cache=True)[CACHE_NAME]
+        logits.append(call(input_ids[:, -1:], glm_position_ids=positions[..., -1:], cache=cache).logits)
+    assert torch.equal(*logits)
+
+
 def test_a_gpu_has_transformers_own(config):
     assert type(make_cache(config, torch.device("cuda"))) is DynamicCache
 
@@ -114,12 +129,9 @@ def test_forward_and_generate_take_it_on_a_cpu_unless_told_otherwise(model, gold
     input_ids = torch.tensor([case["input_ids"]])
     options = {"input_ids": input_ids, "max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 
-    def cache_of(output):
-        return getattr(output, "cache", None) or output.past_key_values
-
-    assert type(cache_of(model(input_ids, use_cache=True))) is GrowingCache
+    assert type(model(input_ids, use_cache=True)[CACHE_NAME]) is GrowingCache
     default = model.generate(**options)
-    assert type(cache_of(default)) is GrowingCache
+    assert type(default.past_key_values) is GrowingCache
     theirs = DynamicCache(config=model.config.text_config)
     for choice in ({"cache": theirs}, {"use_cache": False}, {"cache_implementation": "static"}):
         output = model.generate(**options, **choice)

@@ -68,7 +68,8 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values [B, H, S, D]; returns all of them."""
-        if torch.is_grad_enabled():  # what gradients need must not be written over
+        # What gradients need must not be written over, and a compiler does not follow where tensors lie in memory.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
