@@ -21,7 +21,7 @@ from benchmarking.measurements import Bench, Case
 from benchmarking.models import TINY, build_model, fill, model_figures
 from benchmarking.peers import parse_peer, run_peer
 from benchmarking.report import read_run, render_page, render_run, write_page, write_run
-from benchmarking.run import Variant, pool
+from benchmarking.run import Variant, pool, pool_reading
 from original_formulation import OriginalFormulation
 from transformers import DynamicCache, StaticCache
 
@@ -137,7 +137,8 @@ def test_a_run_ends_in_one_json_line_that_says_what_was_measured_on_what(report)
 def test_the_readable_report_has_a_line_for_every_measurement(completed, report, variant):
     lines = completed.stdout.splitlines()[:-1]
     assert "\n".join(lines).strip() == render_run(report).strip()
-    assert sum("| fp32 |" in line for line in lines) == 1 + len(variant["rows"])  # and the line of the model itself
+    measured = len(variant["rows"]) + len(variant["reading"])
+    assert sum("| fp32 |" in line for line in lines) == 1 + measured  # and the line of the model itself
     assert sum(line.startswith(("| prefill |", "| decode |")) for line in lines) == 4
 
 
@@ -174,6 +175,24 @@ def test_small_batches_are_limited_by_reading_and_large_ones_by_multiplying(batc
     add_rates(row, model, {"read_gb_per_s": 20.0, "gemm_gflop_per_s": 1000.0})
     assert row["limit"] == limit
     assert row["fraction_of_limit"] == (0.5 if batch == 1 else 1.0)
+
+
+def test_steps_are_measured_in_turns_with_plain_reads(variant, completed):
+    rows = variant["reading"]
+    assert [(row["path"], row["context"]) for row in rows] == [("products alone", 0), ("forward", 16), ("forward", 40)]
+    assert all(is_summary(row[name], samples=4) for row in rows for name in ("read_gb_per_s", "of_reading"))
+    assert "A step's bytes per second over a plain read's" in completed.stdout
+
+
+def test_turns_of_several_rounds_are_put_together():
+    rounds = [
+        [{"path": "forward", "of_reading": timing.summarise([share]), "read_gb_per_s": timing.summarise([rate])}]
+        for share, rate in ((0.5, 20.0), (0.7, 10.0))
+    ]
+    (row,) = pool_reading(rounds)
+    assert row["path"] == "forward"
+    assert row["of_reading"]["samples"] == [0.5, 0.7]
+    assert row["read_gb_per_s"]["median"] == 15.0
 
 
 def test_peak_memory_holds_the_weights_and_never_shrinks(variant):

@@ -1,4 +1,4 @@
-"""Beside what: the original's way of computing on our weights, or the original's own blocks, in turns with ours.
+"""Beside what: plain reads, the original's way of computing on our weights, the original's own blocks; each in turns.
 
 Ratios are taken pair by pair. Not here: that way and the driver of those blocks (`original_formulation.py`); other
 programs (`peers.py`).
@@ -8,6 +8,7 @@ import argparse
 import copy
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from original_formulation import OriginalFormulation
 from transformers import DynamicCache
 
-from benchmarking.engines import Contestant, Engine, ModelEngine, Prompts, Runner
-from benchmarking.measurements import Bench
-from benchmarking.models import TINY, build_model
+from benchmarking.engines import Contestant, Engine, FilledRunner, ModelEngine, Prompts, Runner
+from benchmarking.limits import PlainRead
+from benchmarking.measurements import PRODUCTS, Bench, products_of
+from benchmarking.models import TINY, build_model, model_figures
 from benchmarking.timing import Clock, announce, collect, digits, summarise
 from visualglm_hf import VisualGLMForConditionalGeneration
 
@@ -138,6 +140,32 @@ def compare(bench: Bench, ours: Contestant, theirs: Contestant) -> dict[str, lis
                 }
             )
     return results
+
+
+def compare_reading(bench: Bench) -> list[dict[str, Any]]:
+    """Time decode steps of one row in turns with plain reads; the ratio of each pair is that of their bytes per second.
+
+    A step's bytes are all weights and the cache, once. A machine whose speed changes from minute to minute changes that
+    of both.
+    """
+    settings, figures = bench.settings, model_figures(bench.model)
+    read = PlainRead(bench.clock, settings.bandwidth_gib)
+    products = products_of(bench.model, batch=1)
+    rows = []
+    for path, context in ((PRODUCTS, 0), *(("forward", context) for context in settings.contexts)):
+        announce(f"decode ({path}) at {context} tokens in turns with plain reads")
+        runner = FilledRunner(ModelEngine(bench.model), bench.prompts(1), bench.clock)
+        if path == PRODUCTS:
+            step = partial(bench.clock.sample, products, repeats=1)
+        else:
+            runner.start(context)
+            step = partial(collect, runner.step, repeats=1)
+        gigabytes = figures["token_gb"] + context * figures["cache_gb_per_token"]
+        pairs = collect(lambda step=step: (step()[0], read.rate()), settings.new_tokens, 1, settings.row_seconds)
+        ratios = summarise([gigabytes / ms * 1000 / rate for ms, rate in pairs])
+        rates = summarise([rate for _, rate in pairs])
+        rows.append({"path": path, "batch": 1, "context": context, "read_gb_per_s": rates, "of_reading": ratios})
+    return rows
 
 
 def deviation(engine: Engine, yardstick: Engine, prompts: Prompts, context: int) -> float:

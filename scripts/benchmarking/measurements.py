@@ -10,6 +10,7 @@ What does not fit into the memory, or would take longer than a measurement may, 
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,20 +173,23 @@ def measure(bench: Bench, case: Case) -> list[float]:
     return measure_generate(bench, case)
 
 
-def measure_products(bench: Bench, case: Case) -> list[float]:
-    """Multiply with every matrix of a decode step, one after the other, and do nothing else."""
-    model = bench.model
+def products_of(model: VisualGLMForConditionalGeneration, batch: int) -> Callable[[], None]:
+    """Return a function that multiplies with every matrix of a decode step, one after the other, and nothing else."""
     layers = [each for each in model.transformer.layers.modules() if isinstance(each, torch.nn.Linear)]
     layers.append(model.lm_head)
     widths = {layer.in_features for layer in layers}
-    inputs = {width: torch.randn(case.batch, 1, width, device=model.device).to(model.dtype) for width in widths}
+    inputs = {width: torch.randn(batch, 1, width, device=model.device).to(model.dtype) for width in widths}
 
     def multiply() -> None:
         for layer in layers:
             layer(inputs[layer.in_features])
 
+    return multiply
+
+
+def measure_products(bench: Bench, case: Case) -> list[float]:
     how = {"repeats": bench.settings.new_tokens, "seconds": bench.settings.row_seconds}
-    return bench.clock.sample(multiply, warmup=1, **how)
+    return bench.clock.sample(products_of(bench.model, case.batch), warmup=1, **how)
 
 
 def measure_forward(bench: Bench, case: Case) -> list[float]:

@@ -65,6 +65,7 @@ def render_run(report: dict[str, Any], image: str | None = None) -> str:
         lines += render_part(report, part, title)
     for variant in report["variants"]:
         lines += render_yardsticks(variant)
+    lines += render_reading(report)
     lines += render_growth(report, image)
     lines += render_gaps(report)
     return "\n".join(lines).strip() + "\n"
@@ -140,6 +141,20 @@ def over_peer(row: dict[str, Any], peer: dict[str, Any]) -> str:
         if all(theirs.get(name) == row.get(name) for name in ("part", "batch", "context")) and theirs is not row:
             return f"{row['ms']['median'] / theirs['ms']['median']:.2f}"
     return ""
+
+
+def render_reading(report: dict[str, Any]) -> list[str]:
+    rows = [
+        [variant["name"], row["path"], number(row["context"])]
+        + [f"{row['of_reading'][figure]:.0%}" for figure in ("median", "min", "max")]
+        + [f"{row['read_gb_per_s']['median']:.4g} GB/s"]
+        for variant in report["variants"]
+        for row in variant.get("reading", [])
+    ]
+    if not rows:
+        return []
+    head = ["who", "by", "tokens before", "median", "min", "max", "the reads"]
+    return ["**A step's bytes per second over a plain read's**, taken in turns", "", *table(head, rows)]
 
 
 def render_yardsticks(variant: dict[str, Any]) -> list[str]:

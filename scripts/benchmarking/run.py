@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from serving.loading import choose_device
 
-from benchmarking.comparison import compare_formulation, compare_reference
+from benchmarking.comparison import compare_formulation, compare_reading, compare_reference
 from benchmarking.engines import Prompts
 from benchmarking.growth import measure_growth
 from benchmarking.limits import add_rates, measure_limits
@@ -76,6 +76,8 @@ def measure_variant(settings: argparse.Namespace) -> dict[str, Any]:
         warm_up(bench)
         variant["rows"], variant["skipped"] = measure_all(bench)
         variant["end"] = memory_figures(device)  # before the yardsticks and limits, which take memory of their own
+        if "decode" in settings.parts:
+            variant["reading"] = compare_reading(bench)
         if settings.against == "formulation":
             variant["against_formulation"] = compare_formulation(bench)
         if settings.reference:
@@ -189,7 +191,23 @@ def pool(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         pooled["end"] = highest([result["end"] for result in rounds])
         seconds = [sample for result in rounds for sample in result["load"]["s"]["samples"]]
         pooled["load"] = {**highest([result["load"] for result in rounds]), "s": summarise(seconds)}
+    if "reading" in pooled:
+        pooled["reading"] = pool_reading([result["reading"] for result in rounds])
     return pooled
+
+
+def pool_reading(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Put the samples of `compare_reading` together, row by row."""
+    return [
+        {
+            **rows[0],
+            **{
+                name: summarise([sample for row in rows for sample in row[name]["samples"]])
+                for name in ("read_gb_per_s", "of_reading")
+            },
+        }
+        for rows in zip(*rounds, strict=True)
+    ]
 
 
 def pool_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
