@@ -2,6 +2,7 @@
 
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -75,6 +76,14 @@ def test_threads_share_the_heads_and_leave_none(monkeypatch, has_openmp):
             assert is_right(ATTENTION(*problem), *problem)
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_need_a_kernel_at_once_get_one():
+    attention = CpuAttention()
+    problems = [make_problem(20, columns, seed=columns) for columns in (32, 48, 80)] * 8
+    with ThreadPoolExecutor(8) as pool:
+        for out, problem in zip(pool.map(lambda problem: attention(*problem), problems), problems, strict=True):
+            assert is_right(out, *problem)
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish():

@@ -15,8 +15,8 @@
 
 Not here: the compiler and the threads (`cpu_kernels.py`), other attention (transformers).
 
-A decode step reads every key and value once, so memory is the limit again. torch's way takes five to ten times as long
-on a processor without instructions for half precision. Here each thread takes one head after the other: scores in
+A decode step reads every key and value once, so memory is the limit again. torch's way takes three to eight times as
+long on a processor without instructions for half precision. Here each thread takes one head after the other: scores in
 float32, their softmax, and the sum of the values, whose every byte is read once, in order.
 
 Used for keys and values of half precision in evaluation, when llvmlite is installed; else torch does it.
@@ -26,11 +26,12 @@ Shapes: B sequences, H heads, T keys, D head dimension.
 
 import ctypes
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .cpu_kernels import LANES, ROUND, WIDEN, Compiler, Crew, Function, KernelError, KernelUser, llvm_float
+from .cpu_kernels import LANES, ROUND, WIDEN, KernelError, Kernels, KernelUser, llvm_float
 
 
 NAMESPACE, OPERATOR = "visualglm", "single_query_attention"
@@ -295,13 +296,8 @@ def write_attention(name: str, dtype: torch.dtype, columns: int) -> str:
     )
 
 
-class AttentionKernels:
-    """The kernels, compiled as they are needed."""
-
-    def __init__(self, llvm):
-        self.compiler = Compiler(llvm)
-        self.crew = Crew()
-        self.functions: dict[str, Function] = {}
+class AttentionKernels(Kernels):
+    """The kernels that attend, one for each dtype and head dimension."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
@@ -309,9 +305,7 @@ class AttentionKernels:
         """See `single_query_attention`; the arguments are those that `fits`."""
         (batch, heads, _, columns), length = query.shape, key.shape[2]
         name = f"attention_{str(key.dtype).removeprefix('torch.')}_{columns}"
-        if name not in self.functions:
-            source = write_attention(name, key.dtype, columns)
-            self.functions[name] = self.compiler.compile(name, source, ctypes.c_void_p)
+        kernel = self.compiled(name, partial(write_attention, dtype=key.dtype, columns=columns), ctypes.c_void_p)
         scaled = query.float().mul(scaling).contiguous()
         bias = None if mask is None else torch.where(mask, 0.0, LOWEST).view(batch, length)
         stride = length + LANES  # the last scores are read together with what follows
@@ -330,7 +324,7 @@ class AttentionKernels:
             *key.stride()[:2],
             *value.stride()[:2],
         )
-        self.crew.run(self.functions[name], task, min(torch.get_num_threads(), batch * heads))
+        self.crew.run(kernel, task, min(torch.get_num_threads(), batch * heads))
         return out.to(query.dtype)
 
 

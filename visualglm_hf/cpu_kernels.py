@@ -59,7 +59,9 @@ LANES = 16  # of a sum: a step adds to each of them
 BLOCK = 64  # columns of activations with a common scale
 LARGEST_CODE = 127 * 256 + 127  # of an activation
 ROUND = 1.5 * 2**23  # of float32, whose neighbours are integers
-BYTES_PER_SHARE = 2**17  # of the matrix, taken by a thread at once
+BYTES_PER_THREAD = 2**17  # of the matrix at least: less is not worth another thread
+MOST_BYTES_PER_SHARE = 2**20  # taken by a thread at once; the longer it reads on, the better processors fetch ahead
+SHARES_PER_THREAD = 4  # at least, so that none waits long for the last one
 NEEDED_FEATURES = ("avx2", "f16c", "fma")  # of an x86 processor
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")  # as platforms call them
 CHECK_TOLERANCE = 1e-4  # relative error of the self-check: activations are rounded to 16 bits
@@ -169,7 +171,7 @@ STEP = """
   %offset.{u} = mul i64 %index.{u}, {step_bytes}
   %codes.{u} = getelementptr i8, ptr %row.codes, i64 %offset.{u}
   %ahead.{u} = getelementptr i8, ptr %codes.{u}, i64 {ahead}
-  call void @llvm.prefetch.p0(ptr %ahead.{u}, i32 0, i32 2, i32 1)"""
+  call void @llvm.prefetch.p0(ptr %ahead.{u}, i32 0, i32 3, i32 1)"""
 PRODUCT = """
   %x.index.{u}.{t} = add i64 %index.{u}, {first_step}
   %x.offset.{u}.{t} = mul i64 %x.index.{u}.{t}, {x_bytes}
@@ -955,8 +957,6 @@ class Plan(NamedTuple):
     x_bytes: int  # of the codes in all rows of the activations
     cells_bytes: int  # of the scales of their cells, and of the corrections
     tiles: tuple[Tile, ...]
-    share: int  # rows of the matrix that a thread takes at once
-    most_threads: int
 
 
 class Task(ctypes.Structure):
@@ -970,7 +970,7 @@ class Task(ctypes.Structure):
         ("x_corrections", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
-        ("share", ctypes.c_int64),  # as in `Plan`
+        ("share", ctypes.c_int64),  # rows of the matrix that a thread takes at once
         ("supply", ctypes.c_int64),  # the first row that no thread has taken
     )
 
@@ -1012,8 +1012,8 @@ class Crew:
                 future.result()
 
 
-class CpuKernels:
-    """The kernels, compiled as they are needed.
+class Kernels:
+    """Kernels, compiled as they are needed, and the threads that run them.
 
     Raises:
         KernelError, RuntimeError, AttributeError: LLVM cannot make them, does not know this processor, or is too old.
@@ -1021,10 +1021,8 @@ class CpuKernels:
 
     def __init__(self, llvm):
         self.compiler = Compiler(llvm)
-        self.kinds = choose_kinds(self.compiler.features)
         self.crew = Crew()
         self.functions: dict[str, Function] = {}
-        self.plans: dict[tuple, Plan] = {}
         self.lock = threading.Lock()
 
     def compiled(self, name: str, write: Callable[..., str], *arguments: type) -> Function:
@@ -1034,6 +1032,15 @@ class CpuKernels:
                 if name not in self.functions:
                     self.functions[name] = self.compiler.compile(name, write(name), *arguments)
         return self.functions[name]
+
+
+class CpuKernels(Kernels):
+    """The kernels that multiply with matrices."""
+
+    def __init__(self, llvm):
+        super().__init__(llvm)
+        self.kinds = choose_kinds(self.compiler.features)
+        self.plans: dict[tuple, Plan] = {}
 
     def make_plan(self, form: int | torch.dtype, rows: int, columns: int, outputs: int, groups: int) -> Plan:
         """Plan a product of `rows` rows of activations with a matrix; see `multiply`."""
@@ -1054,16 +1061,7 @@ class CpuKernels:
             record = self.compiled(
                 f"{kind.name}_{cells}_records", partial(write_records, kind=kind, cells=cells), *arguments
             )
-        share = max(1, BYTES_PER_SHARE // (steps * STEP_BYTES))
-        return Plan(
-            record,
-            rows * steps,
-            rows * steps * kind.x_bytes,
-            rows * cells_bytes,
-            tuple(tiles),
-            share,
-            most_threads=-(-outputs // share),
-        )
+        return Plan(record, rows * steps, rows * steps * kind.x_bytes, rows * cells_bytes, tuple(tiles))
 
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, form: int | torch.dtype
@@ -1088,10 +1086,10 @@ class CpuKernels:
             plan.record.call(values.data_ptr(), at_x, at_scales, at_corrections, plan.steps)
         out = torch.empty(rows, outputs)
         matrix, scales = weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr()
-        at_out, threads = out.data_ptr(), min(torch.get_num_threads(), plan.most_threads)
+        at_out, (threads, share) = out.data_ptr(), divide(outputs, weight.nbytes)
         for kernel, x_bytes, cells_bytes, out_bytes in plan.tiles:
             x_parts = (at_x + x_bytes, at_scales + cells_bytes, at_corrections + cells_bytes)
-            self.crew.run(kernel, Task(matrix, scales, *x_parts, at_out + out_bytes, outputs, plan.share), threads)
+            self.crew.run(kernel, Task(matrix, scales, *x_parts, at_out + out_bytes, outputs, share), threads)
         return out.to(x.dtype)
 
     def dequantize(
@@ -1103,10 +1101,17 @@ class CpuKernels:
         write = partial(write_matrix, kind=kind, steps=steps, groups=groups)
         kernel = self.compiled(f"{kind.name}_{steps}_{groups}_matrix", write, ctypes.c_void_p)
         out = torch.empty(rows, in_features)
-        share = max(1, BYTES_PER_SHARE // out[0].nbytes)
+        threads, share = divide(rows, out.nbytes)
         task = Task(weight.data_ptr(), weight_scale.data_ptr(), None, None, None, out.data_ptr(), rows, share)
-        self.crew.run(kernel, task, min(torch.get_num_threads(), -(-rows // share)))
+        self.crew.run(kernel, task, threads)
         return out.to(dtype)
+
+
+def divide(rows: int, nbytes: int) -> tuple[int, int]:
+    """Divide the rows of a matrix of so many bytes: among how many threads, and how many a thread takes at once."""
+    threads = min(torch.get_num_threads(), -(-nbytes // BYTES_PER_THREAD))
+    share = min(MOST_BYTES_PER_SHARE * rows // nbytes, rows // (threads * SHARES_PER_THREAD))
+    return threads, max(1, share)
 
 
 def count_groups(weight_scale: torch.Tensor | None) -> int:
