@@ -17,7 +17,7 @@ from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
 pytest.importorskip("llvmlite")
-HALVES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # largest error beside 1: the result is rounded
+HALVES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # largest error beside 1: weights, result are rounded
 ATTENTION = CpuAttention()  # compiles each kernel once for all tests
 
 
@@ -35,7 +35,7 @@ def make_problem(length, columns=64, batch=2, heads=3, dtype=torch.bfloat16, mas
 
 def is_right(out, query, key, value, mask, scaling) -> bool:
     expected = attend_with_torch(query.double(), key.double(), value.double(), mask, scaling)
-    bound = HALVES[query.dtype] * expected.abs().clamp(min=0.1)
+    bound = HALVES[query.dtype] * expected.abs().clamp(min=0.5)
     return out.shape == expected.shape and out.dtype == query.dtype and ((out - expected).abs() <= bound).all()
 
 

@@ -321,6 +321,8 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         r"""
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`):
             The places in the context and in the answer, see `build_glm_position_ids`.
+        cache (`Cache`, *optional*):
+            The keys and values of what came before, also by the older name `past_key_values`.
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             What the prefix encoder returns, if it was asked already; it does not depend on the text.
         """
@@ -614,6 +616,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
             The two rows of GLM. One-dimensional positions, which libraries make up from the mask, say nothing to this
             model: the true ones are then derived from `input_ids`.
+        cache (`Cache`, *optional*):
+            The keys and values of what came before, also by the older name `past_key_values`.
         image_embeds (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
             Pictures that are encoded already, instead of `pixel_values`. Rows may have any number of pictures.
         prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, hidden_size)`, *optional*):
