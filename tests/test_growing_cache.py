@@ -94,6 +94,16 @@ def test_a_copy_does_not_write_into_its_original(config):
     assert torch.equal(keys, before)
 
 
+@torch.no_grad()
+def test_states_that_somebody_put_there_are_kept(config):
+    ours, theirs = GrowingCache(config), GrowingCache(config)
+    for cache in (ours, theirs):
+        cache.update(*states(1, 10), 0)
+    ours.layers[0].keys = theirs.layers[0].keys
+    keys, _ = ours.update(*states(1, 1), 0)
+    assert torch.equal(keys[:, :, :10], theirs.layers[0].keys)
+
+
 def test_gradients_flow_through_it(config):
     cache = GrowingCache(config)
     with torch.no_grad():
