@@ -1,6 +1,7 @@
 """What tests of several rooms compare with."""
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -28,3 +29,21 @@ def visible_text(responses: list[str]) -> list[str]:
         if response and not response.endswith("\ufffd") and response not in seen[-1:]:
             seen.append(response)
     return seen
+
+
+def assemble(source: str, triple: str, processor: str) -> str:
+    """Compile LLVM code as our kernels are, to assembly for any processor; skips the test if this LLVM has no such."""
+    from visualglm_hf.cpu_kernels import load_llvm
+
+    llvm = load_llvm()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    machine = target.create_target_machine(processor, "", opt=3)
+    module = llvm.parse_assembly(source)
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    return machine.emit_assembly(module)

@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers import assemble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from visualglm_hf import cpu_attention
 from visualglm_hf.cpu_attention import AttentionTask, CpuAttention, attend_with_torch, fits, single_query_attention
-from visualglm_hf.cpu_kernels import KernelError, load_llvm
+from visualglm_hf.cpu_kernels import KernelError
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
@@ -160,18 +161,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_kernel_compiles_for_other_processors_and_calls_no_library(triple, processor, dtype):
-    llvm = load_llvm()
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    try:
-        target = llvm.Target.from_triple(triple)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    machine = target.create_target_machine(processor, "", opt=3)
-    module = llvm.parse_assembly(cpu_attention.write_attention("attention", dtype, 128))
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
-    assembly = machine.emit_assembly(module)
+    assembly = assemble(cpu_attention.write_attention("attention", dtype, 128), triple, processor)
     assert "attention" in assembly
     assert not any(call in assembly for call in ("call", "\tbl\t"))
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import assemble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -306,24 +307,13 @@ def test_rows_do_not_depend_on_those_beside_them(kernels):
     ],
 )
 def test_the_kernels_compile_for_other_processors(triple, processor):
-    llvm = load_llvm()
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    try:
-        target = llvm.Target.from_triple(triple)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    machine = target.create_target_machine(processor, "", opt=3)
     byte_dot = {"sapphirerapids": "avx512vnni", "alderlake": "avxvnni"}.get(processor)
     kinds = cpu_kernels.choose_kinds({byte_dot: True})
     sources = [
         write_kernel("kernel", kind, steps=4, groups=4 * (form in (4, 8)), tile=2) for form, kind in kinds.items()
     ]
     for source in [*sources, write_matrix("kernel", kinds[4], 4, 8), write_matrix("kernel", kinds[8], 4, 1)]:
-        module = llvm.parse_assembly(source)
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-        passes.getModulePassManager().run(module, passes)
-        assembly = machine.emit_assembly(module)
+        assembly = assemble(source, triple, processor)
         assert "kernel" in assembly
         assert ("vpdpbusd" in assembly) == ("vpdpbusd" in source)
         assert not any(function in assembly for function in ("__extendhfsf2", "__gnu_h2f_ieee"))  # a C library's

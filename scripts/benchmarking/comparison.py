@@ -154,10 +154,10 @@ def compare_reading(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for path, context in ((PRODUCTS, 0), *(("forward", context) for context in settings.contexts)):
         announce(f"decode ({path}) at {context} tokens in turns with plain reads")
-        runner = FilledRunner(ModelEngine(bench.model), bench.prompts(1), bench.clock)
         if path == PRODUCTS:
             step = partial(bench.clock.sample, products, repeats=1)
         else:
+            runner = FilledRunner(ModelEngine(bench.model), bench.prompts(1), bench.clock)
             runner.start(context)
             step = partial(collect, runner.step, repeats=1)
         gigabytes = figures["token_gb"] + context * figures["cache_gb_per_token"]
