@@ -228,6 +228,26 @@ def test_the_context_sees_all_of_itself_and_the_answer_only_its_past(model, prom
     assert torch.equal(run(model, changed).logits[0, :-1], before[0, :-1])
 
 
+def test_the_output_carries_what_the_picture_encoder_gave_as_it_was_asked(model, prompts):
+    _, input_ids, picture = prompts[0]
+    model.set_attn_implementation("eager")
+    output = run(model, input_ids, pixel_values=picture, output_hidden_states=True, output_attentions=True)
+    with torch.no_grad():
+        expected = model.get_image_features(picture, output_hidden_states=True, output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(output.image_outputs.pooler_output, output.image_hidden_states)
+    assert output.image_outputs.keys() == expected.keys()
+    for ours, theirs in zip(output.image_outputs.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+    plain = run(model, input_ids, pixel_values=picture)
+    assert list(plain.image_outputs) == ["pooler_output"]
+    assert plain.to_tuple()[-1] == plain.image_outputs.to_tuple()
+    assert run(model, prompts[3][1]).image_outputs is None
+    given = run(model, input_ids, image_embeds=plain.image_hidden_states)
+    assert torch.equal(given.image_outputs.pooler_output, plain.image_hidden_states)
+    assert torch.equal(given.logits, plain.logits)
+
+
 # Inputs
 
 

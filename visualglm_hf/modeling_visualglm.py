@@ -38,7 +38,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -358,9 +358,17 @@ class VisualGLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         Scores of the next token, for the last `logits_to_keep` positions only if that was given.
     image_hidden_states (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
         The soft prompts of the pictures.
+    image_outputs (`BaseModelOutputWithPooling`, *optional*):
+        The same as `pooler_output`, as transformers has it since 5.24; and what the ViT gave, if the pictures were
+        encoded and `output_hidden_states` or `output_attentions` asked for it.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple:
+        """What there is, in order; `image_outputs` as a tuple, too."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
 def check_tensor_parallel(config: VisualGLMConfig) -> None:
@@ -563,24 +571,29 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         pixel_values: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The soft prompts [images, num_query_tokens, C] of a prompt's pictures, however they were given.
+        **recorded: bool,
+    ) -> BaseModelOutputWithPooling:
+        """The soft prompts of a prompt's pictures, `pooler_output`, however they were given.
 
         Args:
             input_ids: [B, S]
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
             inputs_embeds: [B, S, C], instead of `input_ids`.
+            recorded: what else of `get_image_features` is wanted, such as `output_hidden_states`; pictures are then not
+                remembered.
 
         Raises:
             ValueError: the prompt has no places for them, or they were given twice.
         """
         if pixel_values is None:
-            return image_embeds
+            return BaseModelOutputWithPooling(pooler_output=image_embeds)
         if image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
         self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
-        return self.encode_pictures(pixel_values)
+        if recorded:
+            return self.get_image_features(pixel_values, return_dict=True, **recorded)
+        return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
 
     def __call__(self, *args, compiled_call: Callable | None = None, **kwargs):
         """Call the model as always, or through a compiled call of it; `generate` says which for each step."""
@@ -627,7 +640,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             The prefix of each layer, if it was computed already; `generate` does so once.
         """
-        outputs, image_embeds = self.compute_states(
+        outputs, image_outputs = self.compute_states(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -654,7 +667,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_embeds,
+            image_hidden_states=None if image_outputs is None else image_outputs.pooler_output,
+            image_outputs=image_outputs,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
@@ -669,11 +683,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         prompt_embeds: torch.FloatTensor | None = None,
         glm_position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> tuple[BaseModelOutputWithPast, torch.Tensor | None]:
+    ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None]:
         """What `forward` does before the head; arguments and errors are its own.
 
         Returns:
-            The decoder's output with `last_hidden_state` [B, S, C], and the soft prompts of the pictures.
+            The decoder's output with `last_hidden_state` [B, S, C], and that of the pictures; see `encode_images`.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
@@ -685,19 +699,22 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             glm_position_ids = position_ids
         if glm_position_ids is None:
             glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
+        image_outputs = None
         if has_pictures:
-            image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds)
+            recorded = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
+            image_outputs = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds, **recorded)
         if prompt_embeds is not None:
             rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
             inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
         elif has_pictures or inputs_embeds is None:
+            image_embeds = None if image_outputs is None else image_outputs.pooler_output
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
         glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
             inputs_embeds=inputs_embeds, glm_position_ids=glm_position_ids, attention_mask=attention_mask, **kwargs
         )
-        return outputs, image_embeds
+        return outputs, image_outputs
 
     def check_length(self, length: int) -> None:
         """Raise a `ValueError` for more tokens than the model was made for."""
@@ -800,7 +817,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
             name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
             with torch.no_grad():
-                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds)
+                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds).pooler_output
                 kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
         elif inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
