@@ -239,6 +239,10 @@ def test_the_output_carries_what_the_picture_encoder_gave_as_it_was_asked(model,
     assert output.image_outputs.keys() == expected.keys()
     for ours, theirs in zip(output.image_outputs.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(ours, theirs)
+    model.config.vision_config.output_hidden_states = True
+    configured = run(model, input_ids, pixel_values=picture)
+    model.config.vision_config.output_hidden_states = False
+    assert len(configured.image_outputs.hidden_states) == len(expected.hidden_states)
     plain = run(model, input_ids, pixel_values=picture)
     assert list(plain.image_outputs) == ["pooler_output"]
     assert plain.to_tuple()[-1] == plain.image_outputs.to_tuple()

@@ -55,6 +55,7 @@ from .quantization import HalfLinear, prepare_model, quantize_model
 
 PREFIX_DROPOUT = 0.1  # the original's, in training
 DEFAULT_NEW_TOKENS = 20  # of `generate`
+RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
 
 
 def build_glm_position_ids(
@@ -701,7 +702,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
         image_outputs = None
         if has_pictures:
-            recorded = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
+            vision_config = self.config.vision_config
+            recorded = {name: True for name in RECORDED if kwargs.get(name, getattr(vision_config, name, False))}
             image_outputs = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds, **recorded)
         if prompt_embeds is not None:
             rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
