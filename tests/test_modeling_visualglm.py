@@ -228,7 +228,7 @@ def test_the_context_sees_all_of_itself_and_the_answer_only_its_past(model, prom
     assert torch.equal(run(model, changed).logits[0, :-1], before[0, :-1])
 
 
-def test_the_output_carries_what_the_picture_encoder_gave_as_it_was_asked(model, prompts):
+def test_the_output_carries_what_the_picture_encoder_gave_as_it_was_asked(model, prompts, monkeypatch):
     _, input_ids, picture = prompts[0]
     model.set_attn_implementation("eager")
     output = run(model, input_ids, pixel_values=picture, output_hidden_states=True, output_attentions=True)
@@ -239,9 +239,9 @@ def test_the_output_carries_what_the_picture_encoder_gave_as_it_was_asked(model,
     assert output.image_outputs.keys() == expected.keys()
     for ours, theirs in zip(output.image_outputs.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(ours, theirs)
-    model.config.vision_config.output_hidden_states = True
-    configured = run(model, input_ids, pixel_values=picture)
-    model.config.vision_config.output_hidden_states = False
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config.vision_config, "output_hidden_states", True)
+        configured = run(model, input_ids, pixel_values=picture)
     assert len(configured.image_outputs.hidden_states) == len(expected.hidden_states)
     plain = run(model, input_ids, pixel_values=picture)
     assert list(plain.image_outputs) == ["pooler_output"]

@@ -365,17 +365,9 @@ def attend_with_torch(
 class CpuAttention(KernelUser):
     """The operator for CPU tensors."""
 
-    def make(self, llvm) -> AttentionKernels:
-        kernels = AttentionKernels(llvm)
-        self.check(kernels)
-        return kernels
+    kernels_class = AttentionKernels
 
     def check(self, kernels: AttentionKernels) -> None:
-        """Compare the kernels with the torch way on a small problem.
-
-        Raises:
-            KernelError: they disagree.
-        """
         random = torch.Generator().manual_seed(0)
         query, key, value = (torch.randn(2, 3, length, 80, generator=random) for length in (1, 37, 37))
         mask = torch.rand(2, 1, 1, 37, generator=random) < 0.8

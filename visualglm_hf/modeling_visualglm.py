@@ -705,11 +705,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             vision_config = self.config.vision_config
             recorded = {name: True for name in RECORDED if kwargs.get(name, getattr(vision_config, name, False))}
             image_outputs = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds, **recorded)
+            image_embeds = image_outputs.pooler_output
         if prompt_embeds is not None:
             rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
             inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
         elif has_pictures or inputs_embeds is None:
-            image_embeds = None if image_outputs is None else image_outputs.pooler_output
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
         glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
 

@@ -1146,15 +1146,17 @@ def is_regular(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns:
 class KernelUser(ABC):
     """What has a fast way with kernels, which are made and checked when they are first asked for, and a torch way."""
 
+    kernels_class: type[Kernels]
+
     def __init__(self):
         self.lock = threading.Lock()
 
     @abstractmethod
-    def make(self, llvm) -> Any:
-        """Make the kernels with LLVM, as `load_llvm` returns it.
+    def check(self, kernels: Any) -> None:
+        """Compare the kernels with the torch way on a few small problems.
 
         Raises:
-            KernelError, OSError, RuntimeError, AttributeError: they cannot be made, or compute something else.
+            KernelError: they disagree.
         """
 
     @property
@@ -1174,7 +1176,9 @@ class KernelUser(ABC):
         if llvm is None:
             return None
         try:
-            return self.make(llvm)
+            kernels = self.kernels_class(llvm)
+            self.check(kernels)
+            return kernels
         except (OSError, RuntimeError, AttributeError) as error:
             if choice == "cpu":
                 raise KernelError(f"The CPU kernels do not work: {error}") from error
@@ -1195,6 +1199,8 @@ class CpuProducts(KernelUser):
             when there are too many activations for a kernel.
         multiply_half: likewise.
     """
+
+    kernels_class = CpuKernels
 
     def __init__(self, multiply: Callable[..., torch.Tensor], multiply_half: Callable[..., torch.Tensor]):
         super().__init__()
@@ -1228,17 +1234,7 @@ class CpuProducts(KernelUser):
             self.torch_multiply_half(x, weight) if kernels is None else kernels.multiply(x, weight, None, weight.dtype)
         )
 
-    def make(self, llvm) -> CpuKernels:
-        kernels = CpuKernels(llvm)
-        self.check(kernels)
-        return kernels
-
     def check(self, kernels: CpuKernels) -> None:
-        """Compare the kernels with the torch way on a few small problems.
-
-        Raises:
-            KernelError: they disagree.
-        """
         random = torch.Generator().manual_seed(0)
         x = torch.randn(TILE_ROWS + 1, 512, generator=random)
         expected = {}
