@@ -28,6 +28,7 @@ from visualglm_hf.cpu_kernels import (
     load_llvm,
     write_kernel,
     write_matrix,
+    write_product,
 )
 from visualglm_hf.quantization import HalfLinear, QuantizedLinear
 from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows, multiply_on_cpu, packed_matrices
@@ -310,7 +311,7 @@ def test_the_kernels_compile_for_other_processors(triple, processor):
     byte_dot = {"sapphirerapids": "avx512vnni", "alderlake": "avxvnni"}.get(processor)
     kinds = cpu_kernels.choose_kinds({byte_dot: True})
     sources = [
-        write_kernel("kernel", kind, steps=4, groups=4 * (form in (4, 8)), tile=2) for form, kind in kinds.items()
+        write_product("kernel", kind, steps=4, groups=4 * (form in (4, 8)), tile=2) for form, kind in kinds.items()
     ]
     for source in [*sources, write_matrix("kernel", kinds[4], 4, 8), write_matrix("kernel", kinds[8], 4, 1)]:
         assembly = assemble(source, triple, processor)
@@ -436,6 +437,27 @@ def test_the_environment_decides(monkeypatch):
         _ = make_products().kernels
 
 
-def test_a_task_is_laid_out_as_the_kernels_read_it():
-    assert [getattr(cpu_kernels.Task, name).offset for name, _ in cpu_kernels.Task._fields_] == list(range(0, 72, 8))
-    assert ctypes.sizeof(cpu_kernels.Task) == 72
+def test_a_task_is_laid_out_as_the_kernels_read_it(kernels):
+    class Everything(cpu_kernels.Task):
+        _fields_ = (
+            ("first", ctypes.c_float),
+            ("address", ctypes.c_void_p),
+            ("second", ctypes.c_float),
+            ("third", ctypes.c_float),
+            ("number", ctypes.c_int64),
+        )
+
+    work = """
+define internal void @work(float %first, ptr %address, float %second, float %third, i64 %number, i64 %share) {
+  %small = fadd float %first, %second
+  %sum = fadd float %small, %third
+  %index = add i64 %number, %share
+  %at = getelementptr float, ptr %address, i64 %index
+  store float %sum, ptr %at, align 4
+  ret void
+}
+"""
+    out = torch.zeros(5)
+    echo = kernels.compiled("echo", lambda name: write_kernel(name, Everything) + work)
+    echo.call(ctypes.byref(Everything(3, 0, 0.5, out.data_ptr(), 0.25, 4.0, 1)))
+    assert out.tolist() == [0, 4.75, 4.75, 4.75, 0]

@@ -25,80 +25,40 @@ Shapes: B sequences, H heads, T keys, D head dimension.
 """
 
 import ctypes
-import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .cpu_kernels import LANES, ROUND, WIDEN, KernelError, Kernels, KernelUser, llvm_float
+from .cpu_kernels import (
+    LANES,
+    WIDEN,
+    Function,
+    KernelError,
+    Kernels,
+    KernelUser,
+    Stage,
+    Task,
+    write_functions,
+    write_kernel,
+)
 
 
 NAMESPACE, OPERATOR = "visualglm", "single_query_attention"
 SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling) -> Tensor"
 MOST_COLUMNS = 64  # of the values at a time: their sums stay in registers
 LOWEST = torch.finfo(torch.float32).min  # what a score that is masked falls by
-LOG2_E = 1.4426950408889634
-# ln 2 in two parts, of which the first times any exponent is exact.
-LN_2 = (0.693359375, -2.12194440e-4)
-LEAST = -87.0  # e to the power of less is no normal float32
-FACTORS = tuple(1 / math.factorial(power) for power in range(7))  # of the powers of x in e^x, for |x| < 0.35
 CHECK_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-5}  # relative error of the self-check: weights are rounded
 
-# What each thread runs until no heads are left. The fields are those of `AttentionTask`; {steps} times 16 columns.
-KERNEL = """
-%task = type {{ ptr, ptr, ptr, ptr, ptr, ptr, i64, i64, i64, i64, i64, i64, i64, i64, i64 }}
+# What a thread does with a head; {steps} times 16 columns.
+ATTEND = """
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
-{widen}
-define internal <16 x float> @splat(float %value) alwaysinline {{
-  %first = insertelement <16 x float> poison, float %value, i64 0
-  %all = shufflevector <16 x float> %first, <16 x float> poison, <16 x i32> zeroinitializer
-  ret <16 x float> %all
-}}
 
-define internal <16 x float> @read(ptr %row, i64 %column) alwaysinline {{
-  %at = getelementptr i16, ptr %row, i64 %column
-  %half = load <16 x i16>, ptr %at, align 2
-  %value = call <16 x float> @widen(<16 x i16> %half)
-  ret <16 x float> %value
-}}
-
-; e^x for x <= 0, as 2^n times a polynomial; NaN stays NaN
-define internal <16 x float> @exp(<16 x float> %x) alwaysinline {{
-  %least = call <16 x float> @splat(float {least})
-  %is.less = fcmp olt <16 x float> %x, %least
-  %clamped = select <16 x i1> %is.less, <16 x float> %least, <16 x float> %x
-  %log2.e = call <16 x float> @splat(float {log2_e})
-  %round = call <16 x float> @splat(float {round})
-  %shifted = call <16 x float> @llvm.fma.v16f32(<16 x float> %clamped, <16 x float> %log2.e, <16 x float> %round)
-  %n = fsub <16 x float> %shifted, %round
-  %minus.n = fneg <16 x float> %n
-  %ln.2 = call <16 x float> @splat(float {ln_2})
-  %ln.2.rest = call <16 x float> @splat(float {ln_2_rest})
-  %nearly = call <16 x float> @llvm.fma.v16f32(<16 x float> %minus.n, <16 x float> %ln.2, <16 x float> %clamped)
-  %f = call <16 x float> @llvm.fma.v16f32(<16 x float> %minus.n, <16 x float> %ln.2.rest, <16 x float> %nearly)
-{polynomial}
-  %exponent = bitcast <16 x float> %shifted to <16 x i32>
-  %bits = bitcast <16 x float> %power.0 to <16 x i32>
-  %raised = shl <16 x i32> %exponent, splat (i32 23)
-  %sum = add <16 x i32> %bits, %raised
-  %result = bitcast <16 x i32> %sum to <16 x float>
-  ret <16 x float> %result
-}}
-
-define void @{name}(ptr %task) {{
-start:
-{fields}
-  br label %take
-
-take:
-  %head = atomicrmw add ptr %field.supply, i64 1 monotonic
-  %is.left = icmp ult i64 %head, %heads
-  br i1 %is.left, label %work, label %end
-
+define internal void @work(ptr %query, ptr %out, i64 %sequence.heads, ptr %keys, ptr %values, ptr %bias, ptr %scores,
+                           i64 %length, i64 %scores.stride, i64 %key.sequence.stride, i64 %key.head.stride,
+                           i64 %value.sequence.stride, i64 %value.head.stride, i64 %head) alwaysinline {{
 work:
   %sequence = udiv i64 %head, %sequence.heads
   %head.of.sequence = urem i64 %head, %sequence.heads
@@ -187,7 +147,7 @@ normalise:
   %at.some.weights = getelementptr float, ptr %head.scores, i64 %n
   %some.weights = load <16 x float>, ptr %at.some.weights, align 4
   %normal = fmul <16 x float> %some.weights, %factor
-  %rounded = call <16 x float> @round(<16 x float> %normal)
+  %rounded = call <16 x float> @round_like_original(<16 x float> %normal)
   store <16 x float> %rounded, ptr %at.some.weights, align 4
   %n.next = add i64 %n, 16
   %more.to.normalise = icmp ult i64 %n.next, %length
@@ -214,31 +174,15 @@ summed:
 {results}
   %column.next = add i64 %column, {part}
   %more.columns = icmp ult i64 %column.next, {columns}
-  br i1 %more.columns, label %part, label %take
+  br i1 %more.columns, label %part, label %end
 
 end:
   ret void
 }}
 """
-# Weights of a float16 model are rounded to float16 before they meet the values, as the original's are, so that near
-# ties are decided alike; bfloat16, which the original did not have, is spared its larger error.
-ROUND_WEIGHTS = {
-    torch.float16: """
-define internal <16 x float> @round(<16 x float> %weights) alwaysinline {
-  %half = fptrunc <16 x float> %weights to <16 x half>
-  %rounded = fpext <16 x half> %half to <16 x float>
-  ret <16 x float> %rounded
-}
-""",
-    torch.bfloat16: """
-define internal <16 x float> @round(<16 x float> %weights) alwaysinline {
-  ret <16 x float> %weights
-}
-""",
-}
 # The parts of the loops that are there for each 16 columns, {c}.
 PRODUCT = """
-  %key.{c} = call <16 x float> @read(ptr %key, i64 {first})
+  %key.{c} = call <16 x float> @load_half(ptr %key, i64 {first})
   %at.query.{c} = getelementptr float, ptr %head.query, i64 {first}
   %query.{c} = load <16 x float>, ptr %at.query.{c}, align 4
   %dot.{next} = call <16 x float> @llvm.fma.v16f32(
@@ -246,55 +190,47 @@ PRODUCT = """
 SUM = "  %sum.{c} = phi <16 x float> [ zeroinitializer, %part ], [ %sum.{c}.next, %add ]"
 ADDITION = """
   %column.{c} = add i64 %column, {first}
-  %value.{c} = call <16 x float> @read(ptr %value, i64 %column.{c})
+  %value.{c} = call <16 x float> @load_half(ptr %value, i64 %column.{c})
   %sum.{c}.next = call <16 x float> @llvm.fma.v16f32(
       <16 x float> %value.{c}, <16 x float> %weights, <16 x float> %sum.{c})"""
 RESULT = """
   %at.out.{c} = getelementptr float, ptr %head.out, i64 %column.{c}
   store <16 x float> %sum.{c}.next, ptr %at.out.{c}, align 4"""
-FACTOR = """
-  %factor.{power} = call <16 x float> @splat(float {factor})
-  %power.{power} = call <16 x float> @llvm.fma.v16f32(
-      <16 x float> {higher}, <16 x float> %f, <16 x float> %factor.{power})"""
-FIELD = """
-  %field.{name} = getelementptr %task, ptr %task, i64 0, i32 {index}
-  %{name} = load {type}, ptr %field.{name}"""
 
 
-class AttentionTask(ctypes.Structure):
-    """What the threads that compute one attention have in common. Strides are in elements."""
+class AttentionTask(Task):
+    """Addresses and sizes of an attention; a share is a head of a sequence. Strides are in elements."""
 
     _fields_ = (
         ("query", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("sequence_heads", ctypes.c_int64),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("heads", ctypes.c_int64),  # of all sequences
-        ("sequence_heads", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("scores_stride", ctypes.c_int64),
         ("key_sequence_stride", ctypes.c_int64),
         ("key_head_stride", ctypes.c_int64),
         ("value_sequence_stride", ctypes.c_int64),
         ("value_head_stride", ctypes.c_int64),
-        ("supply", ctypes.c_int64),  # the first head that no thread has taken
     )
+
+    def attend_to(
+        self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scores: torch.Tensor
+    ) -> None:
+        """Take keys and values [B, H, T, D], a bias [B, T], and room as `make_scores` makes it for at least T."""
+        self.keys, self.values, self.scores = key.data_ptr(), value.data_ptr(), scores.data_ptr()
+        self.bias = None if bias is None else bias.data_ptr()
+        self.length, self.scores_stride = key.shape[2], scores.shape[1]
+        self.key_sequence_stride, self.key_head_stride = key.stride()[:2]
+        self.value_sequence_stride, self.value_head_stride = value.stride()[:2]
 
 
 def write_attention(name: str, dtype: torch.dtype, columns: int) -> str:
     """Write the LLVM code of a kernel for keys and values [T, columns] of this dtype."""
     part = next(part for part in range(MOST_COLUMNS, 0, -LANES) if columns % part == 0)
-    fields = [
-        FIELD.format(index=index, name=name.replace("_", "."), type="ptr" if kind is ctypes.c_void_p else "i64")
-        for index, (name, kind) in enumerate(AttentionTask._fields_)
-    ]
-    polynomial = []
-    for power in reversed(range(len(FACTORS) - 1)):
-        highest = f"splat (float {llvm_float(FACTORS[-1])})"
-        higher = highest if power == len(FACTORS) - 2 else f"%power.{power + 1}"
-        polynomial.append(FACTOR.format(power=power, factor=llvm_float(FACTORS[power]), higher=higher))
 
     def write(text: str, count: int) -> list[str]:
         return [
@@ -302,56 +238,62 @@ def write_attention(name: str, dtype: torch.dtype, columns: int) -> str:
             for c in range(count // LANES)
         ]
 
-    return KERNEL.format(
-        name=name,
-        columns=columns,
-        part=part,
-        steps=columns // LANES,
-        widen=WIDEN[dtype] + ROUND_WEIGHTS[dtype],
-        least=llvm_float(LEAST),
-        log2_e=llvm_float(LOG2_E),
-        round=llvm_float(ROUND),
-        ln_2=llvm_float(LN_2[0]),
-        ln_2_rest=llvm_float(LN_2[1]),
-        polynomial="".join(polynomial),
-        fields="".join(fields),
-        products="".join(write(PRODUCT, columns)),
-        sums="\n".join(write(SUM, part)),
-        additions="".join(write(ADDITION, part)),
-        results="".join(write(RESULT, part)),
+    return (
+        write_kernel(name, AttentionTask)
+        + write_functions(dtype)
+        + ATTEND.format(
+            columns=columns,
+            part=part,
+            steps=columns // LANES,
+            products="".join(write(PRODUCT, columns)),
+            sums="\n".join(write(SUM, part)),
+            additions="".join(write(ADDITION, part)),
+            results="".join(write(RESULT, part)),
+        )
     )
 
 
 class AttentionKernels(Kernels):
     """The kernels that attend, one for each dtype and head dimension."""
 
+    def find_kernel(self, dtype: torch.dtype, columns: int) -> Function:
+        """The kernel for keys and values of this dtype and head dimension."""
+        write = partial(write_attention, dtype=dtype, columns=columns)
+        return self.compiled(f"attention_{str(dtype).removeprefix('torch.')}_{columns}", write)
+
+    def stage(self, query: torch.Tensor, out: torch.Tensor, dtype: torch.dtype) -> Stage:
+        """Plan attention, of which the keys and values are not known yet; see `AttentionTask.attend_to`.
+
+        Args:
+            query: [B, H, D], float32, scaled.
+            out: likewise, for the result.
+            dtype: of the keys and values.
+        """
+        batch, heads, columns = query.shape
+        task = AttentionTask(batch * heads, 0, query.data_ptr(), out.data_ptr(), heads)
+        return Stage(self.find_kernel(dtype, columns), task, min(torch.get_num_threads(), batch * heads))
+
+    @staticmethod
+    def make_scores(key: torch.Tensor) -> torch.Tensor:
+        """Room for the scores of keys [B, H, T, D], of which the last are read together with what follows."""
+        batch, heads, length, _ = key.shape
+        return torch.empty(batch * heads, length + LANES)
+
+    @staticmethod
+    def to_bias(mask: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to the scores under a mask [B, 1, 1, T], float32 [B, T]."""
+        return None if mask is None else torch.where(mask, 0.0, LOWEST).view(mask.shape[0], mask.shape[3])
+
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
         """See `single_query_attention`; the arguments are those that `fits`."""
-        (batch, heads, _, columns), length = query.shape, key.shape[2]
-        name = f"attention_{str(key.dtype).removeprefix('torch.')}_{columns}"
-        kernel = self.compiled(name, partial(write_attention, dtype=key.dtype, columns=columns), ctypes.c_void_p)
-        scaled = query.float().mul(scaling).contiguous()
-        bias = None if mask is None else torch.where(mask, 0.0, LOWEST).view(batch, length)
-        stride = length + LANES  # the last scores are read together with what follows
-        scores, out = torch.empty(batch * heads * stride), torch.empty(batch, 1, heads, columns)
-        task = AttentionTask(
-            scaled.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            scores.data_ptr(),
-            out.data_ptr(),
-            batch * heads,
-            heads,
-            length,
-            stride,
-            *key.stride()[:2],
-            *value.stride()[:2],
-        )
-        self.crew.run(kernel, task, min(torch.get_num_threads(), batch * heads))
-        return out.to(query.dtype)
+        scaled = query.squeeze(2).float().mul(scaling).contiguous()
+        scores, bias, out = self.make_scores(key), self.to_bias(mask), torch.empty_like(scaled)
+        stage = self.stage(scaled, out, key.dtype)
+        stage.task.attend_to(key, value, bias, scores)
+        self.crew.run(*stage)
+        return out.to(query.dtype)[:, None]
 
 
 def attend_with_torch(
@@ -420,11 +362,12 @@ def register_operator() -> torch.library.Library | None:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     library.define(OPERATOR + SCHEMA, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     library.impl(OPERATOR, attend_with_torch, "CompositeExplicitAutograd")
-    library.impl(OPERATOR, CpuAttention(), "CPU")
+    library.impl(OPERATOR, CPU_ATTENTION, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{OPERATOR}", output_of, lib=library)
     return library
 
 
+CPU_ATTENTION = CpuAttention()
 LIBRARY = register_operator()  # the operator lives as long as this object
 
 

@@ -36,6 +36,7 @@ bytes of a row; a cell is what has a scale of the matrix and one of the activati
 """
 
 import ctypes
+import math
 import os
 import platform
 import struct
@@ -59,6 +60,10 @@ LANES = 16  # of a sum: a step adds to each of them
 BLOCK = 64  # columns of activations with a common scale
 LARGEST_CODE = 127 * 256 + 127  # of an activation
 ROUND = 1.5 * 2**23  # of float32, whose neighbours are integers
+LOG2_E = math.log2(math.e)
+LN_2 = (0.693359375, -2.12194440e-4)  # in two parts, of which the first times any exponent is exact
+LEAST = -87.0  # e to the power of less is no normal float32
+FACTORS = tuple(1 / math.factorial(power) for power in range(7))  # of the powers of x in e^x, for |x| < 0.35
 BYTES_PER_THREAD = 2**17  # of the matrix at least: less is not worth another thread
 MOST_BYTES_PER_SHARE = 2**20  # taken by a thread at once; the longer it reads on, the better processors fetch ahead
 SHARES_PER_THREAD = 4  # at least, so that none waits long for the last one
@@ -83,46 +88,49 @@ def llvm_float(value: float) -> str:
     return "0x" + struct.pack(">d", torch.tensor(value).item()).hex().upper()
 
 
-# A kernel: what each thread runs until no rows are left. The fields are those of `Task`.
+# A kernel: what each thread runs until no shares are left. The fields are those of a `Task`; the function @work gets
+# those that the kind of task has besides, and the number of a share.
 KERNEL = """
-%task = type {{ ptr, ptr, ptr, ptr, ptr, ptr, i64, i64, i64 }}
-declare i64 @llvm.umin.i64(i64, i64)
+%task = type {{ i64, i64, {types} }}
 
 define void @{name}(ptr %task) {{
 start:
-  %at.scales = getelementptr %task, ptr %task, i64 0, i32 1
-  %at.x = getelementptr %task, ptr %task, i64 0, i32 2
-  %at.x.scales = getelementptr %task, ptr %task, i64 0, i32 3
-  %at.x.corrections = getelementptr %task, ptr %task, i64 0, i32 4
-  %at.out = getelementptr %task, ptr %task, i64 0, i32 5
-  %at.outputs = getelementptr %task, ptr %task, i64 0, i32 6
-  %at.share = getelementptr %task, ptr %task, i64 0, i32 7
-  %supply = getelementptr %task, ptr %task, i64 0, i32 8
-  %matrix = load ptr, ptr %task
-  %scales = load ptr, ptr %at.scales
-  %x = load ptr, ptr %at.x
-  %x.scales = load ptr, ptr %at.x.scales
-  %x.corrections = load ptr, ptr %at.x.corrections
-  %out = load ptr, ptr %at.out
-  %outputs = load i64, ptr %at.outputs
-  %share = load i64, ptr %at.share
+  %supply = getelementptr %task, ptr %task, i64 0, i32 1
+  %shares = load i64, ptr %task
+{fields}
   br label %take
 
 take:
-  %first = atomicrmw add ptr %supply, i64 %share monotonic
-  %is.left = icmp ult i64 %first, %outputs
+  %share = atomicrmw add ptr %supply, i64 1 monotonic
+  %is.left = icmp ult i64 %share, %shares
   br i1 %is.left, label %work, label %end
 
 work:
-  %until = add i64 %first, %share
-  %last = call i64 @llvm.umin.i64(i64 %until, i64 %outputs)
-  call void @multiply(ptr %matrix, ptr %scales, ptr %x, ptr %x.scales, ptr %x.corrections, ptr %out,
-                      i64 %first, i64 %last, i64 %outputs)
+  call void @work({arguments}, i64 %share)
   br label %take
 
 end:
   ret void
 }}
+"""
+FIELD = """
+  %at.{index} = getelementptr %task, ptr %task, i64 0, i32 {index}
+  %field.{index} = load {type}, ptr %at.{index}"""
+FIELD_TYPES = {ctypes.c_void_p: "ptr", ctypes.c_int64: "i64", ctypes.c_float: "float"}
+
+# A product: a share is some rows of the matrix.
+MULTIPLY_SHARE = """
+declare i64 @llvm.umin.i64(i64, i64)
+
+define internal void @work(ptr %matrix, ptr %scales, ptr %x, ptr %x.scales, ptr %x.corrections, ptr %out, i64 %outputs,
+                           i64 %rows, i64 %share) alwaysinline {
+  %first = mul i64 %share, %rows
+  %until = add i64 %first, %rows
+  %last = call i64 @llvm.umin.i64(i64 %until, i64 %outputs)
+  call void @multiply(ptr %matrix, ptr %scales, ptr %x, ptr %x.scales, ptr %x.corrections, ptr %out,
+                      i64 %first, i64 %last, i64 %outputs)
+  ret void
+}
 """
 # The product of some rows of a matrix with some rows of activations: this loop, and one of the steps below, {unroll} at
 # a time.
@@ -447,6 +455,115 @@ define internal <16 x float> @widen(<16 x i16> %bits) alwaysinline {
 """,
 }
 
+# The nearest number of half precision, of ties the even one; NaN stays NaN.
+TO_HALF = {
+    torch.float16: """
+define internal <16 x i16> @to_half(<16 x float> %value) alwaysinline {
+  %half = fptrunc <16 x float> %value to <16 x half>
+  %bits = bitcast <16 x half> %half to <16 x i16>
+  ret <16 x i16> %bits
+}
+""",
+    torch.bfloat16: """
+define internal <16 x i16> @to_half(<16 x float> %value) alwaysinline {
+  %bits = bitcast <16 x float> %value to <16 x i32>
+  %high = lshr <16 x i32> %bits, splat (i32 16)
+  %odd = and <16 x i32> %high, splat (i32 1)
+  %almost.half = add <16 x i32> %odd, splat (i32 32767)
+  %sum = add <16 x i32> %bits, %almost.half
+  %rounded = lshr <16 x i32> %sum, splat (i32 16)
+  %quiet = or <16 x i32> %high, splat (i32 64)
+  %is.nan = fcmp uno <16 x float> %value, zeroinitializer
+  %chosen = select <16 x i1> %is.nan, <16 x i32> %quiet, <16 x i32> %rounded
+  %half = trunc <16 x i32> %chosen to <16 x i16>
+  ret <16 x i16> %half
+}
+""",
+}
+# What the original, a float16 model, rounds between two operations of one line. We do alike in float16, so that near
+# ties are decided alike; bfloat16, which the original did not have, is spared its larger error.
+ROUND_LIKE_ORIGINAL = {
+    torch.float16: """
+define internal <16 x float> @round_like_original(<16 x float> %value) alwaysinline {
+  %rounded = call <16 x float> @narrow(<16 x float> %value)
+  ret <16 x float> %rounded
+}
+""",
+    torch.bfloat16: """
+define internal <16 x float> @round_like_original(<16 x float> %value) alwaysinline {
+  ret <16 x float> %value
+}
+""",
+}
+FUNCTIONS = """
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+
+define internal <16 x float> @narrow(<16 x float> %value) alwaysinline {{
+  %half = call <16 x i16> @to_half(<16 x float> %value)
+  %rounded = call <16 x float> @widen(<16 x i16> %half)
+  ret <16 x float> %rounded
+}}
+
+define internal <16 x float> @splat(float %value) alwaysinline {{
+  %first = insertelement <16 x float> poison, float %value, i64 0
+  %all = shufflevector <16 x float> %first, <16 x float> poison, <16 x i32> zeroinitializer
+  ret <16 x float> %all
+}}
+
+define internal <16 x float> @load(ptr %row, i64 %column) alwaysinline {{
+  %at = getelementptr float, ptr %row, i64 %column
+  %value = load <16 x float>, ptr %at, align 4
+  ret <16 x float> %value
+}}
+
+define internal void @store(ptr %row, i64 %column, <16 x float> %value) alwaysinline {{
+  %at = getelementptr float, ptr %row, i64 %column
+  store <16 x float> %value, ptr %at, align 4
+  ret void
+}}
+
+define internal <16 x float> @load_half(ptr %row, i64 %column) alwaysinline {{
+  %at = getelementptr i16, ptr %row, i64 %column
+  %half = load <16 x i16>, ptr %at, align 2
+  %value = call <16 x float> @widen(<16 x i16> %half)
+  ret <16 x float> %value
+}}
+
+define internal void @store_half(ptr %row, i64 %column, <16 x float> %value) alwaysinline {{
+  %half = call <16 x i16> @to_half(<16 x float> %value)
+  %at = getelementptr i16, ptr %row, i64 %column
+  store <16 x i16> %half, ptr %at, align 2
+  ret void
+}}
+
+; e^x for x <= 0, as 2^n times a polynomial; NaN stays NaN
+define internal <16 x float> @exp(<16 x float> %x) alwaysinline {{
+  %least = call <16 x float> @splat(float {least})
+  %is.less = fcmp olt <16 x float> %x, %least
+  %clamped = select <16 x i1> %is.less, <16 x float> %least, <16 x float> %x
+  %log2.e = call <16 x float> @splat(float {log2_e})
+  %round = call <16 x float> @splat(float {round})
+  %shifted = call <16 x float> @llvm.fma.v16f32(<16 x float> %clamped, <16 x float> %log2.e, <16 x float> %round)
+  %n = fsub <16 x float> %shifted, %round
+  %minus.n = fneg <16 x float> %n
+  %ln.2 = call <16 x float> @splat(float {ln_2})
+  %ln.2.rest = call <16 x float> @splat(float {ln_2_rest})
+  %nearly = call <16 x float> @llvm.fma.v16f32(<16 x float> %minus.n, <16 x float> %ln.2, <16 x float> %clamped)
+  %f = call <16 x float> @llvm.fma.v16f32(<16 x float> %minus.n, <16 x float> %ln.2.rest, <16 x float> %nearly)
+{polynomial}
+  %exponent = bitcast <16 x float> %shifted to <16 x i32>
+  %bits = bitcast <16 x float> %power.0 to <16 x i32>
+  %raised = shl <16 x i32> %exponent, splat (i32 23)
+  %sum = add <16 x i32> %bits, %raised
+  %result = bitcast <16 x i32> %sum to <16 x float>
+  ret <16 x float> %result
+}}
+"""
+FACTOR = """
+  %factor.{power} = call <16 x float> @splat(float {factor})
+  %power.{power} = call <16 x float> @llvm.fma.v16f32(
+      <16 x float> {higher}, <16 x float> %f, <16 x float> %factor.{power})"""
+
 # The {count} scales of the matrix in the steps that are done at a time.
 SCALES_FUNCTION = """
 define internal <{count} x float> @scales(ptr %scales, i64 %i) alwaysinline {{
@@ -483,14 +600,17 @@ define internal <16 x float> @lanes(ptr %cells) alwaysinline {
 
 
 # Activations as the steps read them: 16-bit codes, and for each cell its scale and, where the codes of the matrix are
-# made unsigned, a correction. This loop, and one of the functions @record below.
+# made unsigned, a correction. This loop, and one of the functions @record below; a share is a row.
 RECORDS = """
-define void @{name}(ptr noalias %x, ptr noalias %codes, ptr noalias %scales, ptr noalias %corrections, i64 %count) {{
+define internal void @work(ptr noalias %x, ptr noalias %codes, ptr noalias %scales, ptr noalias %corrections, i64 %row)
+    alwaysinline {{
 start:
+  %row.start = mul i64 %row, {steps}
+  %row.end = add i64 %row.start, {steps}
   br label %record
 
 record:
-  %i = phi i64 [ 0, %start ], [ %i.next, %record ]
+  %i = phi i64 [ %row.start, %start ], [ %i.next, %record ]
   %first = mul i64 %i, {columns}
   %at.x = getelementptr float, ptr %x, i64 %first
   %codes.offset = mul i64 %i, {x_bytes}
@@ -503,7 +623,7 @@ record:
   store <{cells} x float> %cell.scales, ptr %at.scales, align 4
 {corrections}
   %i.next = add i64 %i, 1
-  %more = icmp ult i64 %i.next, %count
+  %more = icmp ult i64 %i.next, %row.end
   br i1 %more, label %record, label %end
 
 end:
@@ -724,8 +844,37 @@ def choose_kinds(features: Mapping[str, bool]) -> dict[int | torch.dtype, Kind]:
     return kinds
 
 
-def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> str:
-    """Write the LLVM code of a kernel.
+def write_kernel(name: str, task_class: type["Task"]) -> str:
+    """Write the LLVM code of a kernel but for its function @work."""
+    types = [FIELD_TYPES[kind] for _, kind in task_class._fields_]
+    fields = dict(enumerate(types, start=len(Task._fields_)))
+    return KERNEL.format(
+        name=name,
+        types=", ".join(types),
+        fields="".join(FIELD.format(index=index, type=kind) for index, kind in fields.items()),
+        arguments=", ".join(f"{kind} %field.{index}" for index, kind in fields.items()),
+    )
+
+
+def write_functions(dtype: torch.dtype) -> str:
+    """Write the LLVM code of functions of 16 numbers that kernels share, for half precision of this dtype."""
+    polynomial, higher = "", f"splat (float {llvm_float(FACTORS[-1])})"
+    for power in reversed(range(len(FACTORS) - 1)):
+        polynomial += FACTOR.format(power=power, factor=llvm_float(FACTORS[power]), higher=higher)
+        higher = f"%power.{power}"
+    functions = FUNCTIONS.format(
+        least=llvm_float(LEAST),
+        log2_e=llvm_float(LOG2_E),
+        round=llvm_float(ROUND),
+        ln_2=llvm_float(LN_2[0]),
+        ln_2_rest=llvm_float(LN_2[1]),
+        polynomial=polynomial,
+    )
+    return WIDEN[dtype] + TO_HALF[dtype] + ROUND_LIKE_ORIGINAL[dtype] + functions
+
+
+def write_product(name: str, kind: Kind, steps: int, groups: int, tile: int) -> str:
+    """Write the LLVM code of a kernel that multiplies.
 
     Args:
         name: of the function.
@@ -783,11 +932,11 @@ def write_kernel(name: str, kind: Kind, steps: int, groups: int, tile: int) -> s
         products="".join(products),
         results="".join(write_tiles(*([CORRECTION_RESULT] if corrections else []), RESULT)),
     )
-    return KERNEL.format(name=name) + kind.step + scaling.write(unroll) + loop
+    return write_kernel(name, ProductTask) + MULTIPLY_SHARE + kind.step + scaling.write(unroll) + loop
 
 
 def write_matrix(name: str, kind: Kind, steps: int, groups: int) -> str:
-    """Write the LLVM code that writes a matrix out; see `write_kernel`."""
+    """Write the LLVM code of a kernel that writes a matrix out; see `write_product`."""
     scaling = Scaling(kind, steps, groups)
     count = scaling.count(1)
     loop = MATRIX_LOOP.format(
@@ -798,7 +947,7 @@ def write_matrix(name: str, kind: Kind, steps: int, groups: int) -> str:
         count=count,
         lanes=indices(kind.columns, 1, kind.columns // count),
     )
-    return KERNEL.format(name=name) + kind.values + scaling.write(1) + loop
+    return write_kernel(name, ProductTask) + MULTIPLY_SHARE + kind.values + scaling.write(1) + loop
 
 
 @dataclass(frozen=True)
@@ -856,8 +1005,8 @@ def write_lanes(cells: int) -> str:
     return LANES_FUNCTION.format(loads=loads, joins=joins)
 
 
-def write_records(name: str, kind: Kind, cells: int) -> str:
-    """Write the LLVM code that makes records of activations for so many cells in a step."""
+def write_records(name: str, kind: Kind, steps: int, cells: int) -> str:
+    """Write the LLVM code of a kernel that makes records of activations: `steps` in a row, `cells` in a step."""
     folding, count = "", LANES
     while count > cells:
         half = count // 2
@@ -865,7 +1014,7 @@ def write_records(name: str, kind: Kind, cells: int) -> str:
         count = half
     corrections = RECORD_CORRECTIONS.format(folding=folding, blocks=kind.blocks, cells=cells)
     loop = RECORDS.format(
-        name=name,
+        steps=steps,
         columns=kind.columns,
         x_bytes=kind.x_bytes,
         blocks=kind.blocks,
@@ -873,7 +1022,7 @@ def write_records(name: str, kind: Kind, cells: int) -> str:
         repeated=indices(cells, 1, cells // kind.blocks),
         corrections=corrections if kind.is_offset else "",
     )
-    return kind.record + loop
+    return write_kernel(name, RecordTask) + kind.record + loop
 
 
 def load_llvm():
@@ -918,8 +1067,8 @@ class Compiler:
         features = ",".join(("+" if has else "-") + name for name, has in self.features.items())
         return self.llvm.Target.from_default_triple().create_target_machine(self.processor, features, opt=3)
 
-    def compile(self, name: str, source: str, *arguments: type) -> "Function":
-        """Compile the function `name` of these ctypes; while it runs, other threads of Python do too."""
+    def compile(self, name: str, source: str) -> "Function":
+        """Compile the function `name` of a task; while it runs, other threads of Python do too."""
         module = self.llvm.parse_assembly(source)
         module.verify()
         passes = self.llvm.create_pass_builder(self.target, self.llvm.create_pipeline_tuning_options(speed_level=3))
@@ -927,7 +1076,7 @@ class Compiler:
         self.engine.add_module(module)
         self.engine.finalize_object()
         address = self.engine.get_function_address(name)
-        return Function(address, ctypes.CFUNCTYPE(None, *arguments)(address))
+        return Function(address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address))
 
 
 # Launch
@@ -949,18 +1098,17 @@ class Tile(NamedTuple):
     out: int
 
 
-class Plan(NamedTuple):
-    """How activations [M, K] and a matrix [N, K] of some form are multiplied."""
-
-    record: Function | None  # None for activations that are read as they are
-    steps: int  # in all rows of the activations
-    x_bytes: int  # of the codes in all rows of the activations
-    cells_bytes: int  # of the scales of their cells, and of the corrections
-    tiles: tuple[Tile, ...]
-
-
 class Task(ctypes.Structure):
-    """What the threads that compute one product have in common."""
+    """What the threads that run a kernel have in common; each kernel's has more."""
+
+    _fields_ = (
+        ("shares", ctypes.c_int64),
+        ("supply", ctypes.c_int64),  # the first share that no thread has taken
+    )
+
+
+class ProductTask(Task):
+    """Addresses of a matrix and its scales, of activations and what is known of them, and of the result."""
 
     _fields_ = (
         ("matrix", ctypes.c_void_p),
@@ -970,9 +1118,68 @@ class Task(ctypes.Structure):
         ("x_corrections", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
-        ("share", ctypes.c_int64),  # rows of the matrix that a thread takes at once
-        ("supply", ctypes.c_int64),  # the first row that no thread has taken
+        ("rows", ctypes.c_int64),  # of the matrix in a share
     )
+
+
+class RecordTask(Task):
+    """Addresses of activations in float32, and of their records; a share is a row."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("corrections", ctypes.c_void_p),
+    )
+
+
+class Stage(NamedTuple):
+    """A kernel, what it works on, and how many threads are worth it."""
+
+    kernel: Function
+    task: Task
+    threads: int
+
+
+class Plan(NamedTuple):
+    """How activations [M, K] and a matrix [N, K] of some form are multiplied."""
+
+    rows: int  # M
+    record: Function | None  # None for activations that are read as they are
+    x_bytes: int  # of the codes in all rows of the activations
+    cells_bytes: int  # of the scales of their cells, and of the corrections
+    tiles: tuple[Tile, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        return 0 if self.record is None else self.x_bytes + 2 * self.cells_bytes
+
+    def stages(
+        self, x: int, records: int, weight: torch.Tensor, weight_scale: torch.Tensor | None, out: int
+    ) -> list[Stage]:
+        """List what is to be done, one after the other.
+
+        Args:
+            x: the address of the activations, float32.
+            records: the address of `record_bytes` bytes.
+            weight, weight_scale: the matrix.
+            out: the address of the result, float32 [M, N].
+        """
+        stages, at_scales, at_corrections = [], 0, 0
+        if self.record is not None:
+            at_scales = records + self.x_bytes
+            at_corrections = at_scales + self.cells_bytes
+            stages.append(Stage(self.record, RecordTask(self.rows, 0, x, records, at_scales, at_corrections), 1))
+            x = records
+        outputs = weight.shape[0]
+        threads, rows = divide(outputs, weight.nbytes)
+        matrix = (weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr())
+        for kernel, x_bytes, cells_bytes, out_bytes in self.tiles:
+            activations = (x + x_bytes, at_scales + cells_bytes, at_corrections + cells_bytes)
+            sizes = (outputs, rows)
+            task = ProductTask(-(-outputs // rows), 0, *matrix, *activations, out + out_bytes, *sizes)
+            stages.append(Stage(kernel, task, threads))
+        return stages
 
 
 def find_openmp() -> Callable[..., None] | None:
@@ -994,7 +1201,7 @@ class Crew:
         self.process = os.getpid()
         self.helpers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="visualglm")
 
-    def run(self, kernel: Function, task: Task, threads: int) -> None:
+    def run(self, kernel: Function, task: ctypes.Structure, threads: int) -> None:
         if threads == 1:
             kernel.call(ctypes.byref(task))
         elif self.openmp is not None:
@@ -1002,7 +1209,7 @@ class Crew:
         else:
             self.run_with_helpers(kernel, task, threads - 1)
 
-    def run_with_helpers(self, kernel: Function, task: Task, helpers: int) -> None:
+    def run_with_helpers(self, kernel: Function, task: ctypes.Structure, helpers: int) -> None:
         if self.process != os.getpid():  # a fork has no threads but one
             self.__init__()
         futures = [self.helpers.submit(kernel.call, ctypes.byref(task)) for _ in range(helpers)]
@@ -1025,12 +1232,12 @@ class Kernels:
         self.functions: dict[str, Function] = {}
         self.lock = threading.Lock()
 
-    def compiled(self, name: str, write: Callable[..., str], *arguments: type) -> Function:
+    def compiled(self, name: str, write: Callable[..., str]) -> Function:
         """The function that `write` writes when it is told the name, compiled once."""
         if name not in self.functions:
             with self.lock:
                 if name not in self.functions:
-                    self.functions[name] = self.compiler.compile(name, write(name), *arguments)
+                    self.functions[name] = self.compiler.compile(name, write(name))
         return self.functions[name]
 
 
@@ -1051,17 +1258,25 @@ class CpuKernels(Kernels):
         tiles = []
         for first in range(0, rows, TILE_ROWS):
             tile = min(TILE_ROWS, rows - first)
-            write = partial(write_kernel, kind=kind, steps=steps, groups=groups, tile=tile)
-            kernel = self.compiled(f"{kind.name}_{steps}_{groups}_{tile}", write, ctypes.c_void_p)
+            write = partial(write_product, kind=kind, steps=steps, groups=groups, tile=tile)
+            kernel = self.compiled(f"{kind.name}_{steps}_{groups}_{tile}", write)
             before = (steps * kind.x_bytes, cells_bytes, outputs * torch.float32.itemsize)
             tiles.append(Tile(kernel, *(first * row_bytes for row_bytes in before)))
         record = None
         if kind.record is not None:
-            arguments = (*[ctypes.c_void_p] * 4, ctypes.c_int64)
-            record = self.compiled(
-                f"{kind.name}_{cells}_records", partial(write_records, kind=kind, cells=cells), *arguments
-            )
-        return Plan(record, rows * steps, rows * steps * kind.x_bytes, rows * cells_bytes, tuple(tiles))
+            write = partial(write_records, kind=kind, steps=steps, cells=cells)
+            record = self.compiled(f"{kind.name}_{steps}_{cells}_records", write)
+        return Plan(rows, record, rows * steps * kind.x_bytes, rows * cells_bytes, tuple(tiles))
+
+    def find_plan(
+        self, form: int | torch.dtype, rows: int, columns: int, weight: torch.Tensor, weight_scale: torch.Tensor | None
+    ) -> Plan:
+        """The plan of a product of activations [rows, columns] with a matrix, made once; see `multiply`."""
+        key = (form, rows, columns, weight.shape[0], count_groups(weight_scale))
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self.make_plan(*key)
+        return plan
 
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, form: int | torch.dtype
@@ -1071,25 +1286,11 @@ class CpuKernels(Kernels):
         Returns:
             [M, N], of the dtype of `x`.
         """
-        (rows, columns), outputs = x.shape, weight.shape[0]
-        key = (form, rows, columns, outputs, count_groups(weight_scale))
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self.plans[key] = self.make_plan(*key)
-        values = x.float().contiguous()
-        at_x, at_scales, at_corrections = values.data_ptr(), 0, 0
-        if plan.record is not None:
-            records = torch.empty(plan.x_bytes + 2 * plan.cells_bytes, dtype=torch.uint8)
-            at_x = records.data_ptr()
-            at_scales = at_x + plan.x_bytes
-            at_corrections = at_scales + plan.cells_bytes
-            plan.record.call(values.data_ptr(), at_x, at_scales, at_corrections, plan.steps)
-        out = torch.empty(rows, outputs)
-        matrix, scales = weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr()
-        at_out, (threads, share) = out.data_ptr(), divide(outputs, weight.nbytes)
-        for kernel, x_bytes, cells_bytes, out_bytes in plan.tiles:
-            x_parts = (at_x + x_bytes, at_scales + cells_bytes, at_corrections + cells_bytes)
-            self.crew.run(kernel, Task(matrix, scales, *x_parts, at_out + out_bytes, outputs, share), threads)
+        plan = self.find_plan(form, *x.shape, weight, weight_scale)
+        values, records = x.float().contiguous(), torch.empty(plan.record_bytes, dtype=torch.uint8)
+        out = torch.empty(x.shape[0], weight.shape[0])
+        for stage in plan.stages(values.data_ptr(), records.data_ptr(), weight, weight_scale, out.data_ptr()):
+            self.crew.run(*stage)
         return out.to(x.dtype)
 
     def dequantize(
@@ -1099,10 +1300,11 @@ class CpuKernels(Kernels):
         kind = self.kinds[bits]
         steps, groups, rows = in_features // kind.columns, count_groups(weight_scale), len(weight)
         write = partial(write_matrix, kind=kind, steps=steps, groups=groups)
-        kernel = self.compiled(f"{kind.name}_{steps}_{groups}_matrix", write, ctypes.c_void_p)
+        kernel = self.compiled(f"{kind.name}_{steps}_{groups}_matrix", write)
         out = torch.empty(rows, in_features)
         threads, share = divide(rows, out.nbytes)
-        task = Task(weight.data_ptr(), weight_scale.data_ptr(), None, None, None, out.data_ptr(), rows, share)
+        matrix = (weight.data_ptr(), weight_scale.data_ptr())
+        task = ProductTask(-(-rows // share), 0, *matrix, None, None, None, out.data_ptr(), rows, share)
         self.crew.run(kernel, task, threads)
         return out.to(dtype)
 

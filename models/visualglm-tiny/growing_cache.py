@@ -35,13 +35,18 @@ class GrowingStates:
 
     def append(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Append states [B, H, S, D] to those before, [B, H, T, D] or empty; returns all, [B, H, T + S, D]."""
+        longer = self.lengthen(states, new, new.shape[2])
+        longer[:, :, -new.shape[2] :] = new
+        return longer
+
+    def lengthen(self, states: torch.Tensor, new: torch.Tensor, count: int) -> torch.Tensor:
+        """Make room for `count` tokens like `new` after the states; returns all, the last of them not written yet."""
         length = states.shape[2] if states.numel() else 0
-        longer = length + new.shape[2]
+        longer = length + count
         if not self.has_room(states, new, longer):
             self.buffer = new.new_empty((*new.shape[:2], longer + ROOM, new.shape[3]))
             if length:
                 self.buffer[:, :, :length] = states
-        self.buffer[:, :, length:longer] = new
         return self.buffer[:, :, :longer]
 
     def has_room(self, states: torch.Tensor, new: torch.Tensor, longer: int) -> bool:
@@ -77,6 +82,12 @@ class GrowingLayer(DynamicLayer):
         self.values = self.growing_values.append(self.values, value_states)
         return self.keys, self.values
 
+    def lengthen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make room for a token, whose keys and values are for the caller to write; returns all."""
+        self.keys = self.growing_keys.lengthen(self.keys, self.keys, 1)
+        self.values = self.growing_values.lengthen(self.values, self.values, 1)
+        return self.keys, self.values
+
 
 class GrowingCache(DynamicCache):
     """A [`DynamicCache`] of [`GrowingLayer`]s, for decoding on a CPU."""
@@ -84,6 +95,18 @@ class GrowingCache(DynamicCache):
     def __init__(self, config: PretrainedConfig):
         super().__init__(config=config)
         self.layers = [GrowingLayer() for _ in self.layers]
+
+    def holds(self, batch: int, dtype: torch.dtype) -> bool:
+        """Whether every layer has keys and values of so many sequences, in this dtype."""
+        return all(
+            layer.is_initialized and states.numel() > 0 and len(states) == batch and states.dtype == dtype
+            for layer in self.layers
+            for states in (layer.keys, layer.values)
+        )
+
+    def lengthen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Make room for a token in all layers, which hold some already; returns the keys and values of each."""
+        return [layer.lengthen() for layer in self.layers]
 
 
 def make_cache(config: PretrainedConfig, device: torch.device) -> DynamicCache:

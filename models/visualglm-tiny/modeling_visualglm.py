@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PretrainedConfig
 from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -46,16 +47,23 @@ from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
-from .cpu_attention import is_single_query, single_query_attention
+from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attention
+from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
 from .growing_cache import make_cache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
-from .quantization import HalfLinear, prepare_model, quantize_model
+from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
 
 
 PREFIX_DROPOUT = 0.1  # the original's, in training
 DEFAULT_NEW_TOKENS = 20  # of `generate`
 RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
+
+
+def find_setting(config: GenerationConfig | PretrainedConfig, options: dict, name: str) -> Any:
+    """A setting of a call: of its `options`, else of the config."""
+    value = options.get(name)
+    return getattr(config, name, None) if value is None else value
 
 
 def build_glm_position_ids(
@@ -342,11 +350,50 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             is_visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
-        hidden_states = inputs_embeds
+        hidden_states = None
+        if prefix_key_values is None and not any(find_setting(self.config, kwargs, name) for name in RECORDED):
+            hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache)
+        if hidden_states is None:
+            hidden_states = self.run_layers(inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
+        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: cache})
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary: torch.Tensor,
+        cache: Cache | None,
+        prefix_key_values: tuple[torch.Tensor, ...] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """One layer after the other and the last norm, [B, S, C] -> [B, S, C]."""
         for layer_idx, layer in enumerate(self.layers):
             prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
             hidden_states = layer(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
-        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
+        return self.final_layernorm(hidden_states)
+
+
+def make_example() -> VisualGLMTextModel:
+    """A small decoder with random weights of 4 bits, all of which matter, for the self-check of `CPU_DECODER`."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"mask_token_id": 0, "gmask_token_id": 1, "bos_token_id": 4, "eos_token_id": 5}
+    config = VisualGLMTextConfig(vocab_size=8, **sizes, **tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisualGLMTextModel(config).eval()
+        with torch.no_grad():
+            for parameter in model.layers.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return quantize_(model, 4)
+
+
+# What the layers do in a decode step on a CPU, in one call.
+CPU_DECODER = CpuDecoder(
+    CPU_PRODUCTS,
+    CPU_ATTENTION,
+    (VisualGLMBlock, VisualGLMAttention, VisualGLMMLP, nn.Linear, QuantizedLinear, nn.LayerNorm),
+    make_example,
+)
 
 
 @auto_docstring(custom_intro="What [`VisualGLMForConditionalGeneration`] returns.")
@@ -389,12 +436,6 @@ def check_tensor_parallel(config: VisualGLMConfig) -> None:
             f"A model with {' and '.join(name for name, value in undivided.items() if value)} cannot be divided among "
             'processes. Use device_map="auto" in one process.'
         )
-
-
-def find_setting(generation_config: GenerationConfig, options: dict, name: str) -> Any:
-    """A setting of `generate`: of its `options`, else of the config."""
-    value = options.get(name)
-    return getattr(generation_config, name, None) if value is None else value
 
 
 class VisualGLMBackbone:
