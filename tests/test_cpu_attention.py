@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assemble
+from helpers import assemble, default_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -111,6 +111,17 @@ def test_without_any_key_that_may_be_seen_all_count_the_same():
     query, key, value, _, scaling = make_problem(9)
     out = ATTENTION(query, key, value, torch.zeros(2, 1, 1, 9, dtype=torch.bool), scaling)
     assert torch.allclose(out[:, 0].float(), value.float().mean(2), atol=1e-2)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_other_defaults_of_torch_change_nothing(default):
+    problem = make_problem(40)
+    expected = ATTENTION(*problem)
+    with default_dtype(default), torch.device("meta"):
+        attention = CpuAttention()
+        assert attention.kernels is not None
+        out = attention(*problem)
+    assert torch.equal(out, expected)
 
 
 def test_what_does_not_fit_takes_the_torch_way(monkeypatch):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assemble
+from helpers import assemble, default_dtype
 from torch import nn
 from transformers import DynamicCache
 
@@ -124,7 +124,7 @@ def decode(model, ids, mask=None, cache=None, **options):
 def decode_by_layers(model, *args, **options):
     """The same without programs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CPU_DECODER, "step", lambda *args: None)
+        patch.setattr(CpuDecoder, "step", lambda *args: None)
         return decode(model, *args, **options)
 
 
@@ -479,6 +479,52 @@ def test_answers_at_the_same_time_do_not_disturb_each_other(model, monkeypatch, 
         for out, wanted in zip(pool.map(decode_alone, prompts * 4), expected * 4, strict=True):
             assert torch.equal(out, wanted)
     assert len(runs) == 5 * 4 * 20
+
+
+# Modes and defaults
+
+
+def test_steps_in_inference_mode_and_out_of_it_follow_each_other(monkeypatch, runs):
+    monkeypatch.setattr("visualglm_hf.modeling_visualglm.CPU_DECODER", make_decoder())
+    ids, _ = make_ids()
+    with torch.no_grad():
+        model = make_model()
+        expected, _ = decode_by_layers(model, ids)
+    runs.clear()
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            logits, cache = decode(model, ids)
+        assert are_close(logits, expected)
+    with torch.no_grad():
+        decode_by_layers(model, ids, cache=cache)
+        decode(model, ids, cache=cache)
+    assert runs.count(1) >= 4 * 6
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_other_defaults_of_torch_change_nothing(model, monkeypatch, runs, default):
+    ids, _ = make_ids(batch=2)
+    expected, _ = decode(model, ids)
+    monkeypatch.setattr("visualglm_hf.modeling_visualglm.CPU_DECODER", make_decoder())
+    with default_dtype(default):
+        out, _ = decode(model, ids)
+    assert torch.equal(out, expected)
+    assert runs.count(2) >= 2 * 6
+
+
+@torch.no_grad()
+def test_another_number_of_threads_is_another_program(model, runs):
+    ids, _ = make_ids()
+    expected, _ = decode(model, ids)
+    before = torch.get_num_threads()
+    for threads in (3, 1):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(decode(model, ids)[0], expected)
+        finally:
+            torch.set_num_threads(before)
+    assert {key[2] for key in CPU_DECODER.programs[model.transformer]} >= {1, 3}
 
 
 # The kernels

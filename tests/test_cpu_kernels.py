@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assemble
+from helpers import assemble, default_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -157,6 +157,20 @@ def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
     assert kernels.multiply(x, codes, scale, 4).eq(0).all()
     x[:, 64:128] = 1e-41  # subnormal
     assert kernels.multiply(x, codes, scale, 4).abs().max() < 1e-36
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_other_defaults_of_torch_change_nothing(default):
+    arguments = make_problem(4, 33, 768, 12, 5, torch.bfloat16)
+    half = torch.randn(33, 64).bfloat16()
+    expected = PRODUCTS.multiply(*arguments, 4, 768, False), PRODUCTS.multiply_half(half[:2], half)
+    matrix = PRODUCTS.kernels.dequantize(*arguments[1:], 4, 768, torch.float32)
+    with default_dtype(default), torch.device("meta"):
+        products = make_products()
+        assert products.kernels is not None
+        outs = products.multiply(*arguments, 4, 768, False), products.multiply_half(half[:2], half)
+        assert torch.equal(products.kernels.dequantize(*arguments[1:], 4, 768, torch.float32), matrix)
+    assert all(map(torch.equal, outs, expected))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

@@ -42,6 +42,7 @@ from transformers.cache_utils import Cache
 
 from .cpu_kernels import (
     ARM,
+    FLOATS,
     KINDS,
     LANES,
     WIDEN,
@@ -60,7 +61,6 @@ from .cpu_kernels import (
 from .growing_cache import GrowingCache
 
 
-LOW_BITS = (4, 8)
 CHECK_TOLERANCE = 1e-2  # relative error of the self-check: a few last bits of half precision
 SPINS = 4096  # of a thread that waits, before it gives its processor to another
 
@@ -511,7 +511,11 @@ class Linear(NamedTuple):
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1] * 8 // self.form if isinstance(self.form, int) else self.weight.shape[1]
+        return self.weight.shape[1] * (8 // self.form if self.has_low_bits else 1)
+
+    @property
+    def has_low_bits(self) -> bool:
+        return isinstance(self.form, int)
 
     def fits(self, batch: int, dtype: torch.dtype) -> bool:
         """Whether there is a kernel for so many rows of activations of this dtype."""
@@ -519,7 +523,7 @@ class Linear(NamedTuple):
         return (
             kind is not None
             and batch <= kind.most_rows
-            and self.form in (*LOW_BITS, dtype)
+            and (self.has_low_bits or self.form == dtype)
             and type(self.weight) is nn.Parameter
             and is_regular(self.weight, self.weight_scale, self.in_features, kind)
         )
@@ -641,11 +645,14 @@ class StepProgram:
         self.batch, self.dtype, self.alpha, self.eps = batch, dtype, decoder.alpha, decoder.eps
         self.lock = threading.Lock()
         widest = max(linear.weight.shape[0] for linear in decoder.linears)
-        self.hidden, self.normed, self.narrowed = (torch.empty(batch, decoder.hidden_size) for _ in range(3))
-        self.product, self.activated = (torch.empty(batch, widest) for _ in range(2))
-        self.query, self.attended = (torch.empty(batch, decoder.num_heads, decoder.head_dim) for _ in range(2))
-        self.rotary = torch.empty(2, batch, 2, decoder.head_dim // 4)
-        self.records = torch.empty(max(self.plan(linear).record_bytes for linear in decoder.linears), dtype=torch.uint8)
+        record_bytes = max(self.plan(linear).record_bytes for linear in decoder.linears)
+        heads = (batch, decoder.num_heads, decoder.head_dim)
+        with torch.inference_mode(False):  # or no other mode may write here
+            self.hidden, self.normed, self.narrowed = torch.empty(3, batch, decoder.hidden_size, **FLOATS)
+            self.product, self.activated = torch.empty(2, batch, widest, **FLOATS)
+            self.query, self.attended = torch.empty(2, *heads, **FLOATS)
+            self.rotary = torch.empty(2, batch, 2, decoder.head_dim // 4, **FLOATS)
+            self.records = torch.empty(record_bytes, dtype=torch.uint8, device="cpu")
         self.stages: list[Stage] = []
         self.rotations: list[RotateTask] = []
         self.attentions: list[Any] = []
@@ -792,10 +799,11 @@ class CpuDecoder(KernelUser):
             return None
         decoder = Decoder.read(model)
         state, programs = decoder.state(), self.programs.setdefault(model, {})
-        known, program = programs.get((batch, dtype), (None, None))
+        key = (batch, dtype, torch.get_num_threads())
+        known, program = programs.get(key, (None, None))
         if known != state:
             program = self.make_program(decoder, batch, dtype)
-            programs[batch, dtype] = state, program
+            programs[key] = state, program
         return program
 
     def is_plain(self, module: nn.Module) -> bool:
@@ -814,20 +822,20 @@ class CpuDecoder(KernelUser):
         return StepProgram(kernels, self.products.kernels, self.attention.kernels, decoder, batch, dtype)
 
     def check(self, kernels: StepKernels) -> None:
-        random = torch.Generator().manual_seed(0)
+        random = {"generator": torch.Generator("cpu").manual_seed(0), **FLOATS}
         batch, length = 2, 5
         for dtype in WIDEN:
             model = self.make_example().to(dtype)
             decoder = Decoder.read(model)
             heads, columns = decoder.num_heads, decoder.head_dim
-            hidden_states = torch.randn(batch, 1, decoder.hidden_size, generator=random).to(dtype)
-            rotary = torch.rand(2, batch, 1, 1, 1, 2, columns // 4, generator=random)
-            states = [torch.randn(2, batch, heads, length, columns, generator=random).to(dtype) for _ in decoder.layers]
+            hidden_states = torch.randn(batch, 1, decoder.hidden_size, **random).to(dtype)
+            rotary = torch.rand(2, batch, 1, 1, 1, 2, columns // 4, **random)
+            states = [torch.randn(2, batch, heads, length, columns, **random).to(dtype) for _ in decoder.layers]
             caches = [GrowingCache(model.config) for _ in range(2)]
             for cache in caches:
                 for layer_idx, (key, value) in enumerate(states):
                     cache.update(key, value, layer_idx)
-            mask = torch.rand(batch, 1, 1, length + 1, generator=random) < 0.8
+            mask = torch.rand(batch, 1, 1, length + 1, **random) < 0.8
             expected = model.run_layers(hidden_states, mask, rotary, caches[0])
             program = self.write_program(kernels, decoder, batch, dtype)
             out = program.run(hidden_states, rotary, caches[1].lengthen(), mask)

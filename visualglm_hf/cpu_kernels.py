@@ -71,6 +71,7 @@ NEEDED_FEATURES = ("avx2", "f16c", "fma")  # of an x86 processor
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")  # as platforms call them
 CHECK_TOLERANCE = 1e-4  # relative error of the self-check: activations are rounded to 16 bits
 CHOICES = ("auto", "cpu", "cuda", "torch")
+FLOATS = {"dtype": torch.float32, "device": "cpu"}  # what kernels work with, whatever torch's defaults are
 
 
 def indices(count: int, step: int, repeat: int = 1, first: int = 0) -> str:
@@ -85,7 +86,7 @@ def interleaved(count: int) -> str:
 
 def llvm_float(value: float) -> str:
     """Write a float32 as LLVM wants it: the bits of the double."""
-    return "0x" + struct.pack(">d", torch.tensor(value).item()).hex().upper()
+    return "0x" + struct.pack(">d", torch.tensor(value, **FLOATS).item()).hex().upper()
 
 
 # A kernel: what each thread runs until no shares are left. The fields are those of a `Task`; the function @work gets
@@ -1287,8 +1288,9 @@ class CpuKernels(Kernels):
             [M, N], of the dtype of `x`.
         """
         plan = self.find_plan(form, *x.shape, weight, weight_scale)
-        values, records = x.float().contiguous(), torch.empty(plan.record_bytes, dtype=torch.uint8)
-        out = torch.empty(x.shape[0], weight.shape[0])
+        values = x.float().contiguous()
+        records = torch.empty(plan.record_bytes, dtype=torch.uint8, device="cpu")
+        out = torch.empty(x.shape[0], weight.shape[0], **FLOATS)
         for stage in plan.stages(values.data_ptr(), records.data_ptr(), weight, weight_scale, out.data_ptr()):
             self.crew.run(*stage)
         return out.to(x.dtype)
@@ -1301,7 +1303,7 @@ class CpuKernels(Kernels):
         steps, groups, rows = in_features // kind.columns, count_groups(weight_scale), len(weight)
         write = partial(write_matrix, kind=kind, steps=steps, groups=groups)
         kernel = self.compiled(f"{kind.name}_{steps}_{groups}_matrix", write)
-        out = torch.empty(rows, in_features)
+        out = torch.empty(rows, in_features, **FLOATS)
         threads, share = divide(rows, out.nbytes)
         matrix = (weight.data_ptr(), weight_scale.data_ptr())
         task = ProductTask(-(-rows // share), 0, *matrix, None, None, None, out.data_ptr(), rows, share)
@@ -1437,18 +1439,19 @@ class CpuProducts(KernelUser):
         )
 
     def check(self, kernels: CpuKernels) -> None:
-        random = torch.Generator().manual_seed(0)
-        x = torch.randn(TILE_ROWS + 1, 512, generator=random)
+        random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
+        floats = {**random, **FLOATS}
+        x = torch.randn(TILE_ROWS + 1, 512, **floats)
         expected = {}
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
-            codes = torch.randint(-128, 128, (33, 512 * bits // 8), generator=random).to(torch.int8)
-            scale = torch.rand((33, groups) if groups > 1 else (33,), generator=random).sub(0.5).half()
+            codes = torch.randint(-128, 128, (33, 512 * bits // 8), **random).to(torch.int8)
+            scale = torch.rand((33, groups) if groups > 1 else (33,), **floats).sub(0.5).half()
             expected[bits, groups] = codes, scale, self.torch_multiply(x, codes, scale, bits, 512, False)
-            matrix = self.torch_multiply(torch.eye(512), codes, scale, bits, 512, False).T
+            matrix = self.torch_multiply(torch.eye(512, **FLOATS), codes, scale, bits, 512, False).T
             if not torch.equal(kernels.dequantize(codes, scale, bits, 512, torch.float32), matrix):
                 raise KernelError(f"{kernels.kinds[bits].name} with {groups} scales is another matrix.")
         for dtype in WIDEN:
-            matrix = torch.randn(33, 512, generator=random).to(dtype)
+            matrix = torch.randn(33, 512, **floats).to(dtype)
             expected[dtype, 0] = matrix, None, self.torch_multiply_half(x, matrix.float())
         for (form, groups), (matrix, scale, product) in expected.items():
             error = ((kernels.multiply(x, matrix, scale, form) - product).norm() / product.norm()).item()

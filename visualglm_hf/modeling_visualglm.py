@@ -378,9 +378,9 @@ def make_example() -> VisualGLMTextModel:
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = {"mask_token_id": 0, "gmask_token_id": 1, "bos_token_id": 4, "eos_token_id": 5}
     config = VisualGLMTextConfig(vocab_size=8, **sizes, **tokens)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = VisualGLMTextModel(config).eval()
+        model = VisualGLMTextModel(config).float().eval()
         with torch.no_grad():
             for parameter in model.layers.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)

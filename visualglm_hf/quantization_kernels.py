@@ -169,7 +169,7 @@ def pack_for_cpu(weight: torch.Tensor) -> torch.Tensor:
     Blocks of rows are independent, so that the int32 it packs from is never there as a whole.
     """
     step = max(1, CPU_CHUNK // (2 * weight.shape[1]) // PACKED_BLOCK) * PACKED_BLOCK
-    packed = torch.empty(weight.shape, dtype=torch.uint8)
+    packed = weight.new_empty(weight.shape, dtype=torch.uint8)
     for start in range(0, weight.shape[0], step):
         codes = unpack_int4(weight[start : start + step], 2 * weight.shape[1]).to(torch.int32) + 8
         packed[start : start + step] = torch._convert_weight_to_int4pack_for_cpu(codes, 2)

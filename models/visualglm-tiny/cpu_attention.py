@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu_kernels import (
+    FLOATS,
     LANES,
     WIDEN,
     Function,
@@ -277,12 +278,12 @@ class AttentionKernels(Kernels):
     def make_scores(key: torch.Tensor) -> torch.Tensor:
         """Room for the scores of keys [B, H, T, D], of which the last are read together with what follows."""
         batch, heads, length, _ = key.shape
-        return torch.empty(batch * heads, length + LANES)
+        return torch.empty(batch * heads, length + LANES, **FLOATS)
 
     @staticmethod
     def to_bias(mask: torch.Tensor | None) -> torch.Tensor | None:
         """What is added to the scores under a mask [B, 1, 1, T], float32 [B, T]."""
-        return None if mask is None else torch.where(mask, 0.0, LOWEST).view(mask.shape[0], mask.shape[3])
+        return None if mask is None else mask.new_zeros(mask.shape, **FLOATS).masked_fill_(~mask, LOWEST)[:, 0, 0]
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
@@ -310,9 +311,9 @@ class CpuAttention(KernelUser):
     kernels_class = AttentionKernels
 
     def check(self, kernels: AttentionKernels) -> None:
-        random = torch.Generator().manual_seed(0)
-        query, key, value = (torch.randn(2, 3, length, 80, generator=random) for length in (1, 37, 37))
-        mask = torch.rand(2, 1, 1, 37, generator=random) < 0.8
+        random = {"generator": torch.Generator("cpu").manual_seed(0), **FLOATS}
+        query, key, value = (torch.randn(2, 3, length, 80, **random) for length in (1, 37, 37))
+        mask = torch.rand(2, 1, 1, 37, **random) < 0.8
         for dtype in WIDEN:
             halves = [tensor.to(dtype) for tensor in (query, key, value)]
             expected = attend_with_torch(*(half.float() for half in halves), mask, 0.3)
