@@ -355,6 +355,18 @@ def test_other_ways_to_compute_a_step_are_left_to_the_layers(model, runs, way):
     assert are_close(logits, decode_by_layers(model, ids)[0])
 
 
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused_by_the_layers(model, runs):
+    ids, _ = make_ids()
+    positions = build_glm_position_ids(ids, None, model.config.text_config)
+    sizes = {**CONFIG, "text_config": {**CONFIG["text_config"], "num_attention_heads": 4}}
+    other = VisualGLMForConditionalGeneration(VisualGLMConfig(**sizes)).eval().bfloat16()
+    cache = other(ids[:, :-1], glm_position_ids=positions[..., :-1], use_cache=True)[CACHE_NAME]
+    with pytest.raises(RuntimeError, match="size"):
+        model(ids[:, -1:], glm_position_ids=positions[..., -1:], cache=cache)
+    assert not runs
+
+
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_attention_heads": 4}, {"intermediate_size": 96}])
 @torch.no_grad()
 def test_sizes_without_kernels_are_left_to_the_layers(runs, change):

@@ -39,6 +39,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PretrainedConfig
 
 from .cpu_kernels import (
     ARM,
@@ -787,7 +788,8 @@ class CpuDecoder(KernelUser):
         Returns:
             [B, S, C]; None, and nothing is done, if it has to be done by the layers themselves.
         """
-        if not is_step(hidden_states, attention_mask, cache) or model.config._attn_implementation != "sdpa":
+        config = model.config
+        if config._attn_implementation != "sdpa" or not is_step(config, hidden_states, attention_mask, cache):
             return None
         program = self.find_program(model, len(hidden_states), hidden_states.dtype)
         return None if program is None else program.run(hidden_states, rotary, cache.lengthen(), attention_mask)
@@ -847,27 +849,35 @@ class CpuDecoder(KernelUser):
                 raise KernelError(f"A decode step in {dtype} is off by {error:.2g} of the result.")
 
 
-def is_plain_mask(attention_mask: torch.Tensor, batch: int, length: int) -> bool:
-    return attention_mask.dtype == torch.bool and attention_mask.shape == (batch, 1, 1, length)
-
-
 def has_global_hooks() -> bool:
     return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
 
 
-def is_step(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> bool:
+def is_step(
+    config: PretrainedConfig, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+) -> bool:
     """Whether these are a decode step's in half precision, of which a CPU is to compute the numbers and no more."""
-    batch, queries, _ = hidden_states.shape
     return (
-        queries == 1
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(hidden_states) is torch.Tensor
+        and hidden_states.shape[1] == 1
         and hidden_states.device.type == "cpu"
         and hidden_states.dtype in WIDEN
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and type(cache) is GrowingCache
-        and cache.holds(batch, hidden_states.dtype)
-        and (attention_mask is None or is_plain_mask(attention_mask, batch, cache.get_seq_length() + 1))
+        and continues(cache, config, hidden_states, attention_mask)
+    )
+
+
+def continues(
+    cache: GrowingCache, config: PretrainedConfig, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+) -> bool:
+    """Whether the cache holds what the hidden states [B, 1, C] and the mask, of one more token, fit to."""
+    batch, length = len(hidden_states), cache.get_seq_length()
+    shape = (batch, config.num_attention_heads, length, config.head_dim)
+    return cache.holds(config.num_hidden_layers, shape, hidden_states.dtype) and (
+        attention_mask is None
+        or (attention_mask.dtype == torch.bool and attention_mask.shape == (batch, 1, 1, length + 1))
     )

@@ -96,10 +96,10 @@ class GrowingCache(DynamicCache):
         super().__init__(config=config)
         self.layers = [GrowingLayer() for _ in self.layers]
 
-    def holds(self, batch: int, dtype: torch.dtype) -> bool:
-        """Whether every layer has keys and values of so many sequences, in this dtype."""
-        return all(
-            layer.is_initialized and states.numel() > 0 and len(states) == batch and states.dtype == dtype
+    def holds(self, num_layers: int, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether there are so many layers, each with keys and values of this shape, and not empty, in this dtype."""
+        return len(self.layers) == num_layers and all(
+            layer.is_initialized and states.shape == shape and states.numel() > 0 and states.dtype == dtype
             for layer in self.layers
             for states in (layer.keys, layer.values)
         )
