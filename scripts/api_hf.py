@@ -15,6 +15,7 @@ import sys
 from contextlib import asynccontextmanager
 
 from command_line import COUNT, add_model_options, loading_options, number
+from model_folder import check_folder
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is asked to end; returns its exit code."""
+    check_folder(arguments.model)
     import uvicorn
     from serving.app import ApiOptions, LoadingEngine, create_app
     from serving.engine import Engine, Limits

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from command_line import COUNT, add_model_options, loading_options, number
+from model_folder import check_folder
 
 
 # torch, transformers and the model are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -56,13 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from serving.batch import Output, Pictures, answer_rows, read_rows
     from serving.engine import Engine, Limits
-    from serving.loading import check_folder
     from serving.sampling import Settings
     from tqdm import tqdm
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    check_folder(arguments.model)
     rows, unread = read_rows(arguments.input)
     names = ("max_length", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
     settings = Settings(**{name: getattr(arguments, name) for name in names})
@@ -116,6 +115,7 @@ def main() -> int:
     arguments = build_parser().parse_args()
     try:
         check_paths(arguments)
+        check_folder(arguments.model)
         return run(arguments)
     except ValueError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from command_line import DEFAULT_MODEL, number
+from model_folder import check_folder
 from serving.text import stable_part
 
 
@@ -302,6 +303,7 @@ def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> 
 
 def open_model(arguments: argparse.Namespace) -> tuple:
     """Load the model, with progress bars but without the libraries' warnings."""
+    check_folder(arguments.model)
     warnings.filterwarnings("ignore")
     import torch
     from serving.loading import choose_device, load_model

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from command_line import COUNT, DEFAULT_MODEL, number
+from model_folder import check_folder
 
 
 # torch, transformers and PEFT are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -240,6 +241,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         print(memory_table())
         return
+    check_folder(arguments.model)
     from training.run import finetune
 
     for line in getattr(arguments, "obsolete", []):

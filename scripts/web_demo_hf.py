@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from command_line import COUNT, add_model_options, loading_options, number
+from model_folder import check_folder
 
 
 # torch, transformers, gradio and the model are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -45,6 +46,7 @@ def check_port(host: str, port: int) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is asked to end; returns its exit code."""
+    check_folder(arguments.model)
     check_port(arguments.host, arguments.port)
     from serving.engine import Engine, Limits
     from serving.web import create_page, launch

@@ -296,7 +296,7 @@ def test_activations_in_two_bytes_make_the_same_sums_as_in_one_word(monkeypatch)
         monkeypatch.setattr(cpu_kernels, "BYTE_DOTS", dots)
         products = make_products()
         assert products.kernels.kinds[4].name == "_".join(("int4", *dots))
-        arguments = [make_problem(4, 33, 768, groups, rows) for groups in (1, 6, 12, 96) for rows in (1, 3, 5)]
+        arguments = [make_problem(4, 33, 768, groups, rows) for groups, rows in ((1, 1), (6, 2), (12, 1), (96, 3))]
         outs.append([products.multiply(*problem, 4, 768, False) for problem in arguments])
     for by_bytes, by_words, problem in zip(*outs, arguments, strict=True):
         assert torch.equal(by_bytes, by_words)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 from adapter_files import attach_adapter
+from model_folder import check_folder
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,21 +59,6 @@ def load_model(
     if adapter:
         attach_adapter(model, adapter)
     return model.to(chosen_device).eval(), tokenizer
-
-
-def check_folder(folder: Path) -> None:
-    """Raise a `ValueError` unless the folder says that it holds a VisualGLM."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        found = "it has no config.json" if folder.is_dir() else "there is no such folder"
-        raise ValueError(f"no checkpoint in {str(folder)!r}: {found}. Give the folder with the weights as --model.")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(config_file)!r} is no JSON: {error}") from error
-    # The other ChatGLMs have the same model_type; loading one would leave most weights random.
-    if not isinstance(config, dict) or not ({"eva_config", "vision_config"} & config.keys()):
-        raise ValueError(f"{str(config_file)!r} is not of a VisualGLM: it has neither vision_config nor eva_config.")
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

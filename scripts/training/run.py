@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from adapter_files import BASE_FILE, CONFIG_FILE, WEIGHT_FILE, fingerprint, first_line, write_fingerprint
 from filelock import FileLock, Timeout
+from model_folder import check_folder
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from serving.loading import check_folder
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
