@@ -18,7 +18,6 @@ from visualglm_hf.cpu_decoder import (
     BODIES,
     WORK,
     CpuDecoder,
-    Decoder,
     GeluTask,
     NarrowTask,
     NormTask,
@@ -233,52 +232,54 @@ class Scaled(nn.LayerNorm):
         return 2 * super().forward(x)
 
 
-def add_hook(model):
-    model.transformer.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+def add_hook(layers):
+    layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
 
 
-def add_early_hook(model):
-    model.transformer.layers[1].register_forward_pre_hook(lambda module, args: (args[0].flip(-1), *args[1:]))
+def add_early_hook(layers):
+    layers[1].register_forward_pre_hook(lambda module, args: (args[0].flip(-1), *args[1:]))
 
 
-def replace_forward(model):
-    mlp = model.transformer.layers[1].mlp
+def replace_forward(layers):
+    mlp = layers[1].mlp
     mlp.forward = lambda x, forward=mlp.forward: 2 * forward(x)
 
 
-def replace_module(model):
-    model.transformer.layers[1].input_layernorm = Scaled(128).bfloat16()
+def replace_module(layers):
+    layers[1].input_layernorm = Scaled(128).bfloat16()
 
 
-def replace_last_norm(model):
-    model.transformer.final_layernorm = Scaled(128).bfloat16()
-
-
-def exchange_layers(model):
-    model.transformer.layers = model.transformer.layers[::-1]
-
-
-def add_adapter(model):
+def add_adapter(layers):
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     config = peft.LoraConfig(target_modules=["dense"], init_lora_weights=False)
-    peft.inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, layers[1])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [add_hook, add_early_hook, replace_forward, replace_module, replace_last_norm, exchange_layers, add_adapter],
-)
+@pytest.mark.parametrize("change", [add_hook, add_early_hook, replace_forward, replace_module, add_adapter])
 @torch.no_grad()
-def test_layers_that_were_changed_are_asked_themselves(runs, change):
+def test_a_layer_that_was_changed_is_asked_itself_and_the_others_are_programs(runs, change):
+    """As after the original's fine-tuning, whose adapters are in two of the layers."""
     model, ids = make_model(), make_ids()[0]
     before, _ = decode(model, ids)
-    assert runs
+    assert len(runs) == 6
     runs.clear()
-    change(model)
+    change(model.transformer.layers)
     after, _ = decode(model, ids)
-    assert not runs
+    assert len(runs) == 2 * 6
+    assert (after - before).abs().max() > 0.01
+    assert are_close(after, decode_by_layers(model, ids)[0])
+
+
+@torch.no_grad()
+def test_layers_in_another_order_keep_their_numbers(runs):
+    model, ids = make_model(), make_ids()[0]
+    before, _ = decode(model, ids)
+    model.transformer.layers = model.transformer.layers[::-1]
+    after, _ = decode(model, ids)
+    assert len(runs) == 2 * 6
     assert not are_close(after, before)
+    assert are_close(after, decode_by_layers(model, ids)[0])
 
 
 @torch.no_grad()
@@ -379,10 +380,6 @@ def test_sizes_without_kernels_are_left_to_the_layers(runs, change):
 @torch.no_grad()
 def test_full_precision_is_left_to_the_layers(runs):
     decode(make_model(torch.float32), make_ids()[0])
-    mixed = make_model()
-    mixed.transformer.layers[2].input_layernorm.float()
-    mixed.transformer.layers[2].mlp.dense_h_to_4h.bias.data = torch.zeros(384)
-    assert not Decoder.read(mixed.transformer).fits(1, torch.bfloat16)
     assert not runs
 
 
@@ -536,7 +533,7 @@ def test_another_number_of_threads_is_another_program(model, runs):
             assert torch.equal(decode(model, ids)[0], expected)
         finally:
             torch.set_num_threads(before)
-    assert {key[2] for key in CPU_DECODER.programs[model.transformer]} >= {1, 3}
+    assert {key[-1] for key in CPU_DECODER.programs[model.transformer]} >= {1, 3}
 
 
 # The kernels

@@ -263,7 +263,7 @@ def write_attention(name: str, dtype: torch.dtype, columns: int) -> str:
             part=part,
             steps=columns // LANES,
             ahead=AHEAD,
-        products="".join(write(ASK_KEY, columns, LINE) + write(PRODUCT, columns)),
+            products="".join(write(ASK_KEY, columns, LINE) + write(PRODUCT, columns)),
             sums="\n".join(write(SUM, part)),
             additions="".join(write(ASK_VALUE, part, LINE) + write(ADDITION, part)),
             results="".join(write(RESULT, part)),

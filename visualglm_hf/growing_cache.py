@@ -104,10 +104,6 @@ class GrowingCache(DynamicCache):
             for states in (layer.keys, layer.values)
         )
 
-    def lengthen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Make room for a token in all layers, which hold some already; returns the keys and values of each."""
-        return [layer.lengthen() for layer in self.layers]
-
 
 def make_cache(config: PretrainedConfig, device: torch.device) -> DynamicCache:
     """Make an empty dynamic cache for decoding on a device."""

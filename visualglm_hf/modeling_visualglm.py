@@ -352,10 +352,10 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
 
         hidden_states = None
         if prefix_key_values is None and not any(find_setting(self.config, kwargs, name) for name in RECORDED):
-            hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache)
+            hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache, **kwargs)
         if hidden_states is None:
             hidden_states = self.run_layers(inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
-        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: cache})
+        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
 
     def run_layers(
         self,
@@ -366,11 +366,11 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One layer after the other and the last norm, [B, S, C] -> [B, S, C]."""
+        """One layer after the other, [B, S, C] -> [B, S, C]."""
         for layer_idx, layer in enumerate(self.layers):
             prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
             hidden_states = layer(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
-        return self.final_layernorm(hidden_states)
+        return hidden_states
 
 
 def make_example() -> VisualGLMTextModel:
