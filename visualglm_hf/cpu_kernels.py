@@ -14,7 +14,7 @@
 """Products with low-bit and half-precision matrices on CPUs: LLVM code, its compilation, its launch.
 
 Not here: the format's bytes and the torch operators (`quantization_kernels.py`), which are also what is used wherever
-the kernels cannot be.
+the kernels cannot be; and the kernels of `cpu_attention.py` and `cpu_decoder.py`, which are compiled and launched here.
 
 The code is compiled for the CPU that runs it, and for the sizes of a matrix when one of these sizes first comes, by
 the LLVM inside the Python package llvmlite: `pip install llvmlite` is all there is to install. Without it, nothing
