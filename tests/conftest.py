@@ -16,6 +16,12 @@ os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="visualglm-mod
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes share the files; but nothing runs beside what is watched (-s) or may measure (-m gpu, -m slow)."""
+    is_usual = config.option.markexpr.startswith("not gpu")
+    return 2 if is_usual and config.option.capture != "no" else 0
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The folder with golden.json, golden.npz, the input pictures and the tiny original checkpoint."""

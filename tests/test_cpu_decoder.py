@@ -2,15 +2,19 @@
 
 import copy
 import gc
+import json
 import math
+import shutil
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import assemble, default_dtype
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoModel, DynamicCache
 
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
 from visualglm_hf.cache_naming import CACHE_NAME
@@ -28,8 +32,9 @@ from visualglm_hf.cpu_decoder import (
     write_program,
     write_stage,
 )
+from visualglm_hf.growing_cache import make_cache
 from visualglm_hf.modeling_visualglm import CPU_DECODER, build_glm_position_ids, make_example
-from visualglm_hf.quantization import CPU_PRODUCTS
+from visualglm_hf.quantization import CPU_PRODUCTS, quantize_
 
 
 pytest.importorskip("llvmlite")
@@ -381,6 +386,29 @@ def test_sizes_without_kernels_are_left_to_the_layers(runs, change):
 def test_full_precision_is_left_to_the_layers(runs):
     decode(make_model(torch.float32), make_ids()[0])
     assert not runs
+
+
+@torch.no_grad()
+def test_code_that_came_with_a_checkpoint_takes_caches_and_layers_of_this_package(tmp_path, monkeypatch):
+    """Each folder's code is a copy of its own; the serving engine, for one, makes the caches."""
+    make_model(bits=None).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tiny = Path(__file__).parents[1] / "models" / "visualglm-tiny"
+    config["auto_map"] = json.loads((tiny / "config.json").read_text())["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for file in tiny.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.bfloat16).eval()
+    assert type(model) is not VisualGLMForConditionalGeneration
+    quantize_(model.transformer, 4)
+    copied, batches = sys.modules[type(model).__module__.replace("modeling_visualglm", "cpu_decoder")], []
+    assert sys.modules[type(model).__module__].CPU_DECODER.kernels is not None
+    run = copied.StepProgram.run
+    monkeypatch.setattr(copied.StepProgram, "run", lambda self, *rest: batches.append(1) or run(self, *rest))
+    ids, _ = make_ids()
+    cache = make_cache(model.config.text_config, torch.device("cpu"))
+    assert are_close(decode(model, ids, cache=cache)[0], decode(make_model(), ids)[0])
+    assert len(batches) == 6
 
 
 # Weights that change, and what is kept of them
