@@ -190,6 +190,18 @@ def test_generate_says_the_same_with_programs_and_without(model, runs, options):
 
 
 @torch.no_grad()
+def test_sequences_may_share_their_positions(model, runs):
+    ids, _ = make_ids(batch=3)
+    positions = build_glm_position_ids(ids[:1], None, model.config.text_config)
+    expected, _ = decode(model, ids)
+    _, cache = decode(model, ids[:, :-1])
+    runs.clear()
+    logits = model(ids[:, -1:], glm_position_ids=positions[..., -1:], cache=cache).logits
+    assert torch.equal(logits[:, -1], expected[:, -1])
+    assert runs == [3]
+
+
+@torch.no_grad()
 def test_tokens_that_were_cut_off_are_written_over(model, runs):
     ids, _ = make_ids()
     expected, _ = decode(model, ids)

@@ -727,7 +727,7 @@ class StepProgram:
         bias = self.attention.to_bias(attention_mask)
         with self.lock:
             self.hidden.copy_(hidden_states[:, 0])
-            self.rotary.copy_(rotary.view_as(self.rotary))
+            self.rotary.copy_(rotary[:, :, 0, 0, 0])
             scores = self.attention.make_scores(states[0][0])
             for rotation, attention, (key, value) in zip(self.rotations, self.attentions, states, strict=True):
                 rotation.write_to(key, value)
