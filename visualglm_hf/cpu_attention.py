@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from .cpu_kernels import (
     FLOATS,
+    KINDS,
     LANES,
     WIDEN,
     Function,
@@ -40,6 +41,7 @@ from .cpu_kernels import (
     KernelUser,
     Stage,
     Task,
+    point_at_states,
     write_functions,
     write_kernel,
 )
@@ -115,16 +117,14 @@ scored:
   br i1 %more.keys, label %score, label %fill
 
 fill:
-  %after = getelementptr float, ptr %head.scores, i64 %length
   %nothing = call <16 x float> @splat(float 0xFFF0000000000000)
-  store <16 x float> %nothing, ptr %after, align 4
+  call void @store(ptr %head.scores, i64 %length, <16 x float> %nothing)
   br label %find
 
 find:
   %f = phi i64 [ 0, %fill ], [ %f.next, %find ]
   %largest = phi <16 x float> [ %nothing, %fill ], [ %largest.next, %find ]
-  %at.some = getelementptr float, ptr %head.scores, i64 %f
-  %some = load <16 x float>, ptr %at.some, align 4
+  %some = call <16 x float> @load(ptr %head.scores, i64 %f)
   %largest.next = call <16 x float> @llvm.maxnum.v16f32(<16 x float> %largest, <16 x float> %some)
   %f.next = add i64 %f, 16
   %more.to.find = icmp ult i64 %f.next, %length
@@ -138,11 +138,10 @@ found:
 exponentiate:
   %e = phi i64 [ 0, %found ], [ %e.next, %exponentiate ]
   %total = phi <16 x float> [ zeroinitializer, %found ], [ %total.next, %exponentiate ]
-  %at.scores = getelementptr float, ptr %head.scores, i64 %e
-  %old = load <16 x float>, ptr %at.scores, align 4
+  %old = call <16 x float> @load(ptr %head.scores, i64 %e)
   %below = fsub <16 x float> %old, %peaks
   %weight = call <16 x float> @exp(<16 x float> %below)
-  store <16 x float> %weight, ptr %at.scores, align 4
+  call void @store(ptr %head.scores, i64 %e, <16 x float> %weight)
   %total.next = fadd <16 x float> %total, %weight
   %e.next = add i64 %e, 16
   %more.to.weigh = icmp ult i64 %e.next, %length
@@ -156,11 +155,10 @@ weighed:
 
 normalise:
   %n = phi i64 [ 0, %weighed ], [ %n.next, %normalise ]
-  %at.some.weights = getelementptr float, ptr %head.scores, i64 %n
-  %some.weights = load <16 x float>, ptr %at.some.weights, align 4
+  %some.weights = call <16 x float> @load(ptr %head.scores, i64 %n)
   %normal = fmul <16 x float> %some.weights, %factor
   %rounded = call <16 x float> @round_like_original(<16 x float> %normal)
-  store <16 x float> %rounded, ptr %at.some.weights, align 4
+  call void @store(ptr %head.scores, i64 %n, <16 x float> %rounded)
   %n.next = add i64 %n, 16
   %more.to.normalise = icmp ult i64 %n.next, %length
   br i1 %more.to.normalise, label %normalise, label %part
@@ -197,8 +195,7 @@ ASK_KEY = """
   call void @ask(ptr %key, i64 {first})"""
 PRODUCT = """
   %key.{c} = call <16 x float> @load_half(ptr %key, i64 {first})
-  %at.query.{c} = getelementptr float, ptr %head.query, i64 {first}
-  %query.{c} = load <16 x float>, ptr %at.query.{c}, align 4
+  %query.{c} = call <16 x float> @load(ptr %head.query, i64 {first})
   %dot.{next} = call <16 x float> @llvm.fma.v16f32(
       <16 x float> %key.{c}, <16 x float> %query.{c}, <16 x float> {dot})"""
 SUM = "  %sum.{c} = phi <16 x float> [ zeroinitializer, %part ], [ %sum.{c}.next, %add ]"
@@ -211,8 +208,7 @@ ADDITION = """
   %sum.{c}.next = call <16 x float> @llvm.fma.v16f32(
       <16 x float> %value.{c}, <16 x float> %weights, <16 x float> %sum.{c})"""
 RESULT = """
-  %at.out.{c} = getelementptr float, ptr %head.out, i64 %column.{c}
-  store <16 x float> %sum.{c}.next, ptr %at.out.{c}, align 4"""
+  call void @store(ptr %head.out, i64 %column.{c}, <16 x float> %sum.{c}.next)"""
 
 
 class AttentionTask(Task):
@@ -238,11 +234,9 @@ class AttentionTask(Task):
         self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scores: torch.Tensor
     ) -> None:
         """Take keys and values [B, H, T, D], a bias [B, T], and room as `make_scores` makes it for at least T."""
-        self.keys, self.values, self.scores = key.data_ptr(), value.data_ptr(), scores.data_ptr()
-        self.bias = None if bias is None else bias.data_ptr()
+        point_at_states(self, key, value)
+        self.scores, self.bias = scores.data_ptr(), None if bias is None else bias.data_ptr()
         self.length, self.scores_stride = key.shape[2], scores.shape[1]
-        self.key_sequence_stride, self.key_head_stride = key.stride()[:2]
-        self.value_sequence_stride, self.value_head_stride = value.stride()[:2]
 
 
 def write_attention(name: str, dtype: torch.dtype, columns: int) -> str:
@@ -277,7 +271,7 @@ class AttentionKernels(Kernels):
     def find_kernel(self, dtype: torch.dtype, columns: int) -> Function:
         """The kernel for keys and values of this dtype and head dimension."""
         write = partial(write_attention, dtype=dtype, columns=columns)
-        return self.compiled(f"attention_{str(dtype).removeprefix('torch.')}_{columns}", write)
+        return self.compiled(f"attention_{KINDS[dtype].name}_{columns}", write)
 
     def stage(self, query: torch.Tensor, out: torch.Tensor, dtype: torch.dtype) -> Stage:
         """Plan attention, of which the keys and values are not known yet; see `AttentionTask.attend_to`.

@@ -1108,6 +1108,13 @@ class Task(ctypes.Structure):
     )
 
 
+def point_at_states(task: Task, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Tell a task where keys and values [B, H, ...] lie, by its fields of these names; strides are in elements."""
+    task.keys, task.values = key.data_ptr(), value.data_ptr()
+    task.key_sequence_stride, task.key_head_stride = key.stride()[:2]
+    task.value_sequence_stride, task.value_head_stride = value.stride()[:2]
+
+
 class ProductTask(Task):
     """Addresses of a matrix and its scales, of activations and what is known of them, and of the result."""
 

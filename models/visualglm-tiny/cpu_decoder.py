@@ -44,6 +44,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from .cpu_kernels import (
     ARM,
+    FIELD_TYPES,
     FLOATS,
     KINDS,
     LANES,
@@ -57,6 +58,7 @@ from .cpu_kernels import (
     Task,
     is_regular,
     llvm_float,
+    point_at_states,
     write_functions,
     write_kernel,
 )
@@ -132,8 +134,6 @@ PAUSE_ARM = ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hi
 # What stands between the products. Each kernel is one of these functions; a share is a row, {columns} wide.
 # `linear` is what a linear layer gives: its product, float32, and its bias, each rounded.
 LINEAR = """
-declare <16 x float> @llvm.fabs.v16f32(<16 x float>)
-
 define internal <16 x float> @linear(ptr %product, i64 %index, ptr %bias, i64 %column) alwaysinline {
   %sum = call <16 x float> @load(ptr %product, i64 %index)
   %rounded = call <16 x float> @narrow(<16 x float> %sum)
@@ -144,9 +144,12 @@ define internal <16 x float> @linear(ptr %product, i64 %index, ptr %bias, i64 %c
 }
 """
 COLUMNS = """
-define internal void @work({parameters}, i64 %row) alwaysinline {{
+declare <16 x float> @llvm.fabs.v16f32(<16 x float>)
+
+define internal void @work({parameters}, i64 %share) alwaysinline {{
 start:
-  %first = mul i64 %row, {columns}
+  %first = mul i64 %share, {columns}
+{before}
   br label %loop
 
 loop:
@@ -191,7 +194,7 @@ GELU = f"""
   %product.of.x = fmul <16 x float> %x, %above
   %gelu = fdiv <16 x float> %product.of.x, %one.and.e
   %result = call <16 x float> @narrow(<16 x float> %gelu)"""
-NORM = """
+MEAN = """
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 declare float @llvm.sqrt.f32(float)
 
@@ -216,11 +219,9 @@ end:
   %mean = fdiv float %sum, {columns}.0
   ret float %mean
 }}
-
-define internal void @work(ptr noalias %x, ptr noalias %weight, ptr noalias %bias, ptr noalias %out, float %eps,
-                           i64 %number) alwaysinline {{
-start:
-  %first = mul i64 %number, {columns}
+"""
+# Before the columns of a row, and for each of them.
+MOMENTS = """
   %row = getelementptr float, ptr %x, i64 %first
   %mean = call float @mean(ptr %row, <16 x float> zeroinitializer, i1 false)
   %means = call <16 x float> @splat(float %mean)
@@ -228,28 +229,15 @@ start:
   %stable = fadd float %variance, %eps
   %deviation = call float @llvm.sqrt.f32(float %stable)
   %factor = fdiv float 1.0, %deviation
-  %factors = call <16 x float> @splat(float %factor)
-  br label %loop
-
-loop:
-  %i = phi i64 [ 0, %start ], [ %i.next, %loop ]
-  %value = call <16 x float> @load(ptr %row, i64 %i)
+  %factors = call <16 x float> @splat(float %factor)"""
+NORM = """
+  %value = call <16 x float> @load(ptr %x, i64 %index)
   %centered = fsub <16 x float> %value, %means
   %normal = fmul <16 x float> %centered, %factors
   %gamma = call <16 x float> @load_half(ptr %weight, i64 %i)
   %beta = call <16 x float> @load_half(ptr %bias, i64 %i)
   %scaled = call <16 x float> @llvm.fma.v16f32(<16 x float> %normal, <16 x float> %gamma, <16 x float> %beta)
-  %result = call <16 x float> @narrow(<16 x float> %scaled)
-  %index = add i64 %first, %i
-  call void @store(ptr %out, i64 %index, <16 x float> %result)
-  %i.next = add i64 %i, 16
-  %more = icmp ult i64 %i.next, {columns}
-  br i1 %more, label %loop, label %end
-
-end:
-  ret void
-}}
-"""
+  %result = call <16 x float> @narrow(<16 x float> %scaled)"""
 # One head of one sequence, of which the product has queries, keys and values side by side: queries and keys are
 # rotated, the first half of a head by the position, the second by the block position; queries are scaled; keys and
 # values go into the cache. `rotary` has cosines and then sines, each [B, 2, D / 4]. {half} is D / 2, {quarter} D / 4.
@@ -429,13 +417,13 @@ class RotateTask(Task):
 
     def write_to(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Take keys and values [B, H, T, D] whose last token is to be written."""
-        self.keys, self.values = key[:, :, -1].data_ptr(), value[:, :, -1].data_ptr()
-        self.key_sequence_stride, self.key_head_stride = key.stride()[:2]
-        self.value_sequence_stride, self.value_head_stride = value.stride()[:2]
+        point_at_states(self, key[:, :, -1], value[:, :, -1])
 
 
-WORK = {NormTask: NORM, RotateTask: ROTATE}
-BODIES = {NarrowTask: NARROW, GeluTask: GELU, ResidualTask: ADD_RESIDUAL}  # of COLUMNS
+# Of COLUMNS; rotation has a loop of its own.
+BODIES = {NormTask: NORM, NarrowTask: NARROW, GeluTask: GELU, ResidualTask: ADD_RESIDUAL}
+BEFORE = {NormTask: MOMENTS}
+WORK = {RotateTask: ROTATE}
 
 
 def write_stage(name: str, task_class: type[Task], columns: int, dtype: torch.dtype) -> str:
@@ -443,11 +431,10 @@ def write_stage(name: str, task_class: type[Task], columns: int, dtype: torch.dt
     sizes = {"columns": columns, "two_columns": 2 * columns, "three_columns": 3 * columns}
     sizes |= {"half": columns // 2, "quarter": columns // 4}
     if task_class in BODIES:
-        parameters = ", ".join(
-            f"ptr noalias %{name}" if kind is ctypes.c_void_p else f"float %{name}"
-            for name, kind in task_class._fields_
-        )
-        work = COLUMNS.format(parameters=parameters, body=BODIES[task_class], **sizes)
+        types = FIELD_TYPES | {ctypes.c_void_p: "ptr noalias"}
+        parameters = ", ".join(f"{types[kind]} %{field}" for field, kind in task_class._fields_)
+        parts = {"parameters": parameters, "before": BEFORE.get(task_class, ""), "body": BODIES[task_class]}
+        work = (MEAN if task_class in BEFORE else "").format(**sizes) + COLUMNS.format(**parts, **sizes)
     else:
         work = WORK[task_class].format(**sizes)
     return write_kernel(name, task_class) + write_functions(dtype) + LINEAR + work
@@ -489,7 +476,7 @@ class StepKernels(Kernels):
     def stage(self, dtype: torch.dtype, columns: int, task: Task) -> Stage:
         """Plan a task for rows, or heads, of so many columns, with parameters of half precision."""
         kind = type(task)
-        name = f"{kind.__name__}_{str(dtype).removeprefix('torch.')}_{columns}"
+        name = f"{kind.__name__}_{KINDS[dtype].name}_{columns}"
         write = partial(write_stage, task_class=kind, columns=columns, dtype=dtype)
         return Stage(self.compiled(name, write), task, task.shares)
 
