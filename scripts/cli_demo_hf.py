@@ -309,11 +309,11 @@ def open_model(arguments: argparse.Namespace) -> tuple:
     from serving.loading import choose_device, load_model
     from transformers.utils import logging
 
-    from visualglm_hf.compilation import check_compiler
+    from visualglm_hf.compilation import resolve_compile_config
 
     logging.set_verbosity_error()
     if arguments.compile:
-        check_compiler(choose_device(arguments.device))
+        resolve_compile_config(True, choose_device(arguments.device))  # a compiler is missing now or not at all
     model, tokenizer = load_model(
         arguments.model, arguments.device, arguments.dtype, arguments.quant, arguments.adapter
     )

@@ -10,6 +10,8 @@ import torch
 
 FLOAT32_TOLERANCE = 2e-5  # of the array's scale: another order of summation
 HALF_LOGITS_TOLERANCE = 0.11  # absolute: what float16 rounding does to logits of standard deviation 1
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of a value's own size
+SUBNORMAL = 2.0**-25  # half of float16's smallest step
 
 
 def relative_error(actual, expected) -> float:
@@ -18,6 +20,27 @@ def relative_error(actual, expected) -> float:
     if actual.shape != expected.shape:
         raise ValueError(f"Cannot compare {actual.shape} with {expected.shape}.")
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def assert_product_is_exact(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    inputs: int,
+    sum_error: float,
+) -> None:
+    """Each element is within the rounding of its own value, and `sum_error` of the sum of its products' magnitudes."""
+    from visualglm_hf.quantization_kernels import dequantize
+
+    matrix = dequantize(codes, scale, bits, inputs, torch.float64)
+    expected = x.double() @ matrix.T
+    magnitude = x.double().abs() @ matrix.abs_().T
+    assert out.dtype == x.dtype
+    assert out.shape == expected.shape
+    tolerance = ROUNDING[x.dtype] * expected.abs() + sum_error * magnitude + SUBNORMAL
+    assert ((out.double() - expected).abs() <= tolerance).all()
 
 
 def kept_positions(case: dict, dtype: str) -> int:

@@ -432,7 +432,7 @@ def bench(tiny):
 def test_the_compiled_step_and_its_cache_are_those_of_generate(bench, monkeypatch):
     calls = []
 
-    def note(config):
+    def note(*_):
         def compiled(model, **inputs):
             calls.append((inputs["input_ids"].shape[1], inputs["past_key_values"].layers[0].max_cache_len))
             return model(**inputs)

@@ -1,13 +1,13 @@
-"""Room: the compiled decode step. It gives the eager answers, and is compiled once for prompts of all lengths."""
+"""Room: the compiled or recorded decode step. It gives the eager answers, and is compiled once for all prompts."""
 
 import copy
 import importlib.util
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from fake_graphs import FakeGraph, play_graphs
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import CompileConfig
@@ -18,7 +18,7 @@ from visualglm_hf import (
     VisualGLMImageProcessor,
     VisualGLMProcessor,
 )
-from visualglm_hf.compilation import bucket_length, resolve_compile_config
+from visualglm_hf.compilation import RecordedCall, bucket_length, call_model, compile_call, resolve_compile_config
 
 
 ROOT = Path(__file__).parent.parent
@@ -173,20 +173,11 @@ def test_a_model_that_is_quantized_later_is_compiled_again(tokenizer, picture, g
     assert len(graphs) == 2
 
 
-def test_compiled_streams_share_a_thread_and_give_the_same_answer(talker, tokenizer, picture, graphs):
-    threads = set()
-
-    def note(input_ids, scores, **kwargs):
-        threads.add(threading.current_thread())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
+def test_compiled_streams_give_the_same_answer(talker, tokenizer, picture, graphs):
     expected, _ = talker.chat(tokenizer, picture, "描述这张图片。", **CHAT)
     for _ in range(2):
-        stream = talker.stream_chat(
-            tokenizer, picture, "描述这张图片。", compile=counting(graphs), stopping_criteria=[note], **CHAT
-        )
+        stream = talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=counting(graphs), **CHAT)
         assert list(stream)[-1][0] == expected
-    assert len(threads) == 1 and threads.isdisjoint({threading.main_thread()})
 
 
 def test_a_compiled_stream_that_is_left_stops_and_the_next_one_runs(talker, tokenizer, picture, graphs):
@@ -243,17 +234,100 @@ def test_a_missing_cpp_compiler_is_named_before_anything_is_done(talker, tokeniz
         getattr(talker, door)(tokenizer, Image.new("RGB", (5, 7)), "你好", compile=True)
 
 
-def test_cuda_needs_triton_and_gets_graphs_where_threads_can_use_them(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs Triton"):
-        resolve_compile_config(True, CUDA)
+def test_cuda_gets_graphs_and_without_triton_nothing_else(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    for version, mode in (("2.12.1", "default"), ("2.13.0+cu130", "reduce-overhead")):
-        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-        assert resolve_compile_config(True, CUDA).mode == mode
-        assert resolve_compile_config(CompileConfig(mode="max-autotune"), CUDA).mode == "max-autotune"
+    assert resolve_compile_config(True, CUDA).mode == "reduce-overhead"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resolve_compile_config(True, CUDA).backend == "cudagraphs"
+    with pytest.raises(ValueError, match="needs Triton"):
+        resolve_compile_config(CompileConfig(mode="max-autotune"), CUDA)
+
+
+def test_a_cpu_has_no_graphs():
+    with pytest.raises(ValueError, match="is for CUDA, not for 'cpu'"):
+        resolve_compile_config(CompileConfig(backend="cudagraphs"), CPU)
+
+
+def test_graphs_are_ours_whatever_mode_asks_for_them(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, options["mode"]))
+    modes = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+    for mode, without_graphs in modes.items():
+        step = compile_call(CompileConfig(mode=mode), CUDA)
+        assert isinstance(step, RecordedCall) and step.call == (call_model, without_graphs)
+        assert compile_call(CompileConfig(mode=mode), CUDA, is_divided=True) == (call_model, mode)
+        assert compile_call(CompileConfig(mode=mode), CPU) == (call_model, mode)
+    assert compile_call(CompileConfig(mode="default"), CUDA) == (call_model, "default")
+    assert compile_call(CompileConfig(backend="cudagraphs"), CUDA).call is call_model
+    assert compile_call(CompileConfig(backend="cudagraphs"), CUDA, is_divided=True) is call_model
 
 
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match="not for 'mps'"):
         resolve_compile_config(True, torch.device("mps"))
+
+
+# Recorded, by a CPU that plays CUDA's graphs
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[FakeGraph]:
+    """The graphs that were recorded, in order, while every compiled step is a recorded one."""
+    monkeypatch.setattr("visualglm_hf.modeling_visualglm.compile_call", lambda *_: RecordedCall(call_model))
+    return play_graphs(monkeypatch)
+
+
+EAGER = CompileConfig(backend="eager")  # of no effect here: `recorded` decides
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_recorded_answers_are_the_eager_ones_and_each_has_one_graph(bits, tokenizer, picture, recorded):
+    model, history = load(bits), []
+    for turn, query in enumerate(("描述这张图片。", "图里有几个圆形？他们是什么颜色的？", "背景是什么？"), start=1):
+        expected, _ = model.chat(tokenizer, picture, query, history=history, **CHAT)
+        response, history = model.chat(tokenizer, picture, query, history=history, compile=EAGER, **CHAT)
+        assert response == expected
+        assert len(recorded) == turn
+    assert all(graph.replays > 1 for graph in recorded)
+
+
+def test_a_recorded_stream_and_a_sampled_answer_are_the_eager_ones(talker, tokenizer, picture, recorded):
+    options = {"temperature": 1.5, "top_p": 0.9}
+    torch.manual_seed(5)
+    expected, _ = talker.chat(tokenizer, picture, "描述这张图片。", **options)
+    torch.manual_seed(5)
+    assert talker.chat(tokenizer, picture, "描述这张图片。", compile=EAGER, **options)[0] == expected
+    torch.manual_seed(5)
+    assert list(talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=EAGER, **options))[-1][0] == expected
+    assert len(recorded) == 2
+
+
+def test_what_a_recorded_step_returned_does_not_change_with_the_next(talker, tokenizer, recorded):
+    inputs = tokenizer("问：你好\n答：", return_tensors="pt")
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    expected = talker.generate(**inputs, output_logits=True, **options)
+    output = talker.generate(**inputs, output_logits=True, compile=EAGER, **options)
+    assert recorded[0].replays == 4
+    for ours, theirs in zip(output.logits, expected.logits, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
+        assert torch.allclose(ours[-1], theirs[-1], atol=1e-4)
+
+
+def test_a_cache_that_moves_is_not_replayed_into(talker, tokenizer, recorded):
+    """Beams are put into another order by new tensors, after each step."""
+    inputs = tokenizer(["问：你好\n答：", "问：图里有什么？\n答："], padding=True, return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
+    assert torch.equal(talker.generate(**inputs, compile=EAGER, **options), talker.generate(**inputs, **options))
+    assert all(graph.replays == 0 for graph in recorded)
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_one_warning(talker, tokenizer, picture, recorded):
+    handle = talker.lm_head.register_forward_hook(lambda module, inputs, output: output + 0 * output.max().item())
+    try:
+        expected, _ = talker.chat(tokenizer, picture, "描述这张图片。", **CHAT)
+        with pytest.warns(RuntimeWarning, match="cannot be recorded as a CUDA graph.*not permitted") as warned:
+            response, _ = talker.chat(tokenizer, picture, "描述这张图片。", compile=EAGER, **CHAT)
+    finally:
+        handle.remove()
+    assert response == expected
+    assert len([each for each in warned if "CUDA graph" in str(each.message)]) == len(recorded) == 1

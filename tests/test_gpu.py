@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import HALF_LOGITS_TOLERANCE
+from transformers import CompileConfig
 
 from visualglm_hf import VisualGLMForConditionalGeneration
 
@@ -74,17 +75,19 @@ def test_compiled_static_cache_gives_the_eager_answer(cuda_model, inputs):
     assert torch.equal(eager, compiled)
 
 
-def test_compiled_answers_and_streams_are_the_eager_ones_without_recompiling(tiny_original, tokenizer, pictures):
-    """In this thread and in that of the streams, which record their own CUDA graphs."""
+@pytest.mark.parametrize("compile", [True, CompileConfig(backend="cudagraphs")], ids=["compiled", "recorded"])
+def test_recorded_answers_and_streams_are_the_eager_ones_without_recompiling(
+    tiny_original, tokenizer, pictures, compile
+):
     model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).cuda().eval()
     options = {"do_sample": False, "max_new_tokens": 16}
     queries = ("描述这张图片。", "这张图片的背景里有什么内容？")
     expected = [model.chat(tokenizer, pictures[0], query, **options)[0] for query in queries]
-    model.chat(tokenizer, pictures[0], queries[0], compile=True, **options)
+    model.chat(tokenizer, pictures[0], queries[0], compile=compile, **options)
     with torch.compiler.set_stance("fail_on_recompile"):
         for query, answer in zip(queries, expected, strict=True):
-            assert model.chat(tokenizer, pictures[0], query, compile=True, **options)[0] == answer
-            stream = model.stream_chat(tokenizer, pictures[0], query, compile=True, **options)
+            assert model.chat(tokenizer, pictures[0], query, compile=compile, **options)[0] == answer
+            stream = model.stream_chat(tokenizer, pictures[0], query, compile=compile, **options)
             assert list(stream)[-1][0] == answer
 
 

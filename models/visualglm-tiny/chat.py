@@ -17,7 +17,6 @@ Not here: what a prompt looks like (`conversation.py`), and how tokens are chose
 Source: `chat`, `stream_chat` and their defaults in the original `modeling_chatglm.py`.
 """
 
-import contextlib
 import hashlib
 import os
 import queue
@@ -39,8 +38,6 @@ from .image_processing_visualglm import VisualGLMImageProcessor
 
 ORIGINAL_MIN_LENGTH = 100  # tokens, prompt included
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
-# CUDA graphs belong to the thread that recorded them, so all compiled streams generate in the same one.
-COMPILED_STREAMS = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compiled-stream")
 
 
 @dataclass(frozen=True)
@@ -262,8 +259,7 @@ class ChatMixin:
         tokens, decoder, stop = TokenQueue(), IncrementalDecoder(tokenizer), threading.Event()
         criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), StopWhenSet(stop)])
         last = None
-        has_own_thread = not options.get("compile")
-        with ThreadPoolExecutor(1) if has_own_thread else contextlib.nullcontext(COMPILED_STREAMS) as pool:
+        with ThreadPoolExecutor(1) as pool:
             worker = pool.submit(self.generate, **turn.inputs, **options, streamer=tokens, stopping_criteria=criteria)
             worker.add_done_callback(lambda _: tokens.end())  # also when it failed before its streamer ended
             try:

@@ -419,9 +419,14 @@ class VisualGLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
+def count_processes(config: VisualGLMConfig) -> int:
+    """How many processes share a model, as `from_pretrained` was told."""
+    return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+
+
 def check_tensor_parallel(config: VisualGLMConfig) -> None:
-    """Raise a `ValueError` if the processes that `from_pretrained` was told of cannot share this model."""
-    num_processes = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+    """Raise a `ValueError` if the processes that are to share this model cannot."""
+    num_processes = count_processes(config)
     if num_processes == 1:
         return
     num_heads = config.text_config.num_attention_heads
@@ -916,10 +921,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         if setting("max_new_tokens") is None:
             length = setting("max_length") or length
         limit = self.config.text_config.max_position_embeddings
+        is_divided = len(places) > 1 or count_processes(self.config) > 1
         return {
             "cache_implementation": "static",
             "max_cache_len": max(bucket_length(length, limit), setting("max_cache_len") or 0),
-            "compiled_call": compile_call(compile_config),
+            "compiled_call": compile_call(compile_config, self.device, is_divided),
             "disable_compile": True,  # transformers' own way, which there is on CUDA alone
         }
 
