@@ -16,6 +16,7 @@ What is measured:
 - decode: one more token per row at a given context, as a bare forward step and through `generate`. Every weight of the
   decoder is read once per step, and the cache of every row, so the limit of small batches is this machine's read
   bandwidth. The context is not computed before: its keys and values are random numbers, which cost the same to read.
+  With --cache compiled or recorded (a CUDA graph), generate's step is measured alone, too.
 - growth: from the decode steps, if there are four contexts or more.
 
 Without --variants, the one configuration that the options describe is measured in this process. With it, each variant
@@ -44,7 +45,7 @@ from command_line import COUNT, number
 DTYPES = ("float32", "float16", "bfloat16")
 GEOMETRIES = ("full", "tiny")
 PARTS = ("load", "encode", "prefill", "decode")
-CACHES = ("dynamic", "static", "compiled")
+CACHES = ("dynamic", "static", "compiled", "recorded")
 TEMPLATE = Path("benchmarks", "page.md")  # beside the page that is written
 POSITIVE = number(float, lambda value: 0 < value < float("inf"), "above 0")
 

@@ -17,15 +17,17 @@ from benchmarking.engines import FilledRunner, ModelEngine, Prompts, fill_cache,
 from benchmarking.growth import measure_growth, plot_growth
 from benchmarking.limits import add_rates
 from benchmarking.machine import public_command
-from benchmarking.measurements import Bench, Case
+from benchmarking.measurements import PRODUCTS, Bench, Case
 from benchmarking.models import TINY, build_model, fill, model_figures
 from benchmarking.peers import parse_peer, run_peer
 from benchmarking.report import read_run, render_page, render_run, write_page, write_run
 from benchmarking.run import Variant, pool, pool_reading
+from fake_graphs import play_graphs
 from original_formulation import OriginalFormulation
 from transformers import DynamicCache, StaticCache
 
-from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_hf import VisualGLMForConditionalGeneration, modeling_visualglm
+from visualglm_hf.compilation import RecordedCall, call_model
 from visualglm_hf.quantization import QuantizedLinear
 
 
@@ -434,20 +436,39 @@ def test_the_compiled_step_and_its_cache_are_those_of_generate(bench, monkeypatc
 
     def note(*_):
         def compiled(model, **inputs):
-            calls.append((inputs["input_ids"].shape[1], inputs["past_key_values"].layers[0].max_cache_len))
+            cache = inputs["past_key_values"]
+            calls.append((set(inputs), inputs["input_ids"].shape[1], cache.layers[0].max_cache_len))
             return model(**inputs)
 
         return compiled
 
-    monkeypatch.setattr(measurements, "compile_call", note)
-    assert len(measurements.measure(bench, Case("decode", 1, 30, "generate, compiled"))) == 4
-    assert set(calls) == {(1, 256)}
-    monkeypatch.setattr("visualglm_hf.modeling_visualglm.compile_call", note)
-    prompts, ours = bench.prompts(1), set(calls)
-    calls.clear()
+    for module in (measurements, modeling_visualglm):
+        monkeypatch.setattr(module, "compile_call", note)
+    found = []
+    for path in ("generate, compiled", "forward, compiled"):
+        assert len(measurements.measure(bench, Case("decode", 1, 30, path))) == 4
+        found.append(calls[-1])
+    prompts = bench.prompts(1)
     options = {"image_embeds": prompts.image_embeds, "max_new_tokens": 4, "do_sample": False}
     bench.model.generate(prompts.ids(30), compile=True, **options)
-    assert set(calls) == ours
+    assert found[0] == found[1]
+    assert found[0][1:] == calls[-1][1:] == (1, 256)
+
+
+@torch.no_grad()
+def test_a_recorded_step_is_replayed(bench, monkeypatch):
+    graphs = play_graphs(monkeypatch)
+    monkeypatch.setattr(measurements, "resolve_compile_config", lambda how, device: how)
+    monkeypatch.setattr(measurements, "compile_call", lambda *_: RecordedCall(call_model))
+    for path, replays in (("generate, recorded", bench.settings.new_tokens - 1), ("forward, recorded", None)):
+        assert len(measurements.measure(bench, Case("decode", 1, 30, path))) == bench.settings.new_tokens
+        assert graphs[-1].replays >= (replays or bench.settings.new_tokens)
+
+
+def test_what_is_compiled_or_recorded_is_measured_through_generate_and_alone():
+    settings = SimpleNamespace(batch=[1], parts=["decode"], contexts=[30], cache=["dynamic", "recorded"])
+    paths = [case.path for case in measurements.list_cases(settings)]
+    assert paths == [PRODUCTS, "forward", "generate, dynamic cache", "generate, recorded", "forward, recorded"]
 
 
 def test_what_does_not_fit_into_the_memory_is_not_tried(bench, monkeypatch):

@@ -6,7 +6,9 @@ What does not fit into the memory, or would take longer than a measurement may, 
 
 - dynamic: a cache that grows by concatenation, transformers' default.
 - static: a cache of the final size, nothing compiled.
-- compiled: the compiled step and the cache that `generate(compile=True)` takes, which has no place for a filled one.
+- compiled: the compiled step and the cache that `generate(compile=True)` takes, which has no place for a filled one; on
+  CUDA it is recorded.
+- recorded: the same, recorded as a CUDA graph and not compiled.
 """
 
 import argparse
@@ -15,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Cache, StaticCache
+from transformers import Cache, CompileConfig, StaticCache
+from transformers.utils import ModelOutput
 
 from benchmarking.engines import FilledRunner, ModelEngine, Prompts, Runner, fill_cache, random_states
 from benchmarking.models import cache_bytes
@@ -27,7 +30,9 @@ from visualglm_hf.growing_cache import make_cache
 
 SPARE_CACHE = 1.1  # times the cache: a layer's keys and values are twice there while they grow
 PRODUCTS = "products alone"  # what is left of a step without all that is around its matrices
-WARMUP_TOKENS = 4  # of `generate`, after which everything is compiled
+WARMUP_TOKENS = 4  # of `generate`, after which everything is compiled and recorded
+# Whose step is compiled or recorded -> how; see `resolve_compile_config`.
+STEPS = {"compiled": True, "recorded": CompileConfig(backend="cudagraphs")}
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Case:
     part: str  # "encode", "prefill" or "decode"
     batch: int
     context: int = 0
-    path: str = ""  # of decoding: PRODUCTS, "forward" or "generate, … cache"
+    path: str = ""  # of decoding: PRODUCTS, "forward", "generate, … cache", or with "compiled"
 
     @property
     def units(self) -> int:
@@ -73,7 +78,9 @@ class Case:
 def list_cases(settings: argparse.Namespace) -> list[Case]:
     """List what is to be measured, cheap batches first."""
     cases = []
-    paths = ["forward", *(path_name(cache) for cache in settings.cache)]
+    paths = ["forward"]
+    for cache in settings.cache:  # what `generate` has compiled, the step alone needs not compile again
+        paths += [path_name(cache), *([step_name(cache)] if cache in STEPS else [])]
     for batch in settings.batch:
         if "encode" in settings.parts:
             cases.append(Case("encode", batch))
@@ -86,7 +93,11 @@ def list_cases(settings: argparse.Namespace) -> list[Case]:
 
 
 def path_name(cache: str) -> str:
-    return "generate, compiled" if cache == "compiled" else f"generate, {cache} cache"
+    return f"generate, {cache}" if cache in STEPS else f"generate, {cache} cache"
+
+
+def step_name(cache: str) -> str:
+    return f"forward, {cache}"
 
 
 def warm_up(bench: Bench) -> None:
@@ -170,6 +181,8 @@ def measure(bench: Bench, case: Case) -> list[float]:
         return measure_products(bench, case)
     if case.path == "forward":
         return measure_forward(bench, case)
+    if case.path in map(step_name, STEPS):
+        return measure_step(bench, case)
     return measure_generate(bench, case)
 
 
@@ -199,20 +212,54 @@ def measure_forward(bench: Bench, case: Case) -> list[float]:
     return collect(runner.step, bench.settings.new_tokens, warmup=1, seconds=bench.settings.row_seconds)
 
 
+class NotedCall:
+    """A call that remembers what it was given last."""
+
+    def __init__(self, call: Callable[..., ModelOutput]):
+        self.call, self.inputs = call, {}
+
+    def __call__(self, model: VisualGLMForConditionalGeneration, **inputs) -> ModelOutput:
+        self.inputs = inputs
+        return self.call(model, **inputs)
+
+
+def make_step(bench: Bench, case: Case) -> NotedCall | None:
+    """Return the step that `generate` takes for a case, if it is compiled or recorded."""
+    device = bench.model.device
+    how = next((how for name, how in STEPS.items() if case.path in (path_name(name), step_name(name))), None)
+    return None if how is None else NotedCall(compile_call(resolve_compile_config(how, device), device))
+
+
+def make_cache_for(bench: Bench, case: Case) -> Cache:
+    """Return the empty cache that `generate` has in a case."""
+    config = bench.model.config.text_config
+    if case.path == path_name("dynamic"):
+        return make_cache(config, bench.model.device)
+    length = case.context + bench.settings.new_tokens + 2
+    if case.path != path_name("static"):
+        length = bucket_length(length + WARMUP_TOKENS, config.max_position_embeddings)
+    return StaticCache(config=config, max_cache_len=length)
+
+
 def measure_generate(bench: Bench, case: Case) -> list[float]:
     """Decode greedily through `generate`, from a filled cache."""
-    model, new_tokens = bench.model, bench.settings.new_tokens
-    config, length, options = model.config.text_config, case.context + new_tokens + 2, {"disable_compile": True}
-    if case.path == path_name("compiled"):
+    model, new_tokens, step = bench.model, bench.settings.new_tokens, make_step(bench, case)
+    options = {"disable_compile": True, **({"compiled_call": step} if step else {})}
+    if step:
         torch.compiler.reset()  # or the code for other sizes makes this one's general, and slower
-        options["compiled_call"] = compile_call(resolve_compile_config(True, model.device))
-        length = bucket_length(length, config.max_position_embeddings)
-    is_dynamic = case.path == path_name("dynamic")
-    cache = make_cache(config, model.device) if is_dynamic else StaticCache(config=config, max_cache_len=length)
-    input_ids = bench.prompts(case.batch).answered(case.context)
-    if "compiled_call" in options or bench.clock.warmup:
+    cache, input_ids = make_cache_for(bench, case), bench.prompts(case.batch).answered(case.context)
+    if step or bench.clock.warmup:
         generate_from(model, cache, input_ids, min(WARMUP_TOKENS, new_tokens + 1), **options)
     return generate_from(model, cache, input_ids, new_tokens + 1, max_time=bench.settings.row_seconds, **options)
+
+
+def measure_step(bench: Bench, case: Case) -> list[float]:
+    """Decode by compiled or recorded steps alone, each with the inputs that `generate` gave the last one it took."""
+    model, step = bench.model, make_step(bench, case)
+    cache, input_ids = make_cache_for(bench, case), bench.prompts(case.batch).answered(case.context)
+    generate_from(model, cache, input_ids, WARMUP_TOKENS, compiled_call=step, disable_compile=True)
+    how = {"repeats": bench.settings.new_tokens, "seconds": bench.settings.row_seconds}
+    return bench.clock.sample(lambda: step.call(model, **step.inputs), **how)
 
 
 def generate_from(

@@ -22,7 +22,7 @@ from benchmarking.engines import Prompts
 from benchmarking.growth import measure_growth
 from benchmarking.limits import add_rates, measure_limits
 from benchmarking.machine import describe_machine, describe_settings, describe_versions, public_command
-from benchmarking.measurements import Bench, measure_all, warm_up
+from benchmarking.measurements import STEPS, Bench, measure_all, warm_up
 from benchmarking.models import GEOMETRIES, build_model, load_model, model_figures
 from benchmarking.peers import Peer, run_peer
 from benchmarking.programs import run_program
@@ -60,8 +60,8 @@ def measure_variant(settings: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     clock = Clock(device)
-    if "compiled" in settings.cache:
-        resolve_compile_config(True, device)  # a compiler is missing now or not at all
+    for how in (STEPS[cache] for cache in settings.cache if cache in STEPS):
+        resolve_compile_config(how, device)  # a compiler is missing now or not at all
     with torch.no_grad():
         announce("building or loading the model")
         load_ms, model = clock(make_model, settings, device)
