@@ -18,7 +18,15 @@ import torch
 from helpers import assert_product_is_exact
 
 from visualglm_hf import cuda_kernels, quantization_kernels
-from visualglm_hf.cuda_kernels import SOURCE, CudaMultiply, DeviceKernels, KernelError, compile_with, find_nvrtc
+from visualglm_hf.cuda_kernels import (
+    FUSED_ROWS,
+    SOURCE,
+    CudaMultiply,
+    DeviceKernels,
+    KernelError,
+    compile_with,
+    find_nvrtc,
+)
 from visualglm_hf.quantization import QuantizedLinear, quantize_tensor
 from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows
 
@@ -210,7 +218,7 @@ def test_hot_loop_converts_no_integers_and_is_short(nvrtc, tmp_path, architectur
     ],
 )
 def test_fused_product_equals_the_reference(kernels, bits, outputs, inputs, groups, dtype):
-    for rows in (*range(1, 17, 2), 2, 4, 8, 16) if inputs < 300 else (1, 2, 5, 11):
+    for rows in (*range(1, 17, 2), 2, 4, 8, 16, FUSED_ROWS) if inputs < 300 else (1, 2, 5, 11):
         x, codes, scale = make_problem(rows, outputs, inputs, bits, groups, dtype)
         assert kernels.can_multiply(x, codes, scale, bits, inputs)
         assert_product_is_exact(
@@ -301,7 +309,7 @@ def test_rows_of_x_do_not_see_each_other(kernels):
     ("change", "fused", "dequantized"),
     [
         ({}, True, True),
-        ({"rows": 17}, False, True),
+        ({"rows": FUSED_ROWS + 1}, False, True),
         ({"rows": 0}, False, True),
         ({"outputs": 33}, False, True),
         ({"inputs": 272, "groups": 1}, False, False),
@@ -375,7 +383,7 @@ def test_few_rows_are_fused_and_many_are_dequantized(fake_gpu, without_compiling
     monkeypatch.setattr(
         DeviceKernels, "launch", lambda self, name, *rest: names.append(name) or launch(self, name, *rest)
     )
-    for rows in (1, 16, 17):
+    for rows in (1, FUSED_ROWS, FUSED_ROWS + 1):
         arguments, expected = problem_and_reference(rows)
         torch.testing.assert_close(multiply(*arguments), expected, rtol=2e-3, atol=2e-3)
     gradient = torch.randn(2, 64, generator=seeded()).half()

@@ -38,11 +38,12 @@ from pathlib import Path
 import torch
 
 
-FUSED_ROWS = 16  # M up to which the fused kernel is used; many rows are better dequantized once, for cuBLAS
+# M up to which the fused kernel is used: many rows are better dequantized once, for cuBLAS (on an H200 from 48 rows).
+FUSED_ROWS = 32
 BLOCK_OUTPUTS = 32  # outputs of a block of the fused kernel
 LANE_BITS = 128  # bits of codes that a lane loads at once
 MIN_WARPS, MAX_WARPS = 8, 32  # of a block of the fused kernel; registers allow no more at a time
-WARP_MEMORY = 8 * (BLOCK_OUTPUTS + 1) * 4  # bytes of shared memory for the sums of a warp
+WARP_MEMORY = (8 * (BLOCK_OUTPUTS + 1) + 1) * 4  # bytes of shared memory for the sums of a warp
 MAX_BLOCKS = 2**16 - 1  # along the second dimension of a grid
 MAX_ELEMENTS = 2**31  # of a matrix, for 32-bit offsets
 DEQUANTIZE_THREADS = 256
@@ -69,9 +70,10 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 struct Words { u32 word[4]; };
 
-#define TILES 2       // of 16 outputs, per block
+#define TILES 2       // of 16 outputs
 #define MAX_WARPS 32  // per block: registers for 1024 threads
-#define SUMS (8 * (TILES * 16 + 1))  // floats of a warp; one more, so that neighbours are in different banks
+#define OUTPUTS (TILES * 16)  // of a block
+#define SUMS (8 * (OUTPUTS + 1) + 1)  // floats of a warp, so many that neighbours are in different banks
 
 #ifndef VISUALGLM_SIMT  // what the CPU tests replace
 #define DEVICE static __device__ __forceinline__
@@ -86,7 +88,7 @@ DEVICE void start_loads() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory
 
 DEVICE Words load_once(const void* address) {
     Words v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3]) : "l"(address));
     return v;
 }
@@ -97,6 +99,12 @@ DEVICE Words load_cached(const void* address, bool is_wanted) {  // else 0
                  : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3])
                  : "l"(address), "r"((u32)is_wanted));
     return v;
+}
+
+DEVICE float from_other_lane(float value, int distance) {
+    float other;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(other) : "f"(value), "r"(distance));
+    return other;
 }
 
 DEVICE u16 load_half(const u16* address) {
@@ -247,6 +255,25 @@ template <int BITS, bool BF16> DEVICE void accumulate(const Operands<128 / BITS>
         for (int i = 0; i < 4; i++) total[tile][i] += part[tile][i] * half_to_float(now.scale[tile][i / 2]);
 }
 
+// out[m, output] for a block's rows of x, of which `rows` are left: add up what its warps have, and what is in columns
+// of b for the same row. Neighbouring threads share a sum if there are more of them than sums.
+template <bool BF16> DEVICE void add(const float* sums, int warps, int rows_per_block, int rows, u16* out,
+                                     int outputs) {
+    const int results = (rows < rows_per_block ? rows : rows_per_block) * OUTPUTS;
+    const int parts = 8 / rows_per_block, shift = parts == 1 ? 0 : parts == 2 ? 1 : 2;
+    int sharers = 32;
+    while (sharers > 1 && sharers * results > blockDim.x) sharers /= 2;
+    const int place = threadIdx.x & (sharers - 1);
+    for (int i = threadIdx.x / sharers; i < results; i += blockDim.x / sharers) {
+        const int m = i / OUTPUTS, output = i % OUTPUTS;
+        float sum = 0;
+        for (int j = place; j < warps << shift; j += sharers)
+            sum += sums[(j >> shift) * SUMS + (m + (j & (parts - 1)) * rows_per_block) * (OUTPUTS + 1) + output];
+        for (int distance = sharers / 2; distance > 0; distance /= 2) sum += from_other_lane(sum, distance);
+        if (place == 0) out[(size_t)m * outputs + output] = (u16)floats_to_pair<BF16>(sum, 0);
+    }
+}
+
 // out[M, N] = x[M, K] weight[N, K]^T, a block for 32 outputs and some rows of x; its warps divide the columns.
 //
 // The matrix's rows are rows of the tensor cores' a, rows of x are columns of b; both columns in any order, if it is
@@ -260,12 +287,12 @@ template <int BITS, bool BF16> DEVICE void accumulate(const Operands<128 / BITS>
 template <int BITS, bool BF16> DEVICE void multiply(const u16* x, const signed char* weight, const u16* scale, u16* out,
                                                     int rows, int outputs, int inputs, int groups, int group_shift) {
     constexpr int SPAN = 128 / BITS;  // columns of a lane at a time
-    float* sums = shared_memory();  // [warps][8][33]
+    float* sums = shared_memory();  // [warps][8][33], and one after each warp's
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int g = lane / 4, t = lane % 4;
     const int lanes_per_group = groups == 1 || SPAN << 2 <= 1 << group_shift ? 4 : (1 << group_shift) / SPAN;
     const int rows_per_block = 2 * lanes_per_group;
-    const int first_row = blockIdx.x * rows_per_block, first_output = blockIdx.y * TILES * 16;
+    const int first_row = blockIdx.x * rows_per_block, first_output = blockIdx.y * OUTPUTS;
     const bool has_x = first_row + g % rows_per_block < rows && g / rows_per_block == t / lanes_per_group;
     const int x_row = has_x ? first_row + g % rows_per_block : -1;
 
@@ -277,17 +304,10 @@ template <int BITS, bool BF16> DEVICE void multiply(const u16* x, const signed c
 
     for (int tile = 0; tile < TILES; tile++)
         for (int i = 0; i < 4; i++)
-            sums[warp * SUMS + (2 * t + i % 2) * (TILES * 16 + 1) + tile * 16 + i / 2 * 8 + g] = total[tile][i];
+            sums[warp * SUMS + (2 * t + i % 2) * (OUTPUTS + 1) + tile * 16 + i / 2 * 8 + g] = total[tile][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < rows_per_block * TILES * 16; i += blockDim.x) {
-        const int m = i / (TILES * 16), output = i % (TILES * 16);
-        float sum = 0;
-        for (int w = 0; w < warps; w++)
-            for (int column = m; column < 8; column += rows_per_block)
-                sum += sums[w * SUMS + column * (TILES * 16 + 1) + output];
-        if (first_row + m < rows)
-            out[(size_t)(first_row + m) * outputs + first_output + output] = (u16)floats_to_pair<BF16>(sum, 0);
-    }
+    u16* first_out = out + ((size_t)first_row * outputs + first_output);
+    add<BF16>(sums, warps, rows_per_block, rows - first_row, first_out, outputs);
 }
 
 template <bool BF16> DEVICE u32 scale_pair(u32 pair, u16 scale) {  // rounded once

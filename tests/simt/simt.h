@@ -1,8 +1,8 @@
 // Enough of a GPU to run visualglm_hf/cuda_kernels.py's source on a CPU, unchanged but for its PTX helpers.
 //
-// A thread of a block is a fiber that runs until it waits for others: at a block's barrier, or for its warp's mma.
-// Blocks run one after the other. Whoever waits for someone who has left, or reads or writes where it may not, is
-// reported: launch() returns an error and `simt::problem` says why.
+// A thread of a block is a fiber that runs until it waits for others: at a block's barrier, or for its warp, at an mma
+// or an exchange. Blocks run one after the other. Whoever waits for someone who has left, or reads or writes where it
+// may not, is reported: launch() returns an error and `simt::problem` says why.
 #pragma once
 #include <ucontext.h>
 
@@ -40,6 +40,7 @@ struct Warp {
     int arrived = 0, generation = 0;
     uint32_t a[32][4], b[32][2];
     float* d[32];
+    float values[2][32];  // exchanged, by turns
 };
 
 static std::vector<Fiber> fibers;
@@ -243,4 +244,17 @@ template <bool BF16> DEVICE void mma(float* d, uint32_t a0, uint32_t a1, uint32_
         warp.generation++;
     } else
         simt::wait(false, generation);
+}
+
+DEVICE float from_other_lane(float value, int distance) {
+    const int lane = threadIdx.x % 32;
+    simt::Warp& warp = simt::warps[threadIdx.x / 32];
+    const int generation = warp.generation;
+    warp.values[generation % 2][lane] = value;
+    if (++warp.arrived == 32) {
+        warp.arrived = 0;
+        warp.generation++;
+    } else
+        simt::wait(false, generation);
+    return warp.values[generation % 2][lane ^ distance];
 }
