@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from visualglm_hf.cuda_kernels import (
     CudaMultiply,
     DeviceKernels,
     KernelError,
+    Launch,
     compile_with,
     find_nvrtc,
 )
@@ -361,6 +363,15 @@ def test_whole_path_from_nvrtc_to_the_result(nvrtc, fake_gpu, dtype):
     assert set(fake_gpu.entered) == {DEVICE}
 
 
+def test_threads_that_share_sizes_do_not_share_arguments(kernels):
+    x, *matrix = make_problem(1, 32, 256, 4, 4, torch.float16)
+    problems = [(x * factor, *matrix) for factor in range(1, 17)]
+    expected = [kernels.multiply(*problem, 4, 256) for problem in problems]
+    with ThreadPoolExecutor(4) as threads:
+        outs = threads.map(lambda problem: kernels.multiply(*problem, 4, 256), problems)
+    assert all(map(torch.equal, outs, expected))
+
+
 def test_ptx_is_loaded_for_an_unknown_gpu(nvrtc, fake_gpu):
     fake_gpu.capability = (99, 0)
     arguments, _ = problem_and_reference()
@@ -378,10 +389,10 @@ def test_few_rows_are_fused_and_many_are_dequantized(fake_gpu, without_compiling
     multiply = CudaMultiply(multiply_by_rows)
     arguments, _ = problem_and_reference()
     multiply(*arguments)  # and the self-check
-    names = []
-    launch = DeviceKernels.launch
+    names, launch = [], Launch.__call__
+    name_of = {function.value: name for name, function in multiply.kernels[DEVICE].functions.items()}
     monkeypatch.setattr(
-        DeviceKernels, "launch", lambda self, name, *rest: names.append(name) or launch(self, name, *rest)
+        Launch, "__call__", lambda self, *rest: names.append(name_of[self.call[0].value]) or launch(self, *rest)
     )
     for rows in (1, FUSED_ROWS, FUSED_ROWS + 1):
         arguments, expected = problem_and_reference(rows)

@@ -28,6 +28,7 @@ Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours
 """
 
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -464,6 +465,74 @@ def load_driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
+class Driver:
+    """The functions of CUDA's driver that are needed here, with errors as exceptions."""
+
+    def __init__(self):
+        self.library = load_driver()
+        self.launch_kernel = self.library.cuLaunchKernel  # with types, or each call works them out
+        pointer, number = ctypes.c_void_p, ctypes.c_uint
+        self.launch_kernel.argtypes = (pointer, *[number] * 7, pointer, pointer, pointer)
+
+    def check(self, code: int) -> None:
+        if code:
+            text = ctypes.c_char_p()
+            self.library.cuGetErrorString(code, ctypes.byref(text))
+            raise KernelError(f"CUDA error {code}: {(text.value or b'unknown').decode()}")
+
+    def current_context(self) -> ctypes.c_void_p:
+        context = ctypes.c_void_p()
+        self.check(self.library.cuCtxGetCurrent(ctypes.byref(context)))
+        return context
+
+    def load_module(self, image: bytes) -> ctypes.c_void_p:
+        module = ctypes.c_void_p()
+        self.check(self.library.cuModuleLoadData(ctypes.byref(module), image))
+        return module
+
+    def get_function(self, module: ctypes.c_void_p, name: str) -> ctypes.c_void_p:
+        function = ctypes.c_void_p()
+        self.check(self.library.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        return function
+
+    def launch(self, context: ctypes.c_void_p, *call) -> None:
+        code = self.launch_kernel(*call)
+        if code == INVALID_CONTEXT:  # a thread whose first work on the device this is
+            self.check(self.library.cuCtxSetCurrent(context))
+            code = self.launch_kernel(*call)
+        self.check(code)
+
+
+class Launch:
+    """A kernel and all that stays the same from call to call: how often it runs, and its sizes.
+
+    Args:
+        function: of the driver.
+        grid: blocks, in two dimensions.
+        threads, memory: of a block; bytes of shared memory.
+        tensors: how many pointers the kernel takes.
+        sizes: what it takes after them, as 32-bit integers.
+    """
+
+    def __init__(
+        self, function: ctypes.c_void_p, grid: tuple[int, int], threads: int, memory: int, tensors: int, sizes: tuple
+    ):
+        self.call = (function, *grid, 1, threads, 1, 1, memory)
+        self.pointers = [ctypes.c_void_p() for _ in range(tensors)]
+        self.sizes = [ctypes.c_int(size) for size in sizes]
+        addresses = [ctypes.addressof(value) for value in (*self.pointers, *self.sizes)]
+        self.arguments = (ctypes.c_void_p * len(addresses))(*addresses)
+        self.lock = threading.Lock()  # several threads may generate; the driver reads the arguments before it returns
+
+    def __call__(self, kernels: "DeviceKernels", *tensors: torch.Tensor) -> None:
+        """Start it on torch's current stream."""
+        with torch.cuda.device(kernels.device), self.lock:
+            for pointer, tensor in zip(self.pointers, tensors, strict=True):
+                pointer.value = tensor.data_ptr()
+            stream = torch.cuda.current_stream(kernels.device).cuda_stream
+            kernels.driver.launch(kernels.context, *self.call, stream, self.arguments, None)
+
+
 class DeviceKernels:
     """The kernels in the memory of one device. Everything runs on torch's current stream and can be captured.
 
@@ -476,66 +545,66 @@ class DeviceKernels:
         self.capability = torch.cuda.get_device_capability(device)
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.dtypes = [torch.float16, *([torch.bfloat16] if self.capability >= BFLOAT16_CAPABILITY else [])]
-        self.driver = load_driver()
-        self.context, self.module = ctypes.c_void_p(), ctypes.c_void_p()
+        self.driver = Driver()
         image = compile_kernels(self.capability)
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)  # makes the device's context this thread's
-            self.check(self.driver.cuCtxGetCurrent(ctypes.byref(self.context)))
-            self.check(self.driver.cuModuleLoadData(ctypes.byref(self.module), image))
+            self.context = self.driver.current_context()
+            module = self.driver.load_module(image)
             self.functions = {
-                name: self.get_function(name)
+                name: self.driver.get_function(module, name)
                 for dtype in self.dtypes
                 for bits in (4, 8)
                 for name in (function_name("multiply", bits, dtype), function_name("dequantize", bits, dtype))
             }
+        # Found once for each size: at one row, working it out would take longer than the kernel.
+        self.find_multiply = functools.lru_cache(maxsize=None)(self.plan_multiply)
+        self.find_dequantize = functools.lru_cache(maxsize=None)(self.plan_dequantize)
 
-    def check(self, code: int) -> None:
-        if code:
-            text = ctypes.c_char_p()
-            self.driver.cuGetErrorString(code, ctypes.byref(text))
-            raise KernelError(f"CUDA error {code}: {(text.value or b'unknown').decode()}")
+    def plan_dequantize(self, dtype: torch.dtype, outputs: int, inputs: int, groups: int, bits: int) -> Launch | None:
+        """How a matrix of this size is dequantized; None if lanes would load their 16 bytes from two rows or groups."""
+        span = LANE_BITS // bits
+        fits = dtype in self.dtypes and outputs > 0 and inputs > 0 and inputs % span == 0
+        if not fits or (groups > 1 and inputs // groups % span != 0):
+            return None
+        threads = outputs * inputs // span
+        grid = (-(-threads // DEQUANTIZE_THREADS), 1)
+        sizes = (outputs, inputs, groups, inputs // groups)
+        return Launch(self.functions[function_name("dequantize", bits, dtype)], grid, DEQUANTIZE_THREADS, 0, 3, sizes)
 
-    def get_function(self, name: str) -> ctypes.c_void_p:
-        function = ctypes.c_void_p()
-        self.check(self.driver.cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()))
-        return function
-
-    def launch(
-        self, name: str, grid: tuple[int, int], threads: int, memory: int, *arguments: torch.Tensor | int
-    ) -> None:
-        """Launch a kernel with so many threads and bytes of shared memory in a block of the grid.
-
-        Tensors are passed as pointers, numbers as 32-bit integers.
-
-        The arrays of arguments are made anew each time, because several threads may generate at once.
-        """
-        values = [
-            ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else ctypes.c_int(value)
-            for value in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        with torch.cuda.device(self.device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-            call = (self.functions[name], *grid, 1, threads, 1, 1, memory, stream, pointers, None)
-            code = self.driver.cuLaunchKernel(*call)
-            if code == INVALID_CONTEXT:  # a thread whose first work on the device this is
-                self.check(self.driver.cuCtxSetCurrent(self.context))
-                code = self.driver.cuLaunchKernel(*call)
-        self.check(code)
+    def plan_multiply(
+        self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int
+    ) -> Launch | None:
+        """How the fused kernel multiplies so many rows; None if it cannot. It finds a column's group by shifting."""
+        width = inputs // groups
+        fits = (
+            0 < rows <= FUSED_ROWS
+            and outputs % BLOCK_OUTPUTS == 0
+            and outputs // BLOCK_OUTPUTS <= MAX_BLOCKS
+            and outputs * inputs <= MAX_ELEMENTS
+            and (groups == 1 or width & (width - 1) == 0)
+        )
+        if not fits or self.find_dequantize(dtype, outputs, inputs, groups, bits) is None:
+            return None
+        shift = 31 if groups == 1 else width.bit_length() - 1
+        chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
+        rows_per_block = 8 if groups == 1 else 8 * min(width, chunk) // chunk
+        blocks = outputs // BLOCK_OUTPUTS
+        # A device full of warps, which hide each other's waiting, even if there are few outputs.
+        warps = max(MIN_WARPS, MAX_WARPS >> (-(-blocks // self.processors) - 1).bit_length())
+        warps = min(warps, -(-inputs // chunk))
+        grid = (-(-rows // rows_per_block), blocks)  # blocks that read the same codes are neighbours
+        sizes = (rows, outputs, inputs, groups, shift)
+        function = self.functions[function_name("multiply", bits, dtype)]
+        return Launch(function, grid, 32 * warps, WARP_MEMORY * warps, 4, sizes)
 
     def can_dequantize(
         self, dtype: torch.dtype, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
     ) -> bool:
-        """Whether lanes load their 16 bytes from multiples of 16, and never from two groups."""
-        span = LANE_BITS // bits
-        groups = count_groups(weight_scale)
+        """Whether the kernel takes this matrix; its bytes are read 16 at a time."""
         return (
-            dtype in self.dtypes
+            self.find_dequantize(dtype, weight.shape[0], in_features, count_groups(weight_scale), bits) is not None
             and weight_scale.dtype == torch.float16
-            and weight.numel() > 0
-            and in_features % span == 0
-            and (groups == 1 or in_features // groups % span == 0)
             and weight.is_contiguous()
             and weight_scale.is_contiguous()
             and weight.data_ptr() % 16 == 0
@@ -544,15 +613,10 @@ class DeviceKernels:
     def can_multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
     ) -> bool:
-        """Whether the fused kernel takes these; it finds a column's group by shifting."""
-        groups = count_groups(weight_scale)
-        width = in_features // groups
+        """Whether the fused kernel takes these."""
+        sizes = (x.shape[0], weight.shape[0], in_features, count_groups(weight_scale), bits)
         return (
-            0 < x.shape[0] <= FUSED_ROWS
-            and weight.shape[0] % BLOCK_OUTPUTS == 0
-            and weight.shape[0] // BLOCK_OUTPUTS <= MAX_BLOCKS
-            and weight.shape[0] * in_features <= MAX_ELEMENTS
-            and (groups == 1 or width & (width - 1) == 0)
+            self.find_multiply(x.dtype, *sizes) is not None
             and x.data_ptr() % 16 == 0
             and self.can_dequantize(x.dtype, weight, weight_scale, bits, in_features)
         )
@@ -562,33 +626,19 @@ class DeviceKernels:
     ) -> torch.Tensor:
         """x [M, K], contiguous, times the matrix, [N, K] of codes: [M, N]. The matrix is read as it is stored."""
         rows, outputs = x.shape[0], weight.shape[0]
-        groups = count_groups(weight_scale)
-        width = in_features // groups
-        shift = 31 if groups == 1 else width.bit_length() - 1
-        chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
-        rows_per_block = 8 if groups == 1 else 8 * min(width, chunk) // chunk
-        blocks = outputs // BLOCK_OUTPUTS
-        # A device full of warps, which hide each other's waiting, even if there are few outputs.
-        warps = max(MIN_WARPS, MAX_WARPS >> (-(-blocks // self.processors) - 1).bit_length())
-        warps = min(warps, -(-in_features // chunk))
         out = x.new_empty(rows, outputs)
-        grid = (-(-rows // rows_per_block), blocks)  # blocks that read the same codes are neighbours
-        sizes = (rows, outputs, in_features, groups, shift)
-        name = function_name("multiply", bits, x.dtype)
-        self.launch(name, grid, 32 * warps, WARP_MEMORY * warps, x, weight, weight_scale, out, *sizes)
+        launch = self.find_multiply(x.dtype, rows, outputs, in_features, count_groups(weight_scale), bits)
+        launch(self, x, weight, weight_scale, out)
         return out
 
     def dequantize(
         self, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, dtype: torch.dtype
     ) -> torch.Tensor:
         """The matrix [N, K], equal to the reference's bit for bit."""
-        out = weight.new_empty((weight.shape[0], in_features), dtype=dtype)
-        groups = count_groups(weight_scale)
-        threads = out.numel() * bits // LANE_BITS
-        sizes = (weight.shape[0], in_features, groups, in_features // groups)
-        grid = (-(-threads // DEQUANTIZE_THREADS), 1)
-        name = function_name("dequantize", bits, dtype)
-        self.launch(name, grid, DEQUANTIZE_THREADS, 0, weight, weight_scale, out, *sizes)
+        outputs = weight.shape[0]
+        out = weight.new_empty((outputs, in_features), dtype=dtype)
+        launch = self.find_dequantize(dtype, outputs, in_features, count_groups(weight_scale), bits)
+        launch(self, weight, weight_scale, out)
         return out
 
 
