@@ -115,12 +115,12 @@ def saved_bytes(model: torch.nn.Module, batch_size: int, length: int) -> int:
 def memory_table() -> str:
     """The table of the documentation, in Markdown, for VisualGLM-6B and the default lengths, rank and layers."""
     lines = [
-        "| | batch | weights | adapter | activations | workspace | computed | measured on a GPU |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | batch | weights | adapter | activations | workspace | computed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, bits, batch_size, checkpointing in CASES:
         memory = estimate(VisualGLMConfig(), bits, batch_size, LENGTH, checkpointing, LAYERS)
         parts = (memory.weights, memory.adapter, memory.activations, memory.workspace, memory.total)
         cells = " | ".join(f"{part / GIGABYTE:.2f} GB" for part in parts)
-        lines.append(f"| {name} | {batch_size} | {cells} | waiting |")
+        lines.append(f"| {name} | {batch_size} | {cells} |")
     return "\n".join(lines)
