@@ -14,6 +14,17 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of a value's ow
 SUBNORMAL = 2.0**-25  # half of float16's smallest step
 
 
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Let torch compute with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def relative_error(actual, expected) -> float:
     """Largest difference as a fraction of the largest expected value."""
     actual, expected = (np.asarray(value, dtype=np.float64) for value in (torch.as_tensor(actual).cpu(), expected))

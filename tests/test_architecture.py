@@ -101,6 +101,12 @@ def test_remote_code_finder_sees_only_real_sibling_files(room):
 
 
 @pytest.mark.parametrize("room", ROOMS)
+def test_room_begins_with_the_licence(room):
+    source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
+    assert source.startswith("# Copyright 2026 The visualglm-hf authors.\n")
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_user_input_is_never_asserted_and_exceptions_are_caught_by_name(room):
     for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))):
         assert not isinstance(node, ast.Assert)

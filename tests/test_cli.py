@@ -406,6 +406,16 @@ def test_compile_reaches_the_model_and_a_missing_compiler_is_one_line(cli, run_h
     assert err.count("\n") == 1 and "there is no 'no-such-compiler'" in err
 
 
+def test_record_reaches_the_model_and_is_refused_on_a_cpu_in_one_line(cli, run_here):
+    arguments = cli.build_parser().parse_args(["--record"])
+    assert cli.answer_options(arguments, None)["compile"].backend == "cudagraphs"
+    code, out, err = run_here("--query", "你好", "--record", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "are for CUDA, not for 'cpu'" in err
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["--record", "--compile"])
+
+
 def test_a_cpu_computes_in_float32_if_that_fits_into_the_free_memory(cli, monkeypatch, tiny_original):
     import torch
     from serving import loading

@@ -173,11 +173,14 @@ def test_a_model_that_is_quantized_later_is_compiled_again(tokenizer, picture, g
     assert len(graphs) == 2
 
 
-def test_compiled_streams_give_the_same_answer(talker, tokenizer, picture, graphs):
+def test_compiled_streams_give_the_same_answer_and_are_compiled_once(talker, tokenizer, picture, graphs):
+    """Each stream has a thread of its own."""
+    compile = counting(graphs)
     expected, _ = talker.chat(tokenizer, picture, "描述这张图片。", **CHAT)
     for _ in range(2):
-        stream = talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=counting(graphs), **CHAT)
+        stream = talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=compile, **CHAT)
         assert list(stream)[-1][0] == expected
+    assert len(graphs) == 1
 
 
 def test_a_compiled_stream_that_is_left_stops_and_the_next_one_runs(talker, tokenizer, picture, graphs):
@@ -244,7 +247,7 @@ def test_cuda_gets_graphs_and_without_triton_nothing_else(monkeypatch):
 
 
 def test_a_cpu_has_no_graphs():
-    with pytest.raises(ValueError, match="is for CUDA, not for 'cpu'"):
+    with pytest.raises(ValueError, match="are for CUDA, not for 'cpu'"):
         resolve_compile_config(CompileConfig(backend="cudagraphs"), CPU)
 
 

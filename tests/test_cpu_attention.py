@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assemble, default_dtype
+from helpers import assemble, default_dtype, torch_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -67,16 +67,12 @@ def test_keys_and_values_may_be_the_beginning_of_a_longer_cache():
 
 @pytest.mark.parametrize("has_openmp", [True, False])
 def test_threads_share_the_heads_and_leave_none(monkeypatch, has_openmp):
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        if not has_openmp:
-            monkeypatch.setattr(ATTENTION.kernels.crew, "openmp", None)
+    if not has_openmp:
+        monkeypatch.setattr(ATTENTION.kernels.crew, "openmp", None)
+    with torch_threads(4):
         for heads in (1, 3, 32):
             problem = make_problem(100, heads=heads)
             assert is_right(ATTENTION(*problem), *problem)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_threads_that_need_a_kernel_at_once_get_one():

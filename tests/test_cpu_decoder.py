@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assemble, default_dtype
+from helpers import assemble, default_dtype, torch_threads
 from torch import nn
 from transformers import AutoModel, DynamicCache
 
@@ -490,10 +490,8 @@ def test_a_model_can_be_copied_and_saved_after_a_step(runs, tmp_path):
 @pytest.fixture
 def eight_threads():
     """More than most machines that run this have processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(8):
+        yield
 
 
 @pytest.mark.parametrize("has_openmp", [True, False])
@@ -567,13 +565,9 @@ def test_other_defaults_of_torch_change_nothing(model, monkeypatch, runs, defaul
 def test_another_number_of_threads_is_another_program(model, runs):
     ids, _ = make_ids()
     expected, _ = decode(model, ids)
-    before = torch.get_num_threads()
     for threads in (3, 1):
-        torch.set_num_threads(threads)
-        try:
+        with torch_threads(threads):
             assert torch.equal(decode(model, ids)[0], expected)
-        finally:
-            torch.set_num_threads(before)
     assert {key[-1] for key in CPU_DECODER.programs[model.transformer]} >= {1, 3}
 
 

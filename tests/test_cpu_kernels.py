@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assemble, default_dtype
+from helpers import assemble, default_dtype, torch_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -56,10 +56,8 @@ def kernels() -> CpuKernels:
 @pytest.fixture
 def several_threads():
     """A matrix of 2 MiB is shared by four threads; the other tests have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(4):
+        yield
 
 
 def make_problem(bits: int, outputs: int, inputs: int, groups: int, rows: int, dtype=torch.float32, seed: int = 0):

@@ -1,3 +1,16 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """A compiled decode step: with which compiler, recorded as a CUDA graph or not, for caches of which lengths.
 
 Not here: the step itself (`modeling_visualglm.py`). On CUDA a static cache alone lets transformers compile; on a CPU
@@ -51,7 +64,9 @@ def resolve_compile_config(compile: bool | CompileConfig, device: torch.device) 
     if not isinstance(compile, CompileConfig):
         raise ValueError(f"compile must be True, False or a CompileConfig of transformers, found {compile!r}.")
     if compile.backend == GRAPHS_ALONE and device.type != "cuda":
-        raise ValueError(f"backend={GRAPHS_ALONE!r} is for CUDA, not for {device.type!r}. Leave backend out.")
+        raise ValueError(
+            f"CUDA graphs (backend={GRAPHS_ALONE!r}) are for CUDA, not for {device.type!r}. Leave them out."
+        )
     if compile.backend == "inductor":
         check_compiler(device)
     return compile

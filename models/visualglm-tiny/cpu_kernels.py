@@ -1180,12 +1180,12 @@ class Plan(NamedTuple):
             stages.append(Stage(self.record, RecordTask(self.rows, 0, x, records, at_scales, at_corrections), 1))
             x = records
         outputs = weight.shape[0]
-        threads, rows = divide(outputs, weight.nbytes)
+        threads, shares, rows = divide(outputs, weight.nbytes)
         matrix = (weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr())
         for kernel, x_bytes, cells_bytes, out_bytes in self.tiles:
             activations = (x + x_bytes, at_scales + cells_bytes, at_corrections + cells_bytes)
             sizes = (outputs, rows)
-            task = ProductTask(-(-outputs // rows), 0, *matrix, *activations, out + out_bytes, *sizes)
+            task = ProductTask(shares, 0, *matrix, *activations, out + out_bytes, *sizes)
             stages.append(Stage(kernel, task, threads))
         return stages
 
@@ -1311,18 +1311,19 @@ class CpuKernels(Kernels):
         write = partial(write_matrix, kind=kind, steps=steps, groups=groups)
         kernel = self.compiled(f"{kind.name}_{steps}_{groups}_matrix", write)
         out = torch.empty(rows, in_features, **FLOATS)
-        threads, share = divide(rows, out.nbytes)
+        threads, shares, share = divide(rows, out.nbytes)
         matrix = (weight.data_ptr(), weight_scale.data_ptr())
-        task = ProductTask(-(-rows // share), 0, *matrix, None, None, None, out.data_ptr(), rows, share)
+        task = ProductTask(shares, 0, *matrix, None, None, None, out.data_ptr(), rows, share)
         self.crew.run(kernel, task, threads)
         return out.to(dtype)
 
 
-def divide(rows: int, nbytes: int) -> tuple[int, int]:
-    """Divide the rows of a matrix of so many bytes: among how many threads, and how many a thread takes at once."""
+def divide(rows: int, nbytes: int) -> tuple[int, int, int]:
+    """Divide the rows of a matrix of so many bytes: among how many threads, in how many shares, of how many rows."""
     threads = min(torch.get_num_threads(), -(-nbytes // BYTES_PER_THREAD))
     share = min(MOST_BYTES_PER_SHARE * rows // nbytes, rows // (threads * SHARES_PER_THREAD))
-    return threads, max(1, share)
+    share = max(1, share)
+    return threads, -(-rows // share), share
 
 
 def count_groups(weight_scale: torch.Tensor | None) -> int:
