@@ -274,12 +274,14 @@ def test_other_devices_are_refused():
 
 @pytest.fixture
 def recorded(monkeypatch) -> list[FakeGraph]:
-    """The graphs that were recorded, in order, while every compiled step is a recorded one."""
+    """The graphs that were recorded, in order."""
+    for room in ("chat", "modeling_visualglm"):
+        monkeypatch.setattr(f"visualglm_hf.{room}.resolve_compile_config", lambda compile, device: compile)
     monkeypatch.setattr("visualglm_hf.modeling_visualglm.compile_call", lambda *_: RecordedCall(call_model))
     return play_graphs(monkeypatch)
 
 
-EAGER = CompileConfig(backend="eager")  # of no effect here: `recorded` decides
+RECORD = CompileConfig(backend="cudagraphs")
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -287,7 +289,7 @@ def test_recorded_answers_are_the_eager_ones_and_each_has_one_graph(bits, tokeni
     model, history = load(bits), []
     for turn, query in enumerate(("描述这张图片。", "图里有几个圆形？他们是什么颜色的？", "背景是什么？"), start=1):
         expected, _ = model.chat(tokenizer, picture, query, history=history, **CHAT)
-        response, history = model.chat(tokenizer, picture, query, history=history, compile=EAGER, **CHAT)
+        response, history = model.chat(tokenizer, picture, query, history=history, compile=RECORD, **CHAT)
         assert response == expected
         assert len(recorded) == turn
     assert all(graph.replays > 1 for graph in recorded)
@@ -298,9 +300,9 @@ def test_a_recorded_stream_and_a_sampled_answer_are_the_eager_ones(talker, token
     torch.manual_seed(5)
     expected, _ = talker.chat(tokenizer, picture, "描述这张图片。", **options)
     torch.manual_seed(5)
-    assert talker.chat(tokenizer, picture, "描述这张图片。", compile=EAGER, **options)[0] == expected
+    assert talker.chat(tokenizer, picture, "描述这张图片。", compile=RECORD, **options)[0] == expected
     torch.manual_seed(5)
-    assert list(talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=EAGER, **options))[-1][0] == expected
+    assert list(talker.stream_chat(tokenizer, picture, "描述这张图片。", compile=RECORD, **options))[-1][0] == expected
     assert len(recorded) == 2
 
 
@@ -308,7 +310,7 @@ def test_what_a_recorded_step_returned_does_not_change_with_the_next(talker, tok
     inputs = tokenizer("问：你好\n答：", return_tensors="pt")
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
     expected = talker.generate(**inputs, output_logits=True, **options)
-    output = talker.generate(**inputs, output_logits=True, compile=EAGER, **options)
+    output = talker.generate(**inputs, output_logits=True, compile=RECORD, **options)
     assert recorded[0].replays == 4
     for ours, theirs in zip(output.logits, expected.logits, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
@@ -320,7 +322,7 @@ def test_a_cache_that_moves_is_not_replayed_into(talker, tokenizer, recorded):
     """Beams are put into another order by new tensors, after each step."""
     inputs = tokenizer(["问：你好\n答：", "问：图里有什么？\n答："], padding=True, return_tensors="pt")
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
-    assert torch.equal(talker.generate(**inputs, compile=EAGER, **options), talker.generate(**inputs, **options))
+    assert torch.equal(talker.generate(**inputs, compile=RECORD, **options), talker.generate(**inputs, **options))
     assert all(graph.replays == 0 for graph in recorded)
 
 
@@ -329,8 +331,35 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_one_warning(talker, t
     try:
         expected, _ = talker.chat(tokenizer, picture, "描述这张图片。", **CHAT)
         with pytest.warns(RuntimeWarning, match="cannot be recorded as a CUDA graph.*not permitted") as warned:
-            response, _ = talker.chat(tokenizer, picture, "描述这张图片。", compile=EAGER, **CHAT)
+            response, _ = talker.chat(tokenizer, picture, "描述这张图片。", compile=RECORD, **CHAT)
     finally:
         handle.remove()
     assert response == expected
     assert len([each for each in warned if "CUDA graph" in str(each.message)]) == len(recorded) == 1
+
+
+def test_the_cache_of_recorded_steps_begins_short_and_each_length_is_recorded(
+    talker, tokenizer, picture, recorded, monkeypatch
+):
+    monkeypatch.setattr("visualglm_hf.compilation.SHORTEST_CACHE", 32)
+    processor = VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer)
+    texts = [f"<img>{processor.image_token}</img>问：描述这张图片。\n答：", "问：你好\n答："]
+    inputs = processor(text=texts, images=[[picture], []], padding=True).convert_to_tensors("pt")
+    length = inputs["input_ids"].shape[1]
+    assert 32 < length < 64
+    options = {"do_sample": False, "min_new_tokens": 150, "max_new_tokens": 150, "return_dict_in_generate": True}
+    expected = talker.generate(**inputs, **options)
+    output = talker.generate(**inputs, compile=RECORD, **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert len(recorded) == 3  # of 64, 128 and 256 tokens
+    lengths = {layer.keys.shape[2] for layer in output.past_key_values.layers}
+    assert lengths == {256} == {layer.max_cache_len for layer in output.past_key_values.layers}
+
+
+def test_a_longer_cache_may_be_asked_for_from_the_start(talker, tokenizer, recorded):
+    inputs = tokenizer("问：你好\n答：", return_tensors="pt")
+    for options in ({"max_cache_len": 300}, {"cache_implementation": "static", "max_cache_len": 300}):
+        output = talker.generate(
+            **inputs, compile=RECORD, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, **options
+        )
+        assert output.past_key_values.layers[0].max_cache_len >= 300

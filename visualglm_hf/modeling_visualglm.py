@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.configuration_utils import PretrainedConfig
 from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -45,12 +45,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
-from .compilation import bucket_length, compile_call, resolve_compile_config
+from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attention
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
-from .growing_cache import make_cache
+from .growing_cache import lengthen, make_cache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
 
@@ -830,7 +830,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             cache: of a context that was processed before, by this or its older name, past_key_values.
             compile: True to compile the step from token to token, with CUDA graphs on CUDA, on a CPU with its C++
                 compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
-                the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs.
+                the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs. The backend
+                "cudagraphs" only records, and its cache grows with the answer.
 
         Raises:
             ValueError: as in `forward`; also if the prompt is to be processed in chunks, which would hide later parts
@@ -920,11 +921,16 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         length = prompt_length + (setting("max_new_tokens") or DEFAULT_NEW_TOKENS)
         if setting("max_new_tokens") is None:
             length = setting("max_length") or length
-        limit = self.config.text_config.max_position_embeddings
+        limit, least = self.config.text_config.max_position_embeddings, setting("max_cache_len") or 0
+        if compile_config.backend == GRAPHS_ALONE and setting("cache_implementation") is None:
+            # Nothing is compiled for its length, so it begins short, and `prepare_inputs_for_generation` lengthens it.
+            length = max(bucket_length(prompt_length + 1, limit), least)
+            cache = {CACHE_NAME: StaticCache(config=self.config.text_config, max_cache_len=length)}
+        else:
+            cache = {"cache_implementation": "static", "max_cache_len": max(bucket_length(length, limit), least)}
         is_divided = len(places) > 1 or count_processes(self.config) > 1
         return {
-            "cache_implementation": "static",
-            "max_cache_len": max(bucket_length(length, limit), setting("max_cache_len") or 0),
+            **cache,
             "compiled_call": compile_call(compile_config, self.device, is_divided),
             "disable_compile": True,  # transformers' own way, which there is on CUDA alone
         }
@@ -950,6 +956,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         beams, rollbacks and continued caches are right by construction. An assistant has seen its pictures,
         `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began.
         """
+        length = num_prompt_embeds + input_ids.shape[1]
+        if compiled_call is not None and length > cache.layers[0].max_cache_len:
+            lengthen(cache, bucket_length(length, self.config.text_config.max_position_embeddings))
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
