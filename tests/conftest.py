@@ -12,7 +12,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything loads from folders
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread costs more than it gives
 # Remote code is copied and imported from one place per process, and not from the user's.
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="visualglm-modules-"))
+MODULES = tempfile.TemporaryDirectory(prefix="visualglm-modules-")  # until this process ends
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 
 
