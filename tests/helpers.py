@@ -1,7 +1,8 @@
 """What tests of several rooms compare with."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,24 @@ SUBNORMAL = 2.0**-25  # half of float16's smallest step
 
 
 @contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Let torch compute with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
+def changed(read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> Iterator[None]:
+    """Another value of a setting that all share, for a while."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        write(before)
+
+
+def torch_threads(number: int) -> AbstractContextManager[None]:
+    """Let torch compute with so many threads."""
+    return changed(torch.get_num_threads, torch.set_num_threads, number)
+
+
+def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Another default dtype of torch."""
+    return changed(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
 def relative_error(actual, expected) -> float:
@@ -84,14 +95,3 @@ def assemble(source: str, triple: str, processor: str) -> str:
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)
     return machine.emit_assembly(module)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Another default dtype of torch, for a while."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

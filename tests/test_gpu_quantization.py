@@ -160,6 +160,18 @@ def test_compiled_with_cuda_graphs_gives_the_eager_result():
 # Speed, printed and never asserted
 
 
+def average_seconds(call) -> float:
+    """Time a call on the device, after one that does not count."""
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPEATS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / REPEATS
+
+
 def seconds_per_call(call, arguments: list[tuple]) -> float:
     """Replay a graph with one call for each of the arguments, which together do not fit into the caches."""
     for each in arguments:
@@ -168,28 +180,14 @@ def seconds_per_call(call, arguments: list[tuple]) -> float:
     with torch.cuda.graph(graph):
         for each in arguments:
             call(*each)
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(REPEATS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / REPEATS / len(arguments)
+    return average_seconds(graph.replay) / len(arguments)
 
 
 def copy_bandwidth() -> float:
     """Bytes per second, read and written. Not in a graph: there a copy of this size is a third slower on an H200."""
     source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    target.copy_(source)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(REPEATS):
-        target.copy_(source)
-    end.record()
-    end.synchronize()
-    return 2 * source.numel() * REPEATS / start.elapsed_time(end) * 1000
+    return 2 * source.numel() / average_seconds(lambda: target.copy_(source))
 
 
 def test_print_speed(cuda_multiply):

@@ -71,6 +71,17 @@ static void wait_for_block() {
         wait(true, generation);
 }
 
+// The last of the warp to come does what is to be done when all are there.
+template <typename Action> static void wait_for_warp(Warp& warp, Action action) {
+    const int generation = warp.generation;
+    if (++warp.arrived == 32) {
+        action();
+        warp.arrived = 0;
+        warp.generation++;
+    } else
+        wait(false, generation);
+}
+
 static bool is_blocked(const Fiber& fiber) {
     if (fiber.waits_for < 0) return false;
     return fiber.waits_for == (fiber.on_block ? block_generation : warps[fiber.index.x / 32].generation);
@@ -237,24 +248,14 @@ template <bool BF16> DEVICE void mma(float* d, uint32_t a0, uint32_t a1, uint32_
     memcpy(warp.a[lane], a, sizeof a);
     memcpy(warp.b[lane], b, sizeof b);
     warp.d[lane] = d;
-    const int generation = warp.generation;
-    if (++warp.arrived == 32) {
-        compute_mma(BF16, warp);
-        warp.arrived = 0;
-        warp.generation++;
-    } else
-        simt::wait(false, generation);
+    simt::wait_for_warp(warp, [&] { compute_mma(BF16, warp); });
 }
 
 DEVICE float from_other_lane(float value, int distance) {
     const int lane = threadIdx.x % 32;
     simt::Warp& warp = simt::warps[threadIdx.x / 32];
-    const int generation = warp.generation;
-    warp.values[generation % 2][lane] = value;
-    if (++warp.arrived == 32) {
-        warp.arrived = 0;
-        warp.generation++;
-    } else
-        simt::wait(false, generation);
-    return warp.values[generation % 2][lane ^ distance];
+    float* values = warp.values[warp.generation % 2];
+    values[lane] = value;
+    simt::wait_for_warp(warp, [] {});
+    return values[lane ^ distance];
 }
