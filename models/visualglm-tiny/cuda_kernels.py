@@ -601,14 +601,9 @@ class DeviceKernels:
     def can_dequantize(
         self, dtype: torch.dtype, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
     ) -> bool:
-        """Whether the kernel takes this matrix; its bytes are read 16 at a time."""
-        return (
-            self.find_dequantize(dtype, weight.shape[0], in_features, count_groups(weight_scale), bits) is not None
-            and weight_scale.dtype == torch.float16
-            and weight.is_contiguous()
-            and weight_scale.is_contiguous()
-            and weight.data_ptr() % 16 == 0
-        )
+        """Whether the kernel takes this matrix."""
+        sizes = (weight.shape[0], in_features, count_groups(weight_scale), bits)
+        return self.find_dequantize(dtype, *sizes) is not None and is_readable(weight, weight_scale)
 
     def can_multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
@@ -618,7 +613,7 @@ class DeviceKernels:
         return (
             self.find_multiply(x.dtype, *sizes) is not None
             and x.data_ptr() % 16 == 0
-            and self.can_dequantize(x.dtype, weight, weight_scale, bits, in_features)
+            and is_readable(weight, weight_scale)
         )
 
     def multiply(
@@ -644,6 +639,16 @@ class DeviceKernels:
 
 def function_name(kind: str, bits: int, dtype: torch.dtype) -> str:
     return f"{kind}_int{bits}_{str(dtype).removeprefix('torch.')}"
+
+
+def is_readable(weight: torch.Tensor, weight_scale: torch.Tensor) -> bool:
+    """Whether a matrix lies as the kernels read it, 16 bytes of codes at a time."""
+    return (
+        weight_scale.dtype == torch.float16
+        and weight.is_contiguous()
+        and weight_scale.is_contiguous()
+        and weight.data_ptr() % 16 == 0
+    )
 
 
 def count_groups(weight_scale: torch.Tensor) -> int:
