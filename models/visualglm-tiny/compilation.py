@@ -146,40 +146,46 @@ class RecordedCall:
         self.call = call
         self.key: Hashable = None
         self.inputs: dict[str, Any] = {}  # that `key` describes: nothing else can have their ids
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.recording: Recording | None = None
         self.can_record = True
 
     def __call__(self, model: torch.nn.Module, **inputs) -> ModelOutput:
         key = describe_inputs(inputs)
         if key != self.key:
-            self.key, self.inputs, self.graph = key, inputs, None
-        elif self.graph is None and self.can_record:
+            self.key, self.inputs, self.recording = key, inputs, None
+        elif self.recording is None and self.can_record:
             self.record(model, inputs)
-        if self.graph is None:
-            return self.call(model, **inputs)
-        for name, buffer in self.buffers.items():
-            buffer.copy_(inputs[name])
-        self.graph.replay()
-        return copy_tensors(self.outputs)  # the next replay writes where this one did
+        return self.call(model, **inputs) if self.recording is None else self.recording.replay(inputs)
 
     def record(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Record the call, which is not executed, on buffers in place of its tensors."""
-        self.buffers = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        graph = torch.cuda.CUDAGraph()
         try:
-            with RECORDING, torch.cuda.device(model.device), torch.cuda.stream(torch.cuda.current_stream()):
-                stream = recording_stream(model.device)
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self.outputs = self.call(model, **{**inputs, **self.buffers})
-        except RuntimeError as error:  # the stream around the graph's is there to come back to
+            self.recording = Recording(self.call, model, inputs)
+        except RuntimeError as error:
             self.can_record = False
             warnings.warn(
                 f"This step cannot be recorded as a CUDA graph, and is slower without. Reason: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        else:
-            self.graph = graph
+
+
+class Recording:
+    """A CUDA graph of a call, which is not executed while it is recorded, on buffers in place of its tensors."""
+
+    def __init__(self, call: Callable[..., ModelOutput], model: torch.nn.Module, inputs: dict[str, Any]):
+        self.buffers = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        self.graph = torch.cuda.CUDAGraph()
+        # The outer stream is there to come back to, if recording fails.
+        with RECORDING, torch.cuda.device(model.device), torch.cuda.stream(torch.cuda.current_stream()):
+            stream = recording_stream(model.device)
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = call(model, **{**inputs, **self.buffers})
+
+    def replay(self, inputs: dict[str, Any]) -> ModelOutput:
+        for name, buffer in self.buffers.items():
+            buffer.copy_(inputs[name])
+        self.graph.replay()
+        return copy_tensors(self.outputs)  # the next replay writes where this one did
 
 
 @functools.lru_cache
