@@ -335,7 +335,9 @@ def choose_compilation(arguments: argparse.Namespace):
         return arguments.compile
     from transformers import CompileConfig
 
-    return CompileConfig(backend="cudagraphs")
+    from visualglm_hf.compilation import GRAPHS_ALONE
+
+    return CompileConfig(backend=GRAPHS_ALONE)
 
 
 def answer_options(arguments: argparse.Namespace, tokenizer) -> dict:

@@ -921,13 +921,13 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         length = prompt_length + (setting("max_new_tokens") or DEFAULT_NEW_TOKENS)
         if setting("max_new_tokens") is None:
             length = setting("max_length") or length
-        limit, least = self.config.text_config.max_position_embeddings, setting("max_cache_len") or 0
-        if compile_config.backend == GRAPHS_ALONE and setting("cache_implementation") is None:
-            # Nothing is compiled for its length, so it begins short, and `prepare_inputs_for_generation` lengthens it.
-            length = max(bucket_length(prompt_length + 1, limit), least)
+        # If nothing is compiled for its length, it begins short, and `prepare_inputs_for_generation` lengthens it.
+        grows = compile_config.backend == GRAPHS_ALONE and setting("cache_implementation") is None
+        limit = self.config.text_config.max_position_embeddings
+        length = max(bucket_length(prompt_length + 1 if grows else length, limit), setting("max_cache_len") or 0)
+        cache = {"cache_implementation": "static", "max_cache_len": length}
+        if grows:
             cache = {CACHE_NAME: StaticCache(config=self.config.text_config, max_cache_len=length)}
-        else:
-            cache = {"cache_implementation": "static", "max_cache_len": max(bucket_length(length, limit), least)}
         is_divided = len(places) > 1 or count_processes(self.config) > 1
         return {
             **cache,

@@ -24,7 +24,7 @@ from benchmarking.engines import FilledRunner, ModelEngine, Prompts, Runner, fil
 from benchmarking.models import cache_bytes
 from benchmarking.timing import GIB, Clock, TokenTimes, announce, collect, free_memory, summarise
 from visualglm_hf import VisualGLMForConditionalGeneration
-from visualglm_hf.compilation import bucket_length, compile_call, resolve_compile_config
+from visualglm_hf.compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
 from visualglm_hf.growing_cache import make_cache
 
 
@@ -32,7 +32,7 @@ SPARE_CACHE = 1.1  # times the cache: a layer's keys and values are twice there 
 PRODUCTS = "products alone"  # what is left of a step without all that is around its matrices
 WARMUP_TOKENS = 4  # of `generate`, after which everything is compiled and recorded
 # Whose step is compiled or recorded -> how; see `resolve_compile_config`.
-STEPS = {"compiled": True, "recorded": CompileConfig(backend="cudagraphs")}
+STEPS = {"compiled": True, "recorded": CompileConfig(backend=GRAPHS_ALONE)}
 
 
 @dataclass
