@@ -39,7 +39,11 @@ ARROWS = {
     "compilation": (set(), {"transformers", "torch"}),
     "feature_cache": (set(), {"torch"}),
     "growing_cache": (set(), {"transformers", "torch"}),
-    "chat": ({"compilation", "conversation", "fetching", "image_processing_visualglm"}, {"transformers", "torch"}),
+    "chat": (
+        {"compilation", "conversation", "fetching", "history", "image_processing_visualglm"},
+        {"transformers", "torch"},
+    ),
+    "history": (set(), {"torch"}),
     "quantization": ({"cpu_kernels", "cuda_kernels", "quantization_kernels"}, {"transformers", "torch"}),
     "cpu_attention": ({"cpu_kernels"}, {"torch"}),
     "cpu_decoder": ({"cpu_kernels", "growing_cache"}, {"transformers", "torch"}),

@@ -164,11 +164,12 @@ def test_history_equals_a_plain_list_and_survives_copies(model, tokenizer, pictu
         assert len(copied.images) == 1
 
 
-def test_taking_back_the_last_turn_keeps_the_picture(model, tokenizer, pictures):
+def test_a_turn_that_is_taken_back_takes_its_picture_along_and_can_be_asked_again(model, tokenizer, pictures):
     options = {**GREEDY, "max_new_tokens": 4}
     first, history = model.chat(tokenizer, pictures[0], QUERY, **options)
     history.pop()
-    again, history = model.chat(tokenizer, QUERY, history=history, **options)
+    assert history.images == ()
+    again, history = model.chat(tokenizer, pictures[0], QUERY, history=history, **options)
     assert again == first
     assert len(history) == 1
 

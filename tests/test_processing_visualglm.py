@@ -190,7 +190,7 @@ def test_options_go_to_the_image_processor_or_to_the_tokenizer(processor, pictur
     plain = processor(images=pictures[:1], text=prompt, return_tensors="np")
     raw = processor(images=pictures[:1], text=prompt, do_normalize=False, padding="max_length", max_length=99)
     assert np.asarray(raw["pixel_values"]).min() >= 0 > plain["pixel_values"].min()
-    assert len(raw["input_ids"]) == 99
+    assert len(raw["input_ids"][0]) == 99
     grouped = {"images_kwargs": {"do_normalize": False}, "common_kwargs": {"return_tensors": "np"}}
     grouped = processor(images=pictures[:1], text=prompt, **grouped)
     np.testing.assert_array_equal(grouped["pixel_values"], np.asarray(raw["pixel_values"]))
@@ -204,4 +204,4 @@ def test_an_option_given_twice_is_refused(processor, pictures):
 def test_what_the_tokenizer_was_loaded_with_holds_in_the_processor(tiny_original):
     tokenizer = ChatGLMTokenizer.from_pretrained(tiny_original, padding="max_length", max_length=50)
     processor = VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer)
-    assert len(processor(text="你好")["input_ids"]) == 50
+    assert len(processor(text="你好")["input_ids"][0]) == 50

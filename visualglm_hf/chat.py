@@ -21,7 +21,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from .compilation import resolve_compile_config
 from .conversation import build_prompt, check_history, check_query, clean_response, expand_images
 from .fetching import fetch_picture
+from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
 from .image_processing_visualglm import VisualGLMImageProcessor
 
 
@@ -41,20 +42,11 @@ MAX_BYTE_TOKENS = 4  # of one UTF-8 character
 
 
 @dataclass(frozen=True)
-class RememberedImage:
-    """A picture of a conversation: the turn it stands before, a digest of its pixels, its soft prompt [1, 32, C]."""
+class GivenImage:
+    """A picture that a caller gives: a digest of its pixels, and its pixel values [1, 3, H, W]."""
 
-    turn: int
     digest: str
-    embeds: torch.Tensor
-
-
-class ChatHistory(list):
-    """The (query, response) pairs of a conversation: equal to the plain list, but it remembers the pictures."""
-
-    def __init__(self, turns: Iterable[tuple[str, str]] = (), images: Iterable[RememberedImage] = ()):
-        super().__init__(turns)
-        self.images = tuple(images)
+    pixel_values: torch.Tensor
 
 
 @dataclass
@@ -63,8 +55,8 @@ class Turn:
 
     inputs: BatchFeature
     query: str
-    history: list[tuple[str, str]]
-    images: tuple[RememberedImage, ...]
+    history: ChatHistory
+    images: tuple[RememberedImage, ...]  # those that stand before the query
 
     @property
     def prompt_length(self) -> int:
@@ -72,7 +64,7 @@ class Turn:
 
     def finish(self, text: str) -> tuple[str, ChatHistory]:
         response = clean_response(text)
-        return response, ChatHistory([*self.history, (self.query, response)], self.images)
+        return response, ChatHistory([*self.history, AnsweredTurn((self.query, response), self.images)])
 
 
 class RefuseNan(LogitsProcessor):
@@ -156,6 +148,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
             )
 
 
+def as_history(history: Iterable | None) -> ChatHistory:
+    """A checked copy of what a caller has for a history, None for none; a `ValueError` as in `check_history`."""
+    if history is None or isinstance(history, Iterator):
+        history = list(history or ())
+    pairs = check_history(history)
+    return ChatHistory(
+        AnsweredTurn(pair, turn.images) if hasattr(turn, "images") else pair
+        for pair, turn in zip(pairs, history, strict=True)
+    )
+
+
 class ChatMixin:
     """Conversation for a model with `generate`, `encode_pictures`, `input_device` and a VisualGLM config."""
 
@@ -180,14 +183,17 @@ class ChatMixin:
 
         `chat(tokenizer, image, query, history=history)` asks about a picture; `chat(tokenizer, query, history=history)`
         goes on about the pictures that the history returned by an earlier call remembers, and without such a history is
-        a conversation without pictures. A picture that the history already has is not encoded again; a new one joins
-        the conversation at this turn; with a plain list as history it stands in front of it, as in the original.
+        a conversation without pictures. A picture joins the conversation at this turn, unless it is the one that was
+        shown last; no picture is encoded twice. With a plain list as history it stands in front of it, as in the
+        original.
 
         Args:
             tokenizer: the checkpoint's tokenizer.
-            image_path: a path, an http(s) URL, a `data:` URI, a PIL image, bytes, an array, or None or "" for none.
+            image_path: a path, an http(s) URL, a `data:` URI, base64 text, a PIL image, bytes, an open file, an array, a
+                dict with "bytes" or "path"; a list of these for several pictures; None or "" for none.
             query: the question.
-            history: (query, response) pairs, oldest first; not changed.
+            history: (query, response) pairs, oldest first; not changed. Each pair that an earlier call returned carries
+                the pictures that stand before it, into whatever list it is put (see `ChatHistory`).
             max_length: of prompt and answer, in tokens.
             min_length: of prompt and answer, in tokens; None takes the generation config's, or else the original's 100.
             do_sample, top_p, top_k, temperature, repetition_penalty, logits_processor: as in `generate`.
@@ -280,40 +286,71 @@ class ChatMixin:
     def prepare_turn(
         self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
     ) -> Turn:
-        """Check everything that is cheap to check, then encode the picture, if it is a new one."""
+        """Check everything that is cheap to check, then encode the pictures that are new."""
         if query is None:
             image_path, query = None, image_path
             if not history and isinstance(query, str) and os.path.isfile(query):
                 raise ValueError(f"There is a picture, {query!r}, but no query: chat(tokenizer, image_path, query).")
         check_query(query)
         check_tokenizer(tokenizer, self.config.text_config)
-        images = list(getattr(history, "images", ()))
-        history = check_history(history or ())
-        new_image = self.open_new_image(image_path, images)
+        history = as_history(history)
+        self.check_embeds(history)
+        given = self.open_images(image_path)
+        joining = [image for image in given if image.digest not in shown_last(history)]
 
-        image_turns = [min(image.turn, len(history)) for image in images]
-        if new_image is not None:
-            image_turns.append(len(history) if images else 0)
+        place = joining_turn(history)
+        image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
         prompt = build_prompt(query, history, image_turns, english)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
-        if new_image is not None:
-            digest, pixel_values = new_image
-            with torch.no_grad():
-                embeds = self.encode_pictures(pixel_values.to(self.input_device))
-            images.append(RememberedImage(image_turns[-1], digest, embeds))
-        if images:
-            inputs["image_embeds"] = torch.cat([image.embeds.to(self.input_device) for image in images])
-        return Turn(inputs, query, history, tuple(images))
+        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images})
+        if images and place < len(history):
+            history[place], images = AnsweredTurn(history[place], images), ()
+        embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
+        if embeds:
+            inputs["image_embeds"] = torch.cat(embeds)
+        return Turn(inputs, query, history, images)
 
-    def open_new_image(self, image_path, images: list[RememberedImage]) -> tuple[str, torch.Tensor] | None:
-        """Digest and pixel values [1, 3, H, W] of the picture; None if there is none or it is among `images`."""
+    def check_embeds(self, history: ChatHistory) -> None:
+        """Raise a `ValueError` if another model has encoded a picture of the history."""
+        expected = (1, self.config.qformer_config.num_query_tokens, self.config.text_config.hidden_size)
+        for image in history.images:
+            if tuple(image.embeds.shape) != expected:
+                raise ValueError(
+                    f"The picture before history[{image.turn}] was encoded by another model: its embeddings have the "
+                    f"shape {tuple(image.embeds.shape)}, this model's {expected}. Pass list(map(tuple, history)) as "
+                    "history, and the picture again."
+                )
+
+    def open_images(self, image_path) -> list[GivenImage]:
+        """The picture or the list of pictures that a caller gives; None and "" are none."""
         if image_path is None or (isinstance(image_path, str) and not image_path):
-            return None
+            return []
+        sources = image_path if isinstance(image_path, (list, tuple)) else [image_path]
+        if not sources:
+            return []
         image_size = self.config.vision_config.image_size
         image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-        pixel_values = image_processor(fetch_picture(image_path), return_tensors="pt")["pixel_values"]
-        digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
-        return None if any(image.digest == digest for image in images) else (digest, pixel_values)
+        pixel_values = image_processor([fetch_picture(source) for source in sources], return_tensors="pt")
+        return [
+            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None])
+            for pixels in pixel_values["pixel_values"]
+        ]
+
+    def remember_images(
+        self, images: Iterable[GivenImage], known: Mapping[str, torch.Tensor]
+    ) -> tuple[RememberedImage, ...]:
+        """Pictures with their soft prompts, of which no digest is encoded twice.
+
+        Args:
+            images: pixel values [1, 3, H, W] each.
+            known: digests and their soft prompts, [1, num_query_tokens, C] each.
+        """
+        embeds = dict(known)
+        for image in images:
+            if image.digest not in embeds:
+                with torch.no_grad():
+                    embeds[image.digest] = self.encode_pictures(image.pixel_values.to(self.input_device))
+        return tuple(RememberedImage(image.digest, embeds[image.digest]) for image in images)
 
     def tokenize_prompt(self, tokenizer, prompt: str, num_images: int, max_length: int | None) -> BatchFeature:
         """`input_ids` and `attention_mask` [1, S]; a `ValueError` if there is no room for an answer."""

@@ -23,6 +23,7 @@ Source: `build_inputs_with_image` and `process_response` in the original `modeli
 """
 
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 
 
@@ -39,6 +40,13 @@ FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE_BESIDE_HALF_WIDTH = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
 
+def brief(value) -> str:
+    """`repr(value)` for an error, of at most a line or two: what users pass may be a megabyte of base64."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 100  # characters
+    return shortened.repr(value)
+
+
 def has_chinese(text: str) -> bool:
     return any("\u4e00" <= character <= "\u9fff" for character in text)
 
@@ -51,7 +59,7 @@ def is_english(text: str) -> bool:
 def check_text(text: str, what: str) -> str:
     """Return `text`, or raise a `ValueError` if it is no string or contains a character reserved for the prompt."""
     if not isinstance(text, str):
-        raise ValueError(f"{what} must be a string, found {type(text).__name__}: {text!r}.")
+        raise ValueError(f"{what} must be a string, found {type(text).__name__}: {brief(text)}.")
     for mark in MARKS:
         if mark in text:
             raise ValueError(
@@ -75,7 +83,7 @@ def check_history(history: Iterable) -> list[tuple[str, str]]:
     turns = []
     for index, turn in enumerate(history):
         if isinstance(turn, (str, bytes, dict)) or not isinstance(turn, Sequence) or len(turn) != 2:
-            raise ValueError(f"history[{index}] must be a (query, response) pair, found {turn!r}.")
+            raise ValueError(f"history[{index}] must be a (query, response) pair, found {brief(turn)}.")
         query, response = turn
         turns.append(
             (check_text(query, f"history[{index}]'s query"), check_text(response, f"history[{index}]'s response"))
@@ -135,6 +143,7 @@ def clean_response(response: str) -> str:
 # What the functions above do, in Jinja for `apply_chat_template`; tests hold the two equal.
 CHAT_TEMPLATE = r"""
 {%- set image_mark, answer_mark, end_mark = '%IMAGE%', '%ANSWER%', '%END%' -%}
+{%- macro brief(value) -%}{{- value | string | truncate(40, true, '...', 0) -}}{%- endmacro -%}
 {%- macro text_of(message) -%}
     {%- if message['content'] is string -%}
         {%- set text = message['content'] -%}
@@ -155,13 +164,13 @@ CHAT_TEMPLATE = r"""
 {%- for message in ns.messages -%}
     {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
         {{- raise_exception(
-            'After at most one system message, user and assistant must alternate; found ' + message['role'] + '.'
+            'After at most one system message, user and assistant must alternate; found ' + brief(message['role']) + '.'
         ) -}}
     {%- endif -%}
     {%- if message['content'] is not string -%}
         {%- set allowed = ['text', 'image'] if message['role'] == 'user' else ['text'] -%}
         {%- for part in message['content'] if part['type'] not in allowed -%}
-            {{- raise_exception('A message of ' + message['role'] + ' cannot have ' + part['type'] + '.') -}}
+            {{- raise_exception('A message of ' + message['role'] + ' cannot have ' + brief(part['type']) + '.') -}}
         {%- endfor -%}
     {%- endif -%}
     {%- if message['role'] == 'user' -%}

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures: whatever a caller holds (file, bytes, `data:` URI, PIL image, array) to `pixel_values` [B, 3, 224, 224].
+"""Pictures: whatever a caller holds (file, bytes, base64, PIL image, array) to `pixel_values` [B, 3, 224, 224].
 
 `open_picture` reads one picture as 8-bit RGB and refuses a bad one with a `ValueError` that names it;
 `VisualGLMImageProcessor` resizes, rescales and normalizes. PIL and numpy only; nothing is fetched from the network,
@@ -28,9 +28,9 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -74,6 +74,12 @@ TO_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# How the encoded pictures of FORMATS begin; text is taken for base64 only if such bytes come out of it.
+ENCODED_PICTURE = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp", re.DOTALL
+)
+URL_SAFE = str.maketrans("-_", "+/")  # the other alphabet of base64
+
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 LONGEST_NAME = 200  # characters of a path shown in an error
 
@@ -82,7 +88,9 @@ def open_picture(source: Any) -> Image.Image:
     """Read one picture from wherever it is.
 
     Args:
-        source: a PIL image; encoded bytes; the path of a file (str or PathLike); a `data:` URI; a numpy array or CPU
+        source: a PIL image; encoded bytes; the path of a file (str or PathLike); an open binary file, which is read
+            from its beginning and left where it was; a `data:` URI or base64 text, of either alphabet, with or without
+            padding; `{"bytes": ..., "path": ...}` as in datasets, of which either may be missing; a numpy array or CPU
             tensor [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 or of floats in 0..1. Channels may come first
             where that is unambiguous. Of an animated file the first frame counts.
 
@@ -104,11 +112,18 @@ def open_picture(source: Any) -> Image.Image:
             f"Picture {_name(source)} is a URL, and nothing is fetched here. Fetch it first and pass its bytes."
         )
     if isinstance(source, (str, os.PathLike)):
-        return _open_file(source)
+        data = _picture_in_base64(source)
+        return _open_path(source) if data is None else _open_bytes(data, f"<base64 text of {len(source)} characters>")
     if hasattr(source, "__array__"):
         return to_rgb(_from_array(source))
+    if isinstance(source, Mapping) and not {"bytes", "path"}.isdisjoint(source):
+        data = source.get("bytes")
+        return open_picture(source.get("path") if data is None else data)
+    if hasattr(source, "read"):
+        return _open_bytes(_read(source), f"<{type(source).__name__}>")
     raise ValueError(
-        f"A picture must be a PIL image, bytes, a file path, a data: URI or an array, found {type(source).__name__}."
+        "A picture must be a PIL image, bytes, a file or its path, a data: URI, base64 text, an array or a dict with "
+        f'"bytes" or "path", found {type(source).__name__}.'
     )
 
 
@@ -139,7 +154,7 @@ def _name(path: Any) -> str:
     return f"{text[:40]!r}... ({len(text)} characters; base64 text needs 'data:image/png;base64,' in front)"
 
 
-def _open_file(path: Any) -> Image.Image:
+def _open_path(path: Any) -> Image.Image:
     name = _name(path)
     try:
         status = os.stat(path)
@@ -152,6 +167,44 @@ def _open_file(path: Any) -> Image.Image:
     if status.st_size == 0:
         raise ValueError(f"Picture {name} is an empty file. Copy or download it again.")
     return _decode(path, name)
+
+
+def _read(file: Any) -> bytes:
+    """All bytes of an open file, which is left at the place where it was."""
+    name = f"<{type(file).__name__}>"
+    try:
+        position = file.tell() if file.seekable() else None
+        if position is not None:
+            file.seek(0)
+        data = file.read()
+        if position is not None:
+            file.seek(position)
+    except (OSError, ValueError, AttributeError) as error:  # closed, write-only, or text that is no UTF-8
+        raise ValueError(f"Picture {name} cannot be read: {error}. Open the file in binary mode, 'rb'.") from error
+    if not isinstance(data, bytes):
+        raise ValueError(f"Picture {name} gives {type(data).__name__}, not bytes. Open the file in binary mode, 'rb'.")
+    return data
+
+
+def _picture_in_base64(text: Any) -> bytes | None:
+    """The encoded picture in a text, or None if it is something else, such as the path of a file."""
+    if not isinstance(text, str) or os.path.exists(text):
+        return None
+    try:
+        data = _decode_base64(text)
+    except ValueError:
+        return None
+    return data if ENCODED_PICTURE.match(data) else None
+
+
+def _decode_base64(text: str) -> bytes:
+    """The bytes in base64 text of either alphabet; a `ValueError` if it is none, or was cut and holds no picture."""
+    text = "".join(text.split()).translate(URL_SAFE)
+    missing = -len(text) % 4
+    data = base64.b64decode(text + "=" * missing, validate=True)
+    if missing and not ENCODED_PICTURE.match(data):
+        raise binascii.Error("Incorrect padding")
+    return data
 
 
 def _open_bytes(data: bytes, name: str) -> Image.Image:
@@ -169,8 +222,8 @@ def _data_uri_bytes(uri: str) -> bytes:
     if not head.lower().rstrip().endswith(";base64"):
         return data
     try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except binascii.Error as error:
+        return _decode_base64(data.decode("latin-1"))
+    except ValueError as error:  # binascii.Error is one; so is what characters outside ASCII raise
         raise ValueError(f"Picture {name} is broken base64: {error}. Encode the picture again.") from error
 
 
@@ -284,14 +337,17 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(f"Picture {name} has values that are not finite. Replace NaN and infinity.")
     low, high = array.min(), array.max()
     if low < 0 or high > 1:
-        raise ValueError(
-            f"Picture {name} has floats from {low:g} to {high:g}, expected 0..1. Divide by 255, or pass uint8."
-        )
+        remedy = "Divide by 255, or pass uint8" if low >= 0 else "Pass the picture itself: pixel_values are generate's"
+        raise ValueError(f"Picture {name} has floats from {low:g} to {high:g}, expected 0..1. {remedy}.")
     return np.rint(array * 255.0).astype(np.uint8)
 
 
-class VisualGLMImageProcessorKwargs(TypedDict, total=False):
-    """What `VisualGLMImageProcessor` takes for one call; None means the processor's own value."""
+class VisualGLMImageProcessorKwargs:
+    """What `VisualGLMImageProcessor` takes for one call; None means the processor's own value.
+
+    A plain class where transformers has a `TypedDict`: that one holds frozensets, whose order differs from process to
+    process, and with it the fingerprint that datasets computes of a processor whose code came with the checkpoint.
+    """
 
     do_convert_rgb: bool | None
     do_resize: bool | None

@@ -542,8 +542,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """Raise a `ValueError` unless `pixel_values` are [images, 3, image_size, image_size]."""
         vision = self.config.vision_config
         expected = (vision.num_channels, vision.image_size, vision.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values must be [images, {expected}], found {tuple(pixel_values.shape)}.")
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1:] != expected:
+            remedy = "Pass pixel_values[None]." if shape == expected else "The image processor makes them."
+            raise ValueError(f"pixel_values must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
 
     def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The soft prompts of pictures, of which the last few are remembered in evaluation without gradients.
@@ -637,6 +639,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             return BaseModelOutputWithPooling(pooler_output=image_embeds)
         if image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
+        self.check_pixel_values(pixel_values)
         self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
         if recorded:
             return self.get_image_features(pixel_values, return_dict=True, **recorded)

@@ -1,0 +1,115 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What was said so far: a list of (query, response) pairs, each with the pictures that stand before it.
+
+The pictures travel with the pairs. So whatever puts pairs into another order or another list, cuts, joins or copies them
+takes the pictures along, also where it makes a plain list of them. A pair without pictures is a plain pair, as in the
+original.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class RememberedImage:
+    """A picture that was shown: a digest of its pixels, and its soft prompt [1, num_query_tokens, C]."""
+
+    digest: str
+    embeds: torch.Tensor = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class PlacedImage(RememberedImage):
+    """A picture of a conversation, and the index of the turn that it stands before."""
+
+    turn: int
+
+
+class AnsweredTurn(tuple):
+    """A (query, response) pair, equal to the plain one, with the pictures that stand before it."""
+
+    images: tuple[RememberedImage, ...]
+
+    def __new__(cls, pair: Iterable[str], images: Iterable[RememberedImage] = ()):
+        turn = super().__new__(cls, pair)
+        turn.images = tuple(images)
+        return turn
+
+
+class ChatHistory(list):
+    """The turns of a conversation: equal to the plain list of pairs, and a `ChatHistory` when cut, joined or copied.
+
+    A plain pair that takes the place of a turn, by `history[i] = pair` or pair for pair in a slice, is that turn
+    edited: it keeps the pictures. A turn that leaves the list takes its pictures with it.
+    """
+
+    @property
+    def images(self) -> tuple[PlacedImage, ...]:
+        """The pictures, in their order in the prompt."""
+        return tuple(
+            PlacedImage(image.digest, image.embeds, index)
+            for index, turn in enumerate(self)
+            for image in images_of(turn)
+        )
+
+    def copy(self) -> "ChatHistory":
+        return type(self)(self)
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return type(self)(found) if isinstance(index, slice) else found
+
+    def __setitem__(self, index, value):
+        replaced = self[index]
+        if not isinstance(index, slice):
+            value = edited(replaced, value)
+        elif len(replaced) == len(value := list(value)):
+            value = map(edited, replaced, value)
+        super().__setitem__(index, value)
+
+    def __add__(self, other: list) -> "ChatHistory":
+        return type(self)(super().__add__(other))
+
+    def __radd__(self, other: list) -> "ChatHistory":
+        return type(self)(other).__add__(self) if isinstance(other, list) else NotImplemented
+
+    def __mul__(self, times: int) -> "ChatHistory":
+        return type(self)(super().__mul__(times))
+
+    __rmul__ = __mul__
+
+
+def images_of(turn: Sequence[str]) -> tuple[RememberedImage, ...]:
+    """The pictures that stand before a turn; a plain pair has none."""
+    return getattr(turn, "images", ())
+
+
+def edited(turn: Sequence[str], pair):
+    """`pair` in the place of `turn`: with its pictures, unless it has its own."""
+    is_plain = isinstance(pair, (tuple, list)) and len(pair) == 2 and not hasattr(pair, "images")
+    return AnsweredTurn(pair, images_of(turn)) if is_plain else pair
+
+
+def shown_last(history: ChatHistory) -> set[str]:
+    """Digests of the pictures that the last turn with pictures has."""
+    images = history.images
+    return {image.digest for image in images if image.turn == images[-1].turn}
+
+
+def joining_turn(history: ChatHistory) -> int:
+    """The index of the turn that a new picture stands before: the coming one, of a plain list the first."""
+    return len(history) if any(hasattr(turn, "images") for turn in history) else 0
