@@ -21,7 +21,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -148,15 +148,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
             )
 
 
-def as_history(history: Iterable | None) -> ChatHistory:
-    """A checked copy of what a caller has for a history, None for none; a `ValueError` as in `check_history`."""
+def checked(history: Iterable | None) -> list[Sequence[str]]:
+    """The turns of what a caller has for a history, None for none; a `ValueError` as in `check_history`."""
     if history is None or isinstance(history, Iterator):
         history = list(history or ())
     pairs = check_history(history)
-    return ChatHistory(
-        AnsweredTurn(pair, turn.images) if hasattr(turn, "images") else pair
-        for pair, turn in zip(pairs, history, strict=True)
-    )
+    return [turn if hasattr(turn, "images") else pair for turn, pair in zip(history, pairs, strict=True)]
 
 
 class ChatMixin:
@@ -189,8 +186,8 @@ class ChatMixin:
 
         Args:
             tokenizer: the checkpoint's tokenizer.
-            image_path: a path, an http(s) URL, a `data:` URI, base64 text, a PIL image, bytes, an open file, an array, a
-                dict with "bytes" or "path"; a list of these for several pictures; None or "" for none.
+            image_path: a path, an http(s) URL, a `data:` URI, base64 text, a PIL image, bytes, an open file, an array
+                or a dict with "bytes" or "path"; a list of these for several pictures; None or "" for none.
             query: the question.
             history: (query, response) pairs, oldest first; not changed. Each pair that an earlier call returned carries
                 the pictures that stand before it, into whatever list it is put (see `ChatHistory`).
@@ -293,17 +290,17 @@ class ChatMixin:
                 raise ValueError(f"There is a picture, {query!r}, but no query: chat(tokenizer, image_path, query).")
         check_query(query)
         check_tokenizer(tokenizer, self.config.text_config)
-        history = as_history(history)
+        turns = checked(history)
+        place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
         given = self.open_images(image_path)
         joining = [image for image in given if image.digest not in shown_last(history)]
 
-        place = joining_turn(history)
         image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
         prompt = build_prompt(query, history, image_turns, english)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
         images = self.remember_images(joining, {image.digest: image.embeds for image in history.images})
-        if images and place < len(history):
+        if place < len(history):
             history[place], images = AnsweredTurn(history[place], images), ()
         embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
         if embeds:

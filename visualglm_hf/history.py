@@ -13,9 +13,8 @@
 # limitations under the License.
 """What was said so far: a list of (query, response) pairs, each with the pictures that stand before it.
 
-The pictures travel with the pairs. So whatever puts pairs into another order or another list, cuts, joins or copies them
-takes the pictures along, also where it makes a plain list of them. A pair without pictures is a plain pair, as in the
-original.
+The pictures travel with the pairs. So whatever puts pairs into another order or another list, cuts, joins or copies
+them takes the pictures along, also where it makes a plain list of them. A plain pair has none, as in the original.
 """
 
 from collections.abc import Iterable, Sequence
@@ -57,6 +56,9 @@ class ChatHistory(list):
     edited: it keeps the pictures. A turn that leaves the list takes its pictures with it.
     """
 
+    def __init__(self, turns: Iterable[Sequence[str]] = ()):
+        super().__init__(map(as_turn, turns))
+
     @property
     def images(self) -> tuple[PlacedImage, ...]:
         """The pictures, in their order in the prompt."""
@@ -66,6 +68,15 @@ class ChatHistory(list):
             for image in images_of(turn)
         )
 
+    def append(self, turn: Sequence[str]) -> None:
+        super().append(as_turn(turn))
+
+    def insert(self, index: int, turn: Sequence[str]) -> None:
+        super().insert(index, as_turn(turn))
+
+    def extend(self, turns: Iterable[Sequence[str]]) -> None:
+        super().extend(map(as_turn, turns))
+
     def copy(self) -> "ChatHistory":
         return type(self)(self)
 
@@ -74,18 +85,22 @@ class ChatHistory(list):
         return type(self)(found) if isinstance(index, slice) else found
 
     def __setitem__(self, index, value):
-        replaced = self[index]
         if not isinstance(index, slice):
-            value = edited(replaced, value)
-        elif len(replaced) == len(value := list(value)):
-            value = map(edited, replaced, value)
-        super().__setitem__(index, value)
+            return super().__setitem__(index, as_turn(value, images_of(self[index])))
+        replaced, turns = self[index], list(value)
+        is_edit = len(replaced) == len(turns)
+        images = map(images_of, replaced) if is_edit else [()] * len(turns)
+        return super().__setitem__(index, list(map(as_turn, turns, images)))
 
     def __add__(self, other: list) -> "ChatHistory":
         return type(self)(super().__add__(other))
 
     def __radd__(self, other: list) -> "ChatHistory":
         return type(self)(other).__add__(self) if isinstance(other, list) else NotImplemented
+
+    def __iadd__(self, other: Iterable[Sequence[str]]) -> "ChatHistory":
+        self.extend(other)
+        return self
 
     def __mul__(self, times: int) -> "ChatHistory":
         return type(self)(super().__mul__(times))
@@ -98,10 +113,10 @@ def images_of(turn: Sequence[str]) -> tuple[RememberedImage, ...]:
     return getattr(turn, "images", ())
 
 
-def edited(turn: Sequence[str], pair):
-    """`pair` in the place of `turn`: with its pictures, unless it has its own."""
+def as_turn(pair, images: Iterable[RememberedImage] = ()):
+    """A plain pair as a turn with `images`; a turn, which has its own, and what is no pair, as they are."""
     is_plain = isinstance(pair, (tuple, list)) and len(pair) == 2 and not hasattr(pair, "images")
-    return AnsweredTurn(pair, images_of(turn)) if is_plain else pair
+    return AnsweredTurn(pair, images) if is_plain else pair
 
 
 def shown_last(history: ChatHistory) -> set[str]:
@@ -110,6 +125,6 @@ def shown_last(history: ChatHistory) -> set[str]:
     return {image.digest for image in images if image.turn == images[-1].turn}
 
 
-def joining_turn(history: ChatHistory) -> int:
+def joining_turn(history: Sequence) -> int:
     """The index of the turn that a new picture stands before: the coming one, of a plain list the first."""
     return len(history) if any(hasattr(turn, "images") for turn in history) else 0

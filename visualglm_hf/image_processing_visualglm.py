@@ -74,14 +74,13 @@ TO_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+LONGEST_NAME = 200  # characters of a path shown in an error
 # How the encoded pictures of FORMATS begin; text is taken for base64 only if such bytes come out of it.
 ENCODED_PICTURE = re.compile(
     rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp", re.DOTALL
 )
 URL_SAFE = str.maketrans("-_", "+/")  # the other alphabet of base64
-
-URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-LONGEST_NAME = 200  # characters of a path shown in an error
 
 
 def open_picture(source: Any) -> Image.Image:
@@ -113,7 +112,7 @@ def open_picture(source: Any) -> Image.Image:
         )
     if isinstance(source, (str, os.PathLike)):
         data = _picture_in_base64(source)
-        return _open_path(source) if data is None else _open_bytes(data, f"<base64 text of {len(source)} characters>")
+        return _open_file(source) if data is None else _open_bytes(data, f"<base64 text of {len(source)} characters>")
     if hasattr(source, "__array__"):
         return to_rgb(_from_array(source))
     if isinstance(source, Mapping) and not {"bytes", "path"}.isdisjoint(source):
@@ -154,7 +153,7 @@ def _name(path: Any) -> str:
     return f"{text[:40]!r}... ({len(text)} characters; base64 text needs 'data:image/png;base64,' in front)"
 
 
-def _open_path(path: Any) -> Image.Image:
+def _open_file(path: Any) -> Image.Image:
     name = _name(path)
     try:
         status = os.stat(path)

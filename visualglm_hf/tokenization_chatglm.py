@@ -220,8 +220,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Args:
             text: any text, with the characters of `conversation.MARKS` where tokens that are no text belong.
-            kwargs: `split_special_tokens=True` treats typed special tokens as text; None, the default, does so in a
-                text with marks: whoever wrote it had them for what is no text.
+            kwargs: `split_special_tokens=True` treats typed special tokens as text. None, the default, does so in a
+                text with marks, whose writer had them for what is no text, but for an `<eop>` at the end of an answer,
+                which is how trainers end it.
 
         Raises:
             ValueError: the text has half of a surrogate pair, so it has no UTF-8 form.
@@ -234,6 +235,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         }
         if kwargs.setdefault("split_special_tokens", self.split_special_tokens) is None:
             kwargs["split_special_tokens"] = MARK.search(text) is not None
+            if ANSWER_MARK in text and text.endswith(self.eos_token):
+                text = text.removesuffix(self.eos_token).removesuffix(END_MARK) + END_MARK
         tokens = []
         for segment in MARK.split(text):
             tokens += marked[segment] if segment in marked else super().tokenize(segment, **kwargs)

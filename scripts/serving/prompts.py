@@ -4,6 +4,7 @@ What a prompt looks like is `visualglm_hf.conversation`'s. What a server may ope
 data, never as paths or addresses.
 """
 
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,9 +89,10 @@ class PromptBuilder:
 
     def open(self, picture) -> Image.Image:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
+        is_uri = isinstance(picture, str) and picture[:5].lower() == "data:"
+        if isinstance(picture, (str, os.PathLike, Mapping)) and not is_uri:
+            raise ValueError("A picture must be a data: URI or the data itself; no path or address is opened here.")
         if isinstance(picture, (bytes, str)):
-            if isinstance(picture, str) and picture[:5].lower() != "data:":
-                raise ValueError("A picture must be a data: URI or the data itself; no path or address is opened here.")
             size = len(picture) if isinstance(picture, bytes) else len(picture) * 3 // 4  # base64
             if size > self.max_picture_bytes:
                 raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
