@@ -169,20 +169,25 @@ def _open_file(path: Any) -> Image.Image:
 
 
 def _read(file: Any) -> bytes:
-    """All bytes of an open file, which is left at the place where it was."""
     name = f"<{type(file).__name__}>"
+    can_seek = file.seekable if hasattr(file, "seekable") else lambda: hasattr(file, "seek")  # mmap has no seekable
     try:
-        position = file.tell() if file.seekable() else None
-        if position is not None:
-            file.seek(0)
-        data = file.read()
-        if position is not None:
-            file.seek(position)
+        data = _read_from_beginning(file) if can_seek() else file.read()
     except (OSError, ValueError, AttributeError) as error:  # closed, write-only, or text that is no UTF-8
         raise ValueError(f"Picture {name} cannot be read: {error}. Open the file in binary mode, 'rb'.") from error
     if not isinstance(data, bytes):
         raise ValueError(f"Picture {name} gives {type(data).__name__}, not bytes. Open the file in binary mode, 'rb'.")
     return data
+
+
+def _read_from_beginning(file: Any) -> bytes:
+    """All of an open file, which is left at the place where it was."""
+    position = file.tell()
+    file.seek(0)
+    try:
+        return file.read()
+    finally:
+        file.seek(position)
 
 
 def _picture_in_base64(text: Any) -> bytes | None:
