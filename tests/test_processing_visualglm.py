@@ -69,6 +69,15 @@ def test_a_web_address_is_fetched(processor, golden_dir, pictures):
     assert torch.equal(inputs["pixel_values"], expected)
 
 
+@pytest.mark.parametrize("text", ["问：你好\n答：", ["问：你好\n答："], ("问：你好\n答：", "问：a\n答：")])
+def test_without_tensors_there_is_one_row_for_each_text(processor, text):
+    rows = [text] if isinstance(text, str) else text
+    inputs = processor(text=text)
+    expected = [processor(text=[row], return_tensors="pt")["input_ids"][0].tolist() for row in rows]
+    assert inputs["input_ids"] == expected
+    assert inputs["attention_mask"] == [[1] * len(ids) for ids in expected]
+
+
 def test_every_placeholder_becomes_32_tokens(processor, pictures):
     text = f"<img>{processor.image_token}</img>" * 2 + "问：哪个更大？\n答："
     inputs = processor(text=text, images=[pictures[0], pictures[1]], return_tensors="pt")

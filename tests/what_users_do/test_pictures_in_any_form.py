@@ -42,7 +42,7 @@ def as_file(path: Path, kind: str):
     if kind == "mmap":
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    file = io.BytesIO() if kind == "BytesIO" else tempfile.SpooledTemporaryFile()
+    file = {"BytesIO": io.BytesIO, "SpooledTemporaryFile": tempfile.SpooledTemporaryFile}[kind]()
     file.write(path.read_bytes())  # and the position stays at the end, as after `image.save(file)`
     return file
 

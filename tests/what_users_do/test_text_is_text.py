@@ -133,19 +133,19 @@ def test_a_conversation_through_the_pipeline_is_that_of_chat(
     query, picture, model, tokenizer, processor, image_pipeline, pictures
 ):
     content = [{"type": "image", "image": pictures[picture]}, {"type": "text", "text": query}]
-    messages, history, image = [{"role": "user", "content": content}], None, pictures[picture]
+    messages, history, image = [user(content)], None, pictures[picture]
     for follow_up in ("然后呢？", "Why?"):
         answer, history = model.chat(tokenizer, image, query, history, min_length=0, repetition_penalty=1.0, **GREEDY)
         messages = image_pipeline(text=messages, **GREEDY)[0]["generated_text"]
         assert messages[-1] == assistant(answer)
-        messages.append({"role": "user", "content": [{"type": "text", "text": follow_up}]})
+        messages.append(user([{"type": "text", "text": follow_up}]))
         query, image = follow_up, None
         turn = model.prepare_turn(tokenizer, query, None, history)
         assert processor_ids(processor, messages, add_generation_prompt=True) == turn.inputs["input_ids"][0].tolist()
 
 
 def test_the_text_behind_a_prompt_is_the_answer(image_pipeline, model, processor, pictures):
-    messages = [{"role": "user", "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "啊,a"}]}]
+    messages = [user([{"type": "image", "image": pictures[0]}, {"type": "text", "text": "啊,a"}])]
     [answer] = image_pipeline(text=messages, return_full_text=False, **GREEDY)
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

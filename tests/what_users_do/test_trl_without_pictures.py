@@ -1,0 +1,80 @@
+"""TRL's trainers take the processor also for data that is text alone."""
+
+import math
+
+import pytest
+import torch
+
+from visualglm_hf import VisualGLMForConditionalGeneration
+
+
+peft = pytest.importorskip("peft")
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+
+def user(text) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+QUESTIONS = ["你好", "<sop>是什么？"]
+ROWS = {
+    "SFT": [{"prompt": user(query), "completion": assistant("您好<eop>！")} for query in QUESTIONS],
+    "DPO": [{"prompt": user(query), "chosen": assistant("您好"), "rejected": assistant("再见")} for query in QUESTIONS],
+    "KTO": [
+        {"prompt": user(query), "completion": assistant("您好！"), "label": label}
+        for query, label in zip(QUESTIONS, (True, False), strict=True)
+    ],
+}
+
+
+@pytest.fixture
+def trainer_of(tiny_original, processor, tmp_path):
+    def trainer_of(method, rows, **options):
+        arguments = getattr(trl, f"{method}Config")(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=2,
+            max_length=None,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
+        return getattr(trl, f"{method}Trainer")(
+            model=VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=processor,
+            peft_config=peft.LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM"),
+        )
+
+    return trainer_of
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_a_trainer_takes_text_alone(method, trainer_of):
+    if not hasattr(trl, f"{method}Trainer"):
+        pytest.skip(f"this trl has no {method}")
+    trainer = trainer_of(method, ROWS[method])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 1
+    assert math.isfinite(losses[0])
+
+
+def test_what_is_trained_is_the_conversation_of_chat(model, tokenizer, processor, trainer_of):
+    [batch] = list(trainer_of("SFT", ROWS["SFT"]).get_train_dataloader())
+    rows = {
+        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+    answer = processor.tokenizer("您好<eop>！", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    prompts = [model.prepare_turn(tokenizer, query, None, None).inputs["input_ids"][0].tolist() for query in QUESTIONS]
+    assert rows == {(*prompt, *answer, tokenizer.eos_token_id) for prompt in prompts}
