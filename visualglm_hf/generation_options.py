@@ -13,7 +13,7 @@
 # limitations under the License.
 """What the options of `generate` mean for this model: which one wins, and which cannot be kept.
 
-Not here: what `chat` adds to them (`chat.py`), how tokens are chosen (transformers' `generate`), guidance (`guidance.py`).
+Not here: prompts and answers (`chat.py`), guidance (`guidance.py`), how tokens are chosen (transformers' `generate`).
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ NO_START = "the answer begins behind <sop>, with which every prompt ends. Leave 
 # What cannot be right here, and why. None, False and 0 are the same as leaving an option out.
 REFUSED = {
     "prefill_chunk_size": "the context of a prefix-LM must be seen as a whole. Leave it out.",
-    "continuous_batching_config": "continuous batching hides later parts of the context from earlier ones. Leave it out.",
+    "continuous_batching_config": "continuous batching hides parts of the context from earlier ones. Leave it out.",
     "token_healing": "a prompt ends with [gMASK] and <sop>, not with a word that could be healed. Leave it out.",
     "assistant_early_exit": (
         "only the last layer was trained to speak to the head. Draft with assistant_model or prompt_lookup_num_tokens."
@@ -159,8 +159,8 @@ def check_options(options: dict[str, Any]) -> None:
     check_drafts(options)
     if is_on(options, "num_beams") and options.get("streamer") is not None:
         raise ValueError(
-            f"num_beams={options['num_beams']} cannot be streamed: which beam wins is known at the end. Leave it out, or "
-            "use chat() or generate() without a streamer."
+            f"num_beams={options['num_beams']} cannot be streamed: which beam wins is known at the end. Leave it "
+            "out, or use chat() or generate() without a streamer."
         )
     if options.get("stop_strings") and options.get("tokenizer") is None:
         raise ValueError(f"stop_strings={options['stop_strings']!r} need the tokenizer: give generate(tokenizer=...).")
@@ -170,11 +170,16 @@ def check_options(options: dict[str, Any]) -> None:
 
 def check_cache_implementation(options: dict[str, Any]) -> None:
     """Raise a `ValueError` for a cache that is not this model's, or that needs a package that is not installed."""
-    implementation = options.get("cache_implementation")
+    implementation = options.get("cache_implementation") or ""
     if implementation == "paged":
         raise ValueError(
             "cache_implementation='paged' cannot be used: continuous batching hides later parts of the context from "
             "earlier ones. Leave it out; generate() takes batches that are padded on the left."
+        )
+    if implementation.startswith("offloaded") and not torch.accelerator.is_available():
+        raise ValueError(
+            f"cache_implementation={implementation!r} cannot be used: there is no accelerator to offload it from. Leave "
+            "it out."
         )
     if implementation == "quantized":
         backend = (options.get("cache_config") or {}).get("backend", "quanto")
@@ -194,8 +199,8 @@ def check_drafts(options: dict[str, Any]) -> None:
         raise ValueError(f"{drafts[0]} drafts for one sequence: leave it or num_beams={options['num_beams']} out.")
     if drafts and options.get("stop_strings"):
         raise ValueError(
-            f"{drafts[0]} accepts several tokens at a time and would run past stop_strings={options['stop_strings']!r}. "
-            "Leave one of them out."
+            f"{drafts[0]} accepts several tokens at a time and would run past "
+            f"stop_strings={options['stop_strings']!r}. Leave one of them out."
         )
 
 
@@ -261,8 +266,8 @@ def check_names(options: dict[str, Any]) -> None:
     unknown = sorted(options.keys() - known)
     if unknown and options.get("custom_generate") is None:
         raise ValueError(
-            f"chat() has no option {', '.join(map(repr, unknown))}. Check the spelling; prompts of your own are for "
-            "generate()."
+            f"chat() has no option {', '.join(map(repr, unknown))}. Check the spelling, also in the folder's "
+            "generation_config.json; prompts of your own are for generate()."
         )
 
 

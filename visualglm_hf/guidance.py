@@ -75,8 +75,8 @@ class Guidance:
             known = min(self.count_known(ids), ids.shape[1] - count)
             if known == 0:
                 self.cache = make_cache(model.config.text_config, ids.device)
-            else:
-                self.cache.crop(known)
+            elif known < self.known_ids.shape[1]:
+                self.cache.crop(known - self.known_ids.shape[1])
             cache, self.known_ids = self.cache, ids
         inputs = model.prepare_inputs_for_generation(
             ids,
@@ -88,7 +88,7 @@ class Guidance:
         return model(**inputs, logits_to_keep=count, return_dict=True).logits
 
     def count_known(self, ids: torch.Tensor) -> int:
-        """How many of the columns of `ids` the cache begins with; none of a part of the context, which sees all of itself."""
+        """How many columns of `ids` [R, L + N] are in the cache."""
         if self.known_ids is None or len(self.known_ids) != len(ids):
             return 0
         length = min(self.known_ids.shape[1], ids.shape[1])

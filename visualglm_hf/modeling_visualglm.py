@@ -661,7 +661,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
 
     def __call__(self, *args, compiled_call: Callable | None = None, guide: Callable | None = None, **kwargs):
-        """Call the model as always, or through a compiled call of it, or guided; `generate` says which for each step."""
+        """Call the model as always, or a compiled call of it, and guide its logits; `generate` says for each step."""
         call = super().__call__ if compiled_call is None else partial(compiled_call, self)
         outputs = call(*args, **kwargs)
         if guide is not None:
@@ -813,8 +813,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         largest = input_ids.max().item()
         if largest >= num_tokens:
             raise ValueError(
-                f"input_ids have token {largest}, and this checkpoint has {num_tokens} tokens. After adding some to the "
-                "tokenizer, call model.resize_token_embeddings(len(tokenizer))."
+                f"input_ids have token {largest}, and this checkpoint has {num_tokens} tokens. After adding some "
+                "to the tokenizer, call model.resize_token_embeddings(len(tokenizer))."
             )
 
     def derive_positions(
@@ -930,7 +930,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         )
 
     def guidance_options(self, options: dict, prompt_length: int) -> dict:
-        """What to change in the `options` of `generate` for guidance that continues the other prompt, too, from a cache.
+        """What to change in the `options` of `generate` for guidance, which needs the positions of another prompt, too.
 
         Without `negative_prompt_ids` the other prompt is an empty one.
 
