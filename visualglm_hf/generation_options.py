@@ -231,8 +231,8 @@ def resolve_lengths(options: dict[str, Any], defaults: GenerationConfig) -> dict
         options["max_length"] = ORIGINAL_MAX_LENGTH
     if not {"min_new_tokens", "min_length"} & options.keys():
         options["min_length"] = defaults.min_length
-        if defaults.min_length is None and defaults.min_new_tokens is None and "max_new_tokens" not in options:
-            options["min_length"] = min(ORIGINAL_MIN_LENGTH, options.get("max_length", ORIGINAL_MIN_LENGTH))
+        if defaults.min_length is None and defaults.min_new_tokens is None and "max_length" in options:
+            options["min_length"] = min(ORIGINAL_MIN_LENGTH, options["max_length"])
     for of_answer, of_all in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         if options.get(of_answer) is not None:
             options[of_all] = None
@@ -271,15 +271,22 @@ def check_names(options: dict[str, Any]) -> None:
         )
 
 
-def check_generation_config(config: GenerationConfig) -> None:
+def check_generation_config(config: GenerationConfig, eos_token_id: int | None) -> None:
     """Raise a `ValueError` for a generation_config.json that a server of this model could not keep.
 
     A server has several requests in one call of `generate`, and each chooses its own settings.
 
     Args:
         config: `model.generation_config`.
+        eos_token_id: what ends the server's answers; None if only their length does.
     """
     options = options_of(config)
+    ends = options.get("eos_token_id", eos_token_id)
+    if ends not in (eos_token_id, [eos_token_id]):
+        raise ValueError(
+            f"generation_config.json has eos_token_id={ends!r}, and config.json {eos_token_id!r}, which ends the answers "
+            "here. Let both say the same."
+        )
     check_options(options | {"tokenizer": "the server's"})
     unknown = [name for name in options if name not in SERVED and is_on(options, name)]
     if unknown:

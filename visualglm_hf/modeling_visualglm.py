@@ -887,8 +887,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             cache = make_cache(self.config.text_config, self.input_device)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        prompt = inputs_embeds if input_ids is None else input_ids
         if compile:
-            prompt = inputs_embeds if input_ids is None else input_ids
             prompt_length = 0 if prompt is None else prompt.shape[1]
             kwargs |= self.compile_options(compile, prompt_length, options | {CACHE_NAME: cache})
         tokenizer, text_config = kwargs.get("tokenizer"), self.config.text_config
@@ -912,7 +912,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         elif inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         if options.get("guidance_scale") not in (None, 1):
-            kwargs |= self.guidance_options(options, 0 if input_ids is None else input_ids.shape[1])
+            kwargs |= self.guidance_options(options, len(prompt), 0 if input_ids is None else input_ids.shape[1])
         with torch.no_grad():
             prefix_key_values = self.transformer.compute_prefix(self.input_device)
         kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
@@ -929,25 +929,31 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             "ones. Give generate() a batch that is padded on the left, or start scripts/api_hf.py, which batches."
         )
 
-    def guidance_options(self, options: dict, prompt_length: int) -> dict:
+    def guidance_options(self, options: dict, batch_size: int, prompt_length: int) -> dict:
         """What to change in the `options` of `generate` for guidance, which needs the positions of another prompt, too.
 
-        Without `negative_prompt_ids` the other prompt is an empty one.
+        Without `negative_prompt_ids` [B, L] the other prompt is an empty one.
 
         Raises:
-            ValueError: the other prompt is none, is too long, or has pictures.
+            ValueError: the other prompt is none, is too long, has pictures, or not as many rows as the prompt.
         """
         text_config, input_ids = self.config.text_config, options.get("negative_prompt_ids")
+        mask = options.get("negative_prompt_attention_mask")
         if input_ids is None:
-            input_ids = torch.tensor([[text_config.gmask_token_id, text_config.bos_token_id]])
+            input_ids = torch.tensor([[text_config.gmask_token_id, text_config.bos_token_id]] * batch_size)
+        shapes = {tuple(tensor.shape) for tensor in (input_ids, mask) if tensor is not None}
+        if len(shapes) > 1 or input_ids.dim() != 2 or len(input_ids) != batch_size:
+            raise ValueError(
+                f"negative_prompt_ids and their attention mask must be [{batch_size}, length], as many rows as the "
+                f"prompt has, found {', '.join(map(str, sorted(shapes)))}."
+            )
         self.check_length(input_ids.shape[1])
         self.check_prompt(input_ids)
         if (input_ids == self.config.image_token_id).any():
             raise ValueError("negative_prompt_ids cannot have pictures. Leave their image tokens out.")
-        mask, use_cache = options.get("negative_prompt_attention_mask"), options.get("use_cache") is not False
         inputs = [None if tensor is None else tensor.to(self.input_device) for tensor in (input_ids, mask)]
+        guidance = Guidance(options["guidance_scale"], *inputs, prompt_length, options.get("use_cache") is not False)
         replaced = ("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask")
-        guidance = Guidance(options["guidance_scale"], *inputs, prompt_length, use_cache)
         return {**dict.fromkeys(replaced), "guidance": guidance, "disable_compile": True}
 
     def check_assistant(
