@@ -246,6 +246,7 @@ class ChatMixin:
             ValueError: an unusable query, history, picture, tokenizer or length; an option that is unknown or cannot be
                 kept; NaN in the logits.
         """
+        # The options are taken from `given`: which of them were left open is known there only.
         options = self.generation_options(tokenizer, **given)
         turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
         output = self.generate(**turn.inputs, **options)

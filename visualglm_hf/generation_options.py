@@ -16,10 +16,12 @@
 Not here: prompts and answers (`chat.py`), guidance (`guidance.py`), how tokens are chosen (transformers' `generate`).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers.generation import GenerationConfig, LogitsProcessor
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
@@ -68,10 +70,11 @@ OTHER_LENGTHS = {
     "min_length": "min_new_tokens",
     "min_new_tokens": "min_length",
 }
-CACHES = ("cache", "past_key_values")
 # What `chat` hands on to `generate` beside the options of a generation config.
 CHAT_KEYWORDS = {
     "tokenizer",
+    "cache",
+    "past_key_values",
     "compile",
     "streamer",
     "logits_processor",
@@ -121,19 +124,35 @@ def options_of(config: GenerationConfig) -> dict[str, Any]:
     """The options that a generation config sets; None leaves one open.
 
     Raises:
-        ValueError: it is no generation config.
+        ValueError: it is no generation config, or has an option that this release of transformers does not know.
     """
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"generation_config must be a GenerationConfig of transformers, found {config!r}.")
-    return {
+    options = {
         name: value
         for name, value in vars(config).items()
         if value is not None and not name.startswith("_") and name != "transformers_version"
     }
+    check_names(options, "A generation config", vars(GenerationConfig()))
+    return options
+
+
+def check_names(options: dict[str, Any], owner: str, known: Iterable[str]) -> None:
+    """Raise a `ValueError` for options that their owner does not have."""
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"{owner} has no option {', '.join(map(repr, unknown))} in transformers {transformers.__version__}. Check "
+            "the spelling, or leave it out."
+        )
 
 
 def resolve_options(defaults: GenerationConfig, config: GenerationConfig | None, keywords: dict) -> dict[str, Any]:
-    """What holds for a call of `generate`: its keywords, else its generation config, else the model's, `defaults`."""
+    """What holds for a call of `generate`: its keywords, else its generation config, else the model's, `defaults`.
+
+    Raises:
+        ValueError: as in `options_of`.
+    """
     return options_of(defaults) | ({} if config is None else options_of(config)) | keywords
 
 
@@ -178,8 +197,8 @@ def check_cache_implementation(options: dict[str, Any]) -> None:
         )
     if implementation.startswith("offloaded") and not torch.accelerator.is_available():
         raise ValueError(
-            f"cache_implementation={implementation!r} cannot be used: there is no accelerator to offload it from. Leave "
-            "it out."
+            f"cache_implementation={implementation!r} cannot be used: there is no accelerator to offload it from. "
+            "Leave it out."
         )
     if implementation == "quantized":
         backend = (options.get("cache_config") or {}).get("backend", "quanto")
@@ -225,19 +244,23 @@ def resolve_chat_options(given: dict[str, Any], defaults: GenerationConfig) -> d
 
 
 def resolve_lengths(options: dict[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
-    """`options` with the original's lengths where they and `defaults` say nothing, and each length given in one way."""
+    """`options` with the original's lengths where they and `defaults` say nothing, and each length given in one way.
+
+    The other way is None, so that it is not taken from `defaults`.
+    """
     options = dict(options)
-    if defaults.max_new_tokens is None and not {"max_new_tokens", "max_length"} & options.keys():
-        options["max_length"] = ORIGINAL_MAX_LENGTH
-    if not {"min_new_tokens", "min_length"} & options.keys():
+    if "max_new_tokens" in options:
+        options["max_length"] = None
+    elif "max_length" in options or defaults.max_new_tokens is None:
+        options = {"max_length": ORIGINAL_MAX_LENGTH, **options, "max_new_tokens": None}
+    if "min_new_tokens" in options:
+        options["min_length"] = None
+    elif "min_length" in options:
+        options["min_new_tokens"] = None
+    elif defaults.min_length is not None:
         options["min_length"] = defaults.min_length
-        if defaults.min_length is None and defaults.min_new_tokens is None and "max_length" in options:
-            options["min_length"] = min(ORIGINAL_MIN_LENGTH, options["max_length"])
-    for of_answer, of_all in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        if options.get(of_answer) is not None:
-            options[of_all] = None
-        elif options.get(of_all) is not None:
-            options[of_answer] = None  # else one of `defaults` would win
+    elif defaults.min_new_tokens is None and options.get("max_length") is not None:
+        options["min_length"] = min(ORIGINAL_MIN_LENGTH, options["max_length"])
     return options
 
 
@@ -248,27 +271,17 @@ def check_chat_options(options: dict[str, Any], defaults: GenerationConfig) -> N
         options: `generate`'s keywords.
         defaults: `model.generation_config`.
     """
+    if options.get("custom_generate") is None:
+        check_names(options, "chat()", [*vars(GenerationConfig()), *CHAT_KEYWORDS])
     options = resolve_options(defaults, None, options)
-    check_names(options)
-    if options.get("num_return_sequences", 1) != 1:
+    if is_on(options, "num_return_sequences"):
         raise ValueError("chat() gives one answer; use generate() for num_return_sequences > 1.")
     if options.get("is_assistant"):
         raise ValueError("is_assistant is set for a model that drafts for another. Leave it out.")
-    for name in CACHES:
+    for name in ("cache", "past_key_values"):
         if options.get(name) is not None and options[name].get_seq_length():
             raise ValueError(f"chat() reads its whole prompt anew: {name} must be empty. Leave it out.")
     check_options(options)
-
-
-def check_names(options: dict[str, Any]) -> None:
-    """Raise a `ValueError` for options that neither a generation config nor `chat` has."""
-    known = {*vars(GenerationConfig()), *CHAT_KEYWORDS, *CACHES}
-    unknown = sorted(options.keys() - known)
-    if unknown and options.get("custom_generate") is None:
-        raise ValueError(
-            f"chat() has no option {', '.join(map(repr, unknown))}. Check the spelling, also in the folder's "
-            "generation_config.json; prompts of your own are for generate()."
-        )
 
 
 def check_generation_config(config: GenerationConfig, eos_token_id: int | None) -> None:
@@ -284,8 +297,8 @@ def check_generation_config(config: GenerationConfig, eos_token_id: int | None) 
     ends = options.get("eos_token_id", eos_token_id)
     if ends not in (eos_token_id, [eos_token_id]):
         raise ValueError(
-            f"generation_config.json has eos_token_id={ends!r}, and config.json {eos_token_id!r}, which ends the answers "
-            "here. Let both say the same."
+            f"generation_config.json has eos_token_id={ends!r}, and config.json {eos_token_id!r}, which ends the "
+            "answers here. Let both say the same."
         )
     check_options(options | {"tokenizer": "the server's"})
     unknown = [name for name in options if name not in SERVED and is_on(options, name)]

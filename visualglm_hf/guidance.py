@@ -14,10 +14,12 @@
 """Classifier-free guidance: what is said after the prompt is moved away from what would be said after another one.
 
 transformers' own asks the model for one token at a time and does not say what was before it; this model derives its
-positions from the whole sequence. Source: arXiv:2306.17806.
+positions from the whole sequence. The logits that `generate` returns are the guided ones. Source: arXiv:2306.17806.
 
 Shapes: R rows (batch, times beams or return sequences), L prompt length, N tokens of the answer, K positions, V tokens.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,3 +96,34 @@ class Guidance:
         length = min(self.known_ids.shape[1], ids.shape[1])
         is_equal = (self.known_ids[:, :length] == ids[:, :length]).all(0)
         return int(is_equal.cumprod(0).sum())
+
+
+def guidance_options(model: PreTrainedModel, options: dict[str, Any], batch_size: int, prompt_length: int) -> dict:
+    """What to change in the `options` of `generate` so that a `Guidance` guides each step, not transformers' own.
+
+    Args:
+        model: a VisualGLM.
+        options: all that hold for the call; without `negative_prompt_ids` [B, L] the other prompt is an empty one.
+        batch_size: of the prompt, B.
+        prompt_length: see `Guidance`.
+
+    Raises:
+        ValueError: the other prompt is none, is too long, has pictures, or not as many rows as the prompt.
+    """
+    marks = [model.config.text_config.gmask_token_id, model.config.text_config.bos_token_id]
+    input_ids, mask = options.get("negative_prompt_ids"), options.get("negative_prompt_attention_mask")
+    input_ids = torch.as_tensor([marks] * batch_size if input_ids is None else input_ids, device=model.input_device)
+    mask = None if mask is None else torch.as_tensor(mask, device=model.input_device)
+    if input_ids.dim() != 2 or len(input_ids) != batch_size or (mask is not None and mask.shape != input_ids.shape):
+        raise ValueError(
+            f"negative_prompt_ids and their attention mask must be [{batch_size}, length], as many rows as the prompt "
+            f"has, found {[tuple(tensor.shape) for tensor in (input_ids, mask) if tensor is not None]}."
+        )
+    model.check_length(input_ids.shape[1])
+    model.check_prompt(input_ids)
+    if (input_ids == model.config.image_token_id).any():
+        raise ValueError("negative_prompt_ids cannot have pictures. Leave their image tokens out.")
+    use_cache = options.get("use_cache") is not False
+    guidance = Guidance(options["guidance_scale"], input_ids, mask, prompt_length, use_cache)
+    replaced = ("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask")
+    return {**dict.fromkeys(replaced), "guidance": guidance, "disable_compile": True}

@@ -52,7 +52,7 @@ from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
 from .generation_options import SuppressUnknown, check_options, resolve_options
 from .growing_cache import lengthen, make_cache
-from .guidance import Guidance
+from .guidance import Guidance, guidance_options
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
 
@@ -911,8 +911,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
         elif inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
-        if options.get("guidance_scale") not in (None, 1):
-            kwargs |= self.guidance_options(options, len(prompt), 0 if input_ids is None else input_ids.shape[1])
+        if options.get("guidance_scale") not in (None, 1) and prompt is not None:
+            kwargs |= guidance_options(self, options, len(prompt), 0 if input_ids is None else input_ids.shape[1])
         with torch.no_grad():
             prefix_key_values = self.transformer.compute_prefix(self.input_device)
         kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
@@ -928,33 +928,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             "Continuous batching (generate_batch) cannot be used: it hides later parts of the context from earlier "
             "ones. Give generate() a batch that is padded on the left, or start scripts/api_hf.py, which batches."
         )
-
-    def guidance_options(self, options: dict, batch_size: int, prompt_length: int) -> dict:
-        """What to change in the `options` of `generate` for guidance, which needs the positions of another prompt, too.
-
-        Without `negative_prompt_ids` [B, L] the other prompt is an empty one.
-
-        Raises:
-            ValueError: the other prompt is none, is too long, has pictures, or not as many rows as the prompt.
-        """
-        text_config, input_ids = self.config.text_config, options.get("negative_prompt_ids")
-        mask = options.get("negative_prompt_attention_mask")
-        if input_ids is None:
-            input_ids = torch.tensor([[text_config.gmask_token_id, text_config.bos_token_id]] * batch_size)
-        shapes = {tuple(tensor.shape) for tensor in (input_ids, mask) if tensor is not None}
-        if len(shapes) > 1 or input_ids.dim() != 2 or len(input_ids) != batch_size:
-            raise ValueError(
-                f"negative_prompt_ids and their attention mask must be [{batch_size}, length], as many rows as the "
-                f"prompt has, found {', '.join(map(str, sorted(shapes)))}."
-            )
-        self.check_length(input_ids.shape[1])
-        self.check_prompt(input_ids)
-        if (input_ids == self.config.image_token_id).any():
-            raise ValueError("negative_prompt_ids cannot have pictures. Leave their image tokens out.")
-        inputs = [None if tensor is None else tensor.to(self.input_device) for tensor in (input_ids, mask)]
-        guidance = Guidance(options["guidance_scale"], *inputs, prompt_length, options.get("use_cache") is not False)
-        replaced = ("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask")
-        return {**dict.fromkeys(replaced), "guidance": guidance, "disable_compile": True}
 
     def check_assistant(
         self, assistant: PreTrainedModel, image_embeds: torch.Tensor | None, inputs_embeds: torch.Tensor | None

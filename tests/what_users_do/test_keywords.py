@@ -542,7 +542,7 @@ def test_checkpoints_say_how_many_tokens_they_have(folder, pytestconfig):
         ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
         ({"prefill_chunk_size": 4}, "seen as a whole"),
         ({"eos_token_id": [1105, 20]}, "Let both say the same"),
-        ({"a_later_option": 3}, "a_later_option=3"),
+        ({"a_later_option": 3}, "no option .a_later_option."),
     ],
 )
 def test_a_generation_config_that_a_server_cannot_keep_is_refused(options, complaint):
