@@ -76,7 +76,7 @@ def build_config(tokenizer: ChatGLMTokenizer) -> VisualGLMConfig:
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(piece) for name, piece in names.items()}
     vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return VisualGLMConfig(
-        text_config={**text, **ids, "vocab_size": vocab_size},
+        text_config={**text, **ids, "vocab_size": vocab_size, "num_tokens": len(tokenizer)},
         vision_config={**vision, **no_dropout},
         qformer_config={**qformer, **no_dropout, "num_query_tokens": NUM_QUERY_TOKENS, "encoder_hidden_size": 64},
         image_token_id=tokenizer.unk_token_id,

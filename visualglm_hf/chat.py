@@ -18,27 +18,32 @@ Source: `chat`, `stream_chat` and their defaults in the original `modeling_chatg
 """
 
 import hashlib
+import inspect
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 from .compilation import resolve_compile_config
 from .conversation import build_prompt, check_history, check_query, clean_response, expand_images
 from .fetching import fetch_picture
+from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
 from .image_processing_visualglm import VisualGLMImageProcessor
 
 
-ORIGINAL_MIN_LENGTH = 100  # tokens, prompt included
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
+NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english")  # arguments that are not `generate`'s
 
 
 @dataclass(frozen=True)
@@ -88,18 +93,31 @@ class StopWhenSet(StoppingCriteria):
 
 
 class TokenQueue(BaseStreamer):
-    """Hands the new tokens of one sequence from the thread of `generate` to the one that iterates."""
+    """Hands the new tokens of one sequence from the thread of `generate` to the one that iterates.
 
-    def __init__(self):
+    Args:
+        streamer: the caller's own, which gets all that `generate` gives; None for none.
+    """
+
+    def __init__(self, streamer: BaseStreamer | None = None):
         self.queue = queue.SimpleQueue()
         self.is_prompt = True
+        self.streamer = streamer
 
     def put(self, value: torch.Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(value)
         if not self.is_prompt:  # the first call carries the prompt
             self.queue.put(value.flatten().tolist())
         self.is_prompt = False
 
     def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
+        self.close()
+
+    def close(self) -> None:
+        """Nothing more will come, whether `generate` has ended or failed."""
         self.queue.put(None)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -156,9 +174,30 @@ def checked(history: Iterable | None) -> list[Sequence[str]]:
     return [turn if hasattr(turn, "images") else pair for turn, pair in zip(history, pairs, strict=True)]
 
 
+def notes_given(method: Callable) -> Callable:
+    """Tell a method, as its keyword `given`, which of its arguments the caller gave, by name.
+
+    So its signature can show the values that hold by default, and an option that was left open is still told from one
+    that was given that value.
+    """
+    signature = inspect.signature(method)
+    shown = [parameter for name, parameter in signature.parameters.items() if name != "given"]
+    signature = signature.replace(parameters=shown)
+
+    @wraps(method)
+    def call(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        options = {name: value for name, value in given.items() if name not in ("kwargs", *NO_OPTIONS)}
+        return method(*args, **kwargs, given=options | given.get("kwargs", {}))
+
+    call.__signature__ = signature
+    return call
+
+
 class ChatMixin:
     """Conversation for a model with `generate`, `encode_pictures`, `input_device` and a VisualGLM config."""
 
+    @notes_given
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -174,6 +213,8 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        *,
+        given: dict[str, Any],
         **kwargs,
     ) -> tuple[str, ChatHistory]:
         """Answer one question.
@@ -193,33 +234,29 @@ class ChatMixin:
                 the pictures that stand before it, into whatever list it is put (see `ChatHistory`).
             max_length: of prompt and answer, in tokens.
             min_length: of prompt and answer, in tokens; None takes the generation config's, or else the original's 100.
-            do_sample, top_p, top_k, temperature, repetition_penalty, logits_processor: as in `generate`.
+            do_sample, top_p, top_k, temperature, repetition_penalty, logits_processor: as in `generate`. What a
+                `generation_config` among the keywords sets holds instead, unless it is given here, too; the defaults,
+                which are the original's, hold instead of those of the model's own `generation_config`.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the query's language.
-            **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`; `compile=True` makes
-                all answers but the first faster, for which the step from token to token is compiled.
+            **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`, `min_new_tokens`
+                `min_length`; `compile=True` makes all answers but the first faster, for which the step from token to
+                token is compiled.
 
         Returns:
             The answer, and the history with this turn.
 
         Raises:
-            ValueError: an unusable query, history, picture, tokenizer or length; NaN in the logits.
+            ValueError: an unusable query, history, picture, tokenizer or length; an option that is unknown or cannot be
+                kept; NaN in the logits.
         """
-        options = self.generation_options(
-            tokenizer,
-            max_length=max_length,
-            min_length=min_length,
-            do_sample=do_sample,
-            top_p=top_p,
-            top_k=top_k,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            logits_processor=logits_processor,
-            **kwargs,
-        )
+        # The options are taken from `given`: which of them were left open is known there only.
+        options = self.generation_options(tokenizer, **given)
         turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
-        output = self.generate(**turn.inputs, **options)[0]
-        return turn.finish(tokenizer.decode(output[turn.prompt_length :].tolist()))
+        output = self.generate(**turn.inputs, **options)
+        sequences = output.sequences if isinstance(output, ModelOutput) else output
+        return turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
 
+    @notes_given
     def stream_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -235,6 +272,8 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        *,
+        given: dict[str, Any],
         **kwargs,
     ) -> Iterator[tuple[str, ChatHistory]]:
         """[`~ChatMixin.chat`] that yields the growing answer.
@@ -242,29 +281,19 @@ class ChatMixin:
         Yields whenever the text has grown by whole characters, and last what `chat` would return, with the last token,
         which the original lost. When the caller stops iterating, the model stops within one token.
         """
-        options = self.generation_options(
-            tokenizer,
-            max_length=max_length,
-            min_length=min_length,
-            do_sample=do_sample,
-            top_p=top_p,
-            top_k=top_k,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            logits_processor=logits_processor,
-            **kwargs,
-        )
+        tokens = TokenQueue(given.pop("streamer", None))
+        options = self.generation_options(tokenizer, **given, streamer=tokens)
         turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
-        """Yield the growing response of a turn; `options` are those of `generate`."""
-        tokens, decoder, stop = TokenQueue(), IncrementalDecoder(tokenizer), threading.Event()
-        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), StopWhenSet(stop)])
+        """Yield the growing response of a turn; `options` are those of `generate`, with a `TokenQueue` as streamer."""
+        tokens, decoder, stop = options["streamer"], IncrementalDecoder(tokenizer), threading.Event()
+        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or ()), StopWhenSet(stop)])
         last = None
         with ThreadPoolExecutor(1) as pool:
-            worker = pool.submit(self.generate, **turn.inputs, **options, streamer=tokens, stopping_criteria=criteria)
-            worker.add_done_callback(lambda _: tokens.end())  # also when it failed before its streamer ended
+            worker = pool.submit(self.generate, **turn.inputs, **options, stopping_criteria=criteria)
+            worker.add_done_callback(lambda _: tokens.close())  # also when it failed before its streamer ended
             try:
                 for token_ids in tokens:
                     decoder.add(token_ids)
@@ -363,31 +392,16 @@ class ChatMixin:
             )
         return inputs
 
-    def generation_options(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        min_length: int | None,
-        logits_processor: LogitsProcessorList | None,
-        **options,
-    ) -> dict:
-        """`generate`'s keywords for those of `chat`, without the ones that contradict each other."""
+    def generation_options(self, tokenizer: PreTrainedTokenizerBase, **given) -> dict[str, Any]:
+        """`generate`'s keywords for the options that a call of `chat` gave; see there which one wins.
+
+        Raises:
+            ValueError: an option that `chat` does not have, or that cannot be kept.
+        """
+        options = resolve_chat_options(given, self.generation_config)
         if options.get("compile"):
             options["compile"] = resolve_compile_config(options["compile"], self.input_device)
-        if options.get("num_return_sequences", 1) != 1:
-            raise ValueError("chat() gives one answer; use generate() for num_return_sequences > 1.")
-        if min_length is None:
-            min_length = self.generation_config.min_length
-            min_length = min(ORIGINAL_MIN_LENGTH, max_length) if min_length is None else min_length
-        options.update(max_length=max_length, min_length=min_length)
-        if options.get("max_new_tokens") is not None:
-            options.pop("max_length")
-            options.pop("min_length")
-        if not options["do_sample"]:
-            options.update(top_p=None, top_k=None, temperature=None)
-        # The model has rows beyond the vocabulary, which mean nothing and cannot be decoded.
-        beyond = range(len(tokenizer), self.config.text_config.vocab_size)
-        if beyond:
-            options["suppress_tokens"] = [*(options.get("suppress_tokens") or ()), *beyond]
-        options["logits_processor"] = LogitsProcessorList([*(logits_processor or ()), RefuseNan()])
+        options["tokenizer"] = tokenizer
+        options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), RefuseNan()])
+        check_chat_options(options, self.generation_config)
         return options

@@ -83,6 +83,8 @@ QFORMER_FIELDS = {
     "row_parallel_linear_final_bias": None,
 }
 REQUIRED_FIELDS = ("hidden_size", "num_layers", "num_attention_heads")
+# What every vocabulary of the original has from [MASK] on: 8 marks, a tab, 79 runs of blanks and 256 bytes.
+TOKENS_FROM_MASK = 344
 # What the code below can compute; another value would load and then answer nonsense.
 FIXED_VALUES = {
     "config.json": {"position_encoding_2d": True},
@@ -128,6 +130,8 @@ def translate_original_config(fields: dict[str, Any]) -> dict[str, Any]:
     text = rename_fields("config.json", fields, TEXT_FIELDS)
     vision = rename_fields("eva_config", eva, VISION_FIELDS)
     qformer = rename_fields("qformer_config", qformer, QFORMER_FIELDS)
+    if text.get("mask_token_id") is not None:
+        text["num_tokens"] = text["mask_token_id"] + TOKENS_FROM_MASK
     qformer.setdefault("intermediate_size", 4 * qformer["hidden_size"])
     if isinstance(qformer.get("cross_attention_layers"), list):
         qformer["cross_attention_layers"] = [i for i, has in enumerate(qformer["cross_attention_layers"]) if has]
@@ -180,6 +184,11 @@ def raises_value_errors(config_class: type[PreTrainedConfig]) -> type[PreTrained
 @strict
 class VisualGLMTextConfig(PreTrainedConfig):
     r"""
+    vocab_size (`int`, *optional*, defaults to 130528):
+        Rows of the word embeddings and of the head.
+    num_tokens (`int`, *optional*, defaults to 130344):
+        How many of these rows, the first ones, have a token in the tokenizer. The others mean nothing and are never
+        generated. At most `vocab_size`; `resize_token_embeddings` keeps it.
     rope_theta (`float`, *optional*, defaults to 10000.0):
         Base of the rotary angles.
     residual_alpha (`float`, *optional*, defaults to sqrt(56)):
@@ -207,6 +216,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 130528
+    num_tokens: int = 130344
     hidden_size: int = 4096
     num_hidden_layers: int = 28
     num_attention_heads: int = 32
@@ -231,6 +241,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
         check_positive_integers(
             self,
             "vocab_size",
+            "num_tokens",
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
@@ -238,6 +249,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
             "max_position_embeddings",
             *(["pre_seq_len"] if self.pre_seq_len is not None else []),
         )
+        self.num_tokens = min(self.num_tokens, self.vocab_size)
         # Each half of a head is rotated by one of the two positions, and a rotation needs pairs.
         check_divisible(self, "hidden_size", by="num_attention_heads", times=4)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id"):

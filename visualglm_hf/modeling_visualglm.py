@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, StaticCache
 from transformers.configuration_utils import PretrainedConfig
-from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -50,7 +50,9 @@ from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attention
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
+from .generation_options import SuppressUnknown, check_options, resolve_options
 from .growing_cache import lengthen, make_cache
+from .guidance import Guidance, guidance_options
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
 
@@ -60,10 +62,19 @@ DEFAULT_NEW_TOKENS = 20  # of `generate`
 RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
 
 
-def find_setting(config: GenerationConfig | PretrainedConfig, options: dict, name: str) -> Any:
+def find_setting(config: PretrainedConfig, options: dict, name: str) -> Any:
     """A setting of a call: of its `options`, else of the config."""
     value = options.get(name)
     return getattr(config, name, None) if value is None else value
+
+
+def wants_dynamic_cache(options: dict) -> bool:
+    """Whether `generate` with these `options` would make a dynamic cache that nobody but it knows of."""
+    return (
+        options.get("use_cache") is not False
+        and options.get("cache_implementation") is None
+        and not options.get("is_assistant")
+    )
 
 
 def build_glm_position_ids(
@@ -494,6 +505,13 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """[`PreTrainedModel.resize_token_embeddings`], after which all `new_num_tokens` may be generated."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.config.text_config.num_tokens = new_num_tokens
+        return embeddings
+
     def get_decoder(self) -> VisualGLMTextModel:
         return self.transformer
 
@@ -645,9 +663,13 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             return self.get_image_features(pixel_values, return_dict=True, **recorded)
         return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
 
-    def __call__(self, *args, compiled_call: Callable | None = None, **kwargs):
-        """Call the model as always, or through a compiled call of it; `generate` says which for each step."""
-        return super().__call__(*args, **kwargs) if compiled_call is None else compiled_call(self, *args, **kwargs)
+    def __call__(self, *args, compiled_call: Callable | None = None, guide: Callable | None = None, **kwargs):
+        """Call the model as always, or a compiled call of it, and guide its logits; `generate` says for each step."""
+        call = super().__call__ if compiled_call is None else partial(compiled_call, self)
+        outputs = call(*args, **kwargs)
+        if guide is not None:
+            outputs.logits = guide(outputs.logits)
+        return outputs
 
     @takes_cache
     @can_return_tuple
@@ -789,6 +811,15 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 "continue from a cache yourself, pass position_ids."
             )
 
+    def check_tokens(self, input_ids: torch.Tensor, num_tokens: int) -> None:
+        """Raise a `ValueError` if `input_ids` [B, S] have rows beyond the tokens, which would never be generated."""
+        largest = input_ids.max().item()
+        if largest >= num_tokens:
+            raise ValueError(
+                f"input_ids have token {largest}, and this checkpoint has {num_tokens} tokens. After adding some "
+                "to the tokenizer, call model.resize_token_embeddings(len(tokenizer))."
+            )
+
     def derive_positions(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -797,6 +828,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             input_ids = self.presumed_input_ids(inputs_embeds)
         elif not torch.compiler.is_compiling():
             self.check_prompt(input_ids)
+            self.check_tokens(input_ids, self.config.text_config.num_tokens)
         return build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
 
     def presumed_input_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -810,6 +842,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     def generate(
         self,
         inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         *args,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
@@ -826,6 +860,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
 
         Args:
             inputs: [B, S], the same as `input_ids`.
+            generation_config, logits_processor: as in transformers; rows beyond the tokens are never chosen.
             input_ids: [B, S], left-padded.
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
@@ -835,11 +870,15 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
                 the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs. The backend
                 "cudagraphs" only records, and its cache grows with the answer.
+            kwargs: the other options; a `tokenizer` among them says which tokens there are, else the config does.
 
         Raises:
-            ValueError: as in `forward`; also if the prompt is to be processed in chunks, which would hide later parts
-                of the context from earlier ones, and if the step cannot be compiled here or with the other options.
+            ValueError: as in `forward`; also for an option that cannot be kept, such as a prompt that is processed in
+                chunks, which would hide later parts of the context from earlier ones, and if the step cannot be
+                compiled here or with the other options.
         """
+        options = resolve_options(self.generation_config, generation_config, kwargs)
+        check_options(options)
         input_ids = inputs if input_ids is None else input_ids
         if kwargs.get("assistant_pixel_values") is not None:  # this is an assistant: it sees the pictures its own way
             pixel_values = kwargs.pop("assistant_pixel_values")
@@ -847,20 +886,22 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         elif kwargs.get("assistant_model") is not None:
             self.check_assistant(kwargs["assistant_model"], image_embeds, inputs_embeds)
             kwargs["assistant_pixel_values"] = pixel_values
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None):
-            raise ValueError("prefill_chunk_size cannot be used: the context of a prefix-LM must be seen as a whole.")
-        if cache is None and not compile and self.wants_dynamic_cache(generation_config, kwargs):
+        if cache is None and not compile and wants_dynamic_cache(options):
             cache = make_cache(self.config.text_config, self.input_device)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        prompt = inputs_embeds if input_ids is None else input_ids
         if compile:
-            prompt = inputs_embeds if input_ids is None else input_ids
             prompt_length = 0 if prompt is None else prompt.shape[1]
-            kwargs |= self.compile_options(compile, prompt_length, generation_config, kwargs)
+            kwargs |= self.compile_options(compile, prompt_length, options | {CACHE_NAME: cache})
+        tokenizer, text_config = kwargs.get("tokenizer"), self.config.text_config
+        num_tokens = text_config.num_tokens if tokenizer is None else len(tokenizer)
+        if num_tokens < text_config.vocab_size:
+            logits_processor = LogitsProcessorList([SuppressUnknown(num_tokens), *(logits_processor or ())])
         if input_ids is not None:
             self.check_length(input_ids.shape[1])
             self.check_prompt(input_ids)
+            self.check_tokens(input_ids, num_tokens)
             kwargs["input_ids"] = input_ids = input_ids.to(self.input_device)
         elif inputs_embeds is not None:
             kwargs["num_prompt_embeds"] = inputs_embeds.shape[1]
@@ -873,18 +914,22 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
         elif inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
+        if options.get("guidance_scale") not in (None, 1) and prompt is not None:
+            kwargs |= guidance_options(self, options, len(prompt), 0 if input_ids is None else input_ids.shape[1])
         with torch.no_grad():
             prefix_key_values = self.transformer.compute_prefix(self.input_device)
         kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
-        return super().generate(None, *args, **kwargs)
+        return super().generate(None, generation_config, logits_processor, *args, **kwargs)
 
-    def wants_dynamic_cache(self, generation_config: GenerationConfig, options: dict) -> bool:
-        """Whether `generate` with these `options` would make a dynamic cache that nobody but it knows of."""
-        setting = partial(find_setting, generation_config, options)
-        return (
-            setting("use_cache") is not False
-            and setting("cache_implementation") is None
-            and not setting("is_assistant")
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not for this model: see the error.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Continuous batching (generate_batch) cannot be used: it hides later parts of the context from earlier "
+            "ones. Give generate() a batch that is padded on the left, or start scripts/api_hf.py, which batches."
         )
 
     def check_assistant(
@@ -898,20 +943,18 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 "prompt as input_ids and pixel_values, or an assistant of the same width, such as a quantized copy."
             )
 
-    def compile_options(
-        self, compile: bool | CompileConfig, prompt_length: int, generation_config: GenerationConfig, options: dict
-    ) -> dict:
+    def compile_options(self, compile: bool | CompileConfig, prompt_length: int, options: dict) -> dict:
         """What to add to the `options` of `generate` for a compiled decode step.
 
         Args:
-            compile, generation_config, options: `generate`'s.
+            compile: `generate`'s.
             prompt_length: in tokens.
+            options: all that hold for the call.
 
         Raises:
             ValueError: no compiler, weights that come and go, or options that the cache of a compiled step contradicts.
         """
-
-        setting = partial(find_setting, generation_config, options)
+        setting = options.get
         places = {str(place) for place in getattr(self, "hf_device_map", {}).values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError("A model that is partly offloaded cannot be compiled. Leave compile out.")
@@ -951,13 +994,16 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         is_first_iteration: bool | None = False,
         compiled_call: Callable | None = None,
         assistant_pixel_values: torch.Tensor | None = None,
+        guidance: Guidance | None = None,
+        tokenizer=None,
         **kwargs,
     ) -> dict:
         """Derive the positions from the whole sequence at every step.
 
         They are no state of `generate`, which would add 1 to both rows and repeat them along the wrong dimension; so
         beams, rollbacks and continued caches are right by construction. An assistant has seen its pictures,
-        `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began.
+        `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began. The `tokenizer`, which
+        `generate` hands to every step, is for stop strings.
         """
         length = num_prompt_embeds + input_ids.shape[1]
         if compiled_call is not None and length > cache.layers[0].max_cache_len:
@@ -972,6 +1018,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         )
         if CACHE_NAME in model_inputs:  # PEFT looks for the prefix of prefix tuning under the older name
             model_inputs[OLD_NAME] = model_inputs.pop(CACHE_NAME)
+        if guidance is not None:
+            model_inputs["guide"] = partial(guidance.guide, self, input_ids)
         if num_prompt_embeds:
             prompt_ids = self.presumed_input_ids(inputs_embeds[:, :num_prompt_embeds])
             input_ids = torch.cat((prompt_ids, input_ids), dim=1)

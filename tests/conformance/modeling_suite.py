@@ -39,7 +39,7 @@ class VisualGLMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestC
         super().test_resize_tokens_embeddings()
 
     def test_model_forward_default_config_values(self):
-        self.model_tester.vocab_size = VisualGLMTextConfig().vocab_size  # which holds the default special tokens
+        self.model_tester.vocab_size = VisualGLMTextConfig().num_tokens  # which holds the default special tokens
         super().test_model_forward_default_config_values()
 
     def test_tp_plan_matches_params(self):
