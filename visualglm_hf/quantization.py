@@ -57,6 +57,13 @@ DIVISORS = (7.0, 7.6, 8.2, 9.0, 10.0)
 SMALLEST_SCALE = 2.0**-24  # of float16
 CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
 DEVICE_CHUNK = 2**24  # elements
+PRODUCTS = (torch.ops.visualglm.quantized_matmul, torch.ops.visualglm.quantized_matmul.default)
+ARITHMETIC = frozenset({"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear"})  # of integers too
+CODES_ARE_NO_NUMBERS = (
+    "The codes of quantized weights are no numbers to calculate with: an adapter that reads or changes the weights, or is "
+    "merged into them, needs them in full. Load the model without quantization, train or merge there, and quantize the "
+    "result; or keep an adapter such as LoRA beside the quantized model."
+)
 MADV_PAGEOUT = 21  # Linux 5.4: "reclaim these pages"; clean pages of a file are dropped, nothing is ever lost
 
 
@@ -180,6 +187,48 @@ def nonzero(divisor: torch.Tensor) -> torch.Tensor:
     return torch.where(divisor == 0, 1, divisor)
 
 
+class LowBitCodes(nn.Parameter):
+    """The codes of a low-bit matrix, which nobody takes for its numbers.
+
+    They are moved, copied, compared, written and saved like any other parameter. To calculate with them, as adapters do
+    that read or change a layer's `weight`, is refused: PEFT knows our layer as an `nn.Linear`, would add to the codes or
+    multiply by them, and round the result to codes again. `detach()` gives the bare tensor.
+
+    Raises:
+        ValueError: in any operation that has another number format among its arguments or results, and in arithmetic.
+    """
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> "LowBitCodes":
+        return memo.setdefault(id(self), LowBitCodes(self.detach().clone()))
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter, (self.detach(), False)  # a file of weights names no class of ours
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func.__name__.strip("_") in ARITHMETIC or any(map(is_float, (*args, *kwargs.values()))):
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if is_float(result):
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        is_codes = isinstance(result, torch.Tensor) and result.dtype == torch.int8 and func is not torch.Tensor.detach
+        return LowBitCodes(result) if is_codes and type(result) is torch.Tensor else result
+
+
+def is_float(value) -> bool:
+    """Whether a value is a tensor of floating-point numbers, or the name of their format."""
+    if isinstance(value, LowBitCodes):
+        return False
+    dtype = value.dtype if isinstance(value, torch.Tensor) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
 class QuantizedLinear(nn.Linear):
     """A linear layer with a 4- or 8-bit matrix. Its bias, its output and its gradients keep the activations' dtype.
 
@@ -237,6 +286,16 @@ class QuantizedLinear(nn.Linear):
         quantized.bias = linear.bias
         return quantized.train(linear.training)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._protect_codes()
+
+    def _protect_codes(self) -> None:
+        weight = self._parameters["weight"]
+        if type(weight) is nn.Parameter and weight.dtype == torch.int8:  # not while full weights are on their way here
+            weight.__class__ = LowBitCodes  # as torch does with parameters that come to their size later
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return quantized_linear(x, self.weight, self.weight_scale, self.bits, self.in_features, self.bias)
 
@@ -251,6 +310,7 @@ class QuantizedLinear(nn.Linear):
         scale = self.weight_scale
         packed_matrices.forget(self.weight)
         super()._apply(fn, recurse)
+        self._protect_codes()
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self

@@ -71,6 +71,7 @@ def dequantize(
     weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Compute the matrix [N, K] that the codes stand for: exact in float32, rounded once to anything smaller."""
+    weight = weight.detach()  # the codes of a layer refuse to be calculated with
     codes = unpack_int4(weight, in_features) if bits == 4 else weight
     precise = torch.promote_types(dtype, torch.float32)
     groups = codes.to(precise).unflatten(1, (weight_scale[0].numel(), -1))  # [N, n, G]
@@ -291,7 +292,7 @@ def quantized_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out = multiply(x.reshape(-1, in_features), weight, weight_scale, bits, in_features)
-    out = out.view(*x.shape[:-1], weight.shape[0])
+    out = out.view(*x.shape[:-1], out.shape[-1])
     return out if bias is None else out + bias.to(out.dtype)
 
 
