@@ -34,6 +34,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .adapters import find_adapted, record_untied, unwrap
 from .cpu_kernels import CpuProducts
 from .cuda_kernels import CudaMultiply
 from .quantization_kernels import (
@@ -59,6 +60,11 @@ CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate
 DEVICE_CHUNK = 2**24  # elements
 PRODUCTS = (torch.ops.visualglm.quantized_matmul, torch.ops.visualglm.quantized_matmul.default)
 ARITHMETIC = frozenset({"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear"})  # of integers too
+# PEFT's methods that change what goes into a layer or comes out of it, and of the layer itself read its two sizes alone.
+OVERLAYS = frozenset(
+    "LORA ADALORA IA3 BEFT LILY BOFT OFT VERA PVERA VBLORA RANDLORA FOURIERFT WAVEFT C3A MISS ROAD GRALORA".split()
+)
+OVERLAYS_OF_THE_SHAPE = frozenset({"LOHA", "LOKR"})  # also that of the stored weight, which with 8 bits is the matrix's
 CODES_ARE_NO_NUMBERS = (
     "The codes of quantized weights are no numbers to calculate with: an adapter that reads or changes the weights, or is "
     "merged into them, needs them in full. Load the model without quantization, train or merge there, and quantize the "
@@ -412,6 +418,23 @@ def check_mergeable(module: nn.Module) -> None:
         )
 
 
+def check_adapters(module: nn.Module, methods: Collection[str]) -> None:
+    """Raise a `ValueError` if adapters of these methods of PEFT stand on low-bit layers and count on full weights.
+
+    Some of them would notice the codes themselves; others take the codes' shape or number format for the weights', and
+    compute nonsense or nothing.
+    """
+    for name, layer in find_adapted(module).items():
+        bits = getattr(unwrap(layer), "bits", None) if isinstance(unwrap(layer), QuantizedLinear) else None
+        known = OVERLAYS if bits != 8 else OVERLAYS | OVERLAYS_OF_THE_SHAPE
+        counting = [str(getattr(method, "value", method)) for method in methods if bits and method not in known]
+        if counting:
+            raise ValueError(
+                f"{counting[0]} is not known to work beside weights of {bits} bits ({name}): it may read them. Take LoRA, "
+                "without DoRA, or another method that leaves the weights alone, or load the model without quantization."
+            )
+
+
 # Whole models: a decoder, an output layer, and a config that remembers
 
 
@@ -423,9 +446,8 @@ def check_unquantized(model: nn.Module) -> None:
         raise ValueError(f"The weights have {bits or 'few'} bits already. Load the full weights to quantize them anew.")
     if method not in (None, QUANT_METHOD):
         raise ValueError(f"The model was quantized with {method} while loading. Load it without quantization_config.")
-    adapted = next((name for name, child in model.named_modules() if hasattr(child, "base_layer")), None)
-    if adapted is not None:
-        raise ValueError(f"{adapted} has an adapter. Merge or remove it first, or quantize before you add it.")
+    for name in find_adapted(model):
+        raise ValueError(f"{name} has an adapter. Merge or remove it first, or quantize before you add it.")
 
 
 def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, lm_head: bool = False) -> nn.Module:
@@ -444,9 +466,7 @@ def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, l
 def quantize_output_embeddings_(model: nn.Module) -> None:
     """Quantize the output layer to 8 bits, and so untie it from the input embeddings."""
     model.set_output_embeddings(QuantizedLinear.from_linear(model.get_output_embeddings(), bits=8))
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    record_untied(model)
 
 
 def record(config, bits: int, group_size: int | None, lm_head: bool) -> None:
