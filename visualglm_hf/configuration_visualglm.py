@@ -21,6 +21,7 @@ are those of VisualGLM-6B.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -431,6 +432,11 @@ class VisualGLMConfig(PreTrainedConfig):
             )
         with wrong_types_as_value_errors(cls.__name__):
             return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
+        """Save it as [`PretrainedConfig.save_pretrained`] does, with the code that loads it."""
+        self.register_for_auto_class()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def make_parts(self) -> None:
         """Turn the fields of the three parts into configs that agree, or raise a `ValueError`."""

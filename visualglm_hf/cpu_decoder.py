@@ -512,8 +512,7 @@ class Linear(NamedTuple):
         return (
             kind is not None
             and batch <= kind.most_rows
-            and (self.has_low_bits or self.form == dtype)
-            and type(self.weight) is nn.Parameter
+            and (self.has_low_bits or self.form == dtype and type(self.weight) is nn.Parameter)
             and is_regular(self.weight, self.weight_scale, self.in_features, kind)
         )
 

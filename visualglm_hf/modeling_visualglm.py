@@ -23,6 +23,7 @@ Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidd
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters import adapts_embeddings, check_plain, is_tied, record_untied, remove_adapters, unwrap, untie
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
@@ -54,9 +56,18 @@ from .generation_options import SuppressUnknown, check_options, resolve_options
 from .growing_cache import lengthen, make_cache
 from .guidance import Guidance, guidance_options
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
-from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
+from .quantization import (
+    CPU_PRODUCTS,
+    HalfLinear,
+    QuantizedLinear,
+    check_adapters,
+    prepare_model,
+    quantize_,
+    quantize_model,
+)
 
 
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 PREFIX_DROPOUT = 0.1  # the original's, in training
 DEFAULT_NEW_TOKENS = 20  # of `generate`
 RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
@@ -454,6 +465,23 @@ def check_tensor_parallel(config: VisualGLMConfig) -> None:
         )
 
 
+def check_resizable(model: "VisualGLMForConditionalGeneration", new_num_tokens: int | None) -> None:
+    """Raise a `ValueError` if the embeddings and the head of a model cannot have so many rows."""
+    for name, layer in (("word_embeddings", model.get_input_embeddings()), ("lm_head", model.get_output_embeddings())):
+        if unwrap(layer) is not layer:
+            raise ValueError(f"{name} has an adapter. Resize the embeddings before you add it, or after merging it.")
+        if not layer.weight.is_floating_point():
+            raise ValueError(f"{name} has few bits. Load the full weights, resize the embeddings, then quantize.")
+    text = model.config.text_config
+    names = ("pad_token_id", "mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id")
+    largest = max(names, key=lambda name: getattr(text, name) or 0)
+    if new_num_tokens is not None and new_num_tokens <= getattr(text, largest):
+        raise ValueError(
+            f"With {new_num_tokens} rows the embeddings would lose {largest} {getattr(text, largest)}. Keep at least "
+            f"{getattr(text, largest) + 1}."
+        )
+
+
 class VisualGLMBackbone:
     """Ids and pictures to hidden states, for trainers that apply the head themselves, to a few tokens at a time.
 
@@ -482,6 +510,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
         self.image_cache = FeatureCache()
+        self.adapters: dict | None = None  # PEFT's configs by name, and how many of them were looked at
+        self.num_adapters = 0
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
@@ -503,6 +533,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        if type(new_embeddings) is nn.Linear:  # as resizing makes it
+            with torch.device("meta"):
+                head = HalfLinear(new_embeddings.in_features, new_embeddings.out_features, bias=False)
+            head.weight = new_embeddings.weight
+            new_embeddings = head
         self.lm_head = new_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
@@ -519,6 +554,66 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     def base_model(self) -> "VisualGLMBackbone":
         """The model without its head. The library's own property gives the decoder alone, which takes no pictures."""
         return VisualGLMBackbone(self)
+
+    @property
+    def peft_config(self) -> dict:
+        """PEFT's configs of the adapters on this model, by name. PEFT sets it when they are in their places."""
+        if self.adapters is None:
+            raise AttributeError("no adapters")
+        return self.adapters
+
+    @peft_config.setter
+    def peft_config(self, adapters: dict) -> None:
+        self.accept_adapters(adapters)
+        self.adapters = adapters
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.adapters, self.num_adapters = None, 0
+
+    def accept_adapters(self, adapters: dict) -> None:
+        """Make room for adapters that PEFT has put on this model, or take them off again.
+
+        An adapter of the head or of the embeddings unties them: merged, it belongs into one of the two. On the
+        full-size model in half precision the second matrix takes 1.1 GB.
+
+        Raises:
+            ValueError: adapters that need full weights are on low-bit layers.
+        """
+        try:
+            check_adapters(self, [config.peft_type for config in adapters.values()])
+        except ValueError:
+            remove_adapters(self)
+            raise
+        if is_tied(self) and adapts_embeddings(self):
+            untie(self)
+        self.num_adapters = len(adapters)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
+        """Save the weights and the config as [`PreTrainedModel.save_pretrained`] does, and the code that loads them.
+
+        Raises:
+            ValueError: layers have adapters.
+        """
+        if kwargs.get("state_dict") is None and not getattr(self, "_hf_peft_config_loaded", False):
+            check_plain(self)
+        if self.config.tie_word_embeddings and not (is_tied(self) or self.lm_head.weight.is_meta):
+            record_untied(self)  # as when a head that was trained as a whole has taken its place
+        self.register_for_auto_class()
+        model = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(AUTO_CLASSES, model)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the number of rows of the embeddings and the head, as [`PreTrainedModel.resize_token_embeddings`].
+
+        Raises:
+            ValueError: one of them has few bits or an adapter, or a control token would be lost; nothing has changed.
+        """
+        check_resizable(self, new_num_tokens)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def quantize(
         self, bits: int, group_size: int | None = None, lm_head: bool = False
@@ -761,6 +856,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         Returns:
             The decoder's output with `last_hidden_state` [B, S, C], and that of the pictures; see `encode_images`.
         """
+        if self.adapters is not None and len(self.adapters) > self.num_adapters:  # PEFT says so of the first alone
+            self.accept_adapters(self.adapters)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
         has_pictures = pixel_values is not None or image_embeds is not None

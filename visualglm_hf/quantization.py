@@ -34,6 +34,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .adapters import find_adapted, record_untied, unwrap
 from .cpu_kernels import CpuProducts
 from .cuda_kernels import CudaMultiply
 from .quantization_kernels import (
@@ -57,6 +58,18 @@ DIVISORS = (7.0, 7.6, 8.2, 9.0, 10.0)
 SMALLEST_SCALE = 2.0**-24  # of float16
 CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
 DEVICE_CHUNK = 2**24  # elements
+PRODUCTS = (torch.ops.visualglm.quantized_matmul, torch.ops.visualglm.quantized_matmul.default)
+ARITHMETIC = frozenset({"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear"})  # of integers too
+# PEFT's methods that change what goes into a layer or comes out of it, and of the layer itself read its two sizes alone.
+OVERLAYS = frozenset(
+    "LORA ADALORA IA3 BEFT LILY BOFT OFT VERA PVERA VBLORA RANDLORA FOURIERFT WAVEFT C3A MISS ROAD GRALORA".split()
+)
+OVERLAYS_OF_THE_SHAPE = frozenset({"LOHA", "LOKR"})  # also that of the stored weight, which with 8 bits is the matrix's
+CODES_ARE_NO_NUMBERS = (
+    "The codes of quantized weights are no numbers to calculate with: an adapter that reads or changes the weights, or is "
+    "merged into them, needs them in full. Load the model without quantization, train or merge there, and quantize the "
+    "result; or keep an adapter such as LoRA beside the quantized model."
+)
 MADV_PAGEOUT = 21  # Linux 5.4: "reclaim these pages"; clean pages of a file are dropped, nothing is ever lost
 
 
@@ -180,6 +193,48 @@ def nonzero(divisor: torch.Tensor) -> torch.Tensor:
     return torch.where(divisor == 0, 1, divisor)
 
 
+class LowBitCodes(nn.Parameter):
+    """The codes of a low-bit matrix, which nobody takes for its numbers.
+
+    They are moved, copied, compared, written and saved like any other parameter. To calculate with them, as adapters do
+    that read or change a layer's `weight`, is refused: PEFT knows our layer as an `nn.Linear`, would add to the codes or
+    multiply by them, and round the result to codes again. `detach()` gives the bare tensor.
+
+    Raises:
+        ValueError: in any operation that has another number format among its arguments or results, and in arithmetic.
+    """
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> "LowBitCodes":
+        return memo.setdefault(id(self), LowBitCodes(self.detach().clone()))
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter, (self.detach(), False)  # a file of weights names no class of ours
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func.__name__.strip("_") in ARITHMETIC or any(map(is_float, (*args, *kwargs.values()))):
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if is_float(result):
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        is_codes = isinstance(result, torch.Tensor) and result.dtype == torch.int8 and func is not torch.Tensor.detach
+        return LowBitCodes(result) if is_codes and type(result) is torch.Tensor else result
+
+
+def is_float(value) -> bool:
+    """Whether a value is a tensor of floating-point numbers, or the name of their format."""
+    if isinstance(value, LowBitCodes):
+        return False
+    dtype = value.dtype if isinstance(value, torch.Tensor) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
 class QuantizedLinear(nn.Linear):
     """A linear layer with a 4- or 8-bit matrix. Its bias, its output and its gradients keep the activations' dtype.
 
@@ -237,6 +292,16 @@ class QuantizedLinear(nn.Linear):
         quantized.bias = linear.bias
         return quantized.train(linear.training)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._protect_codes()
+
+    def _protect_codes(self) -> None:
+        weight = self._parameters["weight"]
+        if type(weight) is nn.Parameter and weight.dtype == torch.int8:  # not while full weights are on their way here
+            weight.__class__ = LowBitCodes  # as torch does with parameters that come to their size later
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return quantized_linear(x, self.weight, self.weight_scale, self.bits, self.in_features, self.bias)
 
@@ -251,6 +316,7 @@ class QuantizedLinear(nn.Linear):
         scale = self.weight_scale
         packed_matrices.forget(self.weight)
         super()._apply(fn, recurse)
+        self._protect_codes()
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
@@ -352,6 +418,23 @@ def check_mergeable(module: nn.Module) -> None:
         )
 
 
+def check_adapters(module: nn.Module, methods: Collection[str]) -> None:
+    """Raise a `ValueError` if adapters of these methods of PEFT stand on low-bit layers and count on full weights.
+
+    Some of them would notice the codes themselves; others take the codes' shape or number format for the weights', and
+    compute nonsense or nothing.
+    """
+    for name, layer in find_adapted(module).items():
+        bits = getattr(unwrap(layer), "bits", None) if isinstance(unwrap(layer), QuantizedLinear) else None
+        known = OVERLAYS if bits != 8 else OVERLAYS | OVERLAYS_OF_THE_SHAPE
+        counting = [str(getattr(method, "value", method)) for method in methods if bits and method not in known]
+        if counting:
+            raise ValueError(
+                f"{counting[0]} is not known to work beside weights of {bits} bits ({name}): it may read them. Take LoRA, "
+                "without DoRA, or another method that leaves the weights alone, or load the model without quantization."
+            )
+
+
 # Whole models: a decoder, an output layer, and a config that remembers
 
 
@@ -363,9 +446,8 @@ def check_unquantized(model: nn.Module) -> None:
         raise ValueError(f"The weights have {bits or 'few'} bits already. Load the full weights to quantize them anew.")
     if method not in (None, QUANT_METHOD):
         raise ValueError(f"The model was quantized with {method} while loading. Load it without quantization_config.")
-    adapted = next((name for name, child in model.named_modules() if hasattr(child, "base_layer")), None)
-    if adapted is not None:
-        raise ValueError(f"{adapted} has an adapter. Merge or remove it first, or quantize before you add it.")
+    for name in find_adapted(model):
+        raise ValueError(f"{name} has an adapter. Merge or remove it first, or quantize before you add it.")
 
 
 def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, lm_head: bool = False) -> nn.Module:
@@ -384,9 +466,7 @@ def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, l
 def quantize_output_embeddings_(model: nn.Module) -> None:
     """Quantize the output layer to 8 bits, and so untie it from the input embeddings."""
     model.set_output_embeddings(QuantizedLinear.from_linear(model.get_output_embeddings(), bits=8))
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    record_untied(model)
 
 
 def record(config, bits: int, group_size: int | None, lm_head: bool) -> None:

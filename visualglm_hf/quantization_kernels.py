@@ -29,7 +29,6 @@ Shapes: M rows of activations, N outputs, K inputs, G columns of a group.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -51,7 +50,7 @@ PACKABLE_GROUPS = (256, 128, 64, 32)
 PACKED_ROWS, PACKED_BLOCK = 16, 64
 # torch's int8 operator reads past the end of a row, or dies, if its length is not such a multiple.
 INT8_COLUMNS = 32
-# Rows of activations from which float32 beats the packed bfloat16 operators on a CPU without matrix instructions.
+# Rows of activations from which float32 beats the packed bfloat16 operators, on CPUs with matrix instructions too.
 MANY_ROWS = 16
 
 
@@ -72,6 +71,7 @@ def dequantize(
     weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Compute the matrix [N, K] that the codes stand for: exact in float32, rounded once to anything smaller."""
+    weight = weight.detach()  # the codes of a layer refuse to be calculated with
     codes = unpack_int4(weight, in_features) if bits == 4 else weight
     precise = torch.promote_types(dtype, torch.float32)
     groups = codes.to(precise).unflatten(1, (weight_scale[0].numel(), -1))  # [N, n, G]
@@ -109,17 +109,6 @@ def multiply_by_rows(
 
 
 # CPU: torch's packed operators
-
-
-@lru_cache(maxsize=1)
-def has_matrix_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX)."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return probe is not None and probe()
-
-
-def has_few_rows(x: torch.Tensor) -> bool:
-    return x.shape[0] < MANY_ROWS or has_matrix_instructions()
 
 
 def packable_group(weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int) -> int | None:
@@ -196,7 +185,7 @@ def multiply_on_cpu(
 
     float32 and float16 do not: the operators take seconds for them (20.8 s for 64 rows of float32 and 16384 x 4096).
     """
-    if x.dtype == torch.bfloat16 and not transposed and has_few_rows(x) and x.shape[0] > 0:
+    if x.dtype == torch.bfloat16 and not transposed and 0 < x.shape[0] < MANY_ROWS:
         if bits == 8 and weight_scale.dim() == 1 and in_features % INT8_COLUMNS == 0:
             return torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), weight_scale.to(x.dtype))
         group = packable_group(weight, weight_scale, in_features) if bits == 4 else None
@@ -303,7 +292,7 @@ def quantized_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out = multiply(x.reshape(-1, in_features), weight, weight_scale, bits, in_features)
-    out = out.view(*x.shape[:-1], weight.shape[0])
+    out = out.view(*x.shape[:-1], out.shape[-1])
     return out if bias is None else out + bias.to(out.dtype)
 
 
