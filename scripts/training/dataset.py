@@ -159,13 +159,14 @@ def read_dataset(files: list[Path], convert=lambda conversation: conversation) -
         ValueError: names every bad row by its number, and what is wrong with it.
     """
     converted, problems = [], []
+    check = cache(check_picture)  # each is decoded once, to the end
     for file in files:
         rows = read_rows(file)
         for number, row in tqdm(rows, desc=f"checking {file.name}", disable=len(rows) < PROGRESS_FROM):
             try:
                 conversation = read_conversation(row, file, number)
                 for picture in conversation.pictures:
-                    check_picture(picture)
+                    check(picture)
                 converted.append(convert(conversation))
             except ValueError as error:
                 problems.append((f"{file.name}, row {number}", str(error)))
@@ -184,16 +185,14 @@ def describe_problems(problems: list[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-@cache
 def digest_picture(picture: Picture) -> bytes:
     """By which to know the same picture again."""
     content = picture.read_bytes() if isinstance(picture, Path) else picture
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
 
 
-@cache
 def check_picture(picture: Picture) -> None:
-    """Raise a `ValueError` if a picture is missing or damaged; each is decoded once, to the end."""
+    """Raise a `ValueError` if a picture is missing or damaged."""
     open_picture(picture)
 
 

@@ -10,6 +10,7 @@ Not here: what a prompt looks like (`visualglm_hf.conversation`, through the pro
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jinja2 import TemplateError
@@ -116,7 +117,8 @@ class Encoder:
         room = self.max_length - source_length
         if room < MIN_TARGET_LENGTH:
             return (
-                f"this row has {source_length} tokens before its answer, and the model takes {self.max_length} in all."
+                f"this row has {source_length} tokens before its answer, and the model takes {self.max_length} in all; "
+                "shorten it, or show fewer pictures."
             )
         shorter = f" with --max_target_length {room}" if room < self.max_target_length else ""
         return f"this row needs up to {source_length}{shorter}."
@@ -157,11 +159,11 @@ def describe_truncation(examples: Iterable[Example], encoder: Encoder) -> str | 
 
 def digest(examples: Iterable[Example]) -> str:
     """By which to know the same rows and pictures again."""
-    total = hashlib.sha256()
+    total, digest_once = hashlib.sha256(), cache(digest_picture)
     for example in examples:
         total.update(repr((example.input_ids, example.labels)).encode())
         for picture in example.pictures:
-            total.update(digest_picture(picture))
+            total.update(digest_once(picture))
     return total.hexdigest()
 
 
