@@ -255,6 +255,8 @@ def read_settings(arguments: argparse.Namespace, say: Callable[[str], None]):
     if arguments.layer_range is None:
         num_layers = VisualGLMConfig.from_pretrained(arguments.model).text_config.num_hidden_layers
         values["layer_range"] = usual_layers(num_layers)
+        if arguments.method in LORA:
+            say(f"LoRA on layers {' and '.join(values['layer_range'])} of {num_layers}; --layer_range chooses others.")
     values["english"] = {"auto": None, "zh": False, "en": True}[arguments.prompt_language]
     values["precision"] = "float16" if arguments.fp16 else "bfloat16" if arguments.bf16 else "float32"
     if arguments.fp16 and (arguments.cpu or not torch.cuda.is_available()):

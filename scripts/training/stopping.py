@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: while training, the step is finished and saved before the run ends.
+"""Ctrl-C, SIGTERM and a closed terminal: while training, the step is finished and saved before the run ends.
 
 Not here: what a checkpoint is, and what is said about it (`run.py`).
 """
@@ -7,13 +7,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from transformers import TrainerCallback
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STDERR = 2
 STOPPING = b"\nStopping: this step is finished and saved. Once more ends the run at once, without saving.\n"
 
@@ -60,7 +60,8 @@ class StopAfterStep(TrainerCallback):
             return
         if self.asked_by is None:
             self.asked_by = number
-            os.write(STDERR, STOPPING)  # not `print`: the signal may have come while a line was being printed
+            with suppress(OSError):  # the terminal may be gone
+                os.write(STDERR, STOPPING)  # not `print`: the signal may have come while a line was being printed
         elif "WORLD_SIZE" not in os.environ:  # launchers pass on what the terminal has sent already, and kill later
             raise Stopped(number=number)
 

@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from training.dataset import read_dataset
-from training.encoding import IGNORED, Encoder, count_shared, describe_truncation, digest
-
-from visualglm_hf.image_processing_visualglm import open_picture
+from training.encoding import IGNORED, Collator, Encoder, count_shared, describe_truncation, digest
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "background"
@@ -179,10 +178,13 @@ LAYOUTS = ("img", "images", "image", "path")
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
-def test_base64_text_is_the_picture_itself(layout, prefix, read):
+def test_base64_text_is_the_picture_itself(layout, prefix, read, folder, encoder):
+    (folder / "b.png").write_bytes(picture_bytes())
     text = prefix + base64.b64encode(picture_bytes()).decode()
-    [conversation] = read([row_with(text, layout)])
-    assert open_picture(conversation.pictures[0]).getpixel((0, 0)) == (30, 60, 200)
+    [[example], [same]] = read([row_with(text, layout), row_with("b.png", layout)], convert=encoder)
+    batch = Collator(encoder.processor)([example, same])
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
 
 
 ODD_PICTURES = {
