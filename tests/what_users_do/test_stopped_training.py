@@ -133,13 +133,13 @@ def test_a_second_ctrl_c_while_saving_ends_at_once_and_half_a_checkpoint_counts_
     assert same(adapter_in(settings.save), uninterrupted)
 
 
-@pytest.mark.parametrize("moment", ["training.run.read_dataset", "training.run.load_base", "training.run.measure"])
-def test_ctrl_c_before_training_leaves_the_folder_free(moment, settings, monkeypatch):
+def test_ctrl_c_before_training_leaves_the_folder_free(settings, monkeypatch):
     settings = replace(settings, valid_data=(EXAMPLE / "held_out.json",), train_iters=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(moment, lambda *arguments: interrupt())
-        with pytest.raises(Stopped, match="is free for the same command"):
-            finetune(settings, silent)
+    for moment in ("training.run.read_dataset", "training.run.load_base", "training.run.measure"):
+        with monkeypatch.context() as patch:
+            patch.setattr(moment, lambda *arguments: interrupt())
+            with pytest.raises(Stopped, match="is free for the same command"):
+                finetune(settings, silent)
     assert finetune(settings, silent)["steps"] == 1
 
 
@@ -152,10 +152,15 @@ def test_ctrl_c_after_training_says_that_resuming_ends_it(settings, monkeypatch,
     assert same(adapter_in(settings.save), uninterrupted)
 
 
-def test_signals_are_as_they_were_when_training_has_ended(settings):
-    before = [signal.getsignal(number) for number in SIGNALS]
-    finetune(replace(settings, train_iters=1), silent)
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+def test_signals_are_as_they_were_when_training_has_ended():
+    before = handlers()
+    with StopAfterStep().listening():
+        assert all(now != then for now, then in zip(handlers(), before, strict=True))
+    assert handlers() == before
 
 
 def test_a_background_job_goes_on_not_hearing_ctrl_c():
@@ -167,12 +172,18 @@ def test_a_background_job_goes_on_not_hearing_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-def test_training_in_another_thread_leaves_signals_alone(settings):
-    reports = []
-    thread = threading.Thread(target=lambda: reports.append(finetune(replace(settings, train_iters=1), silent)))
+def test_training_in_another_thread_leaves_signals_alone():
+    heard = []
+
+    def listen():
+        with StopAfterStep().listening():
+            heard.append(handlers())
+
+    before = handlers()
+    thread = threading.Thread(target=listen)
     thread.start()
     thread.join(60)
-    assert reports[0]["steps"] == 1
+    assert heard == [before]
 
 
 def test_the_command_ends_as_shells_expect_and_says_what_is_true(tmp_path):
@@ -194,12 +205,11 @@ def test_the_command_ends_as_shells_expect_and_says_what_is_true(tmp_path):
 # ---------------------------------------------------------------- folders
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("9 GiB"), RuntimeError("a bug"), ValueError("nan")], ids=repr)
-def test_a_run_that_failed_before_its_first_save_leaves_the_folder_free(error, settings):
+def test_a_run_that_failed_before_its_first_save_leaves_the_folder_free(settings):
     def fail():
-        raise error
+        raise RuntimeError("a bug")
 
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="a bug"):
         finetune(settings, silent, [At(1, fail)])
     assert finetune(replace(settings, train_iters=1), silent)["steps"] == 1
 
@@ -235,16 +245,30 @@ def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path):
 # ---------------------------------------------------------------- going on with something else
 
 
-@pytest.fixture
-def stopped(settings, tmp_path):
-    """The settings of a run on one's own picture, stopped after two steps, and the file of its rows."""
-    Image.new("RGB", (8, 8), (200, 30, 30)).save(tmp_path / "a.png")
-    rows = tmp_path / "rows.json"
-    rows.write_text('[{"img": "a.png", "prompt": "x", "label": "y"}]', encoding="utf-8")
-    settings = replace(settings, train_data=(rows,))
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """A run on one's own picture, stopped after two steps, and the file of its rows."""
+    folder = tmp_path_factory.mktemp("stopped")
+    rows = write_rows(folder)
+    settings = Settings(
+        MODEL, (rows,), "lora", save=folder / "out", layer_range=("0",), train_iters=4, batch_size=2, log_interval=1
+    )
     with pytest.raises(Stopped):
         finetune(settings, silent, [At(1, send(signal.SIGINT))])
     return replace(settings, resume=True), rows
+
+
+@pytest.fixture
+def stopped(stopped_run):
+    """The same with its rows and picture as they were."""
+    write_rows(stopped_run[1].parent)
+    return stopped_run
+
+
+def write_rows(folder):
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(folder / "a.png")
+    (folder / "rows.json").write_text('[{"img": "a.png", "prompt": "x", "label": "y"}]', encoding="utf-8")
+    return folder / "rows.json"
 
 
 def test_resuming_with_changed_rows_is_refused(stopped):
@@ -268,7 +292,7 @@ def test_resuming_with_other_options_is_refused(stopped):
             finetune(replace(settings, **{name: value}), silent)
 
 
-def test_resuming_on_other_weights_is_refused(stopped, tmp_path):
+def test_resuming_on_other_weights_is_refused(stopped, monkeypatch):
     settings, _ = stopped
 
     def load(*arguments):
@@ -277,14 +301,13 @@ def test_resuming_on_other_weights_is_refused(stopped, tmp_path):
             model.transformer.final_layernorm.weight.mul_(1.5)
         return model
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.run.load_base", load)
-        with pytest.raises(ValueError, match="base weights was"):
-            finetune(settings, silent)
+    monkeypatch.setattr("training.run.load_base", load)
+    with pytest.raises(ValueError, match="base weights was"):
+        finetune(settings, silent)
 
 
-def test_a_resumed_run_takes_another_folder_name_and_another_interval(stopped):
+def test_a_resumed_run_takes_another_folder_name_and_another_interval(stopped, tmp_path):
     settings, _ = stopped
-    moved = settings.save.rename(settings.save.with_name("moved"))
+    moved = shutil.copytree(settings.save, tmp_path / "moved")
     finetune(replace(settings, save=moved, save_interval=1), silent)
     assert [path.name for path in complete_checkpoints(moved)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]

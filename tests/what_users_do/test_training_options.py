@@ -58,7 +58,7 @@ def losses(report, key="eval_loss"):
 # ---------------------------------------------------------------- defaults
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "ptuning"])
+@pytest.mark.parametrize("method", ["qlora", "ptuning"])
 def test_the_shortest_command_works_from_any_folder(method, tmp_path, capsys):
     assert command(f"--use_{method} --train-data {ROWS} --train-iters 1", tmp_path) == 0
     assert (tmp_path / "checkpoints" / "adapter" / "adapter_model.safetensors").is_file()
@@ -78,9 +78,7 @@ def test_layers_are_in_the_originals_places_whatever_their_number(tmp_path, caps
 # ---------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize(
-    ("steps", "evaluated"), [(1, [0, 1]), (3, [0, 1, 2, 3]), (25, [0, *range(3, 25, 3), 25])], ids=str
-)
+@pytest.mark.parametrize(("steps", "evaluated"), [(1, [0, 1]), (11, [0, 2, 4, 6, 8, 10, 11])], ids=str)
 def test_held_out_rows_are_evaluated_several_times_without_being_asked(steps, evaluated, settings):
     report = finetune(replace(settings, train_iters=steps), silent)
     assert sorted(losses(report)) == evaluated
@@ -104,15 +102,11 @@ def test_the_best_of_all_evaluations_is_the_result_whatever_the_interval_of_savi
     assert all(torch.equal(result[name], kept[name]) for name in result)
 
 
-def test_evaluating_changes_nothing_of_what_is_learned(settings, tmp_path):
-    with_curve = finetune(replace(settings, train_iters=4), silent)
-    without = finetune(replace(settings, train_iters=4, valid_data=(), save=tmp_path / "other"), silent)
-    assert losses(with_curve, "loss") == losses(without, "loss")
-
-
-def test_rows_that_are_trained_and_evaluated_on_are_said(settings):
+def test_evaluating_on_rows_that_are_trained_on_changes_nothing_and_is_said(settings, tmp_path):
     said = []
-    finetune(replace(settings, valid_data=(ROWS,), train_iters=1), said.append)
+    with_curve = finetune(replace(settings, valid_data=(ROWS,)), said.append)
+    without = finetune(replace(settings, valid_data=(), save=tmp_path / "other"), silent)
+    assert losses(with_curve, "loss") == losses(without, "loss")
     assert "15 of 15 held-out examples are trained on too: their loss says nothing of new ones." in said
 
 
