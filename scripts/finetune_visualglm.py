@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,19 @@ from model_folder import check_folder
 # torch, transformers and PEFT are imported in `run`: `-h` and typing errors shall not wait for them.
 
 QLORA_DEFAULTS = {"batch_size": 1, "gradient_accumulation_steps": 4}  # of the original's QLoRA script
+
+# Options that some methods have no use for. The original's scripts give theirs with every method.
+LORA = ("lora", "qlora")
+METHODS_WITH = {
+    "lora_alpha": LORA,
+    "lora_dropout": LORA,
+    "train_qformer": LORA,
+    "train_projection": LORA,
+    "bits": ("qlora",),
+    "qlora_backend": ("qlora",),
+}
+ORIGINAL_METHODS_WITH = {"lora_rank": LORA, "layer_range": LORA, "pre_seq_len": ("ptuning",)}
+ONLY_WITH_VALID_DATA = ("eval_interval", "eval_iters")
 
 # Options of the original's scripts that have no meaning here any more, and what takes their place.
 OBSOLETE_FLAGS = {
@@ -113,9 +127,8 @@ def add_what(add: Callable, parser: argparse.ArgumentParser) -> None:
     add(
         "--layer_range",
         nargs="+",
-        default=["0", "14"],
         metavar="N",
-        help="indices of the decoder's layers, no range; or 'all' (default: 0 14)",
+        help="indices of the decoder's layers, no range; or 'all' (default: the first and the middle one, 0 14 of 28)",
     )
     add("--train_qformer", action="store_true", help="LoRA on the Q-Former too")
     add("--train_projection", action="store_true", help="LoRA on the projection to the decoder too")
@@ -165,7 +178,13 @@ def add_output(add: Callable) -> None:
     add("--save", type=Path, default=Path("checkpoints"), metavar="FOLDER", help="results (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --save")
     add("--save-interval", type=COUNT, default=300, metavar="N", help="steps (default: %(default)s)")
-    add("--eval-interval", type=COUNT, default=10000, metavar="N", help="steps (default: %(default)s)")
+    add(
+        "--eval-interval",
+        type=COUNT,
+        default=10000,
+        metavar="N",
+        help="steps; more than the run has: ten times in it (default: %(default)s)",
+    )
     add("--eval-iters", type=COUNT, metavar="N", help="batches to evaluate on (default: all)")
     add("--eval-batch-size", type=COUNT, default=8, metavar="N", help="(default: %(default)s)")
     add("--log-interval", type=COUNT, default=10, metavar="N", help="steps (default: %(default)s)")
@@ -195,19 +214,49 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
             f"--model-parallel-size {arguments.model_parallel_size}: a model is divided among GPUs by FSDP or "
             "DeepSpeed, see docs/finetuning.md"
         )
-    if arguments.bits and arguments.method != "qlora":
-        parser.error("--bits belongs to --use_qlora")
+    for line in of_other_methods(arguments, METHODS_WITH):
+        parser.error(line)
+
+
+def of_other_methods(arguments: argparse.Namespace, methods_with: dict[str, tuple[str, ...]]) -> list[str]:
+    """What to say of each option that was given, and that the chosen method has no use for."""
+    return [
+        f"--{name} belongs to --use_{' and --use_'.join(methods)}"
+        for name, methods in methods_with.items()
+        if arguments.method not in methods and is_given(arguments, name)
+    ]
+
+
+def is_given(arguments: argparse.Namespace, name: str) -> bool:
+    return getattr(arguments, name) != build_parser().get_default(name)
+
+
+def describe_unused(arguments: argparse.Namespace) -> list[str]:
+    """What to say of options that change nothing in this run."""
+    unused = [f"{line}, and has no effect." for line in of_other_methods(arguments, ORIGINAL_METHODS_WITH)]
+    for name in ONLY_WITH_VALID_DATA:
+        if is_given(arguments, name) and not arguments.valid_data:
+            unused.append(f"--{name.replace('_', '-')} has no effect: there is no --valid-data.")
+    return unused
 
 
 def read_settings(arguments: argparse.Namespace, say: Callable[[str], None]):
     """The run's settings; where an option cannot be honoured on this machine, that is said."""
     import torch
+    from training.adapters import usual_layers
     from training.run import Settings
+
+    from visualglm_hf.configuration_visualglm import VisualGLMConfig
 
     values = {name: value for name, value in vars(arguments).items() if name in Settings.__dataclass_fields__}
     usual = QLORA_DEFAULTS if arguments.method == "qlora" else {"batch_size": 4, "gradient_accumulation_steps": 1}
     values.update({name: usual[name] for name in usual if values[name] is None})
     values.update({name: tuple(value) for name, value in values.items() if isinstance(value, list)})
+    if arguments.layer_range is None:
+        num_layers = VisualGLMConfig.from_pretrained(arguments.model).text_config.num_hidden_layers
+        values["layer_range"] = usual_layers(num_layers)
+        if arguments.method in LORA:
+            say(f"LoRA on layers {' and '.join(values['layer_range'])} of {num_layers}; --layer_range chooses others.")
     values["english"] = {"auto": None, "zh": False, "en": True}[arguments.prompt_language]
     values["precision"] = "float16" if arguments.fp16 else "bfloat16" if arguments.bf16 else "float32"
     if arguments.fp16 and (arguments.cpu or not torch.cuda.is_available()):
@@ -216,6 +265,8 @@ def read_settings(arguments: argparse.Namespace, say: Callable[[str], None]):
     if arguments.checkpoint_activations and arguments.method == "ptuning":
         say("--checkpoint-activations has no effect: PEFT's prefixes need the activations.")
         values["checkpoint_activations"] = False
+    for line in describe_unused(arguments):
+        say(line)
     return Settings(**values)
 
 
@@ -259,9 +310,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        say(f"(stopped; --resume goes on from the last checkpoint in {arguments.save})")
-        return 130
+    except KeyboardInterrupt as stop:
+        say(f"({str(stop) or 'stopped before anything was begun'})")
+        return 128 + getattr(stop, "number", signal.SIGINT)  # as shells have it
     return 0
 
 

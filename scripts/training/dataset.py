@@ -5,12 +5,18 @@ A row has one of two layouts:
     {"img": "1.png", "prompt": "…", "label": "…"}                                the original's; no "img": text only
     {"messages": [{"role": "user", "content": "…"}, …], "images": ["1.png", …]}   several turns and pictures
 
-Pictures are looked for beside the file. A file is a JSON list, or has the ending .jsonl and one object per line.
+Pictures are files, looked for beside the rows' file, or base64 text. A file of rows is a JSON list, or has the ending
+.jsonl and one object per line.
 
 Not here: prompts and tokens (`encoding.py`).
 """
 
+import hashlib
 import json
+import os
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from visualglm_hf.fetching import fetch_picture
 from visualglm_hf.image_processing_visualglm import open_picture
 
 
@@ -26,8 +33,16 @@ CONVERSATION_FIELDS = ("messages", "images")
 OPTIONAL_FIELDS = ("id",)  # known, and of no meaning here
 ROLES = ("system", "user", "assistant")
 PICTURE_MARK = "<image>"  # in a message of a row that has "images": one of them belongs here
+PICTURE_PARTS = ({"type"}, {"type", "path"}, {"type", "image"})  # the fields of a part that is a picture
 MAX_LISTED = 50  # problems described; of later ones only the row numbers
+MAX_NAMED = 1000  # rows named at all
 PROGRESS_FROM = 500  # rows
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+Picture = Path | str | bytes  # a file, a `data:` URI, or what a file would hold
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Conversation:
 
     source: str
     messages: tuple[dict, ...]
-    pictures: tuple[Path, ...]
+    pictures: tuple[Picture, ...]
 
     @property
     def question(self) -> str:
@@ -51,39 +66,83 @@ def text_of(message: dict) -> str:
     return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
+def shown(value: object) -> str:
+    """A value for an error: a row may hold a megabyte of base64, or lists in lists."""
+    return SHORT.repr(value)
+
+
 def read_rows(file: Path) -> list[tuple[int, object]]:
     """The rows of a file, each with its number: counted from 1, or its line of a .jsonl file.
 
     Raises:
         ValueError: a file that cannot be read, is no JSON, or has no rows.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    rows = list(read_lines(file, text)) if file.suffix == ".jsonl" else read_list(file, text)
+    text = read_text(file)
+    rows = list(read_lines(file, text)) if file.suffix.lower() == ".jsonl" else read_list(file, text)
     if not rows:
         raise ValueError(f"{file} has no rows.")
     return rows
 
 
+def read_text(file: Path) -> str:
+    """What a file holds, its ends of lines as they are; a `ValueError` if it is not UTF-8."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read: it is not UTF-8 ({error}). Save it as UTF-8.") from error
+    if "\0" in text:
+        raise ValueError(f"{file} cannot be read: it has NUL characters, perhaps it is UTF-16. Save it as UTF-8.")
+    return text
+
+
 def read_lines(file: Path, text: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not `splitlines`: U+2028, U+2029 and U+0085 end a line there, and may stand in a string of JSON.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse(line)
             except ValueError as error:
-                raise ValueError(f"{file}, line {number} is no JSON: {error}.") from error
+                hint = " A list needs the ending .json." if number == 1 and line.strip() == "[" else ""
+                raise ValueError(f"{file}, line {number} is no JSON: {error}.{hint}") from error
 
 
 def read_list(file: Path, text: str) -> list[tuple[int, object]]:
     try:
-        rows = json.loads(text)
+        rows = parse(text)
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}. One object per line needs the ending .jsonl.") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{file} must hold a list of rows, found {type(rows).__name__}.")
+        raise ValueError(f"{file} must hold a list of rows, found {kind_of(rows)}. Put [ and ] around the rows.")
     return list(enumerate(rows, start=1))
+
+
+class Ambiguous:
+    """What stands for an object of JSON that has a field twice; Python's reader would drop the first."""
+
+    def __init__(self, field: str):
+        self.field = field
+
+    def __repr__(self) -> str:
+        return f"an object that has the field {shown(self.field)} twice"
+
+
+def parse(text: str) -> object:
+    """JSON to values, control characters in strings taken as they are; a `ValueError` for what is none."""
+    try:
+        return json.loads(text, strict=False, object_pairs_hook=unambiguous)
+    except RecursionError as error:
+        raise ValueError("it has too many lists or objects in each other") from error
+
+
+def unambiguous(pairs: list[tuple[str, object]]) -> dict | Ambiguous:
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    return Ambiguous(twice[0]) if twice else dict(pairs)
+
+
+def kind_of(value: object) -> str:
+    return repr(value) if isinstance(value, Ambiguous) else type(value).__name__
 
 
 def read_dataset(files: list[Path], convert=lambda conversation: conversation) -> list:
@@ -100,13 +159,14 @@ def read_dataset(files: list[Path], convert=lambda conversation: conversation) -
         ValueError: names every bad row by its number, and what is wrong with it.
     """
     converted, problems = [], []
+    check = cache(check_picture)  # each is decoded once, to the end
     for file in files:
         rows = read_rows(file)
         for number, row in tqdm(rows, desc=f"checking {file.name}", disable=len(rows) < PROGRESS_FROM):
             try:
                 conversation = read_conversation(row, file, number)
                 for picture in conversation.pictures:
-                    check_picture(picture)
+                    check(picture)
                 converted.append(convert(conversation))
             except ValueError as error:
                 problems.append((f"{file.name}, row {number}", str(error)))
@@ -119,20 +179,27 @@ def describe_problems(problems: list[tuple[str, str]]) -> str:
     lines = [f"{len(problems)} bad row(s); nothing was loaded or trained."]
     lines += [f"  {where}: {what}" for where, what in problems[:MAX_LISTED]]
     if len(problems) > MAX_LISTED:
-        lines.append("  and " + "; ".join(where for where, _ in problems[MAX_LISTED:]))
+        lines.append("  and " + "; ".join(where for where, _ in problems[MAX_LISTED:MAX_NAMED]))
+    if len(problems) > MAX_NAMED:
+        lines.append(f"  and {len(problems) - MAX_NAMED} more")
     return "\n".join(lines)
 
 
-@cache
-def check_picture(picture: Path) -> None:
-    """Raise a `ValueError` if a picture is missing or damaged; each is decoded once, to the end."""
+def digest_picture(picture: Picture) -> bytes:
+    """By which to know the same picture again."""
+    content = picture.read_bytes() if isinstance(picture, Path) else picture
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
+
+
+def check_picture(picture: Picture) -> None:
+    """Raise a `ValueError` if a picture is missing or damaged."""
     open_picture(picture)
 
 
 def read_conversation(row: object, file: Path, number: int) -> Conversation:
     """Understand one row, or raise a `ValueError` that says what is wrong with it."""
     if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object, found {type(row).__name__}.")
+        raise ValueError(f"a row must be an object, found {kind_of(row)}.")
     if "messages" in row:
         check_fields(row, CONVERSATION_FIELDS)
         messages, names = read_messages(row["messages"], row.get("images"))
@@ -148,8 +215,8 @@ def check_fields(row: dict, known: tuple[str, ...]) -> None:
     unknown = sorted(set(row) - {*known, *OPTIONAL_FIELDS})
     if unknown:
         raise ValueError(
-            f"unknown field(s) {', '.join(map(repr, unknown))}; a row has {ORIGINAL_FIELDS} or {CONVERSATION_FIELDS}, "
-            f"and perhaps {OPTIONAL_FIELDS}."
+            f"unknown field(s) {', '.join(map(shown, unknown[:5]))}; a row has {ORIGINAL_FIELDS} or "
+            f"{CONVERSATION_FIELDS}, and perhaps {OPTIONAL_FIELDS}."
         )
 
 
@@ -166,7 +233,7 @@ def read_original(row: dict) -> tuple[list[dict], list[str]]:
 
 def text_part(text: object, what: str) -> dict:
     if not isinstance(text, str):
-        raise ValueError(f"{what} must be a string, found {type(text).__name__}: {text!r}.")
+        raise ValueError(f"{what} must be a string, found {type(text).__name__}: {shown(text)}.")
     if not text.strip():
         raise ValueError(f"{what} is empty.")
     return {"type": "text", "text": text}
@@ -174,14 +241,14 @@ def text_part(text: object, what: str) -> dict:
 
 def check_names(names: object) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"pictures must be given as file names, found {names!r}.")
+        raise ValueError(f"pictures must be given as file names, found {shown(names)}.")
     return names
 
 
 def read_messages(messages: object, images: object) -> tuple[list[dict], list[str]]:
     """Turn messages of the usual layouts into those of the chat template, and collect the pictures' names."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a list of messages, found {messages!r}.")
+        raise ValueError(f"messages must be a list of messages, found {shown(messages)}.")
     images = check_names([] if images is None else [images] if isinstance(images, str) else images)
     read = [read_message(message, index, marks=bool(images)) for index, message in enumerate(messages)]
     slots = [name for _, slots in read for name in slots]
@@ -203,21 +270,23 @@ def read_messages(messages: object, images: object) -> tuple[list[dict], list[st
 def read_message(message: object, index: int, marks: bool) -> tuple[dict, list[str | None]]:
     """One message, and its pictures: a name, or None for the next of the row's "images"."""
     if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
-        raise ValueError(f"messages[{index}] must have a role of {ROLES} and a content, found {message!r}.")
+        raise ValueError(f"messages[{index}] must have a role of {ROLES} and a content, found {shown(message)}.")
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"messages[{index}].content must be a string or a list of parts, found {content!r}.")
+        raise ValueError(f"messages[{index}].content must be a string or a list of parts, found {shown(content)}.")
     slots, texts = [], []
     for part in parts:
-        if part.get("type") == "image" and set(part) <= {"type", "path", "image"}:
+        if part.get("type") == "image" and set(part) in PICTURE_PARTS:
             slots.append(part.get("path", part.get("image")))
         elif part.get("type") == "text" and set(part) == {"type", "text"} and isinstance(part["text"], str):
             text = part["text"]
             slots += [None] * (text.count(PICTURE_MARK) if marks else 0)
             texts.append(text.replace(PICTURE_MARK, "").strip() if marks and PICTURE_MARK in text else text)
         else:
-            raise ValueError(f"messages[{index}] has a part that is neither text nor the name of a picture: {part!r}.")
+            raise ValueError(
+                f"messages[{index}] has a part that is neither text nor the name of a picture: {shown(part)}."
+            )
     check_names([name for name in slots if name is not None])
     content = [{"type": "image"}] * len(slots) + [text_part("\n".join(texts), f"messages[{index}]")]
     return {"role": message["role"], "content": content}, slots
@@ -230,18 +299,32 @@ def check_turns(messages: list[dict]) -> None:
     if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(
             f"user and assistant must alternate, after at most one system message, and the assistant must have the "
-            f"last word; found {', '.join(roles)}."
+            f"last word; found {shown(roles)}."
         )
     silent = [message for message in messages if message["role"] != "user"]
     if any(part["type"] == "image" for message in silent for part in message["content"]):
         raise ValueError("only the user can show pictures.")
 
 
-def find_picture(name: str, folder: Path) -> Path:
-    """The picture's file: relative to the row's file or, as in the original's examples, to the current folder."""
-    if "://" in name or name[:5].lower() == "data:":
-        raise ValueError(f"pictures must be files; save {name[:80]!r} beside the rows and give its name.")
-    beside, here = folder / Path(name).expanduser(), Path(name)
-    if not beside.is_file() and not here.is_file():
-        raise ValueError(f"there is no picture {name!r}, neither in {folder} nor in the current folder.")
-    return beside if beside.is_file() else here
+def find_picture(name: str, folder: Path) -> Picture:
+    """What a row means by the name of a picture.
+
+    Returns:
+        The file, relative to the rows' file or, as in the original's examples, to the current folder; else what the
+        name is itself: a `data:` URI, or base64 text, decoded.
+
+    Raises:
+        ValueError: an address, or neither a file nor base64 text of a picture.
+    """
+    if ADDRESS.match(name):
+        raise ValueError(f"pictures must be files; save {shown(name)} beside the rows and give its name.")
+    if name[:5].lower() == "data:":
+        return name
+    places = [folder / os.path.expanduser(name), Path(name)]
+    for exists in (os.path.isfile, os.path.exists):  # a folder is found last, to be named as one
+        for place in filter(exists, places):
+            return place
+    picture = fetch_picture(name)
+    if isinstance(picture, str):
+        raise ValueError(f"there is no picture {shown(name)}, neither in {folder} nor in the current folder.")
+    return picture

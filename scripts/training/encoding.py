@@ -7,14 +7,15 @@ a target of words with `<sop>` and `<eop>`; what is longer loses its end.
 Not here: what a prompt looks like (`visualglm_hf.conversation`, through the processor's chat template).
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import torch
 from jinja2 import TemplateError
 
-from training.dataset import Conversation
+from training.dataset import Conversation, Picture, digest_picture, shown
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_hf.processing_visualglm import VisualGLMProcessor
 
@@ -29,7 +30,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    pictures: tuple[Path, ...]
+    pictures: tuple[Picture, ...]
     conversation: Conversation
     source_length: int
     target_length: int
@@ -70,7 +71,7 @@ class Encoder:
         if self.max_source_length + self.max_target_length > self.max_length:
             raise ValueError(
                 f"--max_source_length {self.max_source_length} and --max_target_length {self.max_target_length} are "
-                f"more than the {self.max_length} tokens that the model takes."
+                f"more than the {self.max_length} tokens that the model takes; they must not be more in all."
             )
 
     def __call__(self, conversation: Conversation) -> list[Example]:
@@ -93,13 +94,12 @@ class Encoder:
         """Encode the last answer of a conversation."""
         source, target = self.tokenize(conversation)
         if not target:
-            raise ValueError(f"the answer {conversation.answer!r} has no token to train on.")
+            raise ValueError(f"the answer {shown(conversation.answer)} has no token to train on.")
         tokenizer, image_token_id = self.processor.tokenizer, self.processor.image_token_id
         kept = source[: self.max_source_length - 1]
         if kept.count(image_token_id) != source.count(image_token_id):
             raise ValueError(
-                f"--max_source_length {self.max_source_length} would cut a picture; this row needs up to "
-                f"{len(source) + 1}."
+                f"--max_source_length {self.max_source_length} would cut a picture; {self.room_for(len(source) + 1)}"
             )
         answer = [tokenizer.bos_token_id, *target[: self.max_target_length - 2], tokenizer.eos_token_id]
         context = [*kept, tokenizer.gmask_token_id]
@@ -111,6 +111,17 @@ class Encoder:
             len(source) + 1,
             len(target) + 2,
         )
+
+    def room_for(self, source_length: int) -> str:
+        """What to do about a source that must not be cut."""
+        room = self.max_length - source_length
+        if room < MIN_TARGET_LENGTH:
+            return (
+                f"this row has {source_length} tokens before its answer, and the model takes {self.max_length} in all; "
+                "shorten it, or show fewer pictures."
+            )
+        shorter = f" with --max_target_length {room}" if room < self.max_target_length else ""
+        return f"this row needs up to {source_length}{shorter}."
 
     def tokenize(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """The ids before `[gMASK]<sop>`, and those between it and `<eop>`."""
@@ -124,17 +135,42 @@ class Encoder:
 
 
 def describe_truncation(examples: Iterable[Example], encoder: Encoder) -> str | None:
-    """Say how many examples lose their end, and the lengths at which none would; None if all are whole."""
+    """Say how many examples lose their end, and what to do about it; None if all are whole.
+
+    The advice can be followed: lengths at which none would, or else which row is too long for the model.
+    """
     examples = list(examples)
     sources = sum(example.source_length > encoder.max_source_length for example in examples)
     targets = sum(example.target_length > encoder.max_target_length for example in examples)
     if not sources and not targets:
         return None
-    longest = [max(getattr(example, f"{part}_length") for example in examples) for part in ("source", "target")]
+    source = max(examples, key=lambda example: example.source_length)
+    target = max(examples, key=lambda example: example.target_length)
+    counts = f"{sources} source(s) and {targets} target(s) of {len(examples)} examples are too long and lose their ends"
+    if source.source_length + target.target_length <= encoder.max_length:
+        lengths = f"--max_source_length {source.source_length} --max_target_length {target.target_length}"
+        return f"{counts}; none would with {lengths}."
     return (
-        f"{sources} source(s) and {targets} target(s) of {len(examples)} examples are too long and lose their ends; "
-        f"none would with --max_source_length {longest[0]} --max_target_length {longest[1]}."
+        f"{counts}; no lengths would keep all, since the model takes {encoder.max_length} tokens for both. Shorten the "
+        f"longest: {source.conversation.source} has a source of {source.source_length}, {target.conversation.source} a "
+        f"target of {target.target_length}."
     )
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """By which to know the same rows and pictures again."""
+    total, digest_once = hashlib.sha256(), cache(digest_picture)
+    for example in examples:
+        total.update(repr((example.input_ids, example.labels)).encode())
+        for picture in example.pictures:
+            total.update(digest_once(picture))
+    return total.hexdigest()
+
+
+def count_shared(examples: Iterable[Example], trained: Iterable[Example]) -> int:
+    """How many of the examples are trained on too."""
+    known = {(tuple(example.input_ids), example.pictures) for example in trained}
+    return sum((tuple(example.input_ids), example.pictures) in known for example in examples)
 
 
 class Collator:

@@ -1,26 +1,21 @@
 """One fine-tuning run: check everything, train, keep what is worth keeping.
 
-In the folder `save`:
-
-    adapter/        the result: adapter_config.json, adapter_model.safetensors, base_model.json
-    checkpoint-N/   states to resume from, each an adapter too; one without the file `complete` was cut short
-    settings.json, curves.png, report.json
-
-Not here: data (`dataset.py`, `encoding.py`), models and adapters (`adapters.py`), figures and tables (`report.py`).
+Not here: data (`dataset.py`, `encoding.py`), models and adapters (`adapters.py`), what is in the folder of results
+(`output.py`), signals (`stopping.py`), figures and tables (`report.py`).
 """
 
+import hashlib
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from adapter_files import BASE_FILE, CONFIG_FILE, WEIGHT_FILE, fingerprint, first_line, write_fingerprint
-from filelock import FileLock, Timeout
 from model_folder import check_folder
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
@@ -37,19 +32,31 @@ from training.adapters import (
     resolve_layers,
 )
 from training.dataset import read_dataset
-from training.encoding import Collator, Encoder, Example, describe_truncation
+from training.encoding import Collator, Encoder, Example, count_shared, describe_truncation, digest
+from training.output import (
+    ADAPTER,
+    COMPLETE,
+    CURVES_FILE,
+    REPORT_FILE,
+    SETTINGS_FILE,
+    UNFINISHED,
+    check_free,
+    check_same_run,
+    complete_checkpoints,
+    describe_lost,
+    explained_stops,
+    held,
+    remove_incomplete,
+    remove_old,
+    remove_unsaved_run,
+)
 from training.report import measure, plot_curves, write_json
+from training.stopping import StopAfterStep, Stopped
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 
 
-METHODS = ("lora", "qlora", "ptuning")
-COMPLETE = "complete"  # a checkpoint without this file was cut short
-ADAPTER = "adapter"
-UNFINISHED = ".adapter.unfinished"
-SETTINGS_FILE = "settings.json"
+CURVE_POINTS = 10  # evaluations in a run, where no interval is asked for
 SAVING_ERRORS = (OSError, RuntimeError, SafetensorError)
-# What may differ when a run is resumed: where and how, but not what is computed.
-FREE_TO_CHANGE = {"resume", "save", "log_interval", "save_interval", "keep", "tensorboard", "num_workers", "answers"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,18 @@ class Settings:
     cpu: bool = False
     seed: int = 1234
 
+    @property
+    def selects_best(self) -> bool:
+        """Whether the result is the checkpoint with the lowest loss on held-out rows, and not the last one."""
+        return bool(self.valid_data) and self.eval_interval <= self.train_iters
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """As asked for; an interval beyond the run, such as the original's, gives `CURVE_POINTS` in it."""
+        if self.eval_interval <= self.train_iters:
+            return self.eval_interval
+        return math.ceil(self.train_iters / CURVE_POINTS)
+
     def as_json(self) -> dict:
         return json.loads(json.dumps(asdict(self), default=str))
 
@@ -129,31 +148,35 @@ def finetune(
     Raises:
         ValueError: bad settings or data, named before the weights are loaded; a loss that is no number; a checkpoint
             that cannot be written, after which the last complete one is still there.
+        Stopped: Ctrl-C or SIGTERM; the error says whether there is a checkpoint to resume from.
     """
     check_folder(settings.model)
     config = VisualGLMConfig.from_pretrained(settings.model)
-    adapter = choose_adapter(settings, config)
+    adapter, bits = choose_adapter(settings, config), choose_bits(settings, config)
     arguments = training_arguments(settings)
     say = say if arguments.process_index == 0 else lambda line: None
-    with held(settings.save, arguments):
-        checkpoint = prepare_output(settings, arguments)
+    with held(settings.save) if arguments.should_save else nullcontext(), explained_stops(settings.save):
+        record = settings.as_json() | {"processes": arguments.world_size * max(1, arguments.n_gpu)}
+        checkpoint = prepare_output(settings, record, arguments, say)
         encoder = build_encoder(settings, config)
         data = read_data(settings, encoder, say)
+        record["rows and pictures"] = digest([*data.train, *data.valid])
+        check_resumed(settings, record)
         set_seed(settings.seed)
-        base = load_base(
-            settings.model, dtype_of(settings.precision), choose_bits(settings, config), settings.qlora_backend
-        )
+        base = load_base(settings.model, dtype_of(settings.precision), bits, settings.qlora_backend)
         samples = fingerprint(base)
+        record["base weights"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+        check_resumed(settings, record)
         trainer = build_trainer(settings, arguments, base, adapter, data, Collator(encoder.processor), callbacks)
         say(describe_model(trainer.model))
         if arguments.should_save:
-            write_json(settings.save / SETTINGS_FILE, settings.as_json())  # from here on, --save is in use
+            write_json(settings.save / SETTINGS_FILE, record)
         report = run(trainer, settings, data, checkpoint, say)
         save_adapter(trainer, settings.save, samples)
         if arguments.should_save:
-            plot_curves(trainer.state.log_history, settings.save / "curves.png")
-            write_json(settings.save / "report.json", report)
-    say(f"The adapter is in {settings.save / ADAPTER}, the curves are in {settings.save / 'curves.png'}.")
+            plot_curves(trainer.state.log_history, settings.save / CURVES_FILE)
+            write_json(settings.save / REPORT_FILE, report)
+    say(f"The adapter is in {settings.save / ADAPTER}, the curves are in {settings.save / CURVES_FILE}.")
     return report
 
 
@@ -176,10 +199,20 @@ def choose_adapter(settings: Settings, config: VisualGLMConfig) -> PeftConfig:
 
 
 def choose_bits(settings: Settings, config: VisualGLMConfig) -> int | None:
-    """The bits to quantize to while loading; None for a checkpoint that has few already."""
-    if settings.method != "qlora" or config.quantization_bit:
+    """The bits to quantize to while loading; None for a checkpoint that has few already.
+
+    Raises:
+        ValueError: other bits are asked for than the checkpoint has.
+    """
+    if settings.method != "qlora":
         return None
-    return settings.bits or 4
+    found = config.quantization_bit
+    if found and (settings.bits not in (None, found) or settings.qlora_backend != "lowbit"):
+        raise ValueError(
+            f"{str(settings.model)!r} has {found} bits already, of this package. Leave --bits and --qlora_backend out, "
+            "or give the folder with the full weights as --model."
+        )
+    return None if found else settings.bits or 4
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -188,7 +221,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 def training_arguments(settings: Settings) -> TrainingArguments:
     """The settings as transformers' `Trainer` takes them."""
-    selects_best = is_selecting(settings)
+    check_intervals(settings)
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     on_cpu = settings.cpu or not torch.accelerator.is_available()
     return TrainingArguments(
@@ -209,11 +242,11 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         logging_steps=min(settings.log_interval, settings.train_iters),
         logging_nan_inf_filter=False,
         save_steps=settings.save_interval,
-        save_total_limit=settings.keep,
-        eval_strategy="steps" if selects_best else "no",
-        eval_steps=settings.eval_interval,
-        load_best_model_at_end=selects_best,
-        metric_for_best_model="eval_loss" if selects_best else None,
+        eval_strategy="steps" if settings.valid_data else "no",
+        eval_steps=settings.steps_between_evaluations,
+        eval_on_start=bool(settings.valid_data) and not settings.selects_best and not settings.resume,
+        load_best_model_at_end=settings.selects_best,
+        metric_for_best_model="eval_loss" if settings.selects_best else None,
         report_to=["tensorboard"] if settings.tensorboard else [],
         seed=settings.seed,
         data_seed=settings.seed,
@@ -227,41 +260,18 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     )
 
 
-def is_selecting(settings: Settings) -> bool:
-    """Whether the run evaluates as it goes, and so ends with its best checkpoint.
-
-    Raises:
-        ValueError: it would evaluate at steps that are not saved.
-    """
-    if not settings.valid_data or settings.eval_interval > settings.train_iters:
-        return False
-    if settings.save_interval % settings.eval_interval:
+def check_intervals(settings: Settings) -> None:
+    """Raise a `ValueError` if the best checkpoint is wanted, and some would be saved without being evaluated."""
+    if settings.selects_best and settings.save_interval % settings.eval_interval:
         raise ValueError(
             f"--save-interval {settings.save_interval} must be a multiple of --eval-interval {settings.eval_interval}, "
             "so that the best of the evaluated checkpoints is there in the end."
         )
-    return True
 
 
-@contextmanager
-def held(folder: Path, arguments: TrainingArguments):
-    """Keep other runs out of the folder while this one writes there."""
-    if not arguments.should_save:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"{folder} is in use by another run; wait for it or choose another --save.") from error
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(
-            f"{folder} cannot be a folder: there is a file of that name. Choose another --save."
-        ) from error
-
-
-def prepare_output(settings: Settings, arguments: TrainingArguments) -> Path | None:
+def prepare_output(
+    settings: Settings, record: dict, arguments: TrainingArguments, say: Callable[[str], None]
+) -> Path | None:
     """See what is in the output folder, and clean up after a run that was cut short.
 
     Returns:
@@ -271,51 +281,25 @@ def prepare_output(settings: Settings, arguments: TrainingArguments) -> Path | N
         ValueError: results that would be overwritten, nothing to resume from, or other settings than then.
     """
     if not settings.resume:
-        found = sorted(path.name for path in settings.save.glob("*") if not path.name.startswith("."))
-        if found and arguments.should_save:
-            raise ValueError(
-                f"{settings.save} is in use: it holds {', '.join(found[:4])}. Choose another --save, or go on with "
-                "--resume."
-            )
+        if arguments.should_save:
+            remove_unsaved_run(settings.save, say)
+            check_free(settings.save)
         return None
     checkpoints = complete_checkpoints(settings.save)
     if not checkpoints:
-        raise ValueError(f"{settings.save} has no complete checkpoint to resume from.")
-    check_same_settings(settings, settings.save / SETTINGS_FILE)
+        raise ValueError(
+            f"{settings.save} has no complete checkpoint to resume from. Leave --resume out to begin, or give the "
+            "--save of the run that was interrupted."
+        )
+    check_resumed(settings, record)
     if arguments.should_save:
         remove_incomplete(settings.save)
     return checkpoints[-1]
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that were written to the end, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def remove_incomplete(folder: Path) -> list[Path]:
-    """Delete what a run that was cut short has left half-written; returns what that was."""
-    incomplete = [path for path in folder.glob("checkpoint-*") if not (path / COMPLETE).is_file()]
-    for path in [*incomplete, folder / UNFINISHED]:
-        shutil.rmtree(path, ignore_errors=True)
-    return incomplete
-
-
-def check_same_settings(settings: Settings, file: Path) -> None:
-    """Raise a `ValueError` if a resumed run would not be the one that was interrupted."""
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read, so nothing can be resumed: {error}") from error
-    now = settings.as_json()
-    changed = [name for name in now if name not in FREE_TO_CHANGE and now[name] != before.get(name)]
-    if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
-        raise ValueError(f"--resume continues the same run, but {told}. Give the same options, or another --save.")
+def check_resumed(settings: Settings, record: dict) -> None:
+    if settings.resume:
+        check_same_run(settings.save, record)
 
 
 def build_encoder(settings: Settings, config: VisualGLMConfig) -> Encoder:
@@ -336,17 +320,20 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
     """
 
     def read(files: Sequence[Path]) -> list[Example]:
-        examples = [example for row in read_dataset(list(files), encoder) for example in row]
-        truncation = describe_truncation(examples, encoder) if examples else None
-        if truncation and settings.strict:
-            raise ValueError(f"{', '.join(map(str, files))}: {truncation}")
-        if truncation:
-            say(f"{', '.join(map(str, files))}: {truncation}")
-        return examples
+        return [example for row in read_dataset(list(files), encoder) for example in row]
 
     data = Data(*(read(files) for files in (settings.train_data, settings.valid_data, settings.old_data)))
+    # Of all files at once: lengths that are good for one may be too small for another.
+    truncation = describe_truncation([*data.train, *data.valid, *data.old], encoder)
+    if truncation and settings.strict:
+        raise ValueError(truncation)
+    if truncation:
+        say(truncation)
     trained = sum(min(example.target_length, settings.max_target_length) for example in data.train)
     say(f"{len(data.train)} training examples with {trained} tokens of answers.")
+    shared = count_shared(data.valid, data.train)
+    if shared:
+        say(f"{shared} of {len(data.valid)} held-out examples are trained on too: their loss says nothing of new ones.")
     return data
 
 
@@ -354,12 +341,37 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
 
 
 class Keeper(TrainerCallback):
-    """Marks complete checkpoints, draws the curves at each, and stops a run whose loss is no number."""
+    """Marks complete checkpoints, draws the curves at each, and stops a run whose loss is no number.
+
+    Args:
+        keep: how many complete checkpoints stay, the last ones; the best stays in any case.
+    """
+
+    def __init__(self, keep: int):
+        self.keep = keep
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run has these of the checkpoint; they are free to change, and so is the name of the folder.
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+        if state.best_global_step:
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        best = math.inf if state.best_metric is None else state.best_metric
+        if args.load_best_model_at_end and metrics["eval_loss"] < best:
+            control.should_save = True  # else there would be nothing to load at the end
 
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-            plot_curves(state.log_history, Path(args.output_dir) / "curves.png")
+            folder = Path(args.output_dir)
+            (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            remove_old(folder, self.keep, state.best_global_step)
+            plot_curves(state.log_history, folder / CURVES_FILE)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite((logs or {}).get("loss", 0.0)):
@@ -387,7 +399,7 @@ def build_trainer(
         data_collator=collator,
         train_dataset=data.train,
         eval_dataset=evaluated if len(evaluated) else None,
-        callbacks=[Keeper(), *callbacks],
+        callbacks=[Keeper(settings.keep), *callbacks],
     )
 
 
@@ -446,25 +458,35 @@ def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None
     Raises:
         ValueError: a checkpoint that cannot be written, which is removed (the error says what is left), or a device
             with too little memory.
+        Stopped: a signal has come; the step was saved.
     """
+    stop = StopAfterStep()
+    trainer.add_callback(stop)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"The memory of the device is too small: {first_line(error)} Try --checkpoint-activations, a smaller "
-            "--batch-size with more --gradient-accumulation-steps, or --use_qlora."
+            f"The memory of the device is too small: {first_line(error)} Try {memory_remedies(settings)}."
         ) from error
     except SAVING_ERRORS as error:
         incomplete = remove_incomplete(settings.save) if trainer.args.should_save else []
         if not incomplete:
             raise
         raise ValueError(describe_lost(settings.save, incomplete[0].name, error)) from error
+    if stop.asked_by is not None:
+        raise Stopped(number=stop.asked_by)
 
 
-def describe_lost(folder: Path, name: str, error: Exception) -> str:
-    left = complete_checkpoints(folder)
-    remedy = f"Make room and go on from {left[-1].name} with --resume." if left else "Make room and begin again."
-    return f"{name} could not be written: {first_line(error)}. {remedy}"
+def memory_remedies(settings: Settings) -> str:
+    """What would take less memory than these settings, and has not been done yet."""
+    remedies = {
+        "--checkpoint-activations": not settings.checkpoint_activations and settings.method != "ptuning",
+        "a smaller --batch-size with more --gradient-accumulation-steps": settings.batch_size > 1,
+        "--use_qlora": settings.method != "qlora",
+        "shorter --max_source_length and --max_target_length": True,
+    }
+    return " or ".join(remedy for remedy, helps in remedies.items() if helps)
 
 
 def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
