@@ -14,7 +14,7 @@ import os
 import sys
 from contextlib import asynccontextmanager
 
-from command_line import COUNT, add_model_options, loading_options, number
+from command_line import COUNT, add_model_options, loading_options, number, report
 from model_folder import check_folder
 
 
@@ -115,7 +115,7 @@ def main() -> int:
         print(f"error: {error.name} is missing: pip install 'visualglm-hf[api]'", file=sys.stderr)
         return 2
     except ValueError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        report(error)
         return 2
     except KeyboardInterrupt:  # uvicorn passes it on after it has drained
         return 130

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from command_line import COUNT, DEFAULT_MODEL, number
+from command_line import COUNT, DEFAULT_MODEL, number, printable
 from model_folder import check_folder
 
 
@@ -225,7 +225,7 @@ def is_main_process() -> bool:
 
 def say(line: str) -> None:
     if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

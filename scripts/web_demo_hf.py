@@ -11,7 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-from command_line import COUNT, add_model_options, loading_options, number
+from command_line import COUNT, add_model_options, loading_options, number, report
 from model_folder import check_folder
 
 
@@ -71,7 +71,7 @@ def main() -> int:
         print(f"error: {error.name} is missing: pip install 'visualglm-hf[web]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:  # OSError: the port is taken
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        report(error)
         return 2
 
 
