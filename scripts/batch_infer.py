@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows, unread = read_rows(arguments.input)
     # accelerate's launcher says how many processes there are; without it, there is one.
     state = PartialState(cpu=arguments.device == "cpu", timeout=LONGEST_WAIT)
-    with open_output(arguments.output, rows) as output:
+    with open_output(arguments.output, rows, len(unread)) as output:
         try:
             if state.is_main_process:
                 start(output, unread)
@@ -139,7 +139,8 @@ def finish(output, total: int) -> int:
     say(f"{answered} of {total} rows are answered.")
     if problems:
         say(f"The others are listed in {output.errors_path}." if output.errors_path else "The others are named above.")
-    if missing := total - answered - problems:
+    missing = total - answered - problems
+    if missing > 0:
         say(f"{missing} answers were taken out of the output while it was written. {output.how_to_go_on}")
     return int(answered < total)
 
@@ -225,7 +226,7 @@ def main() -> int:
         report(f"{error.strerror or error}: {where!r}. What is written stays; the same command goes on if it can.")
         return 2
     except KeyboardInterrupt as interrupt:
-        say("Stopped; the same command goes on from here.")
+        say("Stopped. Give the same command again to go on.")
         return exit_code(interrupt)
 
 

@@ -55,12 +55,12 @@ class Row:
         """The id, told apart from others: 1 and "1" are two ids."""
         return json.dumps(self.content["id"])
 
-    @property
-    def json(self) -> str:
+    def as_json(self) -> str:
         return self.line or json.dumps(self.content, ensure_ascii=False)
 
-    def is_in(self, answer: dict) -> bool:
+    def is_in(self, line: str) -> bool:
         """Whether an answer with this row's id is one to its question, which may have changed since."""
+        answer = json.loads(line)
         same_picture = (answer.get("image") or None) == (self.content.get("image") or None)
         return "text" not in answer or (answer["text"] == self.content["text"] and same_picture)
 
@@ -76,7 +76,7 @@ class Problem:
 
     @classmethod
     def of(cls, row: Row, error: Exception) -> "Problem":
-        return cls(row.number, reason(error), row.json, row.content["id"])
+        return cls(row.number, reason(error), row.as_json(), row.content["id"])
 
     def as_json(self) -> str:
         row, key = shortened(printable(self.row), LONGEST_ROW), self.id
@@ -257,6 +257,7 @@ class Output:
     Args:
         path: of the output, or of a link to it.
         rows: all of the input's.
+        unread: how many lines of the input are none; each may be a row that was one when it was answered.
 
     Raises:
         ValueError: there is something else than a plain file.
@@ -264,8 +265,8 @@ class Output:
 
     how_to_go_on = "The same command goes on from here."
 
-    def __init__(self, path: Path, rows: Sequence[Row]):
-        self.path, self.rows = behind_links(path), rows
+    def __init__(self, path: Path, rows: Sequence[Row], unread: int = 0):
+        self.path, self.rows, self.unread = behind_links(path), rows, unread
         self.errors_path = behind_links(path.with_name(path.name + ERRORS))
 
     def start(self, problems: Iterable[Problem]) -> int:
@@ -281,7 +282,10 @@ class Output:
 
     def part(self, process: int, processes: int) -> "Output":
         """Where one of several processes writes; a process alone writes into the output itself."""
-        return self if processes == 1 else Output(self.path.with_name(f"{self.path.name}{PART}{process}"), self.rows)
+        return self if processes == 1 else self.beside(self.path.with_name(f"{self.path.name}{PART}{process}"))
+
+    def beside(self, path: Path) -> "Output":
+        return Output(path, self.rows, self.unread)
 
     def read(self) -> dict[str, str]:
         """The complete lines by the ids' keys, without a last one that was not written to its end.
@@ -289,11 +293,12 @@ class Output:
         Raises:
             ValueError: it holds something else than answers to these rows.
         """
-        known, lines = {row.key for row in self.rows}, {}
+        unknown, lines = self.unread, {}
+        known = {row.key for row in self.rows}
         for number, line in enumerate(self.read_lines(), 1):
-            content = parse_answer(line)
-            key = json.dumps(content["id"]) if content else None
-            if key in known:
+            key = key_of(line)
+            unknown -= key is not None and key not in known
+            if key is not None and unknown >= 0:
                 lines[key] = line.decode().removesuffix("\n") + "\n"
             elif line.endswith(b"\n") or not (lines or self.is_begun(line)):
                 raise ValueError(
@@ -308,7 +313,7 @@ class Output:
 
     def is_begun(self, line: bytes) -> bool:
         """Whether a line without an end is one that a killed run was writing."""
-        starts = (row.json.encode()[:-1] for row in self.rows)
+        starts = (row.as_json().encode()[:-1] for row in self.rows)
         return any(start.startswith(line) or line.startswith(start) for start in starts)
 
     def write(
@@ -323,7 +328,8 @@ class Output:
 
     def count(self) -> int:
         """How many rows are answered, as the files say."""
-        return len(self.answers())
+        answers = self.answers()
+        return sum(row.key in answers for row in self.rows)
 
     def finish(self) -> int:
         """Gather all parts; returns how many problems the errors file lists, by their lines. Without any, it goes."""
@@ -342,15 +348,16 @@ class Output:
         Returns how many there were to rows that have changed since; these are left out.
         """
         lines, paths = self.answers(), self.files_of_parts()
-        current = [row for row in self.rows if row.key in lines and row.is_in(json.loads(lines[row.key]))]
-        replace_file(self.path, (lines[row.key] for row in current))
+        of_rows = {row.key: lines.pop(row.key) for row in self.rows if row.key in lines}
+        current = [of_rows[row.key] for row in self.rows if row.key in of_rows and row.is_in(of_rows[row.key])]
+        replace_file(self.path, [*current, *lines.values()])
         for path in paths:
             path.unlink()
-        return len(lines) - len(current)
+        return len(of_rows) - len(current)
 
     def answers(self) -> dict[str, str]:
         """The lines of the output and of all parts by the ids' keys."""
-        parts = [self, *(Output(path, self.rows) for path in self.files_of_parts())]
+        parts = [self, *map(self.beside, self.files_of_parts())]
         return {key: line for part in parts for key, line in part.read().items()}
 
     def files_of_parts(self, suffix: str = "") -> list[Path]:
@@ -398,13 +405,13 @@ class Stream:
 
 
 @contextlib.contextmanager
-def open_output(path: Path | None, rows: Sequence[Row]) -> Iterator[Output | Stream]:
-    """The output called `path`, or standard output, for the answers to these rows."""
+def open_output(path: Path | None, rows: Sequence[Row], unread: int) -> Iterator[Output | Stream]:
+    """The output called `path`, or standard output, for the answers to these rows; `unread` as in `Output`."""
     if path is None or is_stream(path):
         with open(os.dup(1) if path is None else path, "wb") as file:
             yield Stream(file)
     else:
-        yield Output(path, rows)
+        yield Output(path, rows, unread)
 
 
 def write_line(file: BinaryIO, line: str) -> None:
@@ -415,13 +422,13 @@ def write_line(file: BinaryIO, line: str) -> None:
 def answered(row: Row, completion: Completion) -> str:
     """The row's line as it was written, so that nothing in it is another number or text now, and what is added."""
     added = json.dumps(dict(zip(ADDED, (completion.text, completion.finish_reason), strict=True)), ensure_ascii=False)
-    return f"{row.json[:-1].rstrip()}, {added[1:]}\n"
+    return f"{row.as_json()[:-1].rstrip()}, {added[1:]}\n"
 
 
-def parse_answer(line: bytes) -> dict | None:
-    """The content of an output line; None if it is no such line."""
+def key_of(line: bytes) -> str | None:
+    """The key of an output line's id; None if it is no such line."""
     try:
         content = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) and "answer" in content and "id" in content else None
+    return json.dumps(content["id"]) if isinstance(content, dict) and "answer" in content and "id" in content else None

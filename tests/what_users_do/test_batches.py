@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from serving_helpers import PICTURES, ROOT, TINY
 
 
 DOOR = ROOT / "scripts" / "batch_infer.py"
+resource = pytest.importorskip("resource")  # not on Windows
 GOOD = b'{"id": "good", "text": "\xe4\xbd\xa0\xe5\xa5\xbd"}\n'
 
 
@@ -467,6 +467,20 @@ def test_an_answer_to_a_question_that_has_changed_is_asked_for_again(door):
     assert [(row["text"], row.get("image")) for row in objects("out.jsonl")] == [
         (row["text"], row.get("image")) for row in rows
     ]
+
+
+def test_an_answer_whose_row_was_spoiled_later_stays_until_the_row_is_right_again(door):
+    assert door(write("in.jsonl", *questions(3)), "out.jsonl")[0] == 0
+    before = Path("out.jsonl").read_bytes()
+    spoiled = write("in.jsonl", questions(3)[0], b"{typo\n", questions(3)[2])
+    code, _, said = door(spoiled, "out.jsonl")
+    assert code == 1 and "2 of 3 rows are answered." in said
+    assert sorted(objects("out.jsonl"), key=lambda row: row["id"]) == [json.loads(line) for line in before.splitlines()]
+    assert door(write("in.jsonl", *questions(3)), "out.jsonl")[0] == 0
+    assert Path("out.jsonl").read_bytes() == before
+    code, _, said = door(write("in.jsonl", questions(3)[0], b"{typo\n"), "out.jsonl")
+    assert code == 2 and "line 3: no answer to a row" in said
+    assert Path("out.jsonl").read_bytes() == before
 
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f"
