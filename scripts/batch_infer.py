@@ -223,7 +223,7 @@ def main() -> int:
         return 2
     except OSError as error:  # the disk is full, nobody reads the output any more, ...
         where = str(error.filename or arguments.output or "standard output")
-        report(f"{error.strerror or error}: {where!r}. What is written stays; the same command goes on if it can.")
+        report(f"{error.strerror or error}: {where!r}. When that is mended, give the same command again.")
         return 2
     except KeyboardInterrupt as interrupt:
         say("Stopped. Give the same command again to go on.")

@@ -1,6 +1,7 @@
 """What several doors have in common: options, and how they say something about data without obeying it."""
 
 import argparse
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -31,8 +32,9 @@ def one_line(text: object) -> str:
 
 
 def report(error: object) -> None:
-    """One line on stderr that says what went wrong."""
-    print("error:", one_line(error), file=sys.stderr)
+    """One line on stderr that says what went wrong; where nobody reads it, that is no error of its own."""
+    with contextlib.suppress(BrokenPipeError):
+        print("error:", one_line(error), file=sys.stderr)
 
 
 def number(kind: type, is_valid: Callable, expected: str) -> Callable:
