@@ -14,8 +14,9 @@ import os
 import sys
 from contextlib import asynccontextmanager
 
-from command_line import COUNT, add_model_options, loading_options, number, report
+from command_line import COUNT, add_model_options, loading_options, number
 from model_folder import check_folder
+from printing import report
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.

@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from command_line import COUNT, add_model_options, loading_options, number, one_line, report
+from command_line import COUNT, add_model_options, loading_options, number
 from model_folder import check_folder
 from output_files import behind_links, is_stream, is_written_for, locked
+from printing import one_line, report
 
 
 # torch, transformers and the model are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -104,7 +105,7 @@ def start(output, unread: list) -> None:
 
 def answer(arguments: argparse.Namespace, rows: list, output, state) -> None:
     """Answer this process's share of the rows that have no answer yet."""
-    from serving.batch import Pictures, answer_rows
+    from serving.batch import MAX_PICTURE_BYTES, Pictures, answer_rows
     from serving.engine import Engine, EngineError, Limits
     from serving.sampling import Settings
     from tqdm import tqdm
@@ -118,13 +119,14 @@ def answer(arguments: argparse.Namespace, rows: list, output, state) -> None:
     options = loading_options(arguments)
     if state.num_processes > 1 and options["device"] == "auto":
         options["device"] = str(state.device)
-    limits = Limits(arguments.batch_size, max_waiting=len(rows), max_picture_bytes=sys.maxsize, timeout=math.inf)
-    pictures = Pictures(arguments.input.parent if arguments.input else Path(), arguments.allow_urls)
+    limits = Limits(arguments.batch_size, len(rows), max_picture_bytes=MAX_PICTURE_BYTES, timeout=math.inf)
+    folder = arguments.input.parent if arguments.input else Path()
     try:
         with (
             Engine.load(arguments.model, limits, **options) as engine,
             tqdm(total=len(mine), unit="row", disable=not state.is_main_process) as progress,
         ):
+            pictures = Pictures(folder, arguments.allow_urls, engine.decode_picture)
             outcomes = answer_rows(engine, mine, pictures, settings, arguments.seed)
             part = output.part(state.process_index, state.num_processes)
             part.write(outcomes, lambda row, problem: draw(progress, problem))

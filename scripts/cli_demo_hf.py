@@ -22,8 +22,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from command_line import DEFAULT_MODEL, number, printable, report
+from command_line import DEFAULT_MODEL, number
 from model_folder import check_folder
+from printing import printable, report
 from serving.text import stable_part
 
 

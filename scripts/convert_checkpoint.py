@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-from command_line import one_line, report
+from printing import one_line, report
 
 
 # torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.

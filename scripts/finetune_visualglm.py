@@ -18,8 +18,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from command_line import COUNT, DEFAULT_MODEL, number, printable
+from command_line import COUNT, DEFAULT_MODEL, number
 from model_folder import check_folder
+from printing import printable
 
 
 # torch, transformers and PEFT are imported in `run`: `-h` and typing errors shall not wait for them.

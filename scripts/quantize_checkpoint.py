@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import report
+from printing import report
 
 
 # torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import one_line
+from printing import one_line
 
 
 # torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.

@@ -11,8 +11,9 @@ import socket
 import sys
 from pathlib import Path
 
-from command_line import COUNT, add_model_options, loading_options, number, report
+from command_line import COUNT, add_model_options, loading_options, number
 from model_folder import check_folder
+from printing import report
 
 
 # torch, transformers, gradio and the model are imported in `run`: `-h` and typing errors shall not wait for them.

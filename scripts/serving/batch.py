@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from command_line import one_line, printable, shortened
 from output_files import ERRORS, PART, behind_links, is_stream, replace_file
 from PIL import Image
+from printing import one_line, printable, shortened
 
 from visualglm_hf.fetching import decode_base64, download
-from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
 
 from .engine import Answer, Completion, Engine, EngineError
 from .json_lines import MAX_LINE_BYTES, is_blank, parse_line, read_lines
@@ -30,6 +30,8 @@ from .sampling import MAX_SEED, Settings
 
 
 WINDOW = 4  # batches that are prepared ahead
+MAX_PICTURE_BYTES = 256 * 2**20  # more than decoding it may take
+LONGEST_NAME = 200  # characters of a path or an address that is shown
 LONGEST_ROW = 4000  # characters of a row in the errors file; of an id, a quarter
 ADDED = ("answer", "finish_reason")
 # What preparing a row may raise: OSError for its picture, RuntimeError and MemoryError for one that is too large.
@@ -58,8 +60,8 @@ class Row:
     def as_json(self) -> str:
         return self.line or json.dumps(self.content, ensure_ascii=False)
 
-    def is_in(self, line: str) -> bool:
-        """Whether an answer with this row's id is one to its question, which may have changed since."""
+    def is_answered_by(self, line: str) -> bool:
+        """Whether an output line with this row's id is about its question, which may have changed since."""
         answer = json.loads(line)
         same_picture = (answer.get("image") or None) == (self.content.get("image") or None)
         return "text" not in answer or (answer["text"] == self.content["text"] and same_picture)
@@ -147,16 +149,21 @@ def check_content(content) -> dict:
     return content
 
 
+def decode_here(data: bytes, name: str) -> Image.Image:
+    return open_picture(data)
+
+
 class Pictures:
     """Opens the pictures that rows name.
 
     Args:
         folder: of the input file. Relative paths are looked up in it and in the working directory.
         allow_urls: whether http(s) addresses may be fetched.
+        decode: makes a picture of its bytes and a name for errors; by default in this process.
     """
 
-    def __init__(self, folder: Path, allow_urls: bool):
-        self.folder, self.allow_urls = folder, allow_urls
+    def __init__(self, folder: Path, allow_urls: bool, decode: Callable[[bytes, str], Image.Image] = decode_here):
+        self.folder, self.allow_urls, self.decode = folder, allow_urls, decode
 
     def open(self, source: str | None) -> Image.Image | None:
         """The picture, or None for no source.
@@ -164,27 +171,37 @@ class Pictures:
         Raises:
             ValueError: there is no such picture, or more than one.
         """
-        if not source:
-            return None
-        if source.lower().startswith(("http://", "https://")):
+        return self.decode(self.read(source), repr(shortened(source, LONGEST_NAME))) if source else None
+
+    def read(self, source: str) -> bytes:
+        if source[:8].lower().startswith(("http://", "https://")):
             if not self.allow_urls:
                 raise ValueError(f"The picture {source!r} is an address; give --allow-urls to fetch it.")
-            return open_picture(download(source))
-        return open_picture(source if source[:5].lower() == "data:" else self.find(source))
-
-    def find(self, name: str) -> str | bytes:
-        """The path of the picture called `name`, or the picture itself if it is the text of one in base64."""
-        path = os.path.expanduser(name)
-        places = dict.fromkeys(os.path.abspath(os.path.join(folder, path)) for folder in (self.folder, "."))
-        found = {os.path.realpath(place): place for place in places if os.path.isfile(place)}
-        if len(found) > 1:
-            raise ValueError(f"The picture {name!r} is ambiguous: there are {' and '.join(found.values())}.")
-        if found:
-            return next(iter(found))
-        data = decode_base64(name)
+            return download(source)
+        if source[:5].lower() == "data:":
+            return data_uri_bytes(source)
+        places = self.places_of(source)
+        if len(places) > 1:
+            raise ValueError(f"The picture {source!r} is ambiguous: there are {' and '.join(places)}.")
+        data = read_file(places[0]) if places else decode_base64(source)
         if data is None:
-            raise ValueError(f"There is no picture file {' or '.join(map(shortened, places))}.")
+            folders = " and ".join(dict.fromkeys(map(os.path.abspath, (self.folder, "."))))
+            raise ValueError(f"There is no picture file {shortened(source, LONGEST_NAME)!r} in {folders}.")
         return data
+
+    def places_of(self, name: str) -> list[str]:
+        """The different plain files that may be meant."""
+        path = os.path.expanduser(name)
+        places = (os.path.abspath(os.path.join(folder, path)) for folder in (self.folder, "."))
+        return list({os.path.realpath(place): place for place in places if os.path.isfile(place)}.values())
+
+
+def read_file(path: str) -> bytes:
+    size = os.path.getsize(path)  # 0 for those of Linux that have no end
+    if size > MAX_PICTURE_BYTES:
+        raise ValueError(f"The picture {path!r} has more than {MAX_PICTURE_BYTES} bytes. Make it smaller.")
+    with open(path, "rb") as file:
+        return file.read(size)
 
 
 def seed_of(row: Row, seed: int) -> int:
@@ -293,14 +310,14 @@ class Output:
         Raises:
             ValueError: it holds something else than answers to these rows.
         """
-        unknown, lines = self.unread, {}
-        known = {row.key for row in self.rows}
+        lines, known, spoiled = {}, {row.key for row in self.rows}, self.unread
         for number, line in enumerate(self.read_lines(), 1):
             key = key_of(line)
-            unknown -= key is not None and key not in known
-            if key is not None and unknown >= 0:
+            if key is not None and key not in known:
+                spoiled -= 1
+            if key is not None and spoiled >= 0:
                 lines[key] = line.decode().removesuffix("\n") + "\n"
-            elif line.endswith(b"\n") or not (lines or self.is_begun(line)):
+            elif key is not None or not self.is_torn(line, is_ours=bool(lines)):
                 raise ValueError(
                     f"{str(self.path)!r}, line {number}: no answer to a row of the input. Give another output, or "
                     "remove this one."
@@ -311,10 +328,11 @@ class Output:
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             yield from read_lines(file, 2 * MAX_LINE_BYTES)
 
-    def is_begun(self, line: bytes) -> bool:
-        """Whether a line without an end is one that a killed run was writing."""
+    def is_torn(self, line: bytes, is_ours: bool) -> bool:
+        """Whether a run was killed while it wrote this line; where no other says that the file is ours, by its text."""
         starts = (row.as_json().encode()[:-1] for row in self.rows)
-        return any(start.startswith(line) or line.startswith(start) for start in starts)
+        is_ours = is_ours or any(start.startswith(line) or line.startswith(start) for start in starts)
+        return is_ours and not line.endswith(b"\n")
 
     def write(
         self, outcomes: Iterable[tuple[Row, Completion | Problem]], on_row: Callable[[Row, Problem | None], None]
@@ -349,7 +367,7 @@ class Output:
         """
         lines, paths = self.answers(), self.files_of_parts()
         of_rows = {row.key: lines.pop(row.key) for row in self.rows if row.key in lines}
-        current = [of_rows[row.key] for row in self.rows if row.key in of_rows and row.is_in(of_rows[row.key])]
+        current = [of_rows[row.key] for row in self.rows if row.key in of_rows and row.is_answered_by(of_rows[row.key])]
         replace_file(self.path, [*current, *lines.values()])
         for path in paths:
             path.unlink()

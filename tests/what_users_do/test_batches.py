@@ -10,14 +10,17 @@ from pathlib import Path
 
 import batch_infer
 import pytest
-from command_line import one_line
 from output_files import locked
+from PIL import Image
+from printing import one_line
 from serving import json_lines
 from serving.batch import Output, Pictures, Problem, Row, answer_rows, read_rows
 from serving.engine import Engine, Limits
 from serving.loading import load_model
 from serving.sampling import Settings
 from serving_helpers import PICTURES, ROOT, TINY
+
+from visualglm_hf.image_processing_visualglm import open_picture
 
 
 DOOR = ROOT / "scripts" / "batch_infer.py"
@@ -189,6 +192,25 @@ def test_a_picture_may_be_the_text_of_one_in_base64(tmp_path):
     data = PICTURES[0].read_bytes()
     pictures, text = Pictures(tmp_path, False), base64.b64encode(data).decode()
     assert len({pictures.open(source).tobytes() for source in (text, str(PICTURES[0]))}) == 1
+
+
+def test_pictures_of_rows_are_decoded_in_another_process(door, monkeypatch):
+    rows = [{"id": path.name, "text": "描述这张图片。", "image": str(path)} for path in PICTURES]
+    source = write("in.jsonl", *rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "open", lambda *args, **options: pytest.fail("decoded here"))
+        assert door(source, "out.jsonl")[0] == 0
+    answers = [row["answer"] for row in objects("out.jsonl")]
+    monkeypatch.setattr(Engine, "decode_picture", lambda self, data, name: open_picture(data))
+    assert door(source, "again.jsonl")[0] == 0
+    assert [row["answer"] for row in objects("again.jsonl")] == answers
+
+
+def test_a_picture_beyond_any_memory_is_not_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="a.png' has more than"):
+        Pictures(tmp_path, False).open("a.png")
 
 
 def test_a_batch_that_fails_costs_only_the_row_that_is_too_much(loaded, monkeypatch):
