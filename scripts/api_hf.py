@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 
 from command_line import COUNT, add_model_options, loading_options, number
 from model_folder import check_folder
+from printing import report
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -115,7 +116,7 @@ def main() -> int:
         print(f"error: {error.name} is missing: pip install 'visualglm-hf[api]'", file=sys.stderr)
         return 2
     except ValueError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        report(error)
         return 2
     except KeyboardInterrupt:  # uvicorn passes it on after it has drained
         return 130

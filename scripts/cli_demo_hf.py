@@ -24,6 +24,7 @@ from pathlib import Path
 
 from command_line import DEFAULT_MODEL, number
 from model_folder import check_folder
+from printing import printable, report
 from serving.text import stable_part
 
 
@@ -50,8 +51,6 @@ CJK = re.compile(
 )
 # The first of the three bytes of U+3000 ... U+DFFF: these characters can also be spelled in bytes.
 CJK_BYTE = re.compile("<0xE[3-9A-D]>")
-# An escape sequence in an answer must not move the cursor or rename the window.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Stop(Exception):
@@ -159,7 +158,7 @@ class Typewriter:
     def show(self, response: str) -> None:
         """Type what `response` adds; nothing as long as it contradicts what is on the paper already."""
         if response.startswith(self.typed):
-            print(CONTROL_CHARACTERS.sub("", response[len(self.typed) :]), end="", flush=True)
+            print(printable(response[len(self.typed) :]), end="", flush=True)
             self.typed = response
 
     def finish(self, response: str) -> None:
@@ -219,12 +218,12 @@ def clean_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def report(error: BaseException, hint: str = "") -> None:
-    """One line on stderr that says what went wrong."""
+def report_or_stop(error: BaseException, hint: str = "") -> None:
+    """One line on stderr that says why there is no picture or no answer."""
     if isinstance(error, KeyboardInterrupt):
         print("(stopped)", file=sys.stderr)
     else:
-        print("error:", " ".join(f"{error} {hint}".split()), file=sys.stderr)
+        report(f"{error} {hint}")
 
 
 class Conversation:
@@ -245,7 +244,7 @@ class Conversation:
             try:
                 self.picture = open_picture(fetch_picture(clean_path(source))) if source else None
             except (ValueError, KeyboardInterrupt) as error:
-                report(error)
+                report_or_stop(error)
                 source = None
             else:
                 return
@@ -271,7 +270,7 @@ class Conversation:
             with contextlib.closing(stream), pressed_by_interrupt(button):
                 self.show(stream)
         except (ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-            report(error, "Type 'clear' to start over." if self.history else "")
+            report_or_stop(error, "Type 'clear' to start over." if self.history else "")
 
     def show(self, stream: Iterable) -> None:
         typewriter, response, history = Typewriter(), "", self.history
@@ -364,7 +363,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         picture = clean_path(arguments.image) if arguments.image else None
         response, _ = model.chat(tokenizer, picture, arguments.query, **options)
-        print(CONTROL_CHARACTERS.sub("", response) if sys.stdout.isatty() else response, flush=True)
+        print(printable(response) if sys.stdout.isatty() else response, flush=True)
 
 
 def main() -> int:

@@ -18,6 +18,8 @@ import re
 import sys
 from pathlib import Path
 
+from printing import one_line, report
+
 
 # torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.
 
@@ -92,10 +94,10 @@ def main(argv: list[str] | None = None) -> int:
             arguments.lora,
         )
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         return 2
     for note in notes:
-        print(note, file=sys.stderr)
+        print(one_line(note), file=sys.stderr)
     print(f"{arguments.target} is ready: {describe_use(arguments)}")
     return 0
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from command_line import COUNT, DEFAULT_MODEL, number
 from model_folder import check_folder
+from printing import printable
 
 
 # torch, transformers and PEFT are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -276,7 +277,7 @@ def is_main_process() -> bool:
 
 def say(line: str) -> None:
     if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

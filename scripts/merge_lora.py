@@ -13,6 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from printing import report
+
 
 # torch, transformers and PEFT are imported in `main`: `-h` and typing errors shall not wait for them.
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         merge(arguments.base, arguments.adapter, arguments.target, arguments.tokenizer)
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         return 2
     print(f"{arguments.target} is ready: load it with trust_remote_code=True, check it with scripts/selftest.py.")
     return 0

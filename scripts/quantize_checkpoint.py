@@ -13,6 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from printing import report
+
 
 # torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.
 
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.source, arguments.target, arguments.bits, arguments.group_size, arguments.tokenizer
         )
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         return 2
     print(f"{arguments.target} is ready: load it with trust_remote_code=True, check it with scripts/selftest.py.")
     return 0

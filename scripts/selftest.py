@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from printing import one_line
+
 
 # torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.
 
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     checks = (*CHECKS, GENERATION) if arguments.generate else CHECKS
     failed = 0
     for outcome in run_checks(arguments.folder, checks):
-        print(f"{outcome.name:<17}{outcome.verdict:<9}{outcome.detail}", flush=True)
+        print(f"{outcome.name:<17}{outcome.verdict:<9}{one_line(outcome.detail)}", flush=True)
         failed += outcome.verdict == "FAILED"
     print(f"{failed} of {len(checks)} checks FAILED." if failed else f"All {len(checks)} checks passed.")
     return 1 if failed else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from command_line import COUNT, add_model_options, loading_options, number
 from model_folder import check_folder
+from printing import report
 
 
 # torch, transformers, gradio and the model are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -71,7 +72,7 @@ def main() -> int:
         print(f"error: {error.name} is missing: pip install 'visualglm-hf[web]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:  # OSError: the port is taken
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        report(error)
         return 2
 
 

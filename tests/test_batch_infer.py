@@ -184,8 +184,9 @@ def test_ids_must_differ_and_an_output_of_other_rows_is_left_alone(tmp_path):
     twice = write_rows(
         tmp_path / "twice.jsonl", [{"id": 1, "text": "a"}, {"id": "1", "text": "b"}, {"id": 1, "text": "c"}]
     )
-    with pytest.raises(ValueError, match="the id 1 in line 1 and in line 3"):
-        read_rows(twice)
+    rows, [problem] = read_rows(twice)
+    assert [row.number for row in rows] == [1, 2] and problem.number == 3
+    assert "The id 1 is in line 1 already" in problem.error
     rows, problems = read_rows(write_rows(tmp_path / "rows.jsonl", [{"id": 1, "text": "a"}]))
     assert problems == []
     for other in ({"id": 2, "answer": "b"}, {"id": 1}, [1]):

@@ -540,13 +540,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             new_embeddings = head
         self.lm_head = new_embeddings
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """[`PreTrainedModel.resize_token_embeddings`], after which all `new_num_tokens` may be generated."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        if new_num_tokens is not None:
-            self.config.text_config.num_tokens = new_num_tokens
-        return embeddings
-
     def get_decoder(self) -> VisualGLMTextModel:
         return self.transformer
 
@@ -609,11 +602,16 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     ) -> nn.Embedding:
         """Change the number of rows of the embeddings and the head, as [`PreTrainedModel.resize_token_embeddings`].
 
+        All `new_num_tokens` may be generated afterwards.
+
         Raises:
             ValueError: one of them has few bits or an adapter, or a control token would be lost; nothing has changed.
         """
         check_resizable(self, new_num_tokens)
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.config.text_config.num_tokens = new_num_tokens
+        return embeddings
 
     def quantize(
         self, bits: int, group_size: int | None = None, lm_head: bool = False
