@@ -72,7 +72,7 @@ def patiently(act):
 class Tab:
     """A tab of the browser with the demo's page in it."""
 
-    def __init__(self, browser, url: str, language: str = "en"):
+    def __init__(self, browser, url: str, language: str = "zh-CN"):
         browser.switch_to.new_window("tab")
         self.browser, self.handle = browser, browser.current_window_handle
         browser.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": "test", "acceptLanguage": language})
@@ -218,7 +218,7 @@ def url(engine):
 def open_tab(browser, url):
     with contextlib.ExitStack() as tabs:
 
-        def open_one(language: str = "en") -> Tab:
+        def open_one(language: str = "zh-CN") -> Tab:
             tab = Tab(browser, url, language)
             tabs.callback(lambda: tab.handle in browser.window_handles and tab.close())
             return tab
@@ -287,25 +287,25 @@ def test_another_picture_begins_a_new_conversation_in_the_language_that_was_chos
 
 
 def test_an_example_and_the_webcam_are_pictures_too(open_tab):
-    tab = open_tab()
+    tab = open_tab("en")
     tab.click_example(STAR)
-    tab.wait_for("描述", "黄色")
+    tab.wait_for("Describe", "yellow")
     tab.click("clear")
     tab.wait_for()
     tab.click_labelled("Capture from camera")
     tab.click_labelled("Click to Access Webcam")
     wait_until(lambda: tab.browser.execute_script(WEBCAM_SHOWS), 30)
     tab.click_labelled("capture photo")
-    tab.wait_for("描述", "绿色")
+    tab.wait_for("Describe", "green")
 
 
 def test_a_picture_can_be_pasted(open_tab):
-    tab = open_tab()
+    tab = open_tab("en")
     tab.copy(STAR)
     tab.click_labelled("Paste from clipboard")
-    tab.wait_for("描述", "黄色")
+    tab.wait_for("Describe", "yellow")
     tab.ask("图片的背景是什么？")
-    tab.wait_for("描述", "黄色", "背景", "夜")
+    tab.wait_for("Describe", "yellow", "背景", "夜")
 
 
 def test_texts_are_shown_as_they_are(open_tab):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf.chat import check_tokenizer
@@ -256,6 +257,14 @@ class Engine:
             ValueError: anything wrong with the messages or their pictures, or more tokens than the model takes.
         """
         return self._prompts.build(messages, english)
+
+    def open_picture(self, picture) -> Image.Image:
+        """What the model sees of a picture, to be given to `prepare` as often as it is asked about.
+
+        Raises:
+            ValueError: a picture that `prepare` would refuse.
+        """
+        return self._prompts.open(picture)
 
     def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
         """Ask for an answer; see `submit_all`."""
