@@ -1,8 +1,8 @@
 """The page of the web demo: a picture on the left, the talk about it on the right.
 
 Each tab has a `Session` of its own on the server. What the browser may send is an uploaded picture, texts and numbers;
-of the conversation it only sees a copy. What it may ask the server for is `web_gate.py`'s, where uploads lie
-`uploads.py`'s.
+of the conversation it only sees a copy. Not here: what runs in the browser (`web_client.py`), what it may ask the
+server for (`web_gate.py`), and where uploads lie (`uploads.py`).
 """
 
 import asyncio
@@ -20,10 +20,20 @@ from .engine import Answer, Engine, EngineError
 from .prompts import conversation_messages
 from .sampling import Settings
 from .uploads import Upload, Uploads, own_uploads
+from .web_client import (
+    CHINESE,
+    CHOOSE_FIRST_QUESTION,
+    ENGLISH,
+    GIVE_BACK,
+    NAME_PICTURES,
+    SEND,
+    STYLE,
+    TEXTS,
+    UNSEND,
+)
 from .web_gate import Gate, Names
 
 
-CHINESE, ENGLISH = "描述这张图片。", "Describe the image."  # the first question; the original has the Chinese one
 MAX_SESSIONS = 1000  # that the server remembers, each with 150 kB of a picture
 UPLOAD_SECONDS = 3600  # that an uploaded file is kept, unless its tab lets it go
 
@@ -32,67 +42,9 @@ IN_THE_BROWSER = {"fn": None, "show_progress": "hidden", "api_visibility": "priv
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 ANSWERING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
-# Of a browser that does not say its language, the original's question.
-FIRST_QUESTION = f"() => /^zh/i.test(navigator.language || 'zh') ? '{CHINESE}' : '{ENGLISH}'"
-# The question leaves its box at once, without the server, so that nothing typed after Enter is taken for a part of it;
-# unless another one is on its way. What was not answered comes back, before what has been typed meanwhile.
-SEND = "(typed, sent) => sent ? [typed, sent] : typed.trim() ? ['', typed] : [typed, '']"
-GIVE_BACK = "(typed, sent, unanswered) => [[unanswered, typed].filter(Boolean).join('\\n'), '', '']"
-GIVE_BACK_WHAT_WAS_SENT = "(typed, sent) => [[sent, typed].filter(Boolean).join('\\n'), '', '']"
-EMPTY = "() => ['', '']"
-
-# On a wide screen the talk is beside the rest; on a phone's it comes after a low picture, so that both are in sight.
-STYLE = """
-#page { display: grid; grid-template: "notes notes" auto "picture talk" auto "settings talk" 1fr / 1fr 2fr; }
-#notes { grid-area: notes } #picture { grid-area: picture } #talk { grid-area: talk } #settings { grid-area: settings }
-@media (max-width: 767px) {
-    #page { grid-template: "picture" auto "talk" auto "settings" auto "notes" auto / 1fr; }
-    #picture { height: 22vh !important; }
-    #chat { height: 36vh !important; }
-    #buttons button { padding-inline: 4px; font-size: 0.8rem; }
-}
-"""
-
 FORGOTTEN = (
     "The server does not know this conversation any more: it was restarted, or this page was away for too long. "
     "Clear the history, or choose the picture again."
-)
-
-TEXTS = gr.I18n(
-    en={
-        "notes": "Choose a picture, and it is described at once; then ask on. A new picture begins a new conversation. "
-        "The model sees 224×224 pixels, reads no Chinese text in pictures, and invents things in long descriptions. "
-        "Large pictures take time to upload; if the connection fails, try without a proxy.",
-        "picture": "Picture",
-        "first_question": "First question",
-        "chat": "Conversation",
-        "question": "Your question",
-        "submit": "Submit",
-        "stop": "Stop",
-        "retry": "Retry",
-        "clear": "Clear History",
-        "max_length": "Maximum length",
-        "top_p": "Top P",
-        "temperature": "Temperature",
-        "examples": "Examples",
-    },
-    zh={
-        "notes": "选择一张图片，模型会立即描述它，然后可以继续提问；换一张图片即开始新的对话。"
-        "模型只能看到224×224像素，不能识别图中的中文文字，较长的描述可能包含虚构的内容。"
-        "较大的图片上传需要时间；如果连接出错，请关闭代理后再试。",
-        "picture": "图片",
-        "first_question": "首个问题",
-        "chat": "对话",
-        "question": "输入问题",
-        "submit": "提交",
-        "stop": "停止",
-        "retry": "重新回答",
-        "clear": "清空对话",
-        "max_length": "最大长度",
-        "top_p": "Top P",
-        "temperature": "温度",
-        "examples": "示例",
-    },
 )
 
 
@@ -222,6 +174,7 @@ class Handlers:
     async def retry(self, session: Session, max_length, top_p, temperature, shown: Sequence = ()):
         if shown and session.is_new:
             gr.Warning(FORGOTTEN, title="")
+            return
         session.settle()
         if session.turns:
             *session.turns, (question, _) = session.turns
@@ -246,7 +199,8 @@ class Handlers:
         return None, []
 
     async def answer(self, session: Session, question: str, sliders: Sequence[float]):
-        yield displayed([*session.turns, (question, "")]), ""
+        text = ""
+        yield displayed([*session.turns, (question, text)]), ""
         try:
             max_length, top_p, temperature = sliders
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
@@ -257,8 +211,7 @@ class Handlers:
             return
         except (ValueError, EngineError) as error:
             gr.Warning(html.escape(str(error)), title="")
-        is_answered = bool(session.turns) and session.turns[-1][0] == question
-        yield displayed(session.turns), gr.skip() if is_answered else question
+        yield displayed(session.turns), gr.skip() if text else question
 
 
 def displayed(turns: Sequence[tuple[str, str]]) -> list[dict]:
@@ -304,7 +257,8 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
                 add_examples(picture, examples)
                 first_question = gr.Radio([CHINESE, ENGLISH], value=CHINESE, label=TEXTS("first_question"))
                 sliders = add_sliders()
-        page.load(js=FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
+        page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
+        page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
         connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons)
     return page
 
@@ -318,7 +272,7 @@ def connect(handlers: Handlers, picture, first_question, sliders, chat, question
     gr.on([submit.click, question.submit], js=SEND, inputs=[question, sent], outputs=[question, sent], **IN_THE_BROWSER)
     asked = gr.on([submit.click, question.submit], handlers.ask, [session, sent, *sliders, chat], display, **ANSWERING)
     asked.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
-    asked.failure(js=GIVE_BACK_WHAT_WAS_SENT, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
+    asked.failure(js=UNSEND, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
     retried = retry.click(handlers.retry, [session, *sliders, chat], display, **ANSWERING)
     retried.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
     changed = picture.change(
@@ -385,7 +339,6 @@ def add_picture() -> gr.Image:
         type="filepath",
         sources=["upload", "clipboard", "webcam"],
         label=TEXTS("picture"),
-        alt_text="",
         height=300,
         buttons=[],
         elem_id="picture",

@@ -6,6 +6,7 @@ more routes: they open addresses, keep files, or do what this page has no need o
 
 import collections
 import ipaddress
+import os
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class Gate:
 
     def is_asked_by_the_page(self, path: str) -> bool:
         if path.startswith(FILE):
-            return Path(path.removeprefix(FILE)).is_relative_to(self.uploads.folder)
+            return Path(os.path.normpath(path.removeprefix(FILE))).is_relative_to(self.uploads.folder)
         return path in PATHS or path.startswith(FOLDERS)
 
     async def take_upload(self, scope: Scope, body: "Body", send: Send) -> None:
@@ -193,7 +194,7 @@ class Names:
     def check(self, headers: Headers) -> None:
         """Raise a `Refusal` if the server is called by another name, or from another page than its own."""
         host, share = headers.get("host", ""), urlsplit(self.share_url() or "").netloc
-        if host != share and not self.is_own(hostname(host)):
+        if not (host and host == share or self.is_own(hostname(host))):
             raise Refusal(421, f"This server is not called {host!r}; --allow-host lets it be.")
         origin, forwarded = headers.get("origin"), headers.get("x-forwarded-host", "").partition(",")[0].strip()
         if origin is not None and without_scheme(origin) not in {host, share, forwarded} - {""}:
