@@ -17,7 +17,8 @@ ARROWS = {
     "conversation": (set(), set()),
     "fetching": (set(), set()),
     "tokenization_chatglm": ({"conversation"}, {"transformers", "sentencepiece"}),
-    "image_processing_visualglm": (set(), {"transformers", "PIL", "numpy"}),
+    "picture_reading": (set(), {"PIL", "numpy"}),
+    "image_processing_visualglm": ({"picture_reading"}, {"transformers", "PIL", "numpy"}),
     "processing_visualglm": ({"conversation", "fetching"}, {"transformers"}),
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
     "modeling_visualglm": (
@@ -87,7 +88,7 @@ def test_arrows_have_no_circle():
         assert room not in above, f"circle: {above} -> {room}"
         return 1 + max((depth(sibling, (*above, room)) for sibling in ARROWS[room][0]), default=0)
 
-    assert max(depth(room) for room in ARROWS) <= 3
+    assert max(depth(room) for room in ARROWS) <= 4
 
 
 @pytest.mark.parametrize("room", ROOMS)

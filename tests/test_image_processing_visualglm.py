@@ -21,22 +21,21 @@ import torch
 from PIL import Image, ImageFile, features
 from transformers import AutoImageProcessor, dynamic_module_utils
 
-from visualglm_hf import image_processing_visualglm
+from visualglm_hf import image_processing_visualglm, picture_reading
 from visualglm_hf.image_processing_visualglm import (
     CLIP_MEAN,
     CLIP_STD,
-    MAX_PIXELS,
-    MAX_SIDE,
     VisualGLMImageProcessor,
     open_picture,
     to_rgb,
 )
+from visualglm_hf.picture_reading import MAX_PIXELS, MAX_SIDE
 
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"]
 MODES += ["I;16", "I;16L", "I;16B", "I;16N"]
 ORIENTATION = 0x0112
-SOURCE = Path(image_processing_visualglm.__file__)
+SOURCES = [Path(image_processing_visualglm.__file__), Path(picture_reading.__file__)]
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +262,7 @@ def test_phone_pictures_are_upright(orientation, file_format):
     back = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the orientation that undoes each
     turned = image
     if orientation > 1:
-        turned = image.transpose(image_processing_visualglm.TO_UPRIGHT[back[orientation]])
+        turned = image.transpose(picture_reading.TO_UPRIGHT[back[orientation]])
     options = {"exif": oriented(orientation)}
     if file_format == "TIFF":
         options = {"tiffinfo": {ORIENTATION: orientation}}
@@ -522,7 +521,7 @@ def test_a_file_cut_anywhere_is_refused_or_complete(name):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.filterwarnings("ignore")  # PIL's remarks on broken metadata
 def test_a_file_with_wrong_bytes_is_refused_or_opened(name, monkeypatch):
-    monkeypatch.setattr(image_processing_visualglm, "MAX_PIXELS", 10**6)  # decoding more takes long
+    monkeypatch.setattr(picture_reading, "MAX_PIXELS", 10**6)  # decoding more takes long
     draw = np.random.default_rng(1)
     for _ in range(400):
         data = bytearray(FILES[name])
@@ -692,19 +691,22 @@ def test_it_loads_as_remote_code_and_saves_its_own_code(tmp_path, processor):
     config = tmp_path / "model" / "preprocessor_config.json"
     auto_map = {"AutoImageProcessor": "image_processing_visualglm.VisualGLMImageProcessor"}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": auto_map}))
-    shutil.copy(SOURCE, tmp_path / "model")
+    for source in SOURCES:
+        shutil.copy(source, tmp_path / "model")
     loaded = AutoImageProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
     assert type(loaded).__name__ == "VisualGLMImageProcessor"
     assert type(loaded) is not VisualGLMImageProcessor
     assert np.array_equal(loaded(picture())["pixel_values"], processor(picture())["pixel_values"])
     loaded.save_pretrained(tmp_path / "copy")
-    assert (tmp_path / "copy" / SOURCE.name).read_text() == SOURCE.read_text()
+    for source in SOURCES:
+        assert (tmp_path / "copy" / source.name).read_text() == source.read_text()
 
 
-def test_the_file_imports_only_what_its_room_may():
+def test_the_files_import_only_what_their_room_may():
     allowed = {"numpy", "PIL", "transformers"}
-    assert set(dynamic_module_utils.get_imports(SOURCE)) - set(sys.stdlib_module_names) == allowed
-    assert dynamic_module_utils.get_relative_imports(SOURCE) == []
+    assert set(dynamic_module_utils.get_imports(SOURCES[0])) - set(sys.stdlib_module_names) == allowed
+    assert dynamic_module_utils.get_relative_imports(SOURCES[0]) == ["picture_reading"]
+    assert dynamic_module_utils.get_relative_imports(SOURCES[1]) == []
 
 
 def test_pils_global_state_is_left_alone(processor):

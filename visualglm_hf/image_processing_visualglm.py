@@ -27,7 +27,6 @@ import io
 import os
 import re
 import stat
-import struct
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, TypedDict
@@ -39,42 +38,14 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import Unpack
 from transformers.utils import auto_docstring
 
+from .picture_reading import check_size, load, open_encoded, read_rgb
+
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1; OpenAI CLIP, as in the original visual.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-MAX_PIXELS = 64 * 2**20  # a 64-megapixel phone's picture passes; decoded it takes 256 MiB
-MAX_SIDE = 65_535  # pixels, JPEG's limit; to resize a strip of 1 x 64M, PIL 13 takes 2 GB and 9 s
-# Raster formats only: for EPS PIL would run Ghostscript, and its readers of rare formats accept nearly any bytes.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
-
-# What PIL raises on damaged pictures, measured by fuzzing its plugins; IndexError, EOFError and struct.error are the
-# ones that PIL itself takes for "not this format".
-DECODE_ERRORS = (
-    OSError,  # truncated data, libtiff, libwebp, UnidentifiedImageError, PermissionError
-    SyntaxError,  # PNG: broken chunk
-    ValueError,  # PPM and BMP headers, text chunks beyond PIL's limit, an image closed by its owner
-    TypeError,  # TIFF: tag of another type
-    RuntimeError,  # AVIF
-    IndexError,
-    EOFError,
-    struct.error,
-)
-TOO_LARGE_FOR_PIL = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # raised where warnings are errors
-EXIF_ERRORS = (SyntaxError, ValueError, TypeError, OSError, IndexError, struct.error)
-
-EXIF_ORIENTATION = 0x0112
-TO_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+MAX_ESCAPES = 100_000  # %XX of a data: URI; to decode one takes some 200 bytes
 LONGEST_NAME = 200  # characters of a path shown in an error
 
 
@@ -98,7 +69,7 @@ def open_picture(source: Any) -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _open_bytes(bytes(source), f"<{len(source)} bytes>")
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _open_bytes(_data_uri_bytes(source), f"<data URI of {len(source)} characters>")
+        return _open_bytes(data_uri_bytes(source), f"<data URI of {len(source)} characters>")
     if isinstance(source, str) and URL.match(source):
         raise ValueError(
             f"Picture {_name(source)} is a URL, and nothing is fetched here. Fetch it first and pass its bytes."
@@ -124,7 +95,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: no pixels, more than `MAX_PIXELS`, a side over `MAX_SIDE`, undecodable data, values that are not
             finite.
     """
-    return _to_rgb(image, _name_of(image))
+    return read_rgb(image, _name_of(image))
 
 
 def _name_of(image: Image.Image) -> str:
@@ -160,11 +131,19 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
     return _decode(io.BytesIO(data), name)
 
 
-def _data_uri_bytes(uri: str) -> bytes:
+def _decode(file: Any, name: str) -> Image.Image:
+    with open_encoded(file, name) as image:
+        return read_rgb(image, name)
+
+
+def data_uri_bytes(uri: str) -> bytes:
+    """What a `data:` URI holds; a `ValueError` if it is none, or one that takes much more memory than it holds."""
     head, comma, payload = uri.partition(",")
     name = f"<data URI of {len(uri)} characters>"
     if not comma:
         raise ValueError(f"Picture {name} has no comma. Expected data:image/png;base64,<base64 text>.")
+    if payload.count("%") > MAX_ESCAPES:
+        raise ValueError(f"Picture {name} has more than {MAX_ESCAPES:,} percent signs. Encode it as base64.")
     data = unquote_to_bytes(payload)
     if not head.lower().rstrip().endswith(";base64"):
         return data
@@ -172,91 +151,6 @@ def _data_uri_bytes(uri: str) -> bytes:
         return base64.b64decode(b"".join(data.split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"Picture {name} is broken base64: {error}. Encode the picture again.") from error
-
-
-def _decode(file: Any, name: str) -> Image.Image:
-    Image.init()  # makes all plugins known; naming an unknown one below would be a KeyError
-    try:
-        image = Image.open(file, formats=[each for each in FORMATS if each in Image.OPEN])
-    except TOO_LARGE_FOR_PIL as error:
-        raise ValueError(f"Picture {name} is too large: {error} Make it smaller.") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(
-            f"Picture {name} is not a picture, is damaged, or has a format other than {', '.join(FORMATS)}."
-            " Convert it to PNG or JPEG."
-        ) from error
-    except DECODE_ERRORS as error:
-        raise _damaged(name, error) from error
-    with image:
-        return _to_rgb(image, name)
-
-
-def _damaged(name: str, error: Exception) -> ValueError:
-    reason = str(error) or type(error).__name__
-    return ValueError(
-        f"Picture {name} cannot be read, it may be damaged or truncated: {reason}. Copy or export it again."
-    )
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    if width < 1 or height < 1:
-        raise ValueError(f"Picture {name} has no pixels: {width} x {height}. Pass one of at least 1 x 1.")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(
-            f"Picture {name} is too large: {width} x {height} pixels, at most {MAX_PIXELS:,} in all and {MAX_SIDE:,}"
-            " a side are read. Make it smaller; the model sees 224 x 224."
-        )
-
-
-def _load(image: Image.Image, name: str) -> None:
-    _check_size(image.width, image.height, name)
-    try:
-        image.load()
-    except DECODE_ERRORS as error:
-        raise _damaged(name, error) from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    _load(image, name)
-    orientation = _orientation(image)  # after loading: PNG may hold it behind the pixels, TIFF applies it itself
-    rgb = _convert(image, name)
-    if orientation in TO_UPRIGHT:
-        rgb = rgb.transpose(TO_UPRIGHT[orientation])
-    rgb.info = {}  # the copy would keep the EXIF orientation, and a second to_rgb would turn it again
-    return rgb
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except EXIF_ERRORS:  # broken metadata does not spoil a readable picture
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _convert(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _grey_to_rgb(np.asarray(image), (65_535,), name)
-    if image.mode == "I":
-        return _grey_to_rgb(np.asarray(image), (255, 65_535), name)
-    if image.mode == "F":
-        return _grey_to_rgb(np.asarray(image), (1, 255, 65_535), name)
-    if image.mode in ("La", "RGBa"):  # premultiplied alpha; PIL knows no direct way
-        return image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode]).convert("RGB")
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.copy()  # PIL would warn that alpha is lost, which is what we want
-        del image.info["transparency"]
-    return image.convert("RGB")
-
-
-def _grey_to_rgb(values: np.ndarray, tops: Sequence[int], name: str) -> Image.Image:
-    values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f"Picture {name} has values that are not finite. Replace NaN and infinity.")
-    peak = values.max()
-    top = next((top for top in tops if peak <= top), peak)
-    grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
 
 
 def _from_array(source: Any) -> Image.Image:
@@ -271,7 +165,7 @@ def _from_array(source: Any) -> Image.Image:
         array = array[:, :, 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
         raise ValueError(f"Picture {name} has a wrong shape, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].")
-    _check_size(array.shape[1], array.shape[0], name)
+    check_size(array.shape[1], array.shape[0], name)
     return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
 
 
@@ -441,7 +335,7 @@ def _as_it_is(source: Any) -> Image.Image:
         return open_picture(source)
     if source.mode != "RGB":
         raise ValueError(f"Picture {_name_of(source)} is not RGB. Leave `do_convert_rgb` on, or convert it yourself.")
-    _load(source, _name_of(source))
+    load(source, _name_of(source))
     return source
 
 

@@ -34,6 +34,7 @@ from visualglm_hf.chat import check_tokenizer
 from .batching import Batch, Row, advance, merge, prefill
 from .loading import first_line, load_model
 from .metrics import Metrics
+from .picture_pool import PicturePool
 from .prompts import Prompt, PromptBuilder
 from .sampling import Chooser, Settings
 from .text import GrowingText
@@ -217,7 +218,9 @@ class Engine:
         self.limits = limits or Limits()
         self.context_length, self.eos_token_id = config.max_position_embeddings, config.eos_token_id
         self.metrics = Metrics()
-        self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
+        self._pictures = PicturePool()
+        limits = (self.limits.max_pictures, self.limits.max_picture_bytes)
+        self._prompts = PromptBuilder(model, tokenizer, self._pictures, *limits)
         model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
         self._changed = threading.Condition()  # guards the next three
         self._waiting: collections.deque[Answer] = collections.deque()
@@ -258,13 +261,17 @@ class Engine:
         """
         return self._prompts.build(messages, english)
 
-    def open_picture(self, picture) -> Image.Image:
-        """What the model sees of a picture, to be given to `prepare` as often as it is asked about.
+    def decode_picture(self, data: bytes, name: str | None = None) -> Image.Image:
+        """An encoded picture as the model sees it, decoded apart from this process; `prepare` takes it as an image.
+
+        Args:
+            data: PNG, JPEG, ...
+            name: of the picture, in errors.
 
         Raises:
-            ValueError: a picture that `prepare` would refuse.
+            ValueError: a picture that cannot be read, or that takes more bytes, memory or time than there are.
         """
-        return self._prompts.open(picture)
+        return self._prompts.decode(data, name)
 
     def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
         """Ask for an answer; see `submit_all`."""
@@ -311,6 +318,7 @@ class Engine:
         for answer in tuple(self._unfinished):
             answer.cancel()
         self._worker.join()
+        self._pictures.close()
 
     def check_alive(self) -> None:
         """Raise `EngineClosed` if it takes no requests any more."""

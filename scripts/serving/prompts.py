@@ -4,7 +4,6 @@ What a prompt looks like is `visualglm_hf.conversation`'s. What a server may ope
 data, never as paths or addresses.
 """
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,12 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
-from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
+
+from .picture_pool import PicturePool
 
 
 ROLES = ("user", "assistant")
-PICTURES_AT_A_TIME = 2  # decoded side by side; one may take 256 MiB
 
 
 class PictureTooLarge(ValueError):
@@ -42,6 +42,7 @@ class PromptBuilder:
     """Builds prompts for one model; may be called from several threads.
 
     Args:
+        pictures: decodes what strangers send.
         max_pictures: per conversation.
         max_picture_bytes: of one encoded picture.
     """
@@ -50,6 +51,7 @@ class PromptBuilder:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        pictures: PicturePool,
         max_pictures: int,
         max_picture_bytes: int,
     ):
@@ -61,8 +63,8 @@ class PromptBuilder:
             num_query_tokens=config.qformer_config.num_query_tokens,
         )
         self.context_length = config.text_config.max_position_embeddings
+        self.pictures, self.size = pictures, (side, side)
         self.max_pictures, self.max_picture_bytes = max_pictures, max_picture_bytes
-        self.pictures_at_a_time = threading.BoundedSemaphore(PICTURES_AT_A_TIME)
 
     def build(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
@@ -75,9 +77,8 @@ class PromptBuilder:
             )
         except TemplateError as error:
             raise ValueError(str(error)) from error
-        with self.pictures_at_a_time:
-            images = [self.open(picture) for picture in pictures]
-            inputs = self.processor(images=images or None, text=[text], return_tensors="pt")
+        images = [self.open(picture) for picture in pictures]
+        inputs = self.processor(images=images or None, text=[text], return_tensors="pt")
         token_ids = inputs["input_ids"][0].tolist()
         if len(token_ids) >= self.context_length:
             raise ValueError(
@@ -88,13 +89,23 @@ class PromptBuilder:
 
     def open(self, picture) -> Image.Image:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
-        if isinstance(picture, (bytes, str)):
-            if isinstance(picture, str) and picture[:5].lower() != "data:":
-                raise ValueError("A picture must be a data: URI or the data itself; no path or address is opened here.")
-            size = len(picture) if isinstance(picture, bytes) else len(picture) * 3 // 4  # base64
-            if size > self.max_picture_bytes:
-                raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
-        return open_picture(picture)
+        if isinstance(picture, bytes):
+            return self.decode(picture)
+        if not isinstance(picture, str):
+            return open_picture(picture)
+        if picture[:5].lower() != "data:":
+            raise ValueError("A picture must be a data: URI or the data itself; no path or address is opened here.")
+        self.check_bytes(len(picture) * 3 // 4)  # base64
+        return self.decode(data_uri_bytes(picture), f"<data URI of {len(picture)} characters>")
+
+    def decode(self, data: bytes, name: str | None = None) -> Image.Image:
+        """An encoded picture as the model sees it; see `Engine.decode_picture`."""
+        self.check_bytes(len(data))
+        return self.pictures.decode(data, self.size, self.processor.image_processor.resample, name)
+
+    def check_bytes(self, size: int) -> None:
+        if size > self.max_picture_bytes:
+            raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
 
 
 def conversation_messages(turns: Iterable[Sequence[str]], question: str, picture=None) -> list[dict]:

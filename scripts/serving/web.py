@@ -126,7 +126,7 @@ class Session:
 
 
 def open_upload(engine: Engine, upload: Upload) -> Image.Image:
-    return engine.open_picture(upload.read())
+    return engine.decode_picture(upload.read(), repr(upload.path.name))
 
 
 def take_uploads_as_they_are(picture: gr.Image, uploads: Uploads) -> None:

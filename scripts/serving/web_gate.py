@@ -17,7 +17,7 @@ from PIL import Image
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from visualglm_hf.image_processing_visualglm import FORMATS
+from visualglm_hf.picture_reading import FORMATS
 
 from .uploads import Uploads
 

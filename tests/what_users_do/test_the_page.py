@@ -203,7 +203,7 @@ def test_uploads_that_never_come_make_room_for_others(url, monkeypatch):
 def test_the_picture_of_a_chat_that_is_cleared_or_gets_another_is_deleted(tmp_path):
     uploads = Uploads()
     engine = page_tests.EngineByHand()
-    engine.open_picture = lambda data: Image.new("RGB", (4, 4))
+    engine.decode_picture = lambda data, name: Image.new("RGB", (4, 4))
     handlers, session = web.Handlers(engine), web.Session()
 
     def come(name: str):
@@ -237,7 +237,7 @@ def test_a_picture_is_not_needed_again_when_it_has_been_asked_about(url, engine)
 
     asyncio.run(last(handlers.change_picture(session, uploads.find(path), "Describe the image.", *SLIDERS)))
     Path(path).unlink()
-    assert session.picture.width <= 1024  # of which a server can keep many
+    assert session.picture.size == (224, 224)  # of which a server can keep many
     chat, unanswered = asyncio.run(last(handlers.ask(session, "图片的背景是什么？", *SLIDERS)))
     assert "夜" in chat[-1]["content"] and unanswered != "图片的背景是什么？"
 

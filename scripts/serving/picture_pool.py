@@ -1,0 +1,344 @@
+"""Pictures that strangers send, decoded in other processes: a decoder that hangs, crashes or is taken over costs the
+one request that brought the picture.
+
+    with PicturePool() as pool:
+        picture = pool.decode(data, (224, 224))     # from any thread; waits
+
+Two processes read the usual pictures; those that take more pixels, memory or time go on to a third, one by one, and
+never keep the usual ones waiting for long. The processes are started when they are first needed. What a decoder may do
+is `confinement.py`'s, what it does `picture_decoder.py`'s; here, nothing that it answers is believed unseen.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from visualglm_hf.picture_reading import MAX_PIXELS
+
+from .confinement import SECCOMP
+from .picture_decoder import ANSWER, ERROR, PICTURE, READY, REQUEST, TOO_MUCH
+
+
+MIB = 2**20
+SCRIPTS = Path(__file__).resolve().parents[1]
+PROGRAM = (sys.executable, "-m", f"{__package__}.picture_decoder")
+MOST_TEXT = 2**16 - 1  # bytes of an error or of a name
+START_SECONDS = 30  # for a decoder on a busy machine
+SIGPROF = getattr(signal, "SIGPROF", 0)  # not on Windows
+OUT_OF_TIME = "it takes too long"
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Decoders that take turns with the pictures of one queue.
+
+    Args:
+        decoders: how many.
+        pixels: of the largest picture.
+        memory: bytes that a decoder may allocate for one; four for each pixel, and some for the format.
+        seconds: of processor time for one.
+        pictures: that a decoder reads before a fresh one takes its place.
+    """
+
+    decoders: int
+    pixels: int
+    memory: int
+    seconds: int
+    pictures: int
+
+    @property
+    def patience(self) -> int:
+        """Seconds after which a decoder is ended from outside, on a busy machine too."""
+        return 5 * self.seconds + 5
+
+
+USUAL = Lane(decoders=2, pixels=14 * MIB, memory=96 * MIB, seconds=1, pictures=200)
+# The largest JPEG takes 1 s, the largest float TIFF 3.
+LARGE = Lane(decoders=1, pixels=MAX_PIXELS, memory=288 * MIB, seconds=12, pictures=50)
+# What glibc's `free` is given goes back to the system, picture by picture; other systems have other names for it.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * MIB), "MALLOC_TRIM_THRESHOLD_": str(16 * MIB)}
+
+
+class TooMuchForLane(Exception):
+    """The picture takes more than a decoder has; the text is a decoder's reason, or empty for its memory."""
+
+
+class DecoderDied(Exception):
+    """A decoder has ended, or has answered what none would answer."""
+
+
+class DecoderNotStarted(RuntimeError):
+    """The system, not the picture, is why it was not decoded."""
+
+
+class PoolClosed(RuntimeError):
+    """The pool takes no more pictures."""
+
+
+class Decoder:
+    """One decoding process; for one thread at a time.
+
+    Args:
+        lane: whose limits it has.
+        program: the command that starts it.
+
+    Raises:
+        DecoderNotStarted: the process could not be started, or did not become ready.
+    """
+
+    def __init__(self, lane: Lane, program: Sequence[str]):
+        self.lane = lane
+        self.pictures_left = lane.pictures
+        self.has_time = True
+        limits = (lane.memory, lane.pictures * lane.seconds + START_SECONDS)
+        try:
+            self.process = subprocess.Popen(
+                [*program, *map(str, limits)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=SCRIPTS,
+                env=environment(),
+            )
+        except OSError as error:
+            raise DecoderNotStarted(f"The picture decoder could not be started: {error}.") from error
+        try:
+            with self.limited(START_SECONDS):
+                self.confinement = self.receive({READY: MOST_TEXT})[1].decode(errors="replace")
+        except DecoderDied as error:
+            raise DecoderNotStarted(f"The picture decoder did not start: {self.end()}.") from error
+
+    def decode(self, data: bytes, name: str, size: tuple[int, int], resample: int) -> Image.Image:
+        """The small picture.
+
+        Raises:
+            ValueError: what `read_small` raises.
+            TooMuchForLane: it takes more pixels, memory or time than this decoder has.
+            DecoderDied: no answer, or none that makes sense; then this decoder is of no more use.
+        """
+        self.pictures_left -= 1
+        label = name.encode(errors="replace")[:MOST_TEXT]
+        request = REQUEST.pack(*size, resample, self.lane.pixels, self.lane.seconds, len(label), len(data))
+        pixel_bytes = size[0] * size[1] * len("RGB")
+        with self.limited(self.lane.patience):
+            self.send(request + label, data)
+            kind, content = self.receive({PICTURE: pixel_bytes, ERROR: MOST_TEXT, TOO_MUCH: MOST_TEXT})
+        if kind == ERROR:
+            raise ValueError(content.decode(errors="replace"))
+        if kind == TOO_MUCH:
+            raise TooMuchForLane(content.decode(errors="replace"))
+        if len(content) != pixel_bytes:
+            raise DecoderDied
+        return Image.frombytes("RGB", size, content)
+
+    def send(self, *parts: bytes) -> None:
+        try:
+            for part in parts:
+                self.process.stdin.write(part)
+            self.process.stdin.flush()
+        except OSError as error:  # nobody reads any more
+            raise DecoderDied from error
+
+    def receive(self, most: dict[bytes, int]) -> tuple[bytes, bytes]:
+        """Kind and content of the next answer, of one of these kinds and of so many bytes at most."""
+        head = self.process.stdout.read(ANSWER.size)
+        kind, length = ANSWER.unpack(head) if len(head) == ANSWER.size else (b"", 0)
+        if length > most.get(kind, -1):
+            raise DecoderDied
+        content = self.process.stdout.read(length)
+        if len(content) != length:
+            raise DecoderDied
+        return kind, content
+
+    @contextlib.contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Kill the process after so many seconds: whoever waits for its answer then sees its end."""
+        timer = threading.Timer(seconds, self.run_out)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+        if not self.has_time:  # in the moment of its answer
+            raise DecoderDied
+
+    def run_out(self) -> None:
+        self.has_time = False
+        self.process.kill()
+
+    def end(self) -> str:
+        """End the process; returns what ended it, in words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it closes its pipe a moment before it has ended
+            self.process.wait(0.1)
+        had_ended = self.process.poll() is not None
+        self.process.kill()
+        code = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):  # what was not written yet is lost
+                pipe.close()
+        if not self.has_time or code == -SIGPROF:
+            return OUT_OF_TIME
+        return f"its decoder ended with code {code}" if had_ended else "its decoder answered nonsense"
+
+
+def environment() -> dict[str, str]:
+    """What a decoder knows of ours: where its modules are, and on Windows where the system is."""
+    paths = [os.path.abspath(path) for path in (SCRIPTS, *sys.path)]
+    kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+    return {**kept, **RETURN_MEMORY, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
+
+
+class LaneWorkers:
+    """The threads of a lane; each has a decoder of its own, started when it is first needed."""
+
+    def __init__(self, lane: Lane, program: Sequence[str]):
+        self.lane, self.program = lane, program
+        self.threads = ThreadPoolExecutor(lane.decoders, "pictures")
+        self.own = threading.local()
+        self.decoders: set[Decoder] = set()
+
+    def submit(self, *picture) -> Future[Image.Image]:
+        """The arguments are those of `Decoder.decode`; first come, first served."""
+        try:
+            return self.threads.submit(self.decode, *picture)
+        except RuntimeError as error:  # after `close`
+            raise PoolClosed("The picture decoders have been stopped.") from error
+
+    def decode(self, data: bytes, name: str, size: tuple[int, int], resample: int) -> Image.Image:
+        decoder = self.decoder()
+        try:
+            return decoder.decode(data, name, size, resample)
+        except DecoderDied as error:
+            decoder.pictures_left = 0
+            reason = decoder.end()
+            if reason == OUT_OF_TIME:
+                raise TooMuchForLane from error
+            raise ValueError(f"Picture {name} cannot be decoded: {reason}. Save it as JPEG or PNG.") from error
+        finally:
+            if decoder.pictures_left == 0:
+                self.own.decoder = None
+                self.decoders.discard(decoder)
+                decoder.end()
+
+    def decoder(self) -> Decoder:
+        """That of this thread."""
+        if getattr(self.own, "decoder", None) is None:
+            self.own.decoder = Decoder(self.lane, self.program)
+            self.decoders.add(self.own.decoder)
+            report(self.own.decoder.confinement)
+        return self.own.decoder
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in tuple(self.decoders):
+            decoder.process.kill()
+        self.threads.shutdown()
+        for decoder in tuple(self.decoders):
+            decoder.end()
+
+
+class PicturePool:
+    """See the module's docstring. Of use in a forked process too, where it starts decoders of its own.
+
+    Args:
+        lanes: of which each gets what was too much for the one before.
+        program: the command that starts a decoder.
+    """
+
+    def __init__(self, lanes: Sequence[Lane] = (USUAL, LARGE), program: Sequence[str] = PROGRAM):
+        self.lanes, self.program = lanes, program
+        self.lock = threading.Lock()
+        self.owner: int | None = None  # the process whose threads the lanes have
+        self.workers: list[LaneWorkers] = []
+
+    def __enter__(self) -> "PicturePool":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def decode(
+        self,
+        data: bytes,
+        size: tuple[int, int],
+        resample: int = Image.Resampling.BICUBIC,
+        name: str | None = None,
+        timeout: float | None = None,
+    ) -> Image.Image:
+        """The picture as upright RGB, resized: bit by bit what the image processor makes of it in this process.
+
+        Args:
+            data: the encoded picture.
+            size: width and height that are wanted.
+            resample: how to resize, one of `PIL.Image.Resampling`.
+            name: of the picture, in errors.
+            timeout: seconds to wait at most, for a decoder too.
+
+        Raises:
+            ValueError: a picture that cannot be read, or that takes more time, pixels or memory than there are.
+            TimeoutError: after `timeout`.
+            PoolClosed: `close` was called.
+            DecoderNotStarted: this machine starts no more processes.
+        """
+        name = name or f"<{len(data)} bytes>"
+        if not data:
+            raise ValueError(f"Picture {name} is empty. Pass the bytes of an encoded picture (PNG, JPEG, ...).")
+        until = None if timeout is None else time.monotonic() + timeout
+        for workers in self.open_lanes():
+            try:
+                return wait_for(workers.submit(data, name, size, resample), until)
+            except TooMuchForLane as error:
+                reason = str(error)
+        limits = (
+            f"{self.lanes[-1].memory // MIB} MiB or {self.lanes[-1].seconds} s. Make it smaller, or save it as JPEG."
+        )
+        if reason:
+            raise ValueError(f"{reason} Or it takes more than {limits}")
+        raise ValueError(f"Picture {name} takes too much to decode: more than {limits}")
+
+    def open_lanes(self) -> list[LaneWorkers]:
+        with self.lock:
+            if self.owner != os.getpid():
+                self.owner = os.getpid()
+                self.workers = [LaneWorkers(lane, self.program) for lane in self.lanes]
+            return self.workers
+
+    def close(self) -> None:
+        """End the decoders; pictures that still wait are given up."""
+        for workers in self.open_lanes():
+            workers.close()
+
+
+def wait_for(future: Future[Image.Image], until: float | None) -> Image.Image:
+    try:
+        return future.result(None if until is None else max(0, until - time.monotonic()))
+    except CancelledError as error:
+        raise PoolClosed("The picture decoders have been stopped.") from error
+    except FutureTimeout as error:  # a TimeoutError from Python 3.11 on
+        future.cancel()
+        raise TimeoutError("The picture was not decoded in time.") from error
+
+
+@functools.cache
+def report(confinement: str) -> None:
+    """Say once what decoders have given up."""
+    if SECCOMP in confinement:
+        LOG.info("Pictures are decoded in processes with %s.", confinement)
+    else:
+        LOG.warning("Pictures are decoded in processes with %s; see docs/serving.md.", confinement or "no limits")
