@@ -236,8 +236,9 @@ def is_idle(engine: Engine) -> bool:
     return "visualglm_running 0.0" in engine.metrics.as_text().decode()
 
 
-def test_a_conversation_through_the_door(browser):
-    """Upload a picture, read how it is described, ask on, clear: with the README's command."""
+def test_a_conversation_through_the_door(browser, tmp_path, monkeypatch):
+    """Upload a picture, read how it is described, ask on, clear: with the README's command. Nothing of it stays."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [command] = [line for line in readme.splitlines() if line.startswith("python scripts/web_demo_hf.py")]
     options = command.replace("path/to/prepared", str(TINY)).split()[2:]
@@ -257,8 +258,10 @@ def test_a_conversation_through_the_door(browser):
         tab.wait_for("Hello", "")
         tab.close()
         assert "Traceback" not in log.read_text()
+        assert [path for path in tmp_path.glob("visualglm-web-*/*/*") if path.name == CIRCLES.name]
         process.terminate()
         assert process.wait(30) == 0
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_tabs_share_nothing_but_the_engine(open_tab):

@@ -101,8 +101,10 @@ class Uploads:
 
 @functools.cache
 def own_uploads() -> Uploads:
-    """This process's; gradio has one such folder in a process, too."""
-    return Uploads()
+    """This process's, which are gradio's too from now on: it keeps what is uploaded where this variable says."""
+    uploads = Uploads()
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+    return uploads
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -10,14 +10,15 @@ import contextlib
 import html
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
-from .engine import Answer, Engine, EngineError
-from .prompts import conversation_messages
+from .engine import Answer, Engine, EngineError, QueueFull
+from .prompts import Prompt, conversation_messages
 from .sampling import Settings
 from .uploads import Upload, Uploads, own_uploads
 from .web_client import (
@@ -34,6 +35,7 @@ from .web_client import (
 from .web_gate import Gate, Names
 
 
+OPENED_AT_A_TIME, MAX_OPENING, OPENING_SECONDS = 4, 20, 10  # uploads, uploads, seconds after which to try again
 MAX_SESSIONS = 1000  # that the server remembers, each with 150 kB of a picture
 UPLOAD_SECONDS = 3600  # that an uploaded file is kept, unless its tab lets it go
 
@@ -85,8 +87,8 @@ class Session:
         self.answer = None
         self.number += 1
 
-    async def ask(self, engine: Engine, question: str, settings: Settings) -> AsyncIterator[str]:
-        """The growing answer; in the end it is one of the `turns`.
+    async def ask(self, opener: "Opener", question: str, settings: Settings) -> AsyncIterator[str]:
+        """The growing answer of the opener's engine; in the end it is one of the `turns`.
 
         Raises:
             ValueError: the picture, the question or the settings cannot be used.
@@ -95,13 +97,13 @@ class Session:
         """
         self.settle()
         number = self.number
+        engine = opener.engine
         engine.check_room()  # before the picture is opened
-        if self.upload and not self.picture:
-            picture = await asyncio.to_thread(open_upload, engine, self.upload)
-            self.check_current(number)
-            self.picture = picture
-        messages = conversation_messages(self.turns, question, self.picture)
-        prompt = await asyncio.to_thread(engine.prepare, messages)
+        try:
+            prompt = await self.prepare(opener, question)
+        except (ValueError, EngineError):
+            self.check_current(number)  # the picture may have been deleted for the next one
+            raise
         self.check_current(number)
         self.answer, self.turn = engine.submit(prompt, settings), (question, "")
         answer = self.answer
@@ -116,6 +118,14 @@ class Session:
             if number == self.number:
                 self.settle()
 
+    async def prepare(self, opener: "Opener", question: str) -> Prompt:
+        upload = self.upload
+        if upload and not self.picture:
+            picture = await opener.open(upload)
+            if self.upload is upload:
+                self.picture = picture
+        return await asyncio.to_thread(opener.engine.prepare, conversation_messages(self.turns, question, self.picture))
+
     def check_current(self, number: int) -> None:
         if number != self.number:
             raise Superseded
@@ -125,8 +135,31 @@ class Session:
         return self.number == 0
 
 
-def open_upload(engine: Engine, upload: Upload) -> Image.Image:
-    return engine.decode_picture(upload.read(), repr(upload.path.name))
+class Opener:
+    """Opens uploads with the engine, a few at a time: some take long, and each is up to 20 MiB in memory."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.threads = ThreadPoolExecutor(OPENED_AT_A_TIME, "uploads")  # others, with other questions, do not wait
+        self.number = 0  # of those that are being opened or wait for it
+
+    async def open(self, upload: Upload) -> Image.Image:
+        """What the model sees of it.
+
+        Raises:
+            ValueError: it cannot be used.
+            QueueFull: as many are waiting as may.
+        """
+        if self.number >= MAX_OPENING:
+            raise QueueFull(self.number, OPENING_SECONDS)
+        self.number += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload)
+        finally:
+            self.number -= 1
+
+    def open_now(self, upload: Upload) -> Image.Image:
+        return self.engine.decode_picture(upload.read(), repr(upload.path.name))
 
 
 def take_uploads_as_they_are(picture: gr.Image, uploads: Uploads) -> None:
@@ -159,7 +192,7 @@ class Handlers:
     """
 
     def __init__(self, engine: Engine):
-        self.engine = engine
+        self.opener = Opener(engine)
 
     async def ask(self, session: Session, question: str, max_length, top_p, temperature, shown: Sequence = ()):
         """`shown` is what the browser has of the conversation."""
@@ -204,7 +237,7 @@ class Handlers:
         try:
             max_length, top_p, temperature = sliders
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
-            async with contextlib.aclosing(session.ask(self.engine, question, settings)) as texts:
+            async with contextlib.aclosing(session.ask(self.opener, question, settings)) as texts:
                 async for text in texts:
                     yield displayed([*session.turns, (question, text)]), gr.skip()
         except Superseded:
@@ -231,8 +264,8 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
         engine: answers for all tabs together.
         examples: pictures to click on.
     """
-    # Gradio reads the first whenever it needs its folder; the second would keep pictures and answers in the browser.
-    os.environ.update(GRADIO_TEMP_DIR=str(own_uploads().folder), GRADIO_RUN_HISTORY="False")
+    uploads = own_uploads()
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # the browser would keep pictures and answers
     with gr.Blocks(
         title="VisualGLM-6B",
         analytics_enabled=False,
@@ -242,7 +275,7 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
         gr.Markdown("# VisualGLM-6B")
         with gr.Row(elem_id="page"):  # its layout is `STYLE`'s
             gr.Markdown(TEXTS("notes"), elem_id="notes")
-            picture = add_picture()
+            picture = add_picture(uploads)
             with gr.Column(elem_id="talk"):
                 chat = add_chat()
                 question = gr.Textbox(
@@ -333,7 +366,7 @@ def launch(
     )
 
 
-def add_picture() -> gr.Image:
+def add_picture(uploads: Uploads) -> gr.Image:
     picture = gr.Image(
         image_mode=None,
         type="filepath",
@@ -343,7 +376,7 @@ def add_picture() -> gr.Image:
         buttons=[],
         elem_id="picture",
     )
-    take_uploads_as_they_are(picture, own_uploads())
+    take_uploads_as_they_are(picture, uploads)
     return picture
 
 

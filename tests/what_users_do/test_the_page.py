@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -240,6 +241,34 @@ def test_a_picture_is_not_needed_again_when_it_has_been_asked_about(url, engine)
     assert session.picture.size == (224, 224)  # of which a server can keep many
     chat, unanswered = asyncio.run(last(handlers.ask(session, "图片的背景是什么？", *SLIDERS)))
     assert "夜" in chat[-1]["content"] and unanswered != "图片的背景是什么？"
+
+
+def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in_words(monkeypatch):
+    said, are_opened = [], threading.Event()
+    monkeypatch.setattr(web.gr, "Warning", lambda message, **kwargs: said.append(message))
+    engine = page_tests.EngineByHand()
+    engine.decode_picture = lambda data, name: are_opened.wait(60) and Image.new("RGB", (4, 4))
+    handlers = web.Handlers(engine)
+
+    async def choose():
+        session, upload = web.Session(), SimpleNamespace(read=bytes, path=Path("a.png"))
+        async for _ in handlers.change_picture(session, upload, "?", *SLIDERS):
+            session.stop()
+
+    async def flood():
+        flood = [asyncio.create_task(choose()) for _ in range(web.MAX_OPENING)]
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(choose(), 10)
+        updates = handlers.ask(web.Session(), "Hello", *SLIDERS)
+        assert [await asyncio.wait_for(anext(updates), 10) for _ in range(2)][1][0][-1]["content"] == "one"
+        are_opened.set()
+        await asyncio.gather(*flood)
+
+    try:
+        asyncio.run(flood())
+    finally:
+        are_opened.set()
+    assert said == [f"{web.MAX_OPENING} requests are waiting already. Try again in {web.OPENING_SECONDS} s."]
 
 
 # Where uploads lie when the server has ended
