@@ -32,6 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reachable from other machines")
     server.add_argument("--port", type=PORT, default=8080)
+    server.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that leads here, as of a reverse proxy",
+    )
     server.add_argument("--share", action="store_true", help="a public link through a tunnel of gradio's makers")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-batch-size", type=COUNT, default=8, metavar="N", help="answers generated at a time")
@@ -49,6 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is asked to end; returns its exit code."""
     check_folder(arguments.model)
     check_port(arguments.host, arguments.port)
+    from serving.uploads import own_uploads
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads would stay
+    own_uploads()  # before gradio is imported, or it makes a folder of its own
     from serving.engine import Engine, Limits
     from serving.web import create_page, launch
     from transformers.utils import logging
@@ -57,9 +68,15 @@ def run(arguments: argparse.Namespace) -> int:
     limits = Limits(max_batch_size=arguments.max_batch_size, max_waiting=arguments.max_waiting)
     with Engine.load(arguments.model, limits, **loading_options(arguments)) as engine:
         page = create_page(engine, EXAMPLES)
-        launch(page, arguments.host, arguments.port, limits.max_picture_bytes, arguments.share)
+        launch(
+            page,
+            arguments.host,
+            arguments.port,
+            limits.max_picture_bytes,
+            share=arguments.share,
+            more_names=arguments.allow_host,
+        )
         print(f"VisualGLM-6B is at {page.local_url}", file=sys.stderr)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         page.block_thread()  # until Ctrl-C
     return 0
 
@@ -74,6 +91,8 @@ def main() -> int:
     except (ValueError, OSError) as error:  # OSError: the port is taken
         report(error)
         return 2
+    except KeyboardInterrupt:  # while the model was being loaded
+        return 130
 
 
 if __name__ == "__main__":

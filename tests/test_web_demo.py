@@ -72,7 +72,7 @@ def patiently(act):
 class Tab:
     """A tab of the browser with the demo's page in it."""
 
-    def __init__(self, browser, url: str, language: str = "en"):
+    def __init__(self, browser, url: str, language: str = "zh-CN"):
         browser.switch_to.new_window("tab")
         self.browser, self.handle = browser, browser.current_window_handle
         browser.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": "test", "acceptLanguage": language})
@@ -218,7 +218,7 @@ def url(engine):
 def open_tab(browser, url):
     with contextlib.ExitStack() as tabs:
 
-        def open_one(language: str = "en") -> Tab:
+        def open_one(language: str = "zh-CN") -> Tab:
             tab = Tab(browser, url, language)
             tabs.callback(lambda: tab.handle in browser.window_handles and tab.close())
             return tab
@@ -236,8 +236,9 @@ def is_idle(engine: Engine) -> bool:
     return "visualglm_running 0.0" in engine.metrics.as_text().decode()
 
 
-def test_a_conversation_through_the_door(browser):
-    """Upload a picture, read how it is described, ask on, clear: with the README's command."""
+def test_a_conversation_through_the_door(browser, tmp_path, monkeypatch):
+    """Upload a picture, read how it is described, ask on, clear: with the README's command. Nothing of it stays."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [command] = [line for line in readme.splitlines() if line.startswith("python scripts/web_demo_hf.py")]
     options = command.replace("path/to/prepared", str(TINY)).split()[2:]
@@ -257,8 +258,10 @@ def test_a_conversation_through_the_door(browser):
         tab.wait_for("Hello", "")
         tab.close()
         assert "Traceback" not in log.read_text()
+        assert [path for path in tmp_path.glob("visualglm-web-*/*/*") if path.name == CIRCLES.name]
         process.terminate()
         assert process.wait(30) == 0
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_tabs_share_nothing_but_the_engine(open_tab):
@@ -287,25 +290,25 @@ def test_another_picture_begins_a_new_conversation_in_the_language_that_was_chos
 
 
 def test_an_example_and_the_webcam_are_pictures_too(open_tab):
-    tab = open_tab()
+    tab = open_tab("en")
     tab.click_example(STAR)
-    tab.wait_for("描述", "黄色")
+    tab.wait_for("Describe", "yellow")
     tab.click("clear")
     tab.wait_for()
     tab.click_labelled("Capture from camera")
     tab.click_labelled("Click to Access Webcam")
     wait_until(lambda: tab.browser.execute_script(WEBCAM_SHOWS), 30)
     tab.click_labelled("capture photo")
-    tab.wait_for("描述", "绿色")
+    tab.wait_for("Describe", "green")
 
 
 def test_a_picture_can_be_pasted(open_tab):
-    tab = open_tab()
+    tab = open_tab("en")
     tab.copy(STAR)
     tab.click_labelled("Paste from clipboard")
-    tab.wait_for("描述", "黄色")
+    tab.wait_for("Describe", "yellow")
     tab.ask("图片的背景是什么？")
-    tab.wait_for("描述", "黄色", "背景", "夜")
+    tab.wait_for("Describe", "yellow", "背景", "夜")
 
 
 def test_texts_are_shown_as_they_are(open_tab):

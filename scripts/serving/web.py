@@ -1,63 +1,52 @@
 """The page of the web demo: a picture on the left, the talk about it on the right.
 
-Each tab has a `Session` of its own on the server. What the browser may send is a picture's data, texts and numbers; of
-the conversation it only sees a copy.
+Each tab has a `Session` of its own on the server. What the browser may send is an uploaded picture, texts and numbers;
+of the conversation it only sees a copy. Not here: what runs in the browser (`web_client.py`), what it may ask the
+server for (`web_gate.py`), and where uploads lie (`uploads.py`).
 """
 
 import asyncio
 import contextlib
 import html
-from collections.abc import AsyncIterator, Sequence
+import os
+from collections.abc import AsyncIterator, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
+from starlette.middleware import Middleware
 
-from .engine import Answer, Engine, EngineError
-from .prompts import conversation_messages
+from .engine import Answer, Engine, EngineError, QueueFull
+from .prompts import Prompt, conversation_messages
 from .sampling import Settings
+from .uploads import Upload, Uploads, own_uploads
+from .web_client import (
+    CHINESE,
+    CHOOSE_FIRST_QUESTION,
+    ENGLISH,
+    GIVE_BACK,
+    NAME_PICTURES,
+    SEND,
+    STYLE,
+    TEXTS,
+    UNSEND,
+)
+from .web_gate import Gate, Names
 
 
-FIRST_QUESTIONS = ("描述这张图片。", "Describe the image.")  # about a new picture; the original has the first
+OPENED_AT_A_TIME, MAX_OPENING, OPENING_SECONDS = 4, 20, 10  # uploads, uploads, seconds after which to try again
+MAX_SESSIONS = 1000  # that the server remembers, each with 150 kB of a picture
+UPLOAD_SECONDS = 3600  # that an uploaded file is kept, unless its tab lets it go
 
 # Options of events. The engine, not the page's queue, decides how many are answered at a time.
+IN_THE_BROWSER = {"fn": None, "show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 ANSWERING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
-TEXTS = gr.I18n(
-    en={
-        "notes": "Choose a picture, and it is described at once; then ask on. A new picture begins a new conversation. "
-        "The model sees 224×224 pixels, reads no Chinese text in pictures, and invents things in long descriptions. "
-        "Large pictures take time to upload; if the connection fails, try without a proxy.",
-        "picture": "Picture",
-        "first_question": "First question",
-        "chat": "Conversation",
-        "question": "Your question",
-        "submit": "Submit",
-        "stop": "Stop",
-        "retry": "Retry",
-        "clear": "Clear History",
-        "max_length": "Maximum length",
-        "top_p": "Top P",
-        "temperature": "Temperature",
-        "examples": "Examples",
-    },
-    zh={
-        "notes": "选择一张图片，模型会立即描述它，然后可以继续提问；换一张图片即开始新的对话。"
-        "模型只能看到224×224像素，不能识别图中的中文文字，较长的描述可能包含虚构的内容。"
-        "较大的图片上传需要时间；如果连接出错，请关闭代理后再试。",
-        "picture": "图片",
-        "first_question": "首个问题",
-        "chat": "对话",
-        "question": "输入问题",
-        "submit": "提交",
-        "stop": "停止",
-        "retry": "重新回答",
-        "clear": "清空对话",
-        "max_length": "最大长度",
-        "top_p": "Top P",
-        "temperature": "温度",
-        "examples": "示例",
-    },
+FORGOTTEN = (
+    "The server does not know this conversation any more: it was restarted, or this page was away for too long. "
+    "Clear the history, or choose the picture again."
 )
 
 
@@ -72,16 +61,19 @@ class Session:
     """
 
     def __init__(self):
-        self.picture: bytes | str | None = None
+        self.upload: Upload | None = None
+        self.picture: Image.Image | None = None  # what the model sees of it; the file need not stay, nor its bytes
         self.turns: list[tuple[str, str]] = []
         self.answer: Answer | None = None
         self.turn = ("", "")  # that `answer` belongs to, as far as it was shown
         self.number = 0  # of what was begun
 
-    def begin(self, picture: bytes | str | None) -> None:
-        """Forget everything; talk about `picture` from now on."""
+    def begin(self, upload: Upload | None) -> None:
+        """Forget everything; talk about the picture of `upload` from now on."""
         self.settle()
-        self.picture, self.turns = picture, []
+        if self.upload:
+            self.upload.delete()
+        self.upload, self.picture, self.turns = upload, None, []
 
     def stop(self) -> None:
         if self.answer is not None:
@@ -95,8 +87,8 @@ class Session:
         self.answer = None
         self.number += 1
 
-    async def ask(self, engine: Engine, question: str, settings: Settings) -> AsyncIterator[str]:
-        """The growing answer; in the end it is one of the `turns`.
+    async def ask(self, opener: "Opener", question: str, settings: Settings) -> AsyncIterator[str]:
+        """The growing answer of the opener's engine; in the end it is one of the `turns`.
 
         Raises:
             ValueError: the picture, the question or the settings cannot be used.
@@ -105,9 +97,13 @@ class Session:
         """
         self.settle()
         number = self.number
+        engine = opener.engine
         engine.check_room()  # before the picture is opened
-        messages = conversation_messages(self.turns, question, self.picture)
-        prompt = await asyncio.to_thread(engine.prepare, messages)
+        try:
+            prompt = await self.prepare(opener, question)
+        except (ValueError, EngineError):
+            self.check_current(number)  # the picture may have been deleted for the next one
+            raise
         self.check_current(number)
         self.answer, self.turn = engine.submit(prompt, settings), (question, "")
         answer = self.answer
@@ -122,23 +118,63 @@ class Session:
             if number == self.number:
                 self.settle()
 
+    async def prepare(self, opener: "Opener", question: str) -> Prompt:
+        upload = self.upload
+        if upload and not self.picture:
+            picture = await opener.open(upload)
+            if self.upload is upload:
+                self.picture = picture
+        return await asyncio.to_thread(opener.engine.prepare, conversation_messages(self.turns, question, self.picture))
+
     def check_current(self, number: int) -> None:
         if number != self.number:
             raise Superseded
 
+    @property
+    def is_new(self) -> bool:
+        return self.number == 0
 
-def take_uploads_as_they_are(picture: gr.Image) -> None:
-    """Let `picture` give data for the engine to check and to open, and of files take uploads only.
+
+class Opener:
+    """Opens uploads with the engine, a few at a time: some take long, and each is up to 20 MiB in memory."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.threads = ThreadPoolExecutor(OPENED_AT_A_TIME, "uploads")  # others, with other questions, do not wait
+        self.number = 0  # of those that are being opened or wait for it
+
+    async def open(self, upload: Upload) -> Image.Image:
+        """What the model sees of it.
+
+        Raises:
+            ValueError: it cannot be used.
+            QueueFull: as many are waiting as may.
+        """
+        if self.number >= MAX_OPENING:
+            raise QueueFull(self.number, OPENING_SECONDS)
+        self.number += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload)
+        finally:
+            self.number -= 1
+
+    def open_now(self, upload: Upload) -> Image.Image:
+        return self.engine.decode_picture(upload.read(), repr(upload.path.name))
+
+
+def take_uploads_as_they_are(picture: gr.Image, uploads: Uploads) -> None:
+    """Let `picture` give an upload, for the engine to check and to open, and nothing else.
 
     A subclass would say it better, but for each gradio writes a .pyi file beside its source. Handlers may give it new
     values, but no new properties: for these gradio makes a new component of the class.
     """
     move_to_cache = picture.async_move_resource_to_block_cache
 
-    def preprocess(payload) -> bytes | str | None:
-        if payload is None or (payload.url or "").startswith("data:"):
-            return payload and payload.url
-        return Path(payload.path).read_bytes()
+    def preprocess(payload) -> Upload | None:
+        try:
+            return payload and uploads.find(payload.path or "")
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
 
     async def move_uploads_to_cache(url_or_file_path):
         if str(url_or_file_path).lower().startswith(("http:", "https:")):
@@ -156,26 +192,34 @@ class Handlers:
     """
 
     def __init__(self, engine: Engine):
-        self.engine = engine
+        self.opener = Opener(engine)
 
-    async def ask(self, session: Session, question: str, *sliders):
+    async def ask(self, session: Session, question: str, max_length, top_p, temperature, shown: Sequence = ()):
+        """`shown` is what the browser has of the conversation."""
         if question := question.strip():
-            async for update in self.answer(session, question, sliders):
+            if shown and session.is_new:
+                gr.Warning(FORGOTTEN, title="")
+                yield gr.skip(), question
+                return
+            async for update in self.answer(session, question, (max_length, top_p, temperature)):
                 yield update
 
-    async def retry(self, session: Session, *sliders):
+    async def retry(self, session: Session, max_length, top_p, temperature, shown: Sequence = ()):
+        if shown and session.is_new:
+            gr.Warning(FORGOTTEN, title="")
+            return
         session.settle()
         if session.turns:
             *session.turns, (question, _) = session.turns
-            async for update in self.answer(session, question, sliders):
+            async for update in self.answer(session, question, (max_length, top_p, temperature)):
                 yield update
 
-    async def change_picture(self, session: Session, picture: bytes | str | None, question: str, *sliders):
-        if picture is None and session.picture is None:  # `clear` has removed it
+    async def change_picture(self, session: Session, upload: Upload | None, question: str, *sliders):
+        if upload is None and session.upload is None:  # `clear` has removed it
             return
-        session.begin(picture)
+        session.begin(upload)
         yield []
-        if picture is not None:
+        if upload is not None:
             async for chat, _ in self.answer(session, question, sliders):
                 yield chat  # and what was typed meanwhile stays
 
@@ -183,24 +227,24 @@ class Handlers:
         session.stop()
 
     async def clear(self, session: Session):
-        """The emptied picture, chat and question."""
+        """The emptied picture and chat."""
         session.begin(None)
-        return None, [], ""
+        return None, []
 
     async def answer(self, session: Session, question: str, sliders: Sequence[float]):
-        yield displayed([*session.turns, (question, "")]), ""
+        text = ""
+        yield displayed([*session.turns, (question, text)]), ""
         try:
             max_length, top_p, temperature = sliders
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
-            async with contextlib.aclosing(session.ask(self.engine, question, settings)) as texts:
+            async with contextlib.aclosing(session.ask(self.opener, question, settings)) as texts:
                 async for text in texts:
                     yield displayed([*session.turns, (question, text)]), gr.skip()
         except Superseded:
             return
         except (ValueError, EngineError) as error:
             gr.Warning(html.escape(str(error)), title="")
-        is_answered = bool(session.turns) and session.turns[-1][0] == question
-        yield displayed(session.turns), gr.skip() if is_answered else question
+        yield displayed(session.turns), gr.skip() if text else question
 
 
 def displayed(turns: Sequence[tuple[str, str]]) -> list[dict]:
@@ -220,52 +264,88 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
         engine: answers for all tabs together.
         examples: pictures to click on.
     """
-    with gr.Blocks(title="VisualGLM-6B", analytics_enabled=False, fill_height=True) as page:
+    uploads = own_uploads()
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # the browser would keep pictures and answers
+    with gr.Blocks(
+        title="VisualGLM-6B",
+        analytics_enabled=False,
+        fill_height=True,
+        delete_cache=(UPLOAD_SECONDS // 10, UPLOAD_SECONDS),
+    ) as page:
         gr.Markdown("# VisualGLM-6B")
-        gr.Markdown(TEXTS("notes"))
-        with gr.Row():
-            with gr.Column(scale=2):
-                picture, first_question = add_picture(examples)
-                sliders = add_sliders()
-            with gr.Column(scale=4):
+        with gr.Row(elem_id="page"):  # its layout is `STYLE`'s
+            gr.Markdown(TEXTS("notes"), elem_id="notes")
+            picture = add_picture(uploads)
+            with gr.Column(elem_id="talk"):
                 chat = add_chat()
-                question = gr.Textbox(show_label=False, placeholder=TEXTS("question"), max_lines=8, elem_id="question")
-                with gr.Row():
-                    submit, stop, retry, clear = (
-                        gr.Button(TEXTS(name), variant="primary" if name == "submit" else "secondary", elem_id=name)
-                        for name in ("submit", "stop", "retry", "clear")
-                    )
-        session = gr.State(Session())
-        handlers, display = Handlers(engine), [chat, question]
-        asked = gr.on(
-            [submit.click, question.submit], handlers.ask, [session, question, *sliders], display, **ANSWERING
-        )
-        retried = retry.click(handlers.retry, [session, *sliders], display, **ANSWERING)
-        changed = picture.change(
-            handlers.change_picture,
-            [session, picture, first_question, *sliders],
-            chat,
-            trigger_mode="multiple",  # a new picture need not wait for the last one's answer
-            **ANSWERING,
-        )
-        stop.click(handlers.stop, session, **AT_ONCE)
-        gr.on(
-            [clear.click, chat.clear],
-            handlers.clear,
-            session,
-            [picture, *display],
-            cancels=[asked, retried, changed],  # or what was sent before might arrive after
-            **AT_ONCE,
-        )
+                question = gr.Textbox(
+                    label=TEXTS("question"),
+                    show_label=False,
+                    placeholder=TEXTS("question"),
+                    max_lines=8,
+                    elem_id="question",
+                )
+                buttons = add_buttons()
+            with gr.Column(elem_id="settings"):
+                add_examples(picture, examples)
+                first_question = gr.Radio([CHINESE, ENGLISH], value=CHINESE, label=TEXTS("first_question"))
+                sliders = add_sliders()
+        page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
+        page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
+        connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons)
     return page
 
 
-def launch(page: gr.Blocks, host: str, port: int, max_picture_bytes: int, share: bool = False) -> None:
+def connect(handlers: Handlers, picture, first_question, sliders, chat, question, buttons) -> None:
+    """Say which events of the page are whose."""
+    submit, stop, retry, clear = buttons
+    session = gr.State(Session())
+    sent, unanswered = (gr.Textbox(visible=False) for _ in range(2))
+    boxes, display = [question, sent, unanswered], [chat, unanswered]
+    gr.on([submit.click, question.submit], js=SEND, inputs=[question, sent], outputs=[question, sent], **IN_THE_BROWSER)
+    asked = gr.on([submit.click, question.submit], handlers.ask, [session, sent, *sliders, chat], display, **ANSWERING)
+    asked.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
+    asked.failure(js=UNSEND, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
+    retried = retry.click(handlers.retry, [session, *sliders, chat], display, **ANSWERING)
+    retried.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
+    changed = picture.change(
+        handlers.change_picture,
+        [session, picture, first_question, *sliders],
+        chat,
+        trigger_mode="multiple",  # a new picture need not wait for the last one's answer
+        **ANSWERING,
+    )
+    stop.click(handlers.stop, session, **AT_ONCE)
+    gr.on(
+        [clear.click, chat.clear],
+        handlers.clear,
+        session,
+        [picture, chat],
+        cancels=[asked, retried, changed],  # or what was sent before might arrive after
+        **AT_ONCE,
+    )
+
+
+def launch(
+    page: gr.Blocks,
+    host: str,
+    port: int,
+    max_picture_bytes: int,
+    share: bool = False,
+    more_names: Collection[str] = (),
+) -> None:
     """Serve the page from threads of its own until `page.close()`, with `share` to the whole world.
+
+    Args:
+        more_names: of hosts that lead here.
 
     Raises:
         OSError: the port is taken.
     """
+    uploads = own_uploads()
+    uploads.keep_all()  # the examples
+    names = Names(host, more_names, lambda: page.share_url)
+    gate = Middleware(Gate, uploads=uploads, max_picture_bytes=max_picture_bytes, names=names)
     page.launch(
         server_name=host,
         server_port=port,
@@ -273,7 +353,9 @@ def launch(page: gr.Blocks, host: str, port: int, max_picture_bytes: int, share:
         max_file_size=max_picture_bytes,
         i18n=TEXTS,
         footer_links=[],
-        run_history=False,  # the browser would keep pictures and answers
+        css=STYLE,
+        state_session_capacity=MAX_SESSIONS,
+        app_kwargs={"middleware": [gate]},
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
@@ -284,7 +366,7 @@ def launch(page: gr.Blocks, host: str, port: int, max_picture_bytes: int, share:
     )
 
 
-def add_picture(examples: Sequence[Path]) -> tuple[gr.Image, gr.Radio]:
+def add_picture(uploads: Uploads) -> gr.Image:
     picture = gr.Image(
         image_mode=None,
         type="filepath",
@@ -294,13 +376,24 @@ def add_picture(examples: Sequence[Path]) -> tuple[gr.Image, gr.Radio]:
         buttons=[],
         elem_id="picture",
     )
-    take_uploads_as_they_are(picture)
-    if examples:
+    take_uploads_as_they_are(picture, uploads)
+    return picture
+
+
+def add_examples(picture: gr.Image, paths: Sequence[Path]) -> None:
+    if paths:
         gallery = gr.Dataset(
-            components=[picture], samples=[[str(path)] for path in examples], type="index", label=TEXTS("examples")
+            components=[picture], samples=[[str(path)] for path in paths], type="index", label=TEXTS("examples")
         )
-        gallery.click(lambda index: str(examples[index]), gallery, picture, **AT_ONCE)
-    return picture, gr.Radio(FIRST_QUESTIONS, value=FIRST_QUESTIONS[0], label=TEXTS("first_question"))
+        gallery.click(lambda index: str(paths[index]), gallery, picture, **AT_ONCE)
+
+
+def add_buttons() -> list[gr.Button]:
+    with gr.Row(elem_id="buttons"):
+        return [
+            gr.Button(TEXTS(name), variant="primary" if name == "submit" else "secondary", min_width=60, elem_id=name)
+            for name in ("submit", "stop", "retry", "clear")
+        ]
 
 
 def add_sliders() -> list[gr.Slider]:
