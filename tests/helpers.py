@@ -81,7 +81,7 @@ def visible_text(responses: list[str]) -> list[str]:
 
 def assemble(source: str, triple: str, processor: str) -> str:
     """Compile LLVM code as our kernels are, to assembly for any processor; skips the test if this LLVM has no such."""
-    from visualglm_hf.cpu_kernels import load_llvm
+    from visualglm_hf.cpu_runtime import load_llvm
 
     llvm = load_llvm()
     llvm.initialize_all_targets()

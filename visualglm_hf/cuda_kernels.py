@@ -22,7 +22,7 @@ on a few small problems. If anything is off there is one warning, and the torch 
 file touches no GPU and no library.
 
 The environment variable VISUALGLM_KERNELS says otherwise: "torch" never uses the kernels, "cuda" turns the warning into
-an error; "auto" is the default, and "cpu" is for the kernels of `cpu_kernels.py`.
+an error; "auto" is the default, and "cpu" is for the kernels of `cpu_products.py`.
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix.
 """

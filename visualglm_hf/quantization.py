@@ -34,7 +34,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cpu_kernels import CpuProducts
+from .cpu_products import CpuProducts
 from .cuda_kernels import CudaMultiply
 from .quantization_kernels import (
     dequantize,
