@@ -40,7 +40,7 @@ ARROWS = {
     "feature_cache": (set(), {"torch"}),
     "growing_cache": (set(), {"transformers", "torch"}),
     "chat": ({"compilation", "conversation", "fetching", "image_processing_visualglm"}, {"transformers", "torch"}),
-    "quantization": ({"cpu_products", "cuda_kernels", "quantization_kernels"}, {"transformers", "torch"}),
+    "quantization": ({"cpu_products", "cuda_products", "quantization_kernels"}, {"transformers", "torch"}),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
         {"cpu_language", "cpu_layer", "cpu_products", "cpu_runtime", "growing_cache", "kernel_choice"},
@@ -51,7 +51,9 @@ ARROWS = {
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
     "kernel_choice": (set(), set()),
-    "cuda_kernels": (set(), {"torch"}),
+    "cuda_products": ({"cuda_runtime", "kernel_choice"}, {"torch"}),
+    "cuda_runtime": ({"cuda_source", "kernel_choice"}, {"torch"}),
+    "cuda_source": (set(), set()),
     "quantization_kernels": (set(), {"torch"}),
 }
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -99,7 +101,7 @@ def test_arrows_have_no_circle():
 
 
 def is_in_basement(room: str) -> bool:
-    return room.startswith(("cpu_", "kernel_"))
+    return room.startswith(("cpu_", "cuda_", "kernel_"))
 
 
 @pytest.mark.parametrize("room", ROOMS)

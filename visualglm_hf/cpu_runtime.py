@@ -26,12 +26,12 @@ import platform
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .cpu_language import ARM
-from .kernel_choice import KernelError, KernelUser
+from .kernel_choice import KernelError, KernelUser, NoKernelsError
 
 
 LANES = 16  # numbers that are computed at a time
@@ -180,8 +180,16 @@ class Kernels:
 class CpuKernelUser(KernelUser):
     """A user of kernels for this CPU, which are of `kernels_class`."""
 
+    choice, name = "cpu", "CPU kernels"
     kernels_class: type[Kernels]
 
-    def make(self) -> Kernels | None:
+    @property
+    def kernels(self) -> Any | None:
+        """The kernels, or None for the torch way."""
+        return self.find()
+
+    def make(self, device: None) -> Kernels:
         llvm = load_llvm()
-        return None if llvm is None else self.kernels_class(llvm)
+        if llvm is None:
+            raise NoKernelsError("llvmlite is not installed; get it with: pip install llvmlite")
+        return self.kernels_class(llvm)

@@ -24,7 +24,6 @@ import os
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from functools import cached_property
 from typing import Any
 
 
@@ -32,21 +31,43 @@ CHOICES = ("auto", "cpu", "cuda", "torch")
 
 
 class KernelError(RuntimeError):
-    """The kernels cannot be compiled, or compute something else."""
+    """The kernels cannot be compiled, loaded or launched, or compute something else."""
+
+
+class NoKernelsError(KernelError):
+    """There are no kernels for this machine, or what they are made with is not installed: nothing to warn of."""
+
+
+def read_choice() -> str:
+    """What VISUALGLM_KERNELS says; a `ValueError` if that is none of `CHOICES`."""
+    choice = os.environ.get("VISUALGLM_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"VISUALGLM_KERNELS is {choice!r}; it can be {', '.join(CHOICES)}.")
+    return choice
 
 
 class KernelUser(ABC):
-    """What has a fast way with kernels, which are made and checked when they are first asked for, and a torch way."""
+    """What has a fast way with kernels, which are made and checked when a device first asks for them, and a torch way.
+
+    `choice` is what VISUALGLM_KERNELS says to make it an error if they cannot be used, `name` what people call them.
+    """
+
+    choice: str
+    name: str
 
     def __init__(self):
         self.lock = threading.Lock()
+        self.found: dict[Any, Any | None] = {}  # by device
+        self.reasons: dict[Any, str] = {}  # why a device has none
+        self.has_warned = False
 
     @abstractmethod
-    def make(self) -> Any | None:
-        """Make the kernels; None if what they are made with is not installed.
+    def make(self, device: Any) -> Any:
+        """Make the kernels of a device.
 
         Raises:
-            KernelError, RuntimeError, OSError, AttributeError: they cannot be made here.
+            NoKernelsError: there are none for it, or a package is missing.
+            OSError, RuntimeError, AttributeError: they cannot be made.
         """
 
     @abstractmethod
@@ -57,33 +78,42 @@ class KernelUser(ABC):
             KernelError: they disagree.
         """
 
-    @property
-    def kernels(self) -> Any | None:
-        """The kernels, or None for the torch way."""
-        with self.lock:
-            return self.checked_kernels
+    def find(self, device: Any = None) -> Any | None:
+        """The kernels of a device, or None for the torch way."""
+        if device not in self.found:
+            with self.lock:
+                if device not in self.found:
+                    self.found[device] = self.prepare(device)
+        return self.found[device]
 
-    @cached_property
-    def checked_kernels(self) -> Any | None:
-        choice = os.environ.get("VISUALGLM_KERNELS", "auto")
-        if choice not in CHOICES:
-            raise ValueError(f"VISUALGLM_KERNELS is {choice!r}; it can be {', '.join(CHOICES)}.")
+    def prepare(self, device: Any) -> Any | None:
+        choice = read_choice()
         if choice == "torch":
+            self.reasons[device] = "VISUALGLM_KERNELS is torch"
             return None
         try:
-            kernels = self.make()
-            if kernels is not None:
-                self.check(kernels)
+            kernels = self.make(device)
+            self.check(kernels)
+        except NoKernelsError as error:
+            if choice == self.choice:
+                raise KernelError(f"The {self.name} cannot be used: {error}.") from error
+            self.reasons[device] = str(error)
+            return None
         except (OSError, RuntimeError, AttributeError) as error:
-            if choice == "cpu":
-                raise KernelError(f"The CPU kernels do not work: {error}") from error
+            self.give_up(device, error)
+            return None
+        return kernels
+
+    def give_up(self, device: Any, error: Exception) -> None:
+        """Use the torch way on this device from now on, and say so once."""
+        if read_choice() == self.choice:
+            raise KernelError(f"The {self.name} do not work: {error}") from error
+        self.found[device], self.reasons[device] = None, str(error)
+        if not self.has_warned:
+            self.has_warned = True
             warnings.warn(
-                "The CPU kernels do not work, torch's operators are used instead, which are slower. Set "
+                f"The {self.name} do not work, torch's operators are used instead, which are slower. Set "
                 f"VISUALGLM_KERNELS=torch to do without this message. Reason: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return None
-        if kernels is None and choice == "cpu":
-            raise KernelError("The CPU kernels need the package llvmlite. Get it with: pip install llvmlite")
-        return kernels

@@ -35,7 +35,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .cpu_products import CpuProducts
-from .cuda_kernels import CudaMultiply
+from .cuda_products import CudaMultiply
 from .quantization_kernels import (
     dequantize,
     half_linear,
