@@ -79,6 +79,20 @@ def visible_text(responses: list[str]) -> list[str]:
     return seen
 
 
+def skip_without_cpu_kernels() -> None:
+    """Skip a file of tests where there can be no kernels: no llvmlite, or a processor that lacks what they need."""
+    from visualglm_hf.cpu_runtime import check_processor, load_llvm
+    from visualglm_hf.kernel_choice import KernelError
+
+    llvm = load_llvm()
+    if llvm is None:
+        pytest.skip("no llvmlite", allow_module_level=True)
+    try:
+        check_processor(llvm.get_host_cpu_features())
+    except KernelError as error:
+        pytest.skip(str(error), allow_module_level=True)
+
+
 def assemble(source: str, triple: str, processor: str) -> str:
     """Compile LLVM code as our kernels are, to assembly for any processor; skips the test if this LLVM has no such."""
     from visualglm_hf.cpu_runtime import load_llvm

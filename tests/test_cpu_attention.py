@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assemble, default_dtype, torch_threads
+from helpers import assemble, default_dtype, skip_without_cpu_kernels, torch_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -17,7 +17,7 @@ from visualglm_hf.kernel_choice import KernelError
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
-pytest.importorskip("llvmlite")
+skip_without_cpu_kernels()
 HALVES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # largest error beside 1: weights, result are rounded
 ATTENTION = CpuAttention()  # compiles each kernel once for all tests
 

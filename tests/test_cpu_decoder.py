@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assemble, default_dtype, torch_threads
+from helpers import assemble, default_dtype, skip_without_cpu_kernels, torch_threads
 from torch import nn
 from transformers import AutoModel, DynamicCache
 
@@ -26,7 +26,7 @@ from visualglm_hf.modeling_visualglm import CPU_DECODER, build_glm_position_ids,
 from visualglm_hf.quantization import CPU_PRODUCTS, quantize_
 
 
-pytest.importorskip("llvmlite")
+skip_without_cpu_kernels()
 CONFIG = {
     "text_config": {
         "vocab_size": 256,

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import skip_without_cpu_kernels
 
 from visualglm_hf.cpu_language import (
     BYTES,
@@ -38,7 +39,7 @@ from visualglm_hf.cpu_language import (
 from visualglm_hf.cpu_runtime import Compiler, Task, load_llvm
 
 
-pytest.importorskip("llvmlite")
+skip_without_cpu_kernels()
 COMPILER = Compiler(load_llvm())
 INTS32 = Form(I32)
 NUMBERS = itertools.count()

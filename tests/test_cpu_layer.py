@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import torch_threads
+from helpers import skip_without_cpu_kernels, torch_threads
 
 from visualglm_hf.cpu_decoder import StepKernels, addresses_of
 from visualglm_hf.cpu_language import HALVES
@@ -21,7 +21,7 @@ from visualglm_hf.cpu_layer import (
 from visualglm_hf.cpu_runtime import load_llvm
 
 
-pytest.importorskip("llvmlite")
+skip_without_cpu_kernels()
 STEP_KERNELS = StepKernels(load_llvm())
 LAST_BIT = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 

@@ -30,7 +30,6 @@ from visualglm_hf.quantization import (
 )
 from visualglm_hf.quantization_kernels import (
     dequantize,
-    has_matrix_instructions,
     multiply,
     multiply_by_rows,
     pack_int4,
@@ -316,13 +315,17 @@ def test_packed_matrices_die_with_their_layer():
     assert len(packed_matrices.matrices) == before
 
 
-def test_many_rows_avoid_the_packed_operators_without_matrix_instructions(monkeypatch):
-    has_matrix_instructions.cache_clear()
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    monkeypatch.setattr(quantization_kernels, "pack_for_cpu", None)
-    codes, scales = quantize_tensor(make_matrix(32, 128), 4)
-    multiply(torch.randn(64, 128, dtype=torch.bfloat16), codes, scales, 4, 128)  # would call None
-    has_matrix_instructions.cache_clear()
+@pytest.mark.usefixtures("torch_operators")
+def test_many_rows_avoid_the_packed_operators_on_every_processor(monkeypatch):
+    """With matrix instructions too, where a prompt packed all codes anew for 23 s and then took three times as long."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    for bits in (4, 8):
+        codes, scales = quantize_tensor(make_matrix(32, 128), bits)
+        x = torch.randn(17, 128, generator=seeded(1)).bfloat16()
+        for rows in (x[:16], x):
+            expected = multiply_by_rows(rows, codes, scales, bits, 128, False)  # its scales are not rounded
+            assert torch.equal(multiply(rows, codes, scales, bits, 128), expected)
+    assert codes not in packed_matrices.matrices
 
 
 @pytest.mark.usefixtures("torch_operators")

@@ -29,7 +29,6 @@ Shapes: M rows of activations, N outputs, K inputs, G columns of a group.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -51,7 +50,7 @@ PACKABLE_GROUPS = (256, 128, 64, 32)
 PACKED_ROWS, PACKED_BLOCK = 16, 64
 # torch's int8 operator reads past the end of a row, or dies, if its length is not such a multiple.
 INT8_COLUMNS = 32
-# Rows of activations from which float32 beats the packed bfloat16 operators on a CPU without matrix instructions.
+# Rows of activations from which float32 beats the packed bfloat16 operators, on CPUs with matrix instructions too.
 MANY_ROWS = 16
 
 
@@ -109,17 +108,6 @@ def multiply_by_rows(
 
 
 # CPU: torch's packed operators
-
-
-@lru_cache(maxsize=1)
-def has_matrix_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX)."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return probe is not None and probe()
-
-
-def has_few_rows(x: torch.Tensor) -> bool:
-    return x.shape[0] < MANY_ROWS or has_matrix_instructions()
 
 
 def packable_group(weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int) -> int | None:
@@ -196,7 +184,7 @@ def multiply_on_cpu(
 
     float32 and float16 do not: the operators take seconds for them (20.8 s for 64 rows of float32 and 16384 x 4096).
     """
-    if x.dtype == torch.bfloat16 and not transposed and has_few_rows(x) and x.shape[0] > 0:
+    if x.dtype == torch.bfloat16 and not transposed and 0 < x.shape[0] < MANY_ROWS:
         if bits == 8 and weight_scale.dim() == 1 and in_features % INT8_COLUMNS == 0:
             return torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), weight_scale.to(x.dtype))
         group = packable_group(weight, weight_scale, in_features) if bits == 4 else None
