@@ -120,4 +120,4 @@ def torch_operators(monkeypatch):
     """Low-bit products on the CPU as they are where llvmlite is not installed."""
     from visualglm_hf.quantization import CPU_PRODUCTS
 
-    monkeypatch.setitem(vars(CPU_PRODUCTS), "checked_kernels", None)
+    monkeypatch.setitem(CPU_PRODUCTS.found, None, None)

@@ -81,7 +81,8 @@ def visible_text(responses: list[str]) -> list[str]:
 
 def skip_without_cpu_kernels() -> None:
     """Skip a file of tests where there can be no kernels: no llvmlite, or a processor that lacks what they need."""
-    from visualglm_hf.cpu_kernels import KernelError, check_processor, load_llvm
+    from visualglm_hf.cpu_runtime import check_processor, load_llvm
+    from visualglm_hf.kernel_choice import KernelError
 
     llvm = load_llvm()
     if llvm is None:
@@ -94,7 +95,7 @@ def skip_without_cpu_kernels() -> None:
 
 def assemble(source: str, triple: str, processor: str) -> str:
     """Compile LLVM code as our kernels are, to assembly for any processor; skips the test if this LLVM has no such."""
-    from visualglm_hf.cpu_kernels import load_llvm
+    from visualglm_hf.cpu_runtime import load_llvm
 
     llvm = load_llvm()
     llvm.initialize_all_targets()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from visualglm_hf import cpu_attention, cpu_kernels
+from visualglm_hf import cpu_attention, cpu_language
 from visualglm_hf.cpu_attention import CpuAttention, attend_with_torch, fits, single_query_attention
-from visualglm_hf.cpu_kernels import KernelError
+from visualglm_hf.kernel_choice import KernelError
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
@@ -68,7 +68,7 @@ def test_keys_and_values_may_be_the_beginning_of_a_longer_cache():
 @pytest.mark.parametrize("has_openmp", [True, False])
 def test_threads_share_the_heads_and_leave_none(monkeypatch, has_openmp):
     if not has_openmp:
-        monkeypatch.setattr(ATTENTION.kernels.crew, "openmp", None)
+        monkeypatch.setattr(ATTENTION.kernels.pool, "openmp", None)
     with torch_threads(4):
         for heads in (1, 3, 32):
             problem = make_problem(100, heads=heads)
@@ -149,7 +149,7 @@ def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, recwarn):
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "LN_2", (0.7, 0.0))
+    monkeypatch.setattr(cpu_language, "LN_2", (0.7, 0.0))
     problem = make_problem(20)
     attention = CpuAttention()
     with pytest.warns(RuntimeWarning, match="Attention to torch.float16 is off by"):

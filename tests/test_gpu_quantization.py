@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import ROUNDING, assert_product_is_exact
 
-from visualglm_hf.cuda_kernels import BFLOAT16_CAPABILITY, FUSED_ROWS, CudaMultiply, DeviceKernels
+from visualglm_hf.cuda_products import BFLOAT16_CAPABILITY, FUSED_ROWS, CudaMultiply, DeviceKernels
 from visualglm_hf.quantization import QuantizedLinear
 from visualglm_hf.quantization_kernels import dequantize, multiply, multiply_by_rows
 
@@ -78,7 +78,7 @@ def test_products_equal_the_reference(cuda_multiply, outputs, inputs, bits, grou
 def test_dequantized_matrix_equals_the_reference_bit_for_bit(cuda_multiply, bits, group_size, dtype):
     skip_without(dtype)
     x, codes, scale, *_ = make_problem(1, 4096, 4096, bits, group_size, dtype)
-    kernels = cuda_multiply.kernels_of(x.device)
+    kernels = cuda_multiply.find(x.device)
     expected = dequantize(codes, scale, bits, 4096, dtype)
     assert torch.equal(kernels.dequantize(codes, scale, bits, 4096, dtype), expected)
 
@@ -218,7 +218,7 @@ def test_print_speed(cuda_multiply):
 def test_print_speed_of_fused_and_dequantized_by_rows(cuda_multiply, monkeypatch):
     """Where one overtakes the other says what FUSED_ROWS should be on this device."""
     device = torch.device("cuda", torch.cuda.current_device())
-    kernels: DeviceKernels = cuda_multiply.kernels_of(device)
+    kernels: DeviceKernels = cuda_multiply.find(device)
     print("\n   M   fused   dequantized (microseconds, int4 g64)")
     for (outputs, inputs), rows in itertools.product(SHAPES, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)):
         x, codes, scale, bits, *_ = make_problem(rows, outputs, inputs, 4, 64, torch.float16)

@@ -35,8 +35,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import find_adapted, record_untied, unwrap
-from .cpu_kernels import CpuProducts
-from .cuda_kernels import CudaMultiply
+from .cpu_products import CpuProducts
+from .cuda_products import CudaMultiply
 from .quantization_kernels import (
     dequantize,
     half_linear,

@@ -1,4 +1,4 @@
-// A libcuda that launches visualglm_hf/cuda_kernels.py's source on the CPU (simt.h), for tensors in ordinary memory.
+// A libcuda that launches visualglm_hf/cuda_source.py's source on the CPU (simt.h), for tensors in ordinary memory.
 //
 // It exports what the launcher calls, with the driver's signatures, and simt_* for the tests.
 // Compiled with -DSOURCE='"path of the source"'.

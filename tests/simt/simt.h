@@ -1,4 +1,4 @@
-// Enough of a GPU to run visualglm_hf/cuda_kernels.py's source on a CPU, unchanged but for its PTX helpers.
+// Enough of a GPU to run visualglm_hf/cuda_source.py's source on a CPU, unchanged but for its PTX helpers.
 //
 // A thread of a block is a fiber that runs until it waits for others: at a block's barrier, or for its warp, at an mma
 // or an exchange. Blocks run one after the other. Whoever waits for someone who has left, or reads or writes where it

@@ -17,25 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from visualglm_hf import cpu_kernels
-from visualglm_hf.cpu_kernels import (
-    KINDS,
-    Compiler,
-    CpuKernels,
-    CpuProducts,
-    KernelError,
-    fits,
-    load_llvm,
-    write_kernel,
-    write_matrix,
-    write_product,
-)
+from visualglm_hf import cpu_products, cpu_runtime
+from visualglm_hf.cpu_language import FLOATS32, I32, write_kernel
+from visualglm_hf.cpu_products import KINDS, CpuKernels, CpuProducts, fits, write_matrix, write_product
+from visualglm_hf.cpu_runtime import Compiler, Task, check_processor, load_llvm
+from visualglm_hf.kernel_choice import KernelError
 from visualglm_hf.quantization import HalfLinear, QuantizedLinear
 from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows, multiply_on_cpu, packed_matrices
 
 
 skip_without_cpu_kernels()
-IS_X86 = platform.machine().lower() in cpu_kernels.X86
+IS_X86 = platform.machine().lower() in cpu_runtime.X86
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # of results, relative
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -73,8 +65,8 @@ def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: tor
     """Whether a product is as near as 16-bit activations with a scale per block, and the dtype of `x`, allow."""
     matrix = dequantize(codes, scale, bits, x.shape[1], torch.float64)
     expected = x.double() @ matrix.T
-    blocks = x.double().unflatten(1, (-1, min(cpu_kernels.BLOCK, x.shape[1])))
-    half_a_step = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(1) / (2 * cpu_kernels.LARGEST_CODE)
+    blocks = x.double().unflatten(1, (-1, min(cpu_products.GROUP, x.shape[1])))
+    half_a_step = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(1) / (2 * cpu_products.LARGEST_CODE)
     bound = (1.001 * half_a_step + 1e-6 * x.double().abs()) @ matrix.abs().T + TOLERANCE[x.dtype] * expected.abs()
     return out.dtype == x.dtype and out.shape == expected.shape and ((out.double() - expected).abs() <= bound).all()
 
@@ -193,8 +185,8 @@ def test_the_largest_codes_and_activations_do_not_overflow(kernels, bits):
 @pytest.mark.usefixtures("several_threads")
 def test_threads_share_the_rows_and_leave_none(kernels, monkeypatch, has_openmp):
     if not has_openmp:
-        monkeypatch.setattr(kernels.crew, "openmp", None)
-    elif kernels.crew.openmp is None:
+        monkeypatch.setattr(kernels.pool, "openmp", None)
+    elif kernels.pool.openmp is None:
         pytest.skip("no GNU OpenMP here")
     for outputs in (1, 63, 4096, 4099):
         arguments = make_problem(4, outputs, 1024, 16, 2)
@@ -206,7 +198,7 @@ def test_threads_share_the_rows_and_leave_none(kernels, monkeypatch, has_openmp)
 @pytest.mark.usefixtures("several_threads")
 def test_products_at_the_same_time_do_not_disturb_each_other(kernels, monkeypatch, has_openmp):
     if not has_openmp:
-        monkeypatch.setattr(kernels.crew, "openmp", None)
+        monkeypatch.setattr(kernels.pool, "openmp", None)
     problems = [make_problem(4, 2048, 1024, 16, rows, seed=rows) for rows in range(1, 9)]
     with ThreadPoolExecutor(8) as pool:
         outputs = pool.map(lambda problem: kernels.multiply(*problem, 4), problems * 4)
@@ -215,13 +207,13 @@ def test_products_at_the_same_time_do_not_disturb_each_other(kernels, monkeypatc
 
 
 def multiply_in_child(connection, kernels: CpuKernels, arguments: tuple) -> None:
-    inherited = kernels.crew.helpers
-    connection.send((kernels.multiply(*arguments, 4).tolist(), kernels.crew.helpers is not inherited))
+    inherited = kernels.pool.helpers
+    connection.send((kernels.multiply(*arguments, 4).tolist(), kernels.pool.helpers is not inherited))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
-    monkeypatch.setattr(kernels.crew, "openmp", None)  # it cannot be forked, and nor can torch's threads
+    monkeypatch.setattr(kernels.pool, "openmp", None)  # it cannot be forked, and nor can torch's threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     arguments = make_problem(4, 2048, 1024, 16, 2)
     expected = kernels.multiply(*arguments, 4).tolist()
@@ -259,7 +251,7 @@ def test_the_kernels_are_right_on_older_and_smaller_processors(monkeypatch, proc
     has = load_llvm().get_host_cpu_features()
     if not all(has.get(feature) for feature, is_needed in features.items() if is_needed):
         pytest.skip("this processor has less")
-    monkeypatch.setattr(cpu_kernels, "Compiler", partial(Compiler, processor=processor, features=features))
+    monkeypatch.setattr(cpu_runtime, "Compiler", partial(Compiler, processor=processor, features=features))
     products = make_products()
     assert products.kernels is not None  # they passed the self-check
     assert products.kernels.kinds[4].name == name
@@ -268,30 +260,18 @@ def test_the_kernels_are_right_on_older_and_smaller_processors(monkeypatch, proc
     assert torch.equal(products.multiply(*arguments, 4, 768, False), PRODUCTS.multiply(*arguments, 4, 768, False))
 
 
-# What BYTE_DOTS' instructions compute, for processors that lack them.
-DOT_OF_BYTES = f"""
-define internal <16 x i32> @add_dot(<16 x i32> %sum, <64 x i8> %a, <64 x i8> %b) alwaysinline {{
-  %wide.a = zext <64 x i8> %a to <64 x i32>
-  %wide.b = sext <64 x i8> %b to <64 x i32>
-  %products = mul <64 x i32> %wide.a, %wide.b
-  %first = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4)}>
-  %second = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4, first=1)}>
-  %third = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4, first=2)}>
-  %fourth = shufflevector <64 x i32> %products, <64 x i32> poison, <16 x i32> <{cpu_kernels.indices(16, 4, first=3)}>
-  %half = add <16 x i32> %first, %second
-  %other = add <16 x i32> %third, %fourth
-  %total = add <16 x i32> %half, %other
-  %next = add <16 x i32> %sum, %total
-  ret <16 x i32> %next
-}}
-"""
+def add_dot_of_bytes(total, a, b):
+    """What the instructions of BYTE_DOTS compute, for processors that lack them."""
+    products = a.to(I32, signed=False) * b.to(I32)
+    first, second, third, fourth = (products.take(range(start, 64, 4)) for start in range(4))
+    return total + ((first + second) + (third + fourth))
 
 
 def test_activations_in_two_bytes_make_the_same_sums_as_in_one_word(monkeypatch):
     feature = next(name for name, has in load_llvm().get_host_cpu_features().items() if has)
     outs = []
-    for dots in ({feature: DOT_OF_BYTES}, {}):
-        monkeypatch.setattr(cpu_kernels, "BYTE_DOTS", dots)
+    for dots in ({feature: add_dot_of_bytes}, {}):
+        monkeypatch.setattr(cpu_products, "BYTE_DOTS", dots)
         products = make_products()
         assert products.kernels.kinds[4].name == "_".join(("int4", *dots))
         arguments = [make_problem(4, 33, 768, groups, rows) for groups, rows in ((1, 1), (6, 2), (12, 1), (96, 3))]
@@ -321,9 +301,9 @@ def test_rows_do_not_depend_on_those_beside_them(kernels):
 )
 def test_the_kernels_compile_for_other_processors(triple, processor):
     byte_dot = {"sapphirerapids": "avx512vnni", "alderlake": "avxvnni"}.get(processor)
-    kinds = cpu_kernels.choose_kinds({byte_dot: True})
+    kinds = cpu_products.choose_kinds({byte_dot: True})
     sources = [
-        write_product("kernel", kind, steps=4, groups=4 * (form in (4, 8)), tile=2) for form, kind in kinds.items()
+        write_product("kernel", kind, lines=4, groups=4 * (form in (4, 8)), tile=2) for form, kind in kinds.items()
     ]
     for source in [*sources, write_matrix("kernel", kinds[4], 4, 8), write_matrix("kernel", kinds[8], 4, 1)]:
         assembly = assemble(source, triple, processor)
@@ -335,13 +315,13 @@ def test_the_kernels_compile_for_other_processors(triple, processor):
 @pytest.mark.skipif(not IS_X86, reason="for x86")
 def test_a_processor_without_what_the_kernels_need_is_refused():
     with pytest.raises(KernelError, match="lacks avx2, f16c"):
-        cpu_kernels.check_processor({"fma": True, "avx2": False})
+        check_processor({"fma": True, "avx2": False})
 
 
 def test_an_unknown_kind_of_processor_is_refused(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(KernelError, match="riscv64"):
-        cpu_kernels.check_processor({})
+        check_processor({})
 
 
 # When the kernels are used, and when not
@@ -425,9 +405,11 @@ def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, recwarn):
 
 
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
-    record = KINDS[8].record.replace("fdiv float 1.0", "fdiv float 2.0")
-    wrong = {**KINDS, 8: replace(KINDS[8], record=record)}
-    monkeypatch.setattr(cpu_kernels, "KINDS", wrong)
+    def quantize_line(x, out):
+        scale, sums = KINDS[8].quantize_line(x, out)
+        return scale * 2.0, sums
+
+    monkeypatch.setattr(cpu_products, "KINDS", {**KINDS, 8: replace(KINDS[8], quantize_line=quantize_line)})
     products = make_products()
     arguments = make_problem(4, 9, 256, 4, 1)
     with pytest.warns(RuntimeWarning, match="int8 with 1 scales is off by"):
@@ -450,7 +432,7 @@ def test_the_environment_decides(monkeypatch):
 
 
 def test_a_task_is_laid_out_as_the_kernels_read_it(kernels):
-    class Everything(cpu_kernels.Task):
+    class Everything(Task):
         _fields_ = (
             ("first", ctypes.c_float),
             ("address", ctypes.c_void_p),
@@ -459,17 +441,11 @@ def test_a_task_is_laid_out_as_the_kernels_read_it(kernels):
             ("number", ctypes.c_int64),
         )
 
-    work = """
-define internal void @work(float %first, ptr %address, float %second, float %third, i64 %number, i64 %share) {
-  %small = fadd float %first, %second
-  %sum = fadd float %small, %third
-  %index = add i64 %number, %share
-  %at = getelementptr float, ptr %address, i64 %index
-  store float %sum, ptr %at, align 4
-  ret void
-}
-"""
+    def write_sum(k, task):
+        total = task.first + task.second + task.third
+        task.address.of(FLOATS32)[task.number + task.chunk].store(total)
+
     out = torch.zeros(5)
-    echo = kernels.compiled("echo", lambda name: write_kernel(name, Everything) + work)
+    echo = kernels.compiled("echo", lambda name: write_kernel(name, Everything, write_sum))
     echo.call(ctypes.byref(Everything(3, 0, 0.5, out.data_ptr(), 0.25, 4.0, 1)))
     assert out.tolist() == [0, 4.75, 4.75, 4.75, 0]

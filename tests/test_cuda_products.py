@@ -18,17 +18,11 @@ import pytest
 import torch
 from helpers import assert_product_is_exact
 
-from visualglm_hf import cuda_kernels, quantization_kernels
-from visualglm_hf.cuda_kernels import (
-    FUSED_ROWS,
-    SOURCE,
-    CudaMultiply,
-    DeviceKernels,
-    KernelError,
-    Launch,
-    compile_with,
-    find_nvrtc,
-)
+from visualglm_hf import cuda_products, cuda_runtime, quantization_kernels
+from visualglm_hf.cuda_products import FUSED_ROWS, CudaMultiply, DeviceKernels
+from visualglm_hf.cuda_runtime import Launch, compile_with, find_nvrtc
+from visualglm_hf.cuda_source import SOURCE
+from visualglm_hf.kernel_choice import KernelError
 from visualglm_hf.quantization import QuantizedLinear, quantize_tensor
 from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows
 
@@ -82,7 +76,7 @@ def fake_driver(tmp_path_factory) -> ctypes.CDLL:
 def fake_gpu(fake_driver, monkeypatch):
     """Let the launcher find the fake driver, and a device with compute capability 8.0 and few processors."""
     state = types.SimpleNamespace(driver=fake_driver, capability=(8, 0), processors=2, capturing=False, entered=[])
-    monkeypatch.setattr(cuda_kernels, "load_driver", lambda: fake_driver)
+    monkeypatch.setattr(cuda_runtime, "load_driver", lambda: fake_driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
     monkeypatch.setattr(
         torch.cuda,
@@ -101,7 +95,7 @@ def fake_gpu(fake_driver, monkeypatch):
 
 @pytest.fixture
 def without_compiling(monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "compile_kernels", lambda capability: b"\x7fELF")
+    monkeypatch.setattr(cuda_products, "compile_kernels", lambda capability: b"\x7fELF")
 
 
 @pytest.fixture
@@ -114,18 +108,18 @@ def kernels(fake_gpu, without_compiling) -> DeviceKernels:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvrtc_compiles_the_source_to_machine_code(nvrtc, architecture):
-    if architecture not in cuda_kernels.supported_architectures(nvrtc):
+    if architecture not in cuda_runtime.supported_architectures(nvrtc):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
     image = compile_with(nvrtc, divmod(architecture, 10))
     assert image.startswith(b"\x7fELF")
     for dtype, bits in itertools.product(DTYPES, (4, 8)):
         for kind in ("multiply", "dequantize"):
-            is_there = cuda_kernels.function_name(kind, bits, dtype).encode() in image
+            is_there = cuda_products.function_name(kind, bits, dtype).encode() in image
             assert is_there == (dtype == torch.float16 or architecture >= 80)
 
 
 def test_a_gpu_that_nvrtc_does_not_know_yet_gets_ptx_of_the_newest_that_it_does(nvrtc):
-    newest = cuda_kernels.supported_architectures(nvrtc)[-1]
+    newest = cuda_runtime.supported_architectures(nvrtc)[-1]
     image = compile_with(nvrtc, (99, 0)).decode()
     assert f".target sm_{newest}" in image
 
@@ -154,7 +148,7 @@ def test_torchs_own_version_of_nvrtc_comes_first(monkeypatch, platform, cuda, fi
     tried = []
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(cuda_kernels, "load_with_builtins", lambda folder, name: tried.append((folder, name)))
+    monkeypatch.setattr(cuda_runtime, "load_with_builtins", lambda folder, name: tried.append((folder, name)))
     list(find_nvrtc())
     assert tried[0] == (None, first)
     assert len({name for _, name in tried}) == 3
@@ -190,10 +184,10 @@ def test_hot_loop_converts_no_integers_and_is_short(nvrtc, tmp_path, architectur
     command = [disassembler, "-c", str(tmp_path / "kernels.cubin")]
     assembly = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     for dtype in DTYPES:
-        loop = hot_loop(assembly, cuda_kernels.function_name("multiply", bits, dtype))
+        loop = hot_loop(assembly, cuda_products.function_name("multiply", bits, dtype))
         assert not [line for line in loop if "I2F" in line or "LDL" in line or "STL" in line]
         assert len([line for line in loop if "LDG.E" in line and ".128" in line]) >= 4
-        weights = 4 * cuda_kernels.LANE_BITS // bits  # of a lane in an iteration
+        weights = 4 * cuda_products.LANE_BITS // bits  # of a lane in an iteration
         assert len(loop) / weights < most
 
 
@@ -390,7 +384,7 @@ def test_few_rows_are_fused_and_many_are_dequantized(fake_gpu, without_compiling
     arguments, _ = problem_and_reference()
     multiply(*arguments)  # and the self-check
     names, launch = [], Launch.__call__
-    name_of = {function.value: name for name, function in multiply.kernels[DEVICE].functions.items()}
+    name_of = {function.value: name for name, function in multiply.found[DEVICE].functions.items()}
     monkeypatch.setattr(
         Launch, "__call__", lambda self, *rest: names.append(name_of[self.call[0].value]) or launch(self, *rest)
     )
@@ -433,7 +427,7 @@ def test_an_error_after_the_self_check_gives_one_warning_and_the_torch_way(fake_
         outs = [multiply(*arguments) for _ in range(2)]
     assert all(torch.equal(out, expected) for out in outs)
     assert len(caught) == 1
-    assert multiply.kernels == {DEVICE: None}
+    assert multiply.found == {DEVICE: None}
 
 
 def test_a_thread_without_a_context_gets_the_devices(kernels, fake_gpu):
@@ -443,7 +437,7 @@ def test_a_thread_without_a_context_gets_the_devices(kernels, fake_gpu):
 
 
 def test_missing_libraries_give_one_warning_and_the_torch_way(fake_gpu, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "find_nvrtc", lambda: iter(()))
+    monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(()))
     multiply = CudaMultiply(multiply_by_rows)
     arguments, expected = problem_and_reference()
     with pytest.warns(RuntimeWarning, match="NVRTC, which comes with torch for CUDA, was not found"):
@@ -453,7 +447,7 @@ def test_missing_libraries_give_one_warning_and_the_torch_way(fake_gpu, monkeypa
     def no_driver():
         raise OSError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(cuda_kernels, "load_driver", no_driver)
+    monkeypatch.setattr(cuda_runtime, "load_driver", no_driver)
     multiply = CudaMultiply(multiply_by_rows)
     with pytest.warns(RuntimeWarning, match="libcuda"):
         out = multiply(*arguments)
@@ -466,12 +460,12 @@ def test_an_nvrtc_that_fails_makes_room_for_the_next(monkeypatch):
             raise KernelError("NVRTC_ERROR_BUILTIN_OPERATION_FAILURE")
         return b"image"
 
-    monkeypatch.setattr(cuda_kernels, "compile_with", compile_one)
-    monkeypatch.setattr(cuda_kernels, "find_nvrtc", lambda: iter(("broken", "sound")))
-    assert cuda_kernels.compile_kernels((8, 0)) == b"image"
-    monkeypatch.setattr(cuda_kernels, "find_nvrtc", lambda: iter(("broken",)))
+    monkeypatch.setattr(cuda_runtime, "compile_with", compile_one)
+    monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(("broken", "sound")))
+    assert cuda_runtime.compile_kernels((8, 0)) == b"image"
+    monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(("broken",)))
     with pytest.raises(KernelError, match="BUILTIN"):
-        cuda_kernels.compile_kernels((8, 0))
+        cuda_runtime.compile_kernels((8, 0))
 
 
 @pytest.mark.parametrize("kind", ["multiply", "dequantize"])
@@ -512,7 +506,7 @@ def test_nothing_is_loaded_while_a_graph_is_captured(fake_gpu, without_compiling
     arguments, expected = problem_and_reference()
     fake_gpu.capturing = True
     assert torch.equal(multiply(*arguments), expected)
-    assert not multiply.kernels
+    assert not multiply.found
     fake_gpu.capturing = False
     assert count_launches(fake_gpu, multiply, *arguments) > 1  # the self-check
     fake_gpu.capturing = True
@@ -545,6 +539,6 @@ def test_a_second_import_registers_nothing():
 
 
 def test_quantizing_on_the_cpu_and_multiplying_there_never_asks_for_a_device(monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "load_driver", None)
+    monkeypatch.setattr(cuda_runtime, "load_driver", None)
     codes, scale = quantize_tensor(torch.randn(32, 128), 4)
     quantization_kernels.multiply(torch.randn(1, 128), codes, scale, 4, 128)
