@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 
 import batch_infer
+import finetune_visualglm
+import output_files
 import pytest
 from output_files import locked
 from PIL import Image
@@ -275,14 +277,20 @@ def test_a_lock_ends_with_its_process_however_that_ends(door):
     assert not Path("out.jsonl.lock").exists()
 
 
-def test_whoever_waits_for_a_lock_that_is_removed_makes_a_new_one(tmp_path):
-    output, names = tmp_path / "out.jsonl", []
-    for _ in range(3):
-        with locked(output):
-            names.append(os.stat(tmp_path / "out.jsonl.lock").st_ino)
-            (tmp_path / "out.jsonl.lock").unlink()  # as one does that ends between the other's open and lock
-            with locked(output):
-                assert os.stat(tmp_path / "out.jsonl.lock").st_ino not in names
+def test_a_lock_that_its_owner_removed_in_the_same_moment_is_not_taken_for_one(tmp_path, monkeypatch):
+    lock, name, locks = output_files.lock, tmp_path / "out.jsonl.lock", []
+
+    def lock_too_late(file, path):
+        lock(file, path)
+        if not locks:
+            name.unlink()
+        locks.append(file)
+
+    monkeypatch.setattr(output_files, "lock", lock_too_late)
+    with locked(tmp_path / "out.jsonl"):
+        assert len(locks) == 2
+        assert os.path.samestat(os.fstat(locks[1].fileno()), name.stat())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_reported_was_counted_in_the_file(door, monkeypatch):
@@ -538,6 +546,12 @@ def test_errors_of_other_commands_are_clean_too(command, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
     assert module.main() == 2
     assert not set("\x1b\x07\x9b\x7f") & set(capsys.readouterr().err)
+
+
+def test_what_training_says_of_its_rows_is_clean(capsys):
+    finetune_visualglm.say(f"error: 2 bad rows\n  {ESCAPES}")
+    said = capsys.readouterr().err
+    assert "\n  ]0;title" in said and not set("\x1b\x07\x9b\x7f") & set(said)
 
 
 def test_a_line_of_data_is_printable_and_bounded():
