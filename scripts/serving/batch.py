@@ -20,7 +20,7 @@ from output_files import ERRORS, PART, behind_links, is_stream, replace_file
 from PIL import Image
 from printing import one_line, printable, shortened
 
-from visualglm_hf.fetching import decode_base64, download
+from visualglm_hf.fetching import download
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
 
 from .engine import Answer, Completion, Engine, EngineError
@@ -31,6 +31,7 @@ from .sampling import MAX_SEED, Settings
 
 WINDOW = 4  # batches that are prepared ahead
 MAX_PICTURE_BYTES = 256 * 2**20  # more than decoding it may take
+LONGEST_FILE_NAME = 255  # bytes: what is longer may be the text of a picture in base64
 LONGEST_NAME = 200  # characters of a path or an address that is shown
 LONGEST_ROW = 4000  # characters of a row in the errors file; of an id, a quarter
 ADDED = ("answer", "finish_reason")
@@ -181,13 +182,15 @@ class Pictures:
         if source[:5].lower() == "data:":
             return data_uri_bytes(source)
         places = self.places_of(source)
-        if len(places) > 1:
-            raise ValueError(f"The picture {source!r} is ambiguous: there are {' and '.join(places)}.")
-        data = read_file(places[0]) if places else decode_base64(source)
-        if data is None:
+        if not places and len(source) > LONGEST_FILE_NAME:
+            with contextlib.suppress(ValueError):
+                return data_uri_bytes(f"data:;base64,{source}")
+        if not places:
             folders = " and ".join(dict.fromkeys(map(os.path.abspath, (self.folder, "."))))
             raise ValueError(f"There is no picture file {shortened(source, LONGEST_NAME)!r} in {folders}.")
-        return data
+        if len(places) > 1:
+            raise ValueError(f"The picture {source!r} is ambiguous: there are {' and '.join(places)}.")
+        return read_file(places[0])
 
     def places_of(self, name: str) -> list[str]:
         """The different plain files that may be meant."""
