@@ -11,7 +11,10 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +34,7 @@ from .sampling import MAX_SEED, Settings
 
 WINDOW = 4  # batches that are prepared ahead
 MAX_PICTURE_BYTES = 256 * 2**20  # more than decoding it may take
+DOWNLOAD_SECONDS = 60
 LONGEST_FILE_NAME = 255  # bytes: what is longer may be the text of a picture in base64
 LONGEST_NAME = 200  # characters of a path or an address that is shown
 LONGEST_ROW = 4000  # characters of a row in the errors file; of an id, a quarter
@@ -178,7 +182,7 @@ class Pictures:
         if source[:8].lower().startswith(("http://", "https://")):
             if not self.allow_urls:
                 raise ValueError(f"The picture {source!r} is an address; give --allow-urls to fetch it.")
-            return download(source)
+            return download_in_time(source)
         if source[:5].lower() == "data:":
             return data_uri_bytes(source)
         places = self.places_of(source)
@@ -197,6 +201,23 @@ class Pictures:
         path = os.path.expanduser(name)
         places = (os.path.abspath(os.path.join(folder, path)) for folder in (self.folder, "."))
         return list({os.path.realpath(place): place for place in places if os.path.isfile(place)}.values())
+
+
+def download_in_time(url: str) -> bytes:
+    """The bytes behind an address; a `ValueError` if they take too long, however slowly and steadily they come."""
+    downloaded: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            downloaded.set_result(download(url))
+        except UNPREPARED as error:
+            downloaded.set_exception(error)
+
+    threading.Thread(target=work, name="download", daemon=True).start()  # a process does not wait for it to end
+    try:
+        return downloaded.result(DOWNLOAD_SECONDS)
+    except FutureTimeout as error:  # a TimeoutError from Python 3.11 on
+        raise ValueError(f"The picture {url!r} took more than {DOWNLOAD_SECONDS} s. Save it, give the path.") from error
 
 
 def read_file(path: str) -> bytes:

@@ -1,11 +1,14 @@
 """A file of questions is answered to its end, whatever is in it and wherever the answers go."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import batch_infer
@@ -15,7 +18,7 @@ import pytest
 from output_files import locked
 from PIL import Image
 from printing import one_line
-from serving import json_lines
+from serving import batch, json_lines
 from serving.batch import Output, Pictures, Problem, Row, answer_rows, read_rows
 from serving.engine import Engine, Limits
 from serving.loading import load_model
@@ -206,6 +209,23 @@ def test_pictures_of_rows_are_decoded_in_another_process(door, monkeypatch):
     monkeypatch.setattr(Engine, "decode_picture", lambda self, data, name: open_picture(data))
     assert door(source, "again.jsonl")[0] == 0
     assert [row["answer"] for row in objects("again.jsonl")] == answers
+
+
+def test_a_server_that_sends_a_byte_now_and_then_costs_its_row_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "DOWNLOAD_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+                for _ in range(60):
+                    connection.sendall(b"a")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(ValueError, match="took more than 0.3 s"):
+            Pictures(tmp_path, True).open(f"http://127.0.0.1:{server.getsockname()[1]}/a.png")
 
 
 def test_a_picture_beyond_any_memory_is_not_read(tmp_path):
