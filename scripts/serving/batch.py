@@ -11,7 +11,10 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +23,7 @@ from output_files import ERRORS, PART, behind_links, is_stream, replace_file
 from PIL import Image
 from printing import one_line, printable, shortened
 
-from visualglm_hf.fetching import decode_base64, download
+from visualglm_hf.fetching import download
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
 
 from .engine import Answer, Completion, Engine, EngineError
@@ -31,6 +34,8 @@ from .sampling import MAX_SEED, Settings
 
 WINDOW = 4  # batches that are prepared ahead
 MAX_PICTURE_BYTES = 256 * 2**20  # more than decoding it may take
+DOWNLOAD_SECONDS = 60
+LONGEST_FILE_NAME = 255  # bytes: what is longer may be the text of a picture in base64
 LONGEST_NAME = 200  # characters of a path or an address that is shown
 LONGEST_ROW = 4000  # characters of a row in the errors file; of an id, a quarter
 ADDED = ("answer", "finish_reason")
@@ -177,23 +182,42 @@ class Pictures:
         if source[:8].lower().startswith(("http://", "https://")):
             if not self.allow_urls:
                 raise ValueError(f"The picture {source!r} is an address; give --allow-urls to fetch it.")
-            return download(source)
+            return download_in_time(source)
         if source[:5].lower() == "data:":
             return data_uri_bytes(source)
         places = self.places_of(source)
-        if len(places) > 1:
-            raise ValueError(f"The picture {source!r} is ambiguous: there are {' and '.join(places)}.")
-        data = read_file(places[0]) if places else decode_base64(source)
-        if data is None:
+        if not places and len(source) > LONGEST_FILE_NAME:
+            with contextlib.suppress(ValueError):
+                return data_uri_bytes(f"data:;base64,{source}")
+        if not places:
             folders = " and ".join(dict.fromkeys(map(os.path.abspath, (self.folder, "."))))
             raise ValueError(f"There is no picture file {shortened(source, LONGEST_NAME)!r} in {folders}.")
-        return data
+        if len(places) > 1:
+            raise ValueError(f"The picture {source!r} is ambiguous: there are {' and '.join(places)}.")
+        return read_file(places[0])
 
     def places_of(self, name: str) -> list[str]:
         """The different plain files that may be meant."""
         path = os.path.expanduser(name)
         places = (os.path.abspath(os.path.join(folder, path)) for folder in (self.folder, "."))
         return list({os.path.realpath(place): place for place in places if os.path.isfile(place)}.values())
+
+
+def download_in_time(url: str) -> bytes:
+    """The bytes behind an address; a `ValueError` if they take too long, however slowly and steadily they come."""
+    downloaded: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            downloaded.set_result(download(url))
+        except UNPREPARED as error:
+            downloaded.set_exception(error)
+
+    threading.Thread(target=work, name="download", daemon=True).start()  # a process does not wait for it to end
+    try:
+        return downloaded.result(DOWNLOAD_SECONDS)
+    except FutureTimeout as error:  # a TimeoutError from Python 3.11 on
+        raise ValueError(f"The picture {url!r} took more than {DOWNLOAD_SECONDS} s. Save it, give the path.") from error
 
 
 def read_file(path: str) -> bytes:

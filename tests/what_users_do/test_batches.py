@@ -1,19 +1,24 @@
 """A file of questions is answered to its end, whatever is in it and wherever the answers go."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import batch_infer
+import finetune_visualglm
+import output_files
 import pytest
 from output_files import locked
 from PIL import Image
 from printing import one_line
-from serving import json_lines
+from serving import batch, json_lines
 from serving.batch import Output, Pictures, Problem, Row, answer_rows, read_rows
 from serving.engine import Engine, Limits
 from serving.loading import load_model
@@ -206,6 +211,23 @@ def test_pictures_of_rows_are_decoded_in_another_process(door, monkeypatch):
     assert [row["answer"] for row in objects("again.jsonl")] == answers
 
 
+def test_a_server_that_sends_a_byte_now_and_then_costs_its_row_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "DOWNLOAD_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+                for _ in range(60):
+                    connection.sendall(b"a")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(ValueError, match="took more than 0.3 s"):
+            Pictures(tmp_path, True).open(f"http://127.0.0.1:{server.getsockname()[1]}/a.png")
+
+
 def test_a_picture_beyond_any_memory_is_not_read(tmp_path):
     with open(tmp_path / "a.png", "wb") as file:
         file.truncate(2**40)
@@ -275,14 +297,20 @@ def test_a_lock_ends_with_its_process_however_that_ends(door):
     assert not Path("out.jsonl.lock").exists()
 
 
-def test_whoever_waits_for_a_lock_that_is_removed_makes_a_new_one(tmp_path):
-    output, names = tmp_path / "out.jsonl", []
-    for _ in range(3):
-        with locked(output):
-            names.append(os.stat(tmp_path / "out.jsonl.lock").st_ino)
-            (tmp_path / "out.jsonl.lock").unlink()  # as one does that ends between the other's open and lock
-            with locked(output):
-                assert os.stat(tmp_path / "out.jsonl.lock").st_ino not in names
+def test_a_lock_that_its_owner_removed_in_the_same_moment_is_not_taken_for_one(tmp_path, monkeypatch):
+    lock, name, locks = output_files.lock, tmp_path / "out.jsonl.lock", []
+
+    def lock_too_late(file, path):
+        lock(file, path)
+        if not locks:
+            name.unlink()
+        locks.append(file)
+
+    monkeypatch.setattr(output_files, "lock", lock_too_late)
+    with locked(tmp_path / "out.jsonl"):
+        assert len(locks) == 2
+        assert os.path.samestat(os.fstat(locks[1].fileno()), name.stat())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_reported_was_counted_in_the_file(door, monkeypatch):
@@ -538,6 +566,12 @@ def test_errors_of_other_commands_are_clean_too(command, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
     assert module.main() == 2
     assert not set("\x1b\x07\x9b\x7f") & set(capsys.readouterr().err)
+
+
+def test_what_training_says_of_its_rows_is_clean(capsys):
+    finetune_visualglm.say(f"error: 2 bad rows\n  {ESCAPES}")
+    said = capsys.readouterr().err
+    assert "\n  ]0;title" in said and not set("\x1b\x07\x9b\x7f") & set(said)
 
 
 def test_a_line_of_data_is_printable_and_bounded():
