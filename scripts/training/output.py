@@ -144,7 +144,7 @@ def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
     for checkpoint in complete_checkpoints(folder)[:-keep]:
         if step_of(checkpoint) != str(best_step):
             (checkpoint / COMPLETE).unlink()  # first, so that half of it is never taken for all
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def describe_lost(folder: Path, name: str, error: Exception) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from training.adapters import (
     resolve_layers,
 )
 from training.dataset import read_dataset
-from training.encoding import Collator, Encoder, Example, count_shared, describe_truncation, digest
+from training.encoding import IGNORED, Collator, Encoder, Example, count_shared, describe_truncation, digest
 from training.output import (
     ADAPTER,
     COMPLETE,
@@ -263,9 +264,10 @@ def training_arguments(settings: Settings) -> TrainingArguments:
 def check_intervals(settings: Settings) -> None:
     """Raise a `ValueError` if the best checkpoint is wanted, and some would be saved without being evaluated."""
     if settings.selects_best and settings.save_interval % settings.eval_interval:
+        multiple = settings.eval_interval * max(1, settings.save_interval // settings.eval_interval)
         raise ValueError(
             f"--save-interval {settings.save_interval} must be a multiple of --eval-interval {settings.eval_interval}, "
-            "so that the best of the evaluated checkpoints is there in the end."
+            f"such as {multiple}, so that the best of the evaluated checkpoints is there in the end."
         )
 
 
@@ -381,6 +383,23 @@ class Keeper(TrainerCallback):
             )
 
 
+class PerTokenTrainer(Trainer):
+    """Evaluates to the loss per token, as it trains; `Trainer` takes the mean of the batches, whatever is in them."""
+
+    @cached_property
+    def usual_tokens(self) -> float:
+        return count_learned([example.labels for example in self.eval_dataset])
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss * count_learned(inputs["labels"].tolist()) / self.usual_tokens, logits, labels
+
+
+def count_learned(labels: Sequence[Sequence[int]]) -> float:
+    """Tokens with a loss, on average over the rows."""
+    return sum(label != IGNORED for row in labels for label in row) / len(labels)
+
+
 def build_trainer(
     settings: Settings,
     arguments: TrainingArguments,
@@ -393,7 +412,7 @@ def build_trainer(
     evaluated = data.valid
     if settings.eval_iters is not None:
         evaluated = Subset(evaluated, range(min(len(evaluated), settings.eval_iters * settings.eval_batch_size)))
-    return Trainer(
+    return PerTokenTrainer(
         model=add_adapter(base, adapter),
         args=arguments,
         data_collator=collator,

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 STDERR = 2
-STOPPING = b"\nStopping: this step is finished and saved. Once more ends the run at once, without saving.\n"
+STOPPING = b"\nStopping: this step is finished and saved.\n"
+AGAIN = b"Once more ends the run at once, without saving.\n"
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,11 +59,14 @@ class StopAfterStep(TrainerCallback):
     def hear(self, number: int, frame) -> None:
         if os.getpid() != self.process:  # it opens pictures: the process that trains says when to end
             return
+        # Launchers pass on what the terminal has sent already, and kill later.
+        is_alone = "WORLD_SIZE" not in os.environ
         if self.asked_by is None:
             self.asked_by = number
             with suppress(OSError):  # the terminal may be gone
-                os.write(STDERR, STOPPING)  # not `print`: the signal may have come while a line was being printed
-        elif "WORLD_SIZE" not in os.environ:  # launchers pass on what the terminal has sent already, and kill later
+                # Not `print`: the signal may have come while a line was being printed.
+                os.write(STDERR, STOPPING + AGAIN if is_alone else STOPPING)
+        elif is_alone:
             raise Stopped(number=number)
 
     def on_step_end(self, args, state, control, **kwargs):

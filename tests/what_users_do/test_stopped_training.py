@@ -28,6 +28,16 @@ MODEL = ROOT / "models" / "visualglm-tiny"
 EXAMPLE = ROOT / "examples" / "background"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_in_a_terminal():
+    """Signals are heard, also where pytest itself runs under nohup or in the background."""
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def settings(tmp_path):
     """A run of four steps that would save at its end alone."""

@@ -85,6 +85,26 @@ def test_held_out_rows_are_evaluated_several_times_without_being_asked(steps, ev
     assert report["best_checkpoint"] is None and report["steps"] == steps
 
 
+@pytest.mark.parametrize("eval_batch_size", [1, 2])
+def test_the_loss_of_held_out_rows_is_per_token_whatever_the_batches(eval_batch_size, settings, tmp_path):
+    rows = tmp_path / "rows.json"
+    labels = ("好", "这张图片的背景是红色的沙滩。" * 5, "海")
+    rows.write_text(json.dumps([{"prompt": "x", "label": label} for label in labels]), encoding="utf-8")
+    report = finetune(
+        replace(settings, valid_data=(rows,), train_iters=1, eval_batch_size=eval_batch_size, eval_iters=3), silent
+    )
+    measured = report["measured"]["held out"]
+    assert losses(report)[0] == pytest.approx(measured["before"]["loss"], rel=1e-5)
+    assert losses(report)[1] == pytest.approx(measured["after"]["loss"], rel=1e-5)
+
+
+def test_the_interval_of_saving_that_is_advised_is_taken(settings):
+    settings = replace(settings, eval_interval=2, save_interval=5)
+    with pytest.raises(ValueError, match="must be a multiple of --eval-interval 2, such as (4)"):
+        finetune(settings, silent)
+    assert finetune(replace(settings, save_interval=4), silent)["steps"] == 2
+
+
 def test_an_interval_that_does_not_divide_the_run_ends_with_an_evaluation(settings):
     report = finetune(replace(settings, train_iters=5, eval_interval=2), silent)
     assert sorted(losses(report)) == [2, 4, 5]
