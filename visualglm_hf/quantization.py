@@ -315,6 +315,14 @@ class QuantizedLinear(nn.Linear):
         """Compute the matrix [N, K] that this layer multiplies with."""
         return dequantize(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take full weights, too: PEFT saves those below an adapter of the head with it."""
+        key = f"{prefix}weight"
+        if key in state_dict and state_dict[key].is_floating_point():
+            group_size = self.group_size or PER_ROW
+            state_dict[key], state_dict[f"{key}_scale"] = quantize_tensor(state_dict[key], self.bits, group_size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def reset_parameters(self) -> None:
         """Do nothing: codes come from weights, not from chance."""
 
@@ -344,6 +352,14 @@ class HalfLinear(nn.Linear):
         if is_plain and x.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
             return half_linear(x, self.weight, self.bias)
         return super().forward(x)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take 8-bit weights, too, which PEFT saved with an adapter of a low-bit head."""
+        key = f"{prefix}weight"
+        if key in state_dict and state_dict[key].dtype == torch.int8:
+            scale = state_dict.pop(f"{key}_scale")
+            state_dict[key] = dequantize(state_dict[key], scale, 8, self.in_features, self.weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def find_linears(module: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
