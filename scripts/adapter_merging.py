@@ -23,6 +23,7 @@ from prepared_folder import (
     written_whole,
 )
 
+from visualglm_hf.adapters import check_plain, is_tied, record_untied
 from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
 from visualglm_hf.quantization import check_mergeable
 
@@ -51,13 +52,26 @@ def fold(adapted: torch.nn.Module) -> VisualGLMForConditionalGeneration:
     """Fold the layers of an adapter into those below them, each in float32 and rounded once.
 
     Raises:
-        ValueError: the result has NaN or infinite numbers.
+        ValueError: the result has NaN or infinite numbers, or PEFT cannot fold such an adapter.
     """
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(adapted, PeftModel):
         return adapted  # with a prefix, which has its own place in the model
+    kind = adapted.active_peft_config.peft_type.value
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{kind} trains tokens before the prompt, for which weights have no place. Keep the adapter as it is."
+        )
+    try:
+        return fold_layers(adapted)
+    except NotImplementedError as error:
+        raise ValueError(f"PEFT cannot fold {kind} into weights. Keep the adapter as it is.") from error
+
+
+def fold_layers(adapted: torch.nn.Module) -> VisualGLMForConditionalGeneration:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for layer in (module for module in adapted.modules() if isinstance(module, BaseTunerLayer)):
         weight = layer.get_base_layer().weight
         dtype = weight.dtype
@@ -86,10 +100,13 @@ def merge(base: Path, adapter: Path, target: Path, vocabulary: Path | None = Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks; what matters of them is an error here
         model = fold(load_adapter(map_model(checkpoint), adapter))
+    check_plain(model)
+    if not is_tied(model):  # the adapter may have untied them
+        record_untied(model)
     entries = {
         key: Entry(tuple(tensor.shape), tensor.dtype, compute=tensor.detach)
         for key, tensor in model.state_dict().items()
-        if not (checkpoint.is_tied and key == LM_HEAD)
+        if not (is_tied(model) and key == LM_HEAD)
     }
     check_space(target, SPARE_BYTES + total_bytes(entries))
     with written_whole(target) as folder:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from visualglm_hf import VisualGLMForConditionalGeneration
-from visualglm_hf.feature_cache import FeatureCache, describe
+from visualglm_hf.feature_cache import FeatureCache, describe, sample
 
 
 @pytest.fixture
@@ -91,6 +91,14 @@ def add_past_the_version_counter(model):
     model.image_encoder.qformer.transformer["layers"][0].attention.query_key_value.weight.data += 0.5
 
 
+def write_to_a_bias_past_the_version_counter(model):
+    model.image_encoder.glm_proj.bias.data[3] += 1
+
+
+def write_to_a_row_past_the_version_counter(model):
+    model.image_encoder.vit.transformer["layers"][1].mlp.dense_h_to_4h.weight.data[77] = 0
+
+
 def load_other_weights(model):
     weights = {name: value * 1.5 for name, value in model.image_encoder.state_dict().items()}
     model.image_encoder.load_state_dict(weights)
@@ -117,6 +125,8 @@ def take_a_training_step(model):
     [
         add_in_place,
         add_past_the_version_counter,
+        write_to_a_bias_past_the_version_counter,
+        write_to_a_row_past_the_version_counter,
         load_other_weights,
         assign_other_weights,
         replace_a_parameter,
@@ -126,6 +136,25 @@ def take_a_training_step(model):
 def test_features_of_other_weights_are_never_given(model, pixel_values, change):
     before = encode(model, pixel_values[:1])
     change(model)
+    after = encode(model, pixel_values[:1])
+    assert torch.equal(after, fresh(model, pixel_values[:1]))
+    assert not torch.equal(after, before)
+
+
+def test_whatever_row_is_written_to_a_sample_shows_it(model):
+    """The matrices of the encoder have all proportions: wide, tall, of one row, of four dimensions."""
+    for parameter in model.image_encoder.parameters():
+        number = torch.arange(parameter.numel()).view(parameter.shape)
+        seen = sample(number) // number[0].numel()
+        assert set(seen.tolist()) == set(range(len(number)))
+        assert len(seen) <= 2 * len(number) + 1
+
+
+def test_what_no_counter_sees_needs_clearing(model, pixel_values):
+    before = encode(model, pixel_values[:1])
+    model.image_encoder.glm_proj.weight.detach().numpy()[1, 9] += 10
+    assert torch.equal(encode(model, pixel_values[:1]), before)
+    model.image_cache.clear()
     after = encode(model, pixel_values[:1])
     assert torch.equal(after, fresh(model, pixel_values[:1]))
     assert not torch.equal(after, before)

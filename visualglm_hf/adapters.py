@@ -17,7 +17,6 @@ Not here: PEFT, which wraps a layer into one of its own with the layer as `base_
 `original_module` (what takes its place); and low bits (`quantization.py`).
 """
 
-import torch
 from torch import nn
 
 
@@ -57,9 +56,9 @@ def check_plain(model: nn.Module) -> None:
     adapted = list(find_adapted(model))
     if adapted:
         raise ValueError(
-            f"{adapted[0]} and {len(adapted) - 1} more layers have an adapter, so these are no weights of the model alone. "
-            "Save PEFT's model, which writes the adapter, or take what its merge_and_unload() returns. (Of LN tuning with "
-            "modules_to_save it leaves the latter behind: such an adapter can only be kept beside the model.)"
+            f"{adapted[0]} and {len(adapted) - 1} more layers have an adapter, so the weights have names that nothing "
+            "loads. Save PEFT's model, which writes the adapter, or what its merge_and_unload() returns. (Of LN tuning "
+            "with modules_to_save it leaves the latter behind: such an adapter can only be kept beside the model.)"
         )
 
 
@@ -87,8 +86,24 @@ def record_untied(model: nn.Module) -> None:
 
 
 def adapts_embeddings(model: nn.Module) -> bool:
-    """Whether an adapter calculates with the output layer or the input embeddings, and will be merged into them."""
-    return any(
-        "original_module" not in dict(module.named_children()) and find_wrapped(module) is not None
-        for module in (model.get_output_embeddings(), model.get_input_embeddings())
-    )
+    """Whether an adapter of one of them alone calculates with the output layer or the input embeddings.
+
+    Merged, it would be in both. A layer that is trained as a whole is put into its place, and trained tokens that both
+    share are written twice, alike.
+    """
+    ends = model.get_output_embeddings(), model.get_input_embeddings()
+    layers = [getattr(end, "token_adapter", end) for end in ends]
+    is_shared = getattr(layers[0], "tied_adapter", None) is not None
+    return not is_shared and any("base_layer" in dict(layer.named_children()) for layer in layers)
+
+
+def check_tied_adapters(adapters: dict) -> None:
+    """Raise a `ValueError` if PEFT tied an adapter of the output layer to one of the embeddings, see `LoraConfig`.
+
+    It would not do so when it loads the adapter, since it knows embeddings by other names than the original's.
+    """
+    if any(getattr(config, "target_modules_to_tie", None) for config in adapters.values()):
+        raise ValueError(
+            "ensure_weight_tying cannot be used with an adapter of lm_head or of the word embeddings: PEFT would lose "
+            "one of the two when it loads them. Leave it out; each may be a target, and both."
+        )

@@ -26,7 +26,6 @@ from torch import nn
 
 
 REMEMBERED_PICTURES = 16  # of the real model in half precision, 256 KiB each
-SAMPLES = 8  # of each matrix: writing through `.data`, as merging an adapter does, moves no version counter
 ADAPTER_STATE = ("disable_adapters", "active_adapter", "merged_adapters", "scaling")  # of PEFT's layers
 
 
@@ -53,7 +52,11 @@ class FeatureCache:
         return type(self), (self.capacity,)
 
     def clear(self) -> None:
-        """Forget all pictures. Needed after a change that no weight shows: a hook that alters what a layer returns."""
+        """Forget all pictures. Needed after a change that `describe` does not see.
+
+        Such are a hook that alters what a layer returns, and single numbers of a matrix that were written through
+        `.data`, NumPy or a pointer, which no counter of torch's counts.
+        """
         with self._lock:
             self._features.clear()
 
@@ -115,8 +118,10 @@ def can_remember(pixel_values: torch.Tensor) -> bool:
 def describe(encoder: nn.Module) -> bytes | None:
     """A digest that changes with the weights of a module, its adapters and its attention; None if it cannot be told.
 
-    Every parameter is told by its identity and its version, which counts what is written to it, and matrices by a few
-    of their numbers too. What is offloaded, sharded or in training cannot be told.
+    Every parameter is told by its identity and its version, which counts what is written to it. What is written past
+    that counter, as when merging an adapter, is seen in all numbers of a vector, and in one of each row of a matrix: of
+    the full-size encoder a CPU reads these in 0.04 s, all numbers in 0.17. What is offloaded, sharded or in training
+    cannot be told.
     """
     settings, identities, samples = [], [], {}
     for module in encoder.modules():
@@ -135,8 +140,7 @@ def describe(encoder: nn.Module) -> bytes | None:
         ):
             return None
         identities += (id(parameter), parameter._version)
-        if parameter.dim() > 1:
-            samples.setdefault((parameter.device, parameter.dtype), []).append(sample(parameter))
+        samples.setdefault((parameter.device, parameter.dtype), []).append(sample(parameter))
     if not identities:  # a replica of `nn.DataParallel`
         return None
     state = hashlib.sha256(repr((settings, identities)).encode())
@@ -146,9 +150,11 @@ def describe(encoder: nn.Module) -> bytes | None:
 
 
 def sample(parameter: torch.Tensor) -> torch.Tensor:
-    """A few numbers of a tensor, evenly spread."""
-    count = min(SAMPLES, parameter.numel())
-    return parameter.contiguous().as_strided((count,), (parameter.numel() // count,))
+    """All numbers of a vector; of a matrix [N, K], one or two of each row, along its diagonals."""
+    stride = parameter.numel() // parameter.shape[0] - 1 if parameter.dim() > 1 else 1
+    if stride < 2:
+        return parameter.flatten()
+    return parameter.contiguous().as_strided((-(-parameter.numel() // stride),), (stride,))
 
 
 def digest(picture: torch.Tensor) -> bytes:

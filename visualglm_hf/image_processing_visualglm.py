@@ -311,6 +311,11 @@ class VisualGLMImageProcessor(BaseImageProcessor):
         self.image_mean = _per_channel(image_mean, "image_mean")
         self.image_std = _per_channel(image_std, "image_std")
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
+        """Save it as [`BaseImageProcessor.save_pretrained`] does, with the code that loads it."""
+        self.register_for_auto_class()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @auto_docstring(
         custom_intro="""
         Prepare pictures for the model: `pixel_values` float32 [B, 3, height, width]. Raises a `ValueError` for no

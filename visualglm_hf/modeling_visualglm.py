@@ -44,7 +44,16 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import adapts_embeddings, check_plain, is_tied, record_untied, remove_adapters, unwrap, untie
+from .adapters import (
+    adapts_embeddings,
+    check_plain,
+    check_tied_adapters,
+    is_tied,
+    record_untied,
+    remove_adapters,
+    untie,
+    unwrap,
+)
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
@@ -571,9 +580,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         full-size model in half precision the second matrix takes 1.1 GB.
 
         Raises:
-            ValueError: adapters that need full weights are on low-bit layers.
+            ValueError: adapters that need full weights are on low-bit layers, or one would be lost on loading.
         """
         try:
+            check_tied_adapters(adapters)
             check_adapters(self, [config.peft_type for config in adapters.values()])
         except ValueError:
             remove_adapters(self)

@@ -17,6 +17,7 @@ The prompt grammar, the chat template included, is `conversation.py`'s.
 """
 
 from collections.abc import Container, Sequence
+from os import PathLike
 
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
@@ -97,6 +98,12 @@ class VisualGLMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = self.chat_template
+
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> list[str]:
+        """Save all parts as [`ProcessorMixin.save_pretrained`] does, with the code that loads them."""
+        for part in (self, self.image_processor):
+            part.register_for_auto_class()
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @auto_docstring(
         custom_intro="""

@@ -59,16 +59,17 @@ SMALLEST_SCALE = 2.0**-24  # of float16
 CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
 DEVICE_CHUNK = 2**24  # elements
 PRODUCTS = (torch.ops.visualglm.quantized_matmul, torch.ops.visualglm.quantized_matmul.default)
-ARITHMETIC = frozenset({"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear"})  # of integers too
-# PEFT's methods that change what goes into a layer or comes out of it, and of the layer itself read its two sizes alone.
-OVERLAYS = frozenset(
-    "LORA ADALORA IA3 BEFT LILY BOFT OFT VERA PVERA VBLORA RANDLORA FOURIERFT WAVEFT C3A MISS ROAD GRALORA".split()
-)
-OVERLAYS_OF_THE_SHAPE = frozenset({"LOHA", "LOKR"})  # also that of the stored weight, which with 8 bits is the matrix's
+# What is refused of codes even among integers: arithmetic, and rows that would be a token's.
+REFUSED = {"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear", "norm", "getitem"}
+# PEFT's methods that change what goes into a layer or comes out of it, and of the layer itself read its sizes alone;
+OVERLAYS = {"LORA", "ADALORA", "VERA", "PVERA", "VBLORA", "RANDLORA", "GRALORA", "LILY", "MISS"}
+OVERLAYS |= {"IA3", "BEFT", "BOFT", "OFT", "ROAD", "FOURIERFT", "WAVEFT", "C3A"}
+# or the shape of the stored weight, too, which with 8 bits is the matrix's.
+OVERLAYS_OF_THE_SHAPE = {"LOHA", "LOKR"}
 CODES_ARE_NO_NUMBERS = (
-    "The codes of quantized weights are no numbers to calculate with: an adapter that reads or changes the weights, or is "
-    "merged into them, needs them in full. Load the model without quantization, train or merge there, and quantize the "
-    "result; or keep an adapter such as LoRA beside the quantized model."
+    "The codes of quantized weights are no numbers to calculate with: an adapter that reads or changes weights, or is "
+    "merged into them, and a layer that is trained itself need them in full. Load the model without quantization, "
+    "train or merge there, and quantize the result; or keep an adapter such as LoRA beside the quantized model."
 )
 MADV_PAGEOUT = 21  # Linux 5.4: "reclaim these pages"; clean pages of a file are dropped, nothing is ever lost
 
@@ -196,12 +197,12 @@ def nonzero(divisor: torch.Tensor) -> torch.Tensor:
 class LowBitCodes(nn.Parameter):
     """The codes of a low-bit matrix, which nobody takes for its numbers.
 
-    They are moved, copied, compared, written and saved like any other parameter. To calculate with them, as adapters do
-    that read or change a layer's `weight`, is refused: PEFT knows our layer as an `nn.Linear`, would add to the codes or
-    multiply by them, and round the result to codes again. `detach()` gives the bare tensor.
+    They are moved, copied, compared, written and saved like any other parameter. To calculate with them is refused:
+    PEFT knows our layer as an `nn.Linear`, would add to the codes or multiply by them, and round the result to codes.
+    `detach()` gives the bare tensor.
 
     Raises:
-        ValueError: in any operation that has another number format among its arguments or results, and in arithmetic.
+        ValueError: in any operation with floating-point numbers among its arguments or results, and in arithmetic.
     """
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
@@ -213,12 +214,17 @@ class LowBitCodes(nn.Parameter):
     def __reduce_ex__(self, protocol):
         return nn.Parameter, (self.detach(), False)  # a file of weights names no class of ours
 
+    def requires_grad_(self, requires_grad: bool = True) -> "LowBitCodes":
+        if requires_grad:
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        return self
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in PRODUCTS:
             return super().__torch_function__(func, types, args, kwargs)
-        if func.__name__.strip("_") in ARITHMETIC or any(map(is_float, (*args, *kwargs.values()))):
+        if func.__name__.strip("_") in REFUSED or any(map(is_float, (*args, *kwargs.values()))):
             raise ValueError(CODES_ARE_NO_NUMBERS)
         result = super().__torch_function__(func, types, args, kwargs)
         if is_float(result):
@@ -309,6 +315,14 @@ class QuantizedLinear(nn.Linear):
         """Compute the matrix [N, K] that this layer multiplies with."""
         return dequantize(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take full weights, too: PEFT saves those below an adapter of the head with it."""
+        key = f"{prefix}weight"
+        if key in state_dict and state_dict[key].is_floating_point():
+            group_size = self.group_size or PER_ROW
+            state_dict[key], state_dict[f"{key}_scale"] = quantize_tensor(state_dict[key], self.bits, group_size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def reset_parameters(self) -> None:
         """Do nothing: codes come from weights, not from chance."""
 
@@ -338,6 +352,14 @@ class HalfLinear(nn.Linear):
         if is_plain and x.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
             return half_linear(x, self.weight, self.bias)
         return super().forward(x)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take 8-bit weights, too, which PEFT saved with an adapter of a low-bit head."""
+        key = f"{prefix}weight"
+        if key in state_dict and state_dict[key].dtype == torch.int8:
+            scale = state_dict.pop(f"{key}_scale")
+            state_dict[key] = dequantize(state_dict[key], scale, 8, self.in_features, self.weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def find_linears(module: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
@@ -430,8 +452,8 @@ def check_adapters(module: nn.Module, methods: Collection[str]) -> None:
         counting = [str(getattr(method, "value", method)) for method in methods if bits and method not in known]
         if counting:
             raise ValueError(
-                f"{counting[0]} is not known to work beside weights of {bits} bits ({name}): it may read them. Take LoRA, "
-                "without DoRA, or another method that leaves the weights alone, or load the model without quantization."
+                f"{counting[0]} is not known to work beside weights of {bits} bits ({name}): it may read them. Take "
+                "LoRA (without DoRA) or another method that leaves them alone, or load the model without quantization."
             )
 
 

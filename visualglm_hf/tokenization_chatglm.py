@@ -178,6 +178,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.init_kwargs.pop("model_specific_special_tokens")
         self.init_kwargs.update(end_token=self.end_token, gmask_token=self.gmask_token)  # what save_pretrained writes
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> tuple[str, ...]:
+        """Save it as [`PreTrainedTokenizer.save_pretrained`] does, with the code that loads it."""
+        self.register_for_auto_class()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def _stripping(self, tokens) -> dict[int, AddedToken]:
         """Special tokens of the vocabulary that eat the whitespace beside them, as all did in transformers 4.x."""
         return {
