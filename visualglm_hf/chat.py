@@ -284,13 +284,13 @@ class ChatMixin:
         self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
     ) -> Turn:
         """Check everything that is cheap to check, then encode the pictures that are new."""
+        turns = checked(history)
         if query is None:
             image_path, query = None, image_path
-            if not history and isinstance(query, str) and os.path.isfile(query):
+            if not turns and isinstance(query, str) and os.path.isfile(query):
                 raise ValueError(f"There is a picture, {query!r}, but no query: chat(tokenizer, image_path, query).")
         check_query(query)
         check_tokenizer(tokenizer, self.config.text_config)
-        turns = checked(history)
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
         given = self.open_images(image_path)
