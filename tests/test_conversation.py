@@ -107,6 +107,20 @@ def test_template_refuses_what_it_cannot_say(messages):
         render(messages)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "x" * 10**6, "content": "a"},
+        {"role": 3, "content": "a"},
+        {"role": "user", "content": [{"type": "x" * 10**6}]},
+    ],
+)
+def test_template_complains_in_a_line(message):
+    with pytest.raises(Exception, match=r"alternate; found|cannot have") as caught:
+        render([message])
+    assert len(str(caught.value)) < 200
+
+
 @pytest.mark.parametrize("mark", MARKS)
 def test_reserved_characters_are_refused_wherever_they_are_typed(mark):
     for query, history in ((f"a{mark}", []), ("a", [(f"q{mark}", "r")]), ("a", [("q", f"r{mark}")])):

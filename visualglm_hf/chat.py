@@ -166,7 +166,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
             )
 
 
-def checked(history: Iterable | None) -> list[Sequence[str]]:
+def checked_turns(history: Iterable | None) -> list[Sequence[str]]:
     """The turns of what a caller has for a history, None for none; a `ValueError` as in `check_history`."""
     if history is None or isinstance(history, Iterator):
         history = list(history or ())
@@ -313,13 +313,13 @@ class ChatMixin:
         self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
     ) -> Turn:
         """Check everything that is cheap to check, then encode the pictures that are new."""
+        turns = checked_turns(history)
         if query is None:
             image_path, query = None, image_path
-            if not history and isinstance(query, str) and os.path.isfile(query):
+            if not turns and isinstance(query, str) and os.path.isfile(query):
                 raise ValueError(f"There is a picture, {query!r}, but no query: chat(tokenizer, image_path, query).")
         check_query(query)
         check_tokenizer(tokenizer, self.config.text_config)
-        turns = checked(history)
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
         given = self.open_images(image_path)
@@ -329,7 +329,7 @@ class ChatMixin:
         prompt = build_prompt(query, history, image_turns, english)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
         images = self.remember_images(joining, {image.digest: image.embeds for image in history.images})
-        if place < len(history):
+        if place < len(history):  # in front of a plain list
             history[place], images = AnsweredTurn(history[place], images), ()
         embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
         if embeds:

@@ -143,7 +143,7 @@ def clean_response(response: str) -> str:
 # What the functions above do, in Jinja for `apply_chat_template`; tests hold the two equal.
 CHAT_TEMPLATE = r"""
 {%- set image_mark, answer_mark, end_mark = '%IMAGE%', '%ANSWER%', '%END%' -%}
-{%- macro brief(value) -%}{{- value | string | truncate(40, true, '...', 0) -}}{%- endmacro -%}
+{%- macro brief(value) -%}{{- (value | string)[:40] -}}{%- endmacro -%}
 {%- macro text_of(message) -%}
     {%- if message['content'] is string -%}
         {%- set text = message['content'] -%}

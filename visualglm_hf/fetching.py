@@ -18,7 +18,7 @@ Standard library only. For programs that a user runs; a server must decide itsel
 
 import http.client
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 DOWNLOAD_TIMEOUT = 30  # seconds
@@ -29,9 +29,14 @@ LONGEST_NAME = 200  # characters of a URL, and of what is wrong with it, shown i
 def fetch_picture(source):
     """Return the bytes behind an http(s) URL; anything else (path, base64, image, bytes, …) as it is.
 
+    Args:
+        source: what `open_picture` takes, or a URL, also as the "path" of a row of datasets.
+
     Raises:
         ValueError: the URL cannot be read, or is larger than `MAX_DOWNLOAD_BYTES`.
     """
+    if isinstance(source, Mapping) and "path" in source and source.get("bytes") is None:
+        source = source["path"]
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
         return download(source)
     return source

@@ -121,7 +121,7 @@ def _name(path: Any) -> str:
     text = str(path)
     if len(text) <= LONGEST_NAME:
         return repr(text)
-    return f"{text[:40]!r}... ({len(text)} characters; base64 text needs 'data:image/png;base64,' in front)"
+    return f"{text[:40]!r}... ({len(text)} characters; base64 of no picture, with or without 'data:image/png;base64,')"
 
 
 def _open_file(path: Any) -> Image.Image:

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -278,6 +279,12 @@ def test_a_stream_that_is_stopped_leaves_a_history_with_its_picture(model, token
 def test_pictures_that_another_model_encoded_are_refused(model, tokenizer):
     history = ChatHistory([turn(("a", "b"), "A")])
     with pytest.raises(ValueError, match=r"history\[0\] was encoded by another model.*\(1, 1, 1\).*the picture again"):
+        model.chat(tokenizer, "c", history=history)
+
+
+@pytest.mark.parametrize("history", [np.array([["a", "b"], ["c", "d"]]), {"a": "b"}, "ab", 3, iter(["ab"])])
+def test_what_is_no_history_is_refused_in_words(model, tokenizer, history):
+    with pytest.raises(ValueError, match=r"history(\[0\])? must be a"):
         model.chat(tokenizer, "c", history=history)
 
 

@@ -230,12 +230,14 @@ def test_a_file_opened_for_text_is_refused_with_the_remedy(path):
 
 
 @pytest.mark.parametrize(
-    ("url", "reason"), [(f"http://127.0.0.1:9/{LONG}", "Cannot download"), (f"http://a b/{LONG}", "Cannot download")]
+    ("url", "reason"),
+    [(f"http://127.0.0.1:9/{LONG}", "Connection refused"), (f"http://a b/{LONG}", "control characters")],
 )
 def test_an_address_that_fails_is_shown_in_short(url, reason, model, tokenizer):
-    with pytest.raises(ValueError, match=reason) as caught:
-        model.chat(tokenizer, url, "描述")
-    assert len(str(caught.value)) < 700
+    for source in (url, {"bytes": None, "path": url}):
+        with pytest.raises(ValueError, match=reason) as caught:
+            model.chat(tokenizer, source, "描述")
+        assert len(str(caught.value)) < 700
 
 
 def test_normalized_pixels_are_refused_with_the_right_remedy(model, tokenizer, processor, path):
