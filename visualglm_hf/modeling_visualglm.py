@@ -39,7 +39,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -50,14 +50,38 @@ from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
 from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attention
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
+from .glm_positions import (
+    IGNORED,
+    ONE_ROW_EACH,
+    build_attention_mask,
+    build_glm_position_ids,
+    can_ask,
+    find_answers,
+    find_context,
+    find_mark_faults,
+    find_restarts,
+    find_second_prompts,
+    find_second_starts,
+    prepend_virtual_tokens,
+    recognize_tokens,
+    refuse,
+    shift_left,
+)
 from .growing_cache import lengthen, make_cache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
 
 
+logger = logging.get_logger(__name__)
+
 PREFIX_DROPOUT = 0.1  # the original's, in training
 DEFAULT_NEW_TOKENS = 20  # of `generate`
 RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
+LOSS_ELSEWHERE = (
+    "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does not "
+    "shift the labels for a class that it does not know by name, so the model would learn to repeat its input. Leave it "
+    "out, or use TRL's SFTTrainer, which shifts them."
+)
 
 
 def find_setting(config: GenerationConfig | PretrainedConfig, options: dict, name: str) -> Any:
@@ -66,64 +90,21 @@ def find_setting(config: GenerationConfig | PretrainedConfig, options: dict, nam
     return getattr(config, name, None) if value is None else value
 
 
-def build_glm_position_ids(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: VisualGLMTextConfig
-) -> torch.Tensor:
-    """The two position rows of GLM: the place in the context, and the place in the answer.
-
-    The context counts 0, 1, 2, … in the first row and is 0 in the second. From `<sop>` on, the first row stays at the
-    position of [gMASK] (of [MASK] where there is none) and the second counts 1, 2, 3, …
-
-    Args:
-        input_ids: [B, S], the whole sequence.
-        attention_mask: [B, >= S], 0 for padding, of which the last S columns count; None for no padding.
-
-    Returns:
-        [B, 2, S] integers; both rows are 0 on left padding.
-    """
-    is_start = input_ids == config.bos_token_id
-    is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
-    is_slot = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
-    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    padding = torch.zeros_like(input_ids[:, :1])
-    if attention_mask is not None:
-        visible = attention_mask[:, -input_ids.shape[1] :] != 0
-        padding = (visible.cumsum(-1) == 0).sum(-1, keepdim=True)
-    start = is_start.int().argmax(-1, keepdim=True)
-    slot = is_slot.int().argmax(-1, keepdim=True)
-    position = torch.where(index < start, index, slot) - padding
-    block_position = index - start + 1
-    return torch.stack((position, block_position), dim=1).clamp(min=0)
+def two_rows(position_ids: torch.Tensor | None, glm_position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """GLM's positions [B, 2, S] by either name; None if neither has them."""
+    is_glm = glm_position_ids is None and position_ids is not None and position_ids.dim() == 3
+    return position_ids if is_glm else glm_position_ids
 
 
-def build_attention_mask(
-    glm_position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int, key_length: int
-) -> torch.Tensor | None:
-    """The prefix-LM mask: the context sees all of itself, the answer sees the context and what was said before.
+def replace_columns(states: torch.Tensor, start: int, new: torch.Tensor) -> torch.Tensor:
+    """`states` [B, S, C] with `new` [B, N, C] in the place of those from column `start` on."""
+    states = states.to(new)
+    return torch.cat((states[:, :start], new, states[:, start + new.shape[1] :]), dim=1)
 
-    Args:
-        glm_position_ids: [B, 2, S] of the queries.
-        attention_mask: [B, <= T], 0 for padding; None for no padding.
-        past_length: keys that the cache held before these queries.
-        key_length: T, with a static cache its whole length.
 
-    Returns:
-        [B, 1, S, T] boolean, True where a query may look; None when it may look everywhere. Padding looks at the
-        context too, so its states are finite; nobody reads them.
-    """
-    batch_size, _, query_length = glm_position_ids.shape
-    if query_length == 1 and attention_mask is None and key_length == past_length + 1:
-        return None
-    block_position = glm_position_ids[:, 1]
-    key_index = torch.arange(key_length, device=block_position.device)
-    query_index = torch.arange(query_length, device=block_position.device) + past_length
-    # Equal to the first query's rather than equal to 0: prefix tuning shifts all positions.
-    in_context = F.pad(block_position == block_position[:, :1], (past_length, key_length - past_length - query_length))
-    mask = (key_index <= query_index[:, None]) | in_context[:, None]  # [B, S, T]
-    if attention_mask is not None:
-        visible = F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))[:, None]
-        mask = mask & visible
-    return mask[:, None]
+def detach_others(states: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
+    """`states` [B, S, C], of which only those that are kept [B, S] pass gradients on."""
+    return torch.where(is_kept[..., None].to(states.device), states, states.detach())
 
 
 def inverse_frequencies(config: VisualGLMTextConfig, device: torch.device | None = None) -> torch.Tensor:
@@ -471,6 +452,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
         self.image_cache = FeatureCache()
+        self.has_told_of_labels = False
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
@@ -595,12 +577,26 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         is_image = is_image[..., None].to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
 
-    def find_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the image tokens are, [B, S] boolean; without ids, by the embedding of the image token."""
+    def know_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """`input_ids` [B, S], or of `inputs_embeds` alone the ids that say where the answer and the pictures begin."""
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
+            return input_ids
+        text = self.config.text_config
+        token_ids = (text.gmask_token_id, text.mask_token_id, text.bos_token_id, self.config.image_token_id)
+        return recognize_tokens(inputs_embeds, self.get_input_embeddings(), token_ids)
+
+    def find_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where pictures go: the image tokens of the context, [B, S] boolean. In an answer, that token is a word."""
+        ids = self.know_ids(input_ids, inputs_embeds)
+        return (ids == self.config.image_token_id) & find_context(ids, self.config.text_config)
+
+    def find_empty_places(self, is_image: torch.Tensor, num_filled: int = 0) -> dict[str, torch.Tensor]:
+        """Rows [B] with places `is_image` [B, S] from column `num_filled` on, as `find_mark_faults`."""
+        message = (
+            f"The prompt has image tokens (id {self.config.image_token_id}), but there is no picture. Give pixel_values "
+            "or image_embeds, or a prompt without a place for pictures."
+        )
+        return {message: is_image[:, num_filled:].any(-1)}
 
     def check_places(self, is_image: torch.Tensor, num_images: int) -> None:
         """Raise a `ValueError` unless the places `is_image` [B, S] are as many as the images fill."""
@@ -613,46 +609,46 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             )
 
     def encode_images(
-        self,
-        input_ids: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None = None,
-        **recorded: bool,
+        self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None, **recorded: bool
     ) -> BaseModelOutputWithPooling:
         """The soft prompts of a prompt's pictures, `pooler_output`, however they were given.
 
         Args:
-            input_ids: [B, S]
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            inputs_embeds: [B, S, C], instead of `input_ids`.
             recorded: what else of `get_image_features` is wanted, such as `output_hidden_states`; pictures are then not
                 remembered.
 
         Raises:
-            ValueError: the prompt has no places for them, or they were given twice.
+            ValueError: they were given twice.
         """
         if pixel_values is None:
             return BaseModelOutputWithPooling(pooler_output=image_embeds)
         if image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
-        self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
         if recorded:
             return self.get_image_features(pixel_values, return_dict=True, **recorded)
         return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
 
     def __call__(self, *args, compiled_call: Callable | None = None, **kwargs):
-        """Call the model as always, or through a compiled call of it; `generate` says which for each step."""
-        return super().__call__(*args, **kwargs) if compiled_call is None else compiled_call(self, *args, **kwargs)
+        """Call the model as always, or through a compiled call of it; `generate` says which for each step.
+
+        A `forward` that a trainer has put in the place of ours, as TRL does, gets the labels of answers alone, too.
+        """
+        if compiled_call is not None:
+            return compiled_call(self, *args, **kwargs)
+        if "forward" in vars(self) and (kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None):
+            kwargs |= self.keep_answer_labels(*args[:1], **kwargs)
+        return super().__call__(*args, **kwargs)
 
     @takes_cache
     @can_return_tuple
     @auto_docstring(
         custom_intro="""
-        Compute the logits of the next tokens. Each row of `input_ids` has [gMASK] and `<sop>`; of `inputs_embeds` alone
-        the last two positions are taken for them. A cached context can be continued by an answer, not by more context.
-        Raises a `ValueError` for pictures without places, places without pictures, and a context that is too long.
+        Compute the logits of the next tokens. Each row of `input_ids` has [gMASK] and `<sop>`; in `inputs_embeds` alone
+        they are found by their embeddings. A cached context can be continued by an answer, not by more context.
+        Raises a `ValueError` for pictures without places, places without pictures, a row whose answer begins nowhere or
+        more than once, labels of which none is an answer's, and a context that is too long.
         """
     )
     def forward(
@@ -675,7 +671,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         r"""
         position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
             The two rows of GLM. One-dimensional positions, which libraries make up from the mask, say nothing to this
-            model: the true ones are then derived from `input_ids`.
+            model: the true ones are then derived from `input_ids` or `inputs_embeds`.
         cache (`Cache`, *optional*):
             The keys and values of what came before, also by the older name `past_key_values`.
         image_embeds (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
@@ -686,7 +682,17 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             The same as `position_ids` under a name that no library rewrites.
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             The prefix of each layer, if it was computed already; `generate` does so once.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The ids to learn, each at its own place, or -100. A context sees itself, so labels before `<sop>` do not
+            count, nor does padding; and a `num_items_in_batch` that counted them shrinks by their part in this call.
         """
+        if labels is not None:
+            kept = self.keep_answer_labels(
+                input_ids, labels, inputs_embeds, attention_mask, position_ids, glm_position_ids, **kwargs
+            )
+            labels, kwargs = kept.pop("labels"), {**kwargs, **kept}
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            logger.warning_once(LOSS_ELSEWHERE)
         outputs, image_outputs = self.compute_states(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -719,12 +725,14 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    @takes_cache
     def compute_states(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
@@ -734,35 +742,139 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """What `forward` does before the head; arguments and errors are its own.
 
         Returns:
-            The decoder's output with `last_hidden_state` [B, S, C], and that of the pictures; see `encode_images`.
+            The decoder's output with `last_hidden_state` [B, S, C], and that of the pictures; see `encode_images`. In
+            training, what the context would predict gives no gradients, whoever computes a loss of it.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
-        has_pictures = pixel_values is not None or image_embeds is not None
-        if has_pictures and prompt_embeds is not None:
+        pictures = pixel_values if image_embeds is None else image_embeds
+        if pictures is not None and prompt_embeds is not None:
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
-        self.check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
-        if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
-            glm_position_ids = position_ids
-        if glm_position_ids is None:
-            glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
+        if len(kwargs.get("cu_seq_lens_q", ())) > 2:
+            raise ValueError("cu_seq_lens_q names several sequences in a row." + ONE_ROW_EACH)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        self.check_length(length)
+        glm_position_ids = two_rows(position_ids, glm_position_ids)
+        is_prompt = length > 1 and can_ask() and (cache is None or not cache.get_seq_length())
+        if glm_position_ids is None or is_prompt:
+            glm_position_ids = self.read_prompt(
+                input_ids, inputs_embeds, attention_mask, position_ids, glm_position_ids, pictures, prompt_embeds
+            )
         image_outputs = None
-        if has_pictures:
+        if pictures is not None:
             vision_config = self.config.vision_config
             recorded = {name: True for name in RECORDED if kwargs.get(name, getattr(vision_config, name, False))}
-            image_outputs = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds, **recorded)
+            image_outputs = self.encode_images(pixel_values, image_embeds, **recorded)
             image_embeds = image_outputs.pooler_output
-        if prompt_embeds is not None:
-            rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
-            inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
-        elif has_pictures or inputs_embeds is None:
+        if pictures is not None or inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
-        glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
+        # PEFT puts virtual tokens before a prompt; and of one whose prefix it has cached, it cuts the ids alone.
+        num_virtual = max(length - glm_position_ids.shape[-1], 0)
+        glm_position_ids = prepend_virtual_tokens(glm_position_ids, num_virtual)[..., -length:]
+        if prompt_embeds is not None:
+            inputs_embeds = replace_columns(inputs_embeds, num_virtual, prompt_embeds)
 
         outputs = self.transformer(
-            inputs_embeds=inputs_embeds, glm_position_ids=glm_position_ids, attention_mask=attention_mask, **kwargs
+            inputs_embeds=inputs_embeds,
+            glm_position_ids=glm_position_ids,
+            attention_mask=attention_mask,
+            **{CACHE_NAME: cache},
+            **kwargs,
         )
+        if self.training and torch.is_grad_enabled():
+            is_learned = shift_left(find_answers(glm_position_ids, attention_mask))
+            outputs.last_hidden_state = detach_others(outputs.last_hidden_state, is_learned)
         return outputs, image_outputs
+
+    def read_prompt(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        glm_position_ids: torch.Tensor | None,
+        pictures: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """GLM's positions [B, 2, S] of a prompt, derived if they are not given, after `check_prompt`."""
+        ids, faults, config = self.know_ids(input_ids, inputs_embeds), {}, self.config.text_config
+        if position_ids is not None and position_ids.dim() == 2:
+            faults |= find_restarts(position_ids, attention_mask)
+        if glm_position_ids is None:
+            faults |= find_mark_faults(ids, config, is_embedded=input_ids is None)
+            glm_position_ids = build_glm_position_ids(ids, attention_mask, config)
+        num_virtual = ids.shape[1] - glm_position_ids.shape[-1]
+        if num_virtual > 0 and input_ids is not None:
+            raise ValueError(
+                f"There are {ids.shape[1]} input_ids, but positions for {glm_position_ids.shape[-1]} of them."
+            )
+        num_filled = 0 if prompt_embeds is None else num_virtual + prompt_embeds.shape[1]
+        self.check_prompt(ids, inputs_embeds, pictures, num_filled, faults)
+        return glm_position_ids
+
+    def keep_answer_labels(
+        self,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        glm_position_ids: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """What a loss is computed of, without what is no answer: the context, which sees itself, and padding.
+
+        Args:
+            labels: [B, S]
+            shift_labels: [B, S], the same, each one place earlier.
+            num_items_in_batch: labels in this call and others, by which the sum of losses is divided. It is multiplied
+                by this call's share of labels that count.
+            kwargs: is ignored; the rest are `forward`'s.
+
+        Raises:
+            ValueError: it is not certain where each answer begins, or no label counts.
+        """
+        ids, config = self.know_ids(input_ids, inputs_embeds), self.config.text_config
+        faults = find_second_starts(ids, config)
+        glm_position_ids = two_rows(position_ids, glm_position_ids)
+        if glm_position_ids is None:
+            faults |= find_mark_faults(ids, config, is_embedded=input_ids is None)
+            glm_position_ids = build_glm_position_ids(ids, attention_mask, config)
+        refuse(faults)
+        is_answer, kept = find_answers(glm_position_ids, attention_mask), {}
+        if labels is not None:
+            kept["labels"] = labels.masked_fill(~is_answer, IGNORED)
+            given, counted = labels[:, 1:], kept["labels"][:, 1:]
+        if shift_labels is not None:
+            kept["shift_labels"] = shift_labels.masked_fill(~shift_left(is_answer), IGNORED)
+            given, counted = shift_labels, kept["shift_labels"]
+        given, counted = (given != IGNORED).sum(), (counted != IGNORED).sum()
+        self.report_labels(given, counted, is_part=num_items_in_batch is not None)
+        if num_items_in_batch is not None:
+            kept["num_items_in_batch"] = num_items_in_batch * (counted.clamp(min=1) / given.clamp(min=1))
+        return kept
+
+    def report_labels(self, given: torch.Tensor, counted: torch.Tensor, is_part: bool) -> None:
+        """Say once how many of the `given` labels do not count; raise a `ValueError` if none does.
+
+        A batch that is part of a larger one (`is_part`) may have no labels at all.
+        """
+        if not can_ask(given, counted):
+            return
+        given, counted = torch.stack((given, counted)).tolist()
+        if not counted and (given or not is_part):
+            raise ValueError(
+                f"No label counts: of {given} that are not {IGNORED}, all are before <sop> or padding. GLM learns answers, "
+                "which follow [gMASK]<sop>; did a maximum length cut them off?"
+            )
+        if counted < given and not self.has_told_of_labels:
+            self.has_told_of_labels = True
+            logger.warning(
+                f"{given - counted} of the {given} labels of this batch are before <sop> or padding and do not count, nor "
+                "will such labels of later ones: a context sees itself, and GLM learns answers."
+            )
 
     def check_length(self, length: int) -> None:
         """Raise a `ValueError` for more tokens than the model was made for."""
@@ -772,36 +884,34 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
                 f"The context is {length} tokens long, the model takes {limit}. Shorten the history or the question."
             )
 
-    def check_prompt(self, input_ids: torch.Tensor) -> None:
-        """Raise a `ValueError` if a row of `input_ids` [B, S] cannot have positions.
+    def check_prompt(
+        self,
+        ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        pictures: torch.Tensor | None,
+        num_filled: int,
+        faults: dict[str, torch.Tensor],
+    ) -> None:
+        """Raise a `ValueError` for pictures without places, places without pictures, and a second prompt in a row.
 
-        Asks the device, so once per prompt, not per token.
+        Asks the device once, with pictures twice: per prompt, not per token.
+
+        Args:
+            ids: [B, S], as `know_ids` gives them.
+            inputs_embeds: [B, S, C], if they were given; then it is they that have the places.
+            pictures: as many as there are, in any form; None for none.
+            num_filled: columns that are in a cache, or that have their pictures in place.
+            faults: what else may be wrong, as `find_mark_faults` gives it.
         """
-        config = self.config.text_config
-        has_slot = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
-        if not (has_slot.any(-1) & (input_ids == config.bos_token_id).any(-1)).all():
-            raise ValueError(
-                f"Every sequence needs [gMASK] ({config.gmask_token_id}) or [MASK] ({config.mask_token_id}) and then "
-                f"<sop> ({config.bos_token_id}). The tokenizer adds them unless add_special_tokens=False; when you "
-                "continue from a cache yourself, pass position_ids."
-            )
-
-    def derive_positions(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """GLM's positions [B, 2, S] of `input_ids` [B, S], or of `inputs_embeds` [B, S, C] without them."""
-        if input_ids is None:
-            input_ids = self.presumed_input_ids(inputs_embeds)
-        elif not torch.compiler.is_compiling():
-            self.check_prompt(input_ids)
-        return build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
-
-    def presumed_input_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Ids with the same positions as a prompt of which only the embeddings [B, S, C] are known."""
-        config = self.config.text_config
-        ids = torch.full(inputs_embeds.shape[:2], config.pad_token_id, device=inputs_embeds.device)
-        ids[:, -2], ids[:, -1] = config.gmask_token_id, config.bos_token_id
-        return ids
+        if not can_ask(ids):
+            return
+        faults = faults | find_second_prompts(ids, self.config.text_config)
+        if pictures is not None:
+            self.check_places(self.find_places(ids, None), len(pictures))
+        else:
+            is_image = self.find_places(ids if inputs_embeds is None else None, inputs_embeds)
+            faults |= self.find_empty_places(is_image, num_filled)
+        refuse(faults)
 
     @takes_cache
     def generate(
@@ -855,18 +965,19 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             prompt = inputs_embeds if input_ids is None else input_ids
             prompt_length = 0 if prompt is None else prompt.shape[1]
             kwargs |= self.compile_options(compile, prompt_length, generation_config, kwargs)
+        pictures = pixel_values if image_embeds is None else image_embeds
+        if input_ids is not None or inputs_embeds is not None:
+            prompt_ids = self.check_generation(input_ids, inputs_embeds, pictures, cache, kwargs)
+        elif pictures is not None:
+            raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
         if input_ids is not None:
-            self.check_length(input_ids.shape[1])
-            self.check_prompt(input_ids)
             kwargs["input_ids"] = input_ids = input_ids.to(self.input_device)
         elif inputs_embeds is not None:
-            kwargs["num_prompt_embeds"] = inputs_embeds.shape[1]
-        if pixel_values is not None or image_embeds is not None:
-            if input_ids is None and inputs_embeds is None:
-                raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
+            kwargs["prompt_ids"] = prompt_ids
+        if pictures is not None:
             name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
             with torch.no_grad():
-                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds).pooler_output
+                image_embeds = self.encode_images(pixel_values, image_embeds).pooler_output
                 kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
         elif inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
@@ -874,6 +985,30 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             prefix_key_values = self.transformer.compute_prefix(self.input_device)
         kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
         return super().generate(None, *args, **kwargs)
+
+    def check_generation(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pictures: torch.Tensor | None,
+        cache: Cache | None,
+        options: dict,
+    ) -> torch.Tensor:
+        """Raise a `ValueError` for a prompt that cannot be answered; `options` are the rest of `generate`'s.
+
+        Returns:
+            [B, S], as `know_ids` gives them.
+        """
+        ids = self.know_ids(input_ids, inputs_embeds)
+        self.check_length(ids.shape[1])
+        faults = find_mark_faults(ids, self.config.text_config, is_embedded=input_ids is None)
+        attention_mask, prompt_embeds = options.get("attention_mask"), options.get("prompt_embeds")
+        if attention_mask is not None and attention_mask.dim() == 2:
+            faults["A prompt ends with padding: pad prompts on the left."] = attention_mask[:, -1] == 0
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        num_placed = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        self.check_prompt(ids, inputs_embeds, pictures, max(num_cached, num_placed), faults)
+        return ids
 
     def wants_dynamic_cache(self, generation_config: GenerationConfig, options: dict) -> bool:
         """Whether `generate` with these `options` would make a dynamic cache that nobody but it knows of."""
@@ -944,7 +1079,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        num_prompt_embeds: int = 0,
+        prompt_ids: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         compiled_call: Callable | None = None,
         assistant_pixel_values: torch.Tensor | None = None,
@@ -956,7 +1091,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         beams, rollbacks and continued caches are right by construction. An assistant has seen its pictures,
         `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began.
         """
-        length = num_prompt_embeds + input_ids.shape[1]
+        length = input_ids.shape[1] + (0 if prompt_ids is None else prompt_ids.shape[1])
         if compiled_call is not None and length > cache.layers[0].max_cache_len:
             lengthen(cache, bucket_length(length, self.config.text_config.max_position_embeddings))
         model_inputs = super().prepare_inputs_for_generation(
@@ -969,8 +1104,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         )
         if CACHE_NAME in model_inputs:  # PEFT looks for the prefix of prefix tuning under the older name
             model_inputs[OLD_NAME] = model_inputs.pop(CACHE_NAME)
-        if num_prompt_embeds:
-            prompt_ids = self.presumed_input_ids(inputs_embeds[:, :num_prompt_embeds])
+        if prompt_ids is not None:  # of a prompt that is embeddings, which `generate` gives no ids
             input_ids = torch.cat((prompt_ids, input_ids), dim=1)
         current = model_inputs.get("inputs_embeds")
         current = model_inputs["input_ids"] if current is None else current
