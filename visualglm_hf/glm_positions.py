@@ -31,8 +31,8 @@ from .configuration_visualglm import VisualGLMTextConfig
 IGNORED = -100  # as a label: no loss here
 UNKNOWN = -1  # as an id: a token of which only the embedding is known
 ONE_ROW_EACH = (
-    " The context of a prefix-LM is seen as a whole, so rows cannot be packed: give each answer a row of its own (in TRL, "
-    "packing=False and padding_free=False)."
+    " The context of a prefix-LM is seen as a whole: give each answer a row of its own (in TRL, packing=False and "
+    'padding_free=False; in PEFT, no prompt_tuning_init="TEXT", which makes marks of virtual tokens).'
 )
 
 
