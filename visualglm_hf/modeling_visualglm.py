@@ -102,11 +102,6 @@ def replace_columns(states: torch.Tensor, start: int, new: torch.Tensor) -> torc
     return torch.cat((states[:, :start], new, states[:, start + new.shape[1] :]), dim=1)
 
 
-def detach_others(states: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
-    """`states` [B, S, C], of which only those that are kept [B, S] pass gradients on."""
-    return torch.where(is_kept[..., None].to(states.device), states, states.detach())
-
-
 def inverse_frequencies(config: VisualGLMTextConfig, device: torch.device | None = None) -> torch.Tensor:
     """The angles [D / 4] of both positions at 1; in float16, as the original rounds them in its float32 mode too."""
     rotary_dim = config.head_dim // 2
@@ -693,7 +688,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             labels, kwargs = kept.pop("labels"), {**kwargs, **kept}
         elif self.training and kwargs.get("num_items_in_batch") is not None:
             logger.warning_once(LOSS_ELSEWHERE)
-        outputs, image_outputs = self.compute_states(
+        outputs, image_outputs, is_learned = self.compute_states(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -711,6 +706,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
         kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
         logits = self.lm_head(kept_states)
+        if labels is None and is_learned is not None and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * is_learned[:, kept].to(gradient))  # for the head
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -738,12 +735,13 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         prompt_embeds: torch.FloatTensor | None = None,
         glm_position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None]:
+    ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None, torch.Tensor | None]:
         """What `forward` does before the head; arguments and errors are its own.
 
         Returns:
-            The decoder's output with `last_hidden_state` [B, S, C], and that of the pictures; see `encode_images`. In
-            training, what the context would predict gives no gradients, whoever computes a loss of it.
+            The decoder's output with `last_hidden_state` [B, S, C]; that of the pictures, see `encode_images`; and, in
+            training, which positions predict an answer, [B, S, 1] boolean. Only these pass gradients on, whoever
+            computes a loss: the context sees what it would predict.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
@@ -781,10 +779,12 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             **{CACHE_NAME: cache},
             **kwargs,
         )
+        is_learned = None
         if self.training and torch.is_grad_enabled():
-            is_learned = shift_left(find_answers(glm_position_ids, attention_mask))
-            outputs.last_hidden_state = detach_others(outputs.last_hidden_state, is_learned)
-        return outputs, image_outputs
+            is_learned = shift_left(find_answers(glm_position_ids, attention_mask))[..., None]
+            states = outputs.last_hidden_state
+            outputs.last_hidden_state = torch.where(is_learned.to(states.device), states, states.detach())
+        return outputs, image_outputs, is_learned
 
     def read_prompt(
         self,
