@@ -28,7 +28,6 @@ from torch import nn
 from .configuration_visualglm import VisualGLMTextConfig
 
 
-IGNORED = -100  # as a label: no loss here
 UNKNOWN = -1  # as an id: a token of which only the embedding is known
 ONE_ROW_EACH = (
     " The context of a prefix-LM is seen as a whole: give each answer a row of its own (in TRL, packing=False and "
@@ -37,7 +36,7 @@ ONE_ROW_EACH = (
 
 
 def recognize_tokens(inputs_embeds: torch.Tensor, embedding: nn.Module, token_ids: Iterable[int]) -> torch.Tensor:
-    """The ids [B, S] of some tokens where `inputs_embeds` [B, S, C] are exactly their embeddings, `UNKNOWN` elsewhere."""
+    """The ids [B, S] of some tokens where `inputs_embeds` [B, S, C] are exactly their embeddings, else `UNKNOWN`."""
     found = torch.full(inputs_embeds.shape[:2], UNKNOWN, device=inputs_embeds.device)
     with torch.no_grad():
         for token_id in token_ids:
@@ -90,8 +89,8 @@ def build_glm_position_ids(
 def prepend_virtual_tokens(glm_position_ids: torch.Tensor, count: int) -> torch.Tensor:
     """Positions [B, 2, count + S] with learned tokens before a context whose positions [B, 2, S] are known.
 
-    They count …, -2, -1: rotary angles say how far apart two tokens are, so it is as if all had moved on by `count`, and
-    later steps need not know of it.
+    They count …, -2, -1: rotary angles say how far apart two tokens are, so it is as if all had moved on by `count`,
+    and later steps need not know of it.
     """
     first = glm_position_ids[..., :1].expand(-1, -1, count).clone()
     first[:, 0] = torch.arange(-count, 0, device=first.device)
@@ -148,7 +147,9 @@ def shift_left(is_answer: torch.Tensor) -> torch.Tensor:
     return F.pad(is_answer[:, 1:], (0, 1), value=True)
 
 
-def find_mark_faults(input_ids: torch.Tensor, config: VisualGLMTextConfig, is_embedded: bool) -> dict[str, torch.Tensor]:
+def find_mark_faults(
+    input_ids: torch.Tensor, config: VisualGLMTextConfig, is_embedded: bool
+) -> dict[str, torch.Tensor]:
     """What may be wrong with the beginning of the answers: messages, and which rows [B] they are true of.
 
     Args:
@@ -193,7 +194,10 @@ def find_restarts(position_ids: torch.Tensor, attention_mask: torch.Tensor | Non
 
 def refuse(faults: dict[str, torch.Tensor]) -> None:
     """Raise a `ValueError` with the first message that is true of a row [B]. Asks the device once."""
-    if can_ask(*faults.values()) and torch.stack([rows.any() for rows in faults.values()]).any():
+    if not can_ask(*faults.values()):
+        return
+    device = next(iter(faults.values())).device
+    if torch.stack([rows.any().to(device) for rows in faults.values()]).any():
         raise ValueError(next(message for message, rows in faults.items() if rows.any()))
 
 

@@ -51,22 +51,15 @@ from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attentio
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
 from .glm_positions import (
-    IGNORED,
     ONE_ROW_EACH,
     build_attention_mask,
     build_glm_position_ids,
     can_ask,
     find_answers,
-    find_context,
-    find_mark_faults,
-    find_restarts,
-    find_second_prompts,
-    find_second_starts,
     prepend_virtual_tokens,
-    recognize_tokens,
-    refuse,
     shift_left,
 )
+from .glm_prompts import PromptMixin, two_rows
 from .growing_cache import lengthen, make_cache
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
@@ -78,9 +71,9 @@ PREFIX_DROPOUT = 0.1  # the original's, in training
 DEFAULT_NEW_TOKENS = 20  # of `generate`
 RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
 LOSS_ELSEWHERE = (
-    "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does not "
-    "shift the labels for a class that it does not know by name, so the model would learn to repeat its input. Leave it "
-    "out, or use TRL's SFTTrainer, which shifts them."
+    "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does "
+    "not shift the labels for a class that it does not know by name, so the model would learn to repeat its input. "
+    "Leave it out, or use TRL's SFTTrainer, which shifts them."
 )
 
 
@@ -88,12 +81,6 @@ def find_setting(config: GenerationConfig | PretrainedConfig, options: dict, nam
     """A setting of a call: of its `options`, else of the config."""
     value = options.get(name)
     return getattr(config, name, None) if value is None else value
-
-
-def two_rows(position_ids: torch.Tensor | None, glm_position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """GLM's positions [B, 2, S] by either name; None if neither has them."""
-    is_glm = glm_position_ids is None and position_ids is not None and position_ids.dim() == 3
-    return position_ids if is_glm else glm_position_ids
 
 
 def replace_columns(states: torch.Tensor, start: int, new: torch.Tensor) -> torch.Tensor:
@@ -436,7 +423,7 @@ class VisualGLMBackbone:
 
 
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
-class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, GenerationMixin):
+class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, ChatMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -447,7 +434,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
         self.image_cache = FeatureCache()
-        self.has_told_of_labels = False
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
@@ -571,37 +557,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.check_places(is_image, len(image_embeds))
         is_image = is_image[..., None].to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
-
-    def know_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """`input_ids` [B, S], or of `inputs_embeds` alone the ids that say where the answer and the pictures begin."""
-        if input_ids is not None:
-            return input_ids
-        text = self.config.text_config
-        token_ids = (text.gmask_token_id, text.mask_token_id, text.bos_token_id, self.config.image_token_id)
-        return recognize_tokens(inputs_embeds, self.get_input_embeddings(), token_ids)
-
-    def find_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where pictures go: the image tokens of the context, [B, S] boolean. In an answer, that token is a word."""
-        ids = self.know_ids(input_ids, inputs_embeds)
-        return (ids == self.config.image_token_id) & find_context(ids, self.config.text_config)
-
-    def find_empty_places(self, is_image: torch.Tensor, num_filled: int = 0) -> dict[str, torch.Tensor]:
-        """Rows [B] with places `is_image` [B, S] from column `num_filled` on, as `find_mark_faults`."""
-        message = (
-            f"The prompt has image tokens (id {self.config.image_token_id}), but there is no picture. Give pixel_values "
-            "or image_embeds, or a prompt without a place for pictures."
-        )
-        return {message: is_image[:, num_filled:].any(-1)}
-
-    def check_places(self, is_image: torch.Tensor, num_images: int) -> None:
-        """Raise a `ValueError` unless the places `is_image` [B, S] are as many as the images fill."""
-        places = is_image.sum().item()
-        needed = num_images * self.config.qformer_config.num_query_tokens
-        if places != needed:
-            raise ValueError(
-                f"The prompt has {places} image tokens (id {self.config.image_token_id}) for {num_images} "
-                f"image(s), which fill {needed}. Use the processor, which puts them where each image belongs."
-            )
 
     def encode_images(
         self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None, **recorded: bool
@@ -786,133 +741,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             outputs.last_hidden_state = torch.where(is_learned.to(states.device), states, states.detach())
         return outputs, image_outputs, is_learned
 
-    def read_prompt(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        glm_position_ids: torch.Tensor | None,
-        pictures: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """GLM's positions [B, 2, S] of a prompt, derived if they are not given, after `check_prompt`."""
-        ids, faults, config = self.know_ids(input_ids, inputs_embeds), {}, self.config.text_config
-        if position_ids is not None and position_ids.dim() == 2:
-            faults |= find_restarts(position_ids, attention_mask)
-        if glm_position_ids is None:
-            faults |= find_mark_faults(ids, config, is_embedded=input_ids is None)
-            glm_position_ids = build_glm_position_ids(ids, attention_mask, config)
-        num_virtual = ids.shape[1] - glm_position_ids.shape[-1]
-        if num_virtual > 0 and input_ids is not None:
-            raise ValueError(
-                f"There are {ids.shape[1]} input_ids, but positions for {glm_position_ids.shape[-1]} of them."
-            )
-        num_filled = 0 if prompt_embeds is None else num_virtual + prompt_embeds.shape[1]
-        self.check_prompt(ids, inputs_embeds, pictures, num_filled, faults)
-        return glm_position_ids
-
-    def keep_answer_labels(
-        self,
-        input_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        glm_position_ids: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> dict[str, torch.Tensor]:
-        """What a loss is computed of, without what is no answer: the context, which sees itself, and padding.
-
-        Args:
-            labels: [B, S]
-            shift_labels: [B, S], the same, each one place earlier.
-            num_items_in_batch: labels in this call and others, by which the sum of losses is divided. It is multiplied
-                by this call's share of labels that count.
-            kwargs: is ignored; the rest are `forward`'s.
-
-        Raises:
-            ValueError: it is not certain where each answer begins, or no label counts.
-        """
-        ids, config = self.know_ids(input_ids, inputs_embeds), self.config.text_config
-        faults = find_second_starts(ids, config)
-        glm_position_ids = two_rows(position_ids, glm_position_ids)
-        if glm_position_ids is None:
-            faults |= find_mark_faults(ids, config, is_embedded=input_ids is None)
-            glm_position_ids = build_glm_position_ids(ids, attention_mask, config)
-        refuse(faults)
-        is_answer, kept = find_answers(glm_position_ids, attention_mask), {}
-        if labels is not None:
-            kept["labels"] = labels.masked_fill(~is_answer, IGNORED)
-            given, counted = labels[:, 1:], kept["labels"][:, 1:]
-        if shift_labels is not None:
-            kept["shift_labels"] = shift_labels.masked_fill(~shift_left(is_answer), IGNORED)
-            given, counted = shift_labels, kept["shift_labels"]
-        given, counted = (given != IGNORED).sum(), (counted != IGNORED).sum()
-        self.report_labels(given, counted, is_part=num_items_in_batch is not None)
-        if num_items_in_batch is not None:
-            kept["num_items_in_batch"] = num_items_in_batch * (counted.clamp(min=1) / given.clamp(min=1))
-        return kept
-
-    def report_labels(self, given: torch.Tensor, counted: torch.Tensor, is_part: bool) -> None:
-        """Say once how many of the `given` labels do not count; raise a `ValueError` if none does.
-
-        A batch that is part of a larger one (`is_part`) may have no labels at all.
-        """
-        if not can_ask(given, counted):
-            return
-        given, counted = torch.stack((given, counted)).tolist()
-        if not counted and (given or not is_part):
-            raise ValueError(
-                f"No label counts: of {given} that are not {IGNORED}, all are before <sop> or padding. GLM learns answers, "
-                "which follow [gMASK]<sop>; did a maximum length cut them off?"
-            )
-        if counted < given and not self.has_told_of_labels:
-            self.has_told_of_labels = True
-            logger.warning(
-                f"{given - counted} of the {given} labels of this batch are before <sop> or padding and do not count, nor "
-                "will such labels of later ones: a context sees itself, and GLM learns answers."
-            )
-
-    def check_length(self, length: int) -> None:
-        """Raise a `ValueError` for more tokens than the model was made for."""
-        limit = self.config.text_config.max_position_embeddings
-        if length > limit:
-            raise ValueError(
-                f"The context is {length} tokens long, the model takes {limit}. Shorten the history or the question."
-            )
-
-    def check_prompt(
-        self,
-        ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None,
-        pictures: torch.Tensor | None,
-        num_filled: int,
-        faults: dict[str, torch.Tensor],
-    ) -> None:
-        """Raise a `ValueError` for pictures without places, places without pictures, and a second prompt in a row.
-
-        Asks the device once, with pictures twice: per prompt, not per token.
-
-        Args:
-            ids: [B, S], as `know_ids` gives them.
-            inputs_embeds: [B, S, C], if they were given; then it is they that have the places.
-            pictures: as many as there are, in any form; None for none.
-            num_filled: columns that are in a cache, or that have their pictures in place.
-            faults: what else may be wrong, as `find_mark_faults` gives it.
-        """
-        if not can_ask(ids):
-            return
-        faults = faults | find_second_prompts(ids, self.config.text_config)
-        if pictures is not None:
-            self.check_places(self.find_places(ids, None), len(pictures))
-        else:
-            is_image = self.find_places(ids if inputs_embeds is None else None, inputs_embeds)
-            faults |= self.find_empty_places(is_image, num_filled)
-        refuse(faults)
-
     @takes_cache
     def generate(
         self,
@@ -985,30 +813,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             prefix_key_values = self.transformer.compute_prefix(self.input_device)
         kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
         return super().generate(None, *args, **kwargs)
-
-    def check_generation(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        pictures: torch.Tensor | None,
-        cache: Cache | None,
-        options: dict,
-    ) -> torch.Tensor:
-        """Raise a `ValueError` for a prompt that cannot be answered; `options` are the rest of `generate`'s.
-
-        Returns:
-            [B, S], as `know_ids` gives them.
-        """
-        ids = self.know_ids(input_ids, inputs_embeds)
-        self.check_length(ids.shape[1])
-        faults = find_mark_faults(ids, self.config.text_config, is_embedded=input_ids is None)
-        attention_mask, prompt_embeds = options.get("attention_mask"), options.get("prompt_embeds")
-        if attention_mask is not None and attention_mask.dim() == 2:
-            faults["A prompt ends with padding: pad prompts on the left."] = attention_mask[:, -1] == 0
-        num_cached = 0 if cache is None else int(cache.get_seq_length())
-        num_placed = 0 if prompt_embeds is None else prompt_embeds.shape[1]
-        self.check_prompt(ids, inputs_embeds, pictures, max(num_cached, num_placed), faults)
-        return ids
 
     def wants_dynamic_cache(self, generation_config: GenerationConfig, options: dict) -> bool:
         """Whether `generate` with these `options` would make a dynamic cache that nobody but it knows of."""

@@ -115,7 +115,7 @@ def test_metrics_are_computed_of_logits_alone_whatever_pictures_rows_have(
     model, processor, pictures, tmp_path, batch_size
 ):
     picture = f"<img>{processor.image_token}</img>"
-    rows = [("问：你好\n答：", []), (f"{picture}问：这是什么？\n答：", pictures[:1]), (picture * 2 + "答：", pictures[:2])] * 2
+    rows = [("答：", []), (picture + "答：", pictures[:1]), (picture * 2 + "答：", pictures[:2])] * 2
     seen = []
 
     def collate(chosen: list[int]) -> dict:

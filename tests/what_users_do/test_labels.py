@@ -198,7 +198,7 @@ def sft_trainer(model, rows, folder, processor, peft_config=None, **options):
 
 @pytest.mark.parametrize("adapter", ["LoRA", "prompt tuning", None])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_messages_in_trl_teach_what_the_model_calls_its_loss(tiny_original, processor, pictures, tmp_path, adapter, loss_type):
+def test_messages_in_trl_teach_answers_alone(tiny_original, processor, pictures, tmp_path, adapter, loss_type):
     peft = pytest.importorskip("peft")
     configs = {
         "LoRA": peft.LoraConfig(target_modules=r"transformer\..*query_key_value", r=2, init_lora_weights=False),
@@ -226,7 +226,7 @@ def test_messages_in_trl_teach_what_the_model_calls_its_loss(tiny_original, proc
     assert relative_error(gradients(model, theirs), gradients(model, ours)) < FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("options", [{"packing": True, "max_length": 64}, {"padding_free": True}], ids=["packing", "padding-free"])
+@pytest.mark.parametrize("options", [{"packing": True, "max_length": 64}, {"padding_free": True}], ids=" ".join)
 def test_packing_in_trl_is_refused_in_words(tiny_original, tokenizer, tmp_path, options):
     model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
     row = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
