@@ -16,7 +16,7 @@
 A row is a context that sees all of itself, then `<sop>` and the answer. Where that is must be known: from ids, or from
 embeddings among which those of `[gMASK]` and `<sop>` are found. Not here: what the model does with it.
 
-Shapes: B batch, S query length, T key length, C hidden size.
+Shapes: B batch, S query length, T key length, C hidden size. `config` is the decoder's.
 """
 
 from collections.abc import Iterable
@@ -24,8 +24,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from .configuration_visualglm import VisualGLMTextConfig
+from transformers.configuration_utils import PretrainedConfig
 
 
 UNKNOWN = -1  # as an id: a token of which only the embedding is known
@@ -46,12 +45,12 @@ def recognize_tokens(inputs_embeds: torch.Tensor, embedding: nn.Module, token_id
     return found
 
 
-def find_context(input_ids: torch.Tensor, config: VisualGLMTextConfig) -> torch.Tensor:
+def find_context(input_ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """Where the context is, [B, S] boolean: before the first `<sop>`, everywhere if there is none."""
     return (input_ids == config.bos_token_id).cumsum(-1) == 0
 
 
-def find_slots(input_ids: torch.Tensor, config: VisualGLMTextConfig) -> torch.Tensor:
+def find_slots(input_ids: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """Where `[gMASK]` or `[MASK]` is, whose place the answer takes; [B, S] boolean."""
     return (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
 
@@ -63,7 +62,7 @@ def find_visible(attention_mask: torch.Tensor | None, length: int) -> torch.Tens
 
 
 def build_glm_position_ids(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: VisualGLMTextConfig
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: PretrainedConfig
 ) -> torch.Tensor:
     """The two position rows of GLM: the place in the context, and the place in the answer.
 
@@ -147,9 +146,7 @@ def shift_left(is_answer: torch.Tensor) -> torch.Tensor:
     return F.pad(is_answer[:, 1:], (0, 1), value=True)
 
 
-def find_mark_faults(
-    input_ids: torch.Tensor, config: VisualGLMTextConfig, is_embedded: bool
-) -> dict[str, torch.Tensor]:
+def find_mark_faults(input_ids: torch.Tensor, config: PretrainedConfig, is_embedded: bool) -> dict[str, torch.Tensor]:
     """What may be wrong with the beginning of the answers: messages, and which rows [B] they are true of.
 
     Args:
@@ -169,14 +166,14 @@ def find_mark_faults(
     return {message: ~has_marks}
 
 
-def find_second_prompts(input_ids: torch.Tensor, config: VisualGLMTextConfig) -> dict[str, torch.Tensor]:
+def find_second_prompts(input_ids: torch.Tensor, config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """Rows [B] with `[gMASK]<sop>` after their first `<sop>`, as `find_mark_faults`. `<sop>` alone may be a word."""
     is_later_start = (input_ids[:, 1:] == config.bos_token_id) & ~find_context(input_ids, config)[:, :-1]
     is_prompt = is_later_start & find_slots(input_ids, config)[:, :-1]
     return {"A row has a second [gMASK]<sop>." + ONE_ROW_EACH: is_prompt.any(-1)}
 
 
-def find_second_starts(input_ids: torch.Tensor, config: VisualGLMTextConfig) -> dict[str, torch.Tensor]:
+def find_second_starts(input_ids: torch.Tensor, config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """Rows [B] with several `<sop>`, as `find_mark_faults`: with labels, it must be certain where the answer begins."""
     is_start = input_ids == config.bos_token_id
     message = f"A row with labels has more than one <sop> ({config.bos_token_id})."
@@ -194,7 +191,7 @@ def find_restarts(position_ids: torch.Tensor, attention_mask: torch.Tensor | Non
 
 def refuse(faults: dict[str, torch.Tensor]) -> None:
     """Raise a `ValueError` with the first message that is true of a row [B]. Asks the device once."""
-    if not can_ask(*faults.values()):
+    if not faults or not can_ask(*faults.values()):
         return
     device = next(iter(faults.values())).device
     if torch.stack([rows.any().to(device) for rows in faults.values()]).any():

@@ -186,6 +186,7 @@ class PromptMixin:
         glm_position_ids: torch.Tensor | None = None,
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        is_ours: bool = True,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
         """What a loss is computed of, without what is no answer: the context, which sees itself, and padding.
@@ -195,13 +196,21 @@ class PromptMixin:
             shift_labels: [B, S], the same, each one place earlier.
             num_items_in_batch: labels in this call and others, by which the sum of losses is divided. It is multiplied
                 by this call's share of labels that count.
+            is_ours: whether we compute the loss. Others also ask about answers that were sampled, in which `<sop>` may
+                occur, and of which none may be left.
             kwargs: is ignored; the rest are `forward`'s.
 
         Raises:
             ValueError: it is not certain where each answer begins, labels of another shape, or none that counts.
         """
         ids = self.know_ids(input_ids, inputs_embeds)
-        is_answer = self.find_answers(ids, input_ids is None, attention_mask, two_rows(position_ids, glm_position_ids))
+        faults = find_second_starts(ids, self.config.text_config) if is_ours else {}
+        glm_position_ids = two_rows(position_ids, glm_position_ids)
+        if glm_position_ids is None:
+            faults |= find_mark_faults(ids, self.config.text_config, is_embedded=input_ids is None)
+            glm_position_ids = build_glm_position_ids(ids, attention_mask, self.config.text_config)
+        refuse(faults)
+        is_answer = find_answers(glm_position_ids, attention_mask)
         kept = {}
         if labels is not None:
             kept["labels"] = ignore_others(labels, is_answer)
@@ -210,42 +219,21 @@ class PromptMixin:
             kept["shift_labels"] = ignore_others(shift_labels, shift_left(is_answer))
             given, counted = shift_labels, kept["shift_labels"]
         given, counted = (given != IGNORED).sum(), (counted != IGNORED).sum()
-        self.report_labels(given, counted, is_part=num_items_in_batch is not None)
+        self.report_labels(given, counted, may_be_none=num_items_in_batch is not None or not is_ours)
         if num_items_in_batch is not None:
             kept["num_items_in_batch"] = num_items_in_batch * (counted.clamp(min=1) / given.clamp(min=1))
         return kept
 
-    def find_answers(
-        self,
-        ids: torch.Tensor,
-        is_embedded: bool,
-        attention_mask: torch.Tensor | None,
-        glm_position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Which tokens of rows that have labels are an answer's, [B, S] boolean.
+    def report_labels(self, given: torch.Tensor, counted: torch.Tensor, may_be_none: bool) -> None:
+        """Say once how many of the `given` labels do not count.
 
-        Args:
-            ids: [B, S], as `know_ids` gives them.
-            is_embedded: whether they are what it recognized.
-            glm_position_ids: [B, 2, S], derived if there are none.
-        """
-        config = self.config.text_config
-        faults = find_second_starts(ids, config)
-        if glm_position_ids is None:
-            faults |= find_mark_faults(ids, config, is_embedded)
-            glm_position_ids = build_glm_position_ids(ids, attention_mask, config)
-        refuse(faults)
-        return find_answers(glm_position_ids, attention_mask)
-
-    def report_labels(self, given: torch.Tensor, counted: torch.Tensor, is_part: bool) -> None:
-        """Say once how many of the `given` labels do not count; raise a `ValueError` if none does.
-
-        A batch that is part of a larger one (`is_part`) may have no labels at all.
+        Raises:
+            ValueError: none counts; but there `may_be_none` in a part of a batch.
         """
         if not can_ask(given, counted):
             return
         given, counted = torch.stack((given, counted)).tolist()
-        if not counted and (given or not is_part):
+        if not counted and (given or not may_be_none):
             raise ValueError(
                 f"No label counts: of {given} that are not {IGNORED}, all are before <sop> or padding. GLM learns "
                 "answers, which follow [gMASK]<sop>; did a maximum length cut them off?"

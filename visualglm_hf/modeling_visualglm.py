@@ -588,7 +588,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         if compiled_call is not None:
             return compiled_call(self, *args, **kwargs)
         if "forward" in vars(self) and (kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None):
-            kwargs |= self.keep_answer_labels(*args[:1], **kwargs)
+            kwargs |= self.keep_answer_labels(*args[:1], **kwargs, is_ours=False)
         return super().__call__(*args, **kwargs)
 
     @takes_cache
@@ -629,7 +629,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, hidden_size)`, *optional*):
             What `input_ids` begins with, embedded and with its pictures in place, instead of these.
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
-            The same as `position_ids` under a name that no library rewrites.
+            The same as `position_ids` under a name that no library rewrites. What `inputs_embeds` have more than that
+            are virtual tokens of PEFT before the prompt.
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             The prefix of each layer, if it was computed already; `generate` does so once.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -661,7 +662,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
         kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
         logits = self.lm_head(kept_states)
-        if labels is None and is_learned is not None and logits.requires_grad:
+        if labels is None and is_learned is not None and can_ask() and logits.requires_grad:
             logits.register_hook(lambda gradient: gradient * is_learned[:, kept].to(gradient))  # for the head
         loss = None
         if labels is not None:
@@ -703,12 +704,12 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         pictures = pixel_values if image_embeds is None else image_embeds
         if pictures is not None and prompt_embeds is not None:
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
-        if len(kwargs.get("cu_seq_lens_q", ())) > 2:
+        if kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
             raise ValueError("cu_seq_lens_q names several sequences in a row." + ONE_ROW_EACH)
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         self.check_length(length)
         glm_position_ids = two_rows(position_ids, glm_position_ids)
-        is_prompt = length > 1 and can_ask() and (cache is None or not cache.get_seq_length())
+        is_prompt = can_ask() and length > 1 and (cache is None or not cache.get_seq_length())
         if glm_position_ids is None or is_prompt:
             glm_position_ids = self.read_prompt(
                 input_ids, inputs_embeds, attention_mask, position_ids, glm_position_ids, pictures, prompt_embeds
@@ -721,11 +722,12 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             image_embeds = image_outputs.pooler_output
         if pictures is not None or inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
-        # PEFT puts virtual tokens before a prompt; and of one whose prefix it has cached, it cuts the ids alone.
-        num_virtual = max(length - glm_position_ids.shape[-1], 0)
-        glm_position_ids = prepend_virtual_tokens(glm_position_ids, num_virtual)[..., -length:]
+        num_virtual = max(length - glm_position_ids.shape[-1], 0)  # tokens that PEFT puts before a prompt
         if prompt_embeds is not None:
             inputs_embeds = replace_columns(inputs_embeds, num_virtual, prompt_embeds)
+        if num_virtual:
+            glm_position_ids = prepend_virtual_tokens(glm_position_ids, num_virtual)
+        glm_position_ids = glm_position_ids[..., -length:]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
             inputs_embeds=inputs_embeds,

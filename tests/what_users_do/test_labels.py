@@ -226,6 +226,21 @@ def test_messages_in_trl_teach_answers_alone(tiny_original, processor, pictures,
     assert relative_error(gradients(model, theirs), gradients(model, ours)) < FLOAT32_TOLERANCE
 
 
+def test_log_probabilities_of_sampled_answers_may_be_asked_whatever_was_sampled(tiny_original, processor, tmp_path):
+    """`<sop>` and `<unk>` among them, and nothing at all, as in TRL's GRPO."""
+    row = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
+    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = sft_trainer(model, [row], tmp_path, processor.tokenizer).model.eval()  # which gives it a fused head
+    ids = torch.tensor([[*ROW[:5], 700, 0, 1104, 702, 1105]])
+    labels = ids.masked_fill(torch.arange(10) < 5, -100)
+    with torch.no_grad():
+        expected = model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0][:, 4:]
+        found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        nothing = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    assert relative_error(found.log_probs[:, 4:], expected) < FLOAT32_TOLERANCE
+    assert not nothing.log_probs.any()
+
+
 @pytest.mark.parametrize("options", [{"packing": True, "max_length": 64}, {"padding_free": True}], ids=" ".join)
 def test_packing_in_trl_is_refused_in_words(tiny_original, tokenizer, tmp_path, options):
     model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
