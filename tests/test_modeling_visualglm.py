@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import FLOAT32_TOLERANCE, HALF_LOGITS_TOLERANCE, kept_positions, relative_error
 from transformers import DynamicCache, StaticCache
 
@@ -274,7 +275,7 @@ def test_both_position_rows_are_honoured_and_made_up_ones_are_not(model, prompts
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda ids: torch.cat((ids, ids[:, 5:6]), dim=1), "has 33 image tokens"),
+        (lambda ids: torch.cat((ids[:, 5:6], ids), dim=1), "has 33 image tokens"),
         (lambda ids: torch.cat((ids[:, :1].expand(1, 2048), ids), dim=1), "2102 tokens long, the model takes 2048"),
         (lambda ids: ids[:, :-1], "Every sequence needs"),
     ],
@@ -437,9 +438,10 @@ def test_device_map_splits_between_blocks(tiny_original, prompts, model):
 def test_gradients_of_parts_of_a_batch_add_up_to_those_of_the_batch(tiny_original, padded):
     """Rows with different numbers of labels: the sum is divided once, by the number in all parts."""
     model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
-    input_ids, attention_mask = padded
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[0, :-3] = -100
+    input_ids, attention_mask = (F.pad(tensor, (0, 4), value=1) for tensor in padded)
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -4:] = torch.arange(700, 704)
+    labels[0, -4:-1] = -100
     count = (labels[:, 1:] != -100).sum()
     weight = model.transformer.layers[0].attention.query_key_value.weight
     whole = model(input_ids, attention_mask=attention_mask, labels=labels).loss

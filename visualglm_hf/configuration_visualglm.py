@@ -388,6 +388,8 @@ class VisualGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
+    # No predictions, for the Trainer: caches by either name, and what is per picture instead of per row.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
     sub_configs = {
         "text_config": VisualGLMTextConfig,
         "vision_config": VisualGLMVisionConfig,

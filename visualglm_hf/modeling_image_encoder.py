@@ -191,13 +191,17 @@ class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Conv2d:
+        """What turns patches into tokens; with checkpointed layers, `enable_input_require_grads` hooks into it."""
+        return self.mixins["patch_embedding"]["proj"]
+
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, 3, height, width] -> [B, 1 + patches, C]"""
         proj = self.mixins["patch_embedding"]["proj"]
         patches = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)
         # Asked by index, not for their weights, which are elsewhere while they are offloaded.
         index = torch.arange(self.config.num_positions, device=patches.device)
-        class_token = self.transformer["word_embeddings"](index[:1]).expand(len(patches), -1, -1)
+        class_token = self.transformer["word_embeddings"](index[:1]).expand(patches.shape[0], -1, -1)
         return torch.cat((class_token, patches), dim=1) + self.transformer["position_embeddings"](index)
 
     @merge_with_config_defaults
@@ -226,6 +230,10 @@ class VisualGLMQFormer(VisualGLMImagePreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The learned queries."""
+        return self.transformer["word_embeddings"]
+
     @auto_docstring
     def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         r"""
@@ -234,7 +242,7 @@ class VisualGLMQFormer(VisualGLMImagePreTrainedModel):
         """
         index = torch.arange(self.config.num_query_tokens, device=encoder_hidden_states.device)
         queries = self.transformer["word_embeddings"](index)
-        hidden_states = self.dropout(queries.expand(len(encoder_hidden_states), -1, -1))
+        hidden_states = self.dropout(queries.expand(encoder_hidden_states.shape[0], -1, -1))
         for layer in self.transformer["layers"]:
             hidden_states = layer(hidden_states, encoder_hidden_states)
         return self.transformer["final_layernorm"](hidden_states)

@@ -40,7 +40,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -62,6 +62,16 @@ from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attentio
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
 from .generation_options import SuppressUnknown, check_options, resolve_options
+from .glm_positions import (
+    ONE_ROW_EACH,
+    build_attention_mask,
+    build_glm_position_ids,
+    can_ask,
+    find_answers,
+    prepend_virtual_tokens,
+    shift_left,
+)
+from .glm_prompts import PromptMixin, two_rows
 from .growing_cache import lengthen, make_cache
 from .guidance import Guidance, guidance_options
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
@@ -77,9 +87,16 @@ from .quantization import (
 
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+logger = logging.get_logger(__name__)
+
 PREFIX_DROPOUT = 0.1  # the original's, in training
 DEFAULT_NEW_TOKENS = 20  # of `generate`
 RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
+LOSS_ELSEWHERE = (
+    "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does "
+    "not shift the labels for a class that it does not know by name, so the model would learn to repeat its input. "
+    "Leave it out, or use TRL's SFTTrainer, which shifts them."
+)
 
 
 def find_setting(config: PretrainedConfig, options: dict, name: str) -> Any:
@@ -97,64 +114,10 @@ def wants_dynamic_cache(options: dict) -> bool:
     )
 
 
-def build_glm_position_ids(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: VisualGLMTextConfig
-) -> torch.Tensor:
-    """The two position rows of GLM: the place in the context, and the place in the answer.
-
-    The context counts 0, 1, 2, … in the first row and is 0 in the second. From `<sop>` on, the first row stays at the
-    position of [gMASK] (of [MASK] where there is none) and the second counts 1, 2, 3, …
-
-    Args:
-        input_ids: [B, S], the whole sequence.
-        attention_mask: [B, >= S], 0 for padding, of which the last S columns count; None for no padding.
-
-    Returns:
-        [B, 2, S] integers; both rows are 0 on left padding.
-    """
-    is_start = input_ids == config.bos_token_id
-    is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
-    is_slot = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
-    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    padding = torch.zeros_like(input_ids[:, :1])
-    if attention_mask is not None:
-        visible = attention_mask[:, -input_ids.shape[1] :] != 0
-        padding = (visible.cumsum(-1) == 0).sum(-1, keepdim=True)
-    start = is_start.int().argmax(-1, keepdim=True)
-    slot = is_slot.int().argmax(-1, keepdim=True)
-    position = torch.where(index < start, index, slot) - padding
-    block_position = index - start + 1
-    return torch.stack((position, block_position), dim=1).clamp(min=0)
-
-
-def build_attention_mask(
-    glm_position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int, key_length: int
-) -> torch.Tensor | None:
-    """The prefix-LM mask: the context sees all of itself, the answer sees the context and what was said before.
-
-    Args:
-        glm_position_ids: [B, 2, S] of the queries.
-        attention_mask: [B, <= T], 0 for padding; None for no padding.
-        past_length: keys that the cache held before these queries.
-        key_length: T, with a static cache its whole length.
-
-    Returns:
-        [B, 1, S, T] boolean, True where a query may look; None when it may look everywhere. Padding looks at the
-        context too, so its states are finite; nobody reads them.
-    """
-    batch_size, _, query_length = glm_position_ids.shape
-    if query_length == 1 and attention_mask is None and key_length == past_length + 1:
-        return None
-    block_position = glm_position_ids[:, 1]
-    key_index = torch.arange(key_length, device=block_position.device)
-    query_index = torch.arange(query_length, device=block_position.device) + past_length
-    # Equal to the first query's rather than equal to 0: prefix tuning shifts all positions.
-    in_context = F.pad(block_position == block_position[:, :1], (past_length, key_length - past_length - query_length))
-    mask = (key_index <= query_index[:, None]) | in_context[:, None]  # [B, S, T]
-    if attention_mask is not None:
-        visible = F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))[:, None]
-        mask = mask & visible
-    return mask[:, None]
+def replace_columns(states: torch.Tensor, start: int, new: torch.Tensor) -> torch.Tensor:
+    """`states` [B, S, C] with `new` [B, N, C] in the place of those from column `start` on."""
+    states = states.to(new)
+    return torch.cat((states[:, :start], new, states[:, start + new.shape[1] :]), dim=1)
 
 
 def inverse_frequencies(config: VisualGLMTextConfig, device: torch.device | None = None) -> torch.Tensor:
@@ -508,7 +471,7 @@ class VisualGLMBackbone:
 
 
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
-class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, GenerationMixin):
+class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, ChatMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -718,56 +681,36 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         is_image = is_image[..., None].to(inputs_embeds.device)
         return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
 
-    def find_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the image tokens are, [B, S] boolean; without ids, by the embedding of the image token."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
-
-    def check_places(self, is_image: torch.Tensor, num_images: int) -> None:
-        """Raise a `ValueError` unless the places `is_image` [B, S] are as many as the images fill."""
-        places = is_image.sum().item()
-        needed = num_images * self.config.qformer_config.num_query_tokens
-        if places != needed:
-            raise ValueError(
-                f"The prompt has {places} image tokens (id {self.config.image_token_id}) for {num_images} "
-                f"image(s), which fill {needed}. Use the processor, which puts them where each image belongs."
-            )
-
     def encode_images(
-        self,
-        input_ids: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None = None,
-        **recorded: bool,
+        self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None, **recorded: bool
     ) -> BaseModelOutputWithPooling:
         """The soft prompts of a prompt's pictures, `pooler_output`, however they were given.
 
         Args:
-            input_ids: [B, S]
             pixel_values: [images, 3, image_size, image_size]
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            inputs_embeds: [B, S, C], instead of `input_ids`.
             recorded: what else of `get_image_features` is wanted, such as `output_hidden_states`; pictures are then not
                 remembered.
 
         Raises:
-            ValueError: the prompt has no places for them, or they were given twice.
+            ValueError: they were given twice.
         """
         if pixel_values is None:
             return BaseModelOutputWithPooling(pooler_output=image_embeds)
         if image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
         self.check_pixel_values(pixel_values)
-        self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
         if recorded:
             return self.get_image_features(pixel_values, return_dict=True, **recorded)
         return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
 
     def __call__(self, *args, compiled_call: Callable | None = None, guide: Callable | None = None, **kwargs):
-        """Call the model as always, or a compiled call of it, and guide its logits; `generate` says for each step."""
+        """Call the model as always, or a compiled call of it, and guide its logits; `generate` says for each step.
+
+        A `forward` that a trainer has put in the place of ours, as TRL does, gets the labels of answers alone, too.
+        """
+        if "forward" in vars(self) and (kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None):
+            kwargs |= self.keep_answer_labels(*args[:1], **kwargs, is_ours=False)
         call = super().__call__ if compiled_call is None else partial(compiled_call, self)
         outputs = call(*args, **kwargs)
         if guide is not None:
@@ -778,9 +721,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
     @can_return_tuple
     @auto_docstring(
         custom_intro="""
-        Compute the logits of the next tokens. Each row of `input_ids` has [gMASK] and `<sop>`; of `inputs_embeds` alone
-        the last two positions are taken for them. A cached context can be continued by an answer, not by more context.
-        Raises a `ValueError` for pictures without places, places without pictures, and a context that is too long.
+        Compute the logits of the next tokens. Each row of `input_ids` has [gMASK] and `<sop>`; in `inputs_embeds` alone
+        they are found by their embeddings. A cached context can be continued by an answer, not by more context.
+        Raises a `ValueError` for pictures without places, places without pictures, a row whose answer begins nowhere or
+        more than once, labels of which none is an answer's, and a context that is too long.
         """
     )
     def forward(
@@ -803,7 +747,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         r"""
         position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
             The two rows of GLM. One-dimensional positions, which libraries make up from the mask, say nothing to this
-            model: the true ones are then derived from `input_ids`.
+            model: the true ones are then derived from `input_ids` or `inputs_embeds`.
         cache (`Cache`, *optional*):
             The keys and values of what came before, also by the older name `past_key_values`.
         image_embeds (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
@@ -811,11 +755,22 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, hidden_size)`, *optional*):
             What `input_ids` begins with, embedded and with its pictures in place, instead of these.
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
-            The same as `position_ids` under a name that no library rewrites.
+            The same as `position_ids` under a name that no library rewrites. What `inputs_embeds` have more than that
+            are virtual tokens of PEFT before the prompt.
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             The prefix of each layer, if it was computed already; `generate` does so once.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The ids to learn, each at its own place, or -100. A context sees itself, so labels before `<sop>` do not
+            count, nor does padding; and a `num_items_in_batch` that counted them shrinks by their part in this call.
         """
-        outputs, image_outputs = self.compute_states(
+        if labels is not None:
+            kept = self.keep_answer_labels(
+                input_ids, labels, inputs_embeds, attention_mask, position_ids, glm_position_ids, **kwargs
+            )
+            labels, kwargs = kept.pop("labels"), {**kwargs, **kept}
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            logger.warning_once(LOSS_ELSEWHERE)
+        outputs, image_outputs, is_learned = self.compute_states(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -833,6 +788,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
         kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
         logits = self.lm_head(kept_states)
+        if labels is None and is_learned is not None and can_ask() and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * is_learned[:, kept].to(gradient))  # for the head
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -847,101 +804,72 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    @takes_cache
     def compute_states(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
         glm_position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None]:
+    ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None, torch.Tensor | None]:
         """What `forward` does before the head; arguments and errors are its own.
 
         Returns:
-            The decoder's output with `last_hidden_state` [B, S, C], and that of the pictures; see `encode_images`.
+            The decoder's output with `last_hidden_state` [B, S, C]; that of the pictures, see `encode_images`; and, in
+            training, which positions predict an answer, [B, S, 1] boolean. Only these pass gradients on, whoever
+            computes a loss: the context sees what it would predict.
         """
         if self.adapters is not None and len(self.adapters) > self.num_adapters:  # PEFT says so of the first alone
             self.accept_adapters(self.adapters)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
-        has_pictures = pixel_values is not None or image_embeds is not None
-        if has_pictures and prompt_embeds is not None:
+        pictures = pixel_values if image_embeds is None else image_embeds
+        if pictures is not None and prompt_embeds is not None:
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
-        self.check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
-        if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
-            glm_position_ids = position_ids
-        if glm_position_ids is None:
-            glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
+        if kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
+            raise ValueError("cu_seq_lens_q names several sequences in a row." + ONE_ROW_EACH)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        self.check_length(length)
+        glm_position_ids = two_rows(position_ids, glm_position_ids)
+        is_prompt = can_ask() and length > 1 and (cache is None or not cache.get_seq_length())
+        if glm_position_ids is None or is_prompt:
+            glm_position_ids = self.read_prompt(
+                input_ids, inputs_embeds, attention_mask, position_ids, glm_position_ids, pictures, prompt_embeds
+            )
         image_outputs = None
-        if has_pictures:
+        if pictures is not None:
             vision_config = self.config.vision_config
             recorded = {name: True for name in RECORDED if kwargs.get(name, getattr(vision_config, name, False))}
-            image_outputs = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds, **recorded)
+            image_outputs = self.encode_images(pixel_values, image_embeds, **recorded)
             image_embeds = image_outputs.pooler_output
-        if prompt_embeds is not None:
-            rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
-            inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
-        elif has_pictures or inputs_embeds is None:
+        if pictures is not None or inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
-        glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
+        num_virtual = max(length - glm_position_ids.shape[-1], 0)  # tokens that PEFT puts before a prompt
+        if prompt_embeds is not None:
+            inputs_embeds = replace_columns(inputs_embeds, num_virtual, prompt_embeds)
+        if num_virtual:
+            glm_position_ids = prepend_virtual_tokens(glm_position_ids, num_virtual)
+        glm_position_ids = glm_position_ids[..., -length:]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
-            inputs_embeds=inputs_embeds, glm_position_ids=glm_position_ids, attention_mask=attention_mask, **kwargs
+            inputs_embeds=inputs_embeds,
+            glm_position_ids=glm_position_ids,
+            attention_mask=attention_mask,
+            **{CACHE_NAME: cache},
+            **kwargs,
         )
-        return outputs, image_outputs
-
-    def check_length(self, length: int) -> None:
-        """Raise a `ValueError` for more tokens than the model was made for."""
-        limit = self.config.text_config.max_position_embeddings
-        if length > limit:
-            raise ValueError(
-                f"The context is {length} tokens long, the model takes {limit}. Shorten the history or the question."
-            )
-
-    def check_prompt(self, input_ids: torch.Tensor) -> None:
-        """Raise a `ValueError` if a row of `input_ids` [B, S] cannot have positions.
-
-        Asks the device, so once per prompt, not per token.
-        """
-        config = self.config.text_config
-        has_slot = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
-        if not (has_slot.any(-1) & (input_ids == config.bos_token_id).any(-1)).all():
-            raise ValueError(
-                f"Every sequence needs [gMASK] ({config.gmask_token_id}) or [MASK] ({config.mask_token_id}) and then "
-                f"<sop> ({config.bos_token_id}). The tokenizer adds them unless add_special_tokens=False; when you "
-                "continue from a cache yourself, pass position_ids."
-            )
-
-    def check_tokens(self, input_ids: torch.Tensor, num_tokens: int) -> None:
-        """Raise a `ValueError` if `input_ids` [B, S] have rows beyond the tokens, which would never be generated."""
-        largest = input_ids.max().item()
-        if largest >= num_tokens:
-            raise ValueError(
-                f"input_ids have token {largest}, and this checkpoint has {num_tokens} tokens. After adding some "
-                "to the tokenizer, call model.resize_token_embeddings(len(tokenizer))."
-            )
-
-    def derive_positions(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """GLM's positions [B, 2, S] of `input_ids` [B, S], or of `inputs_embeds` [B, S, C] without them."""
-        if input_ids is None:
-            input_ids = self.presumed_input_ids(inputs_embeds)
-        elif not torch.compiler.is_compiling():
-            self.check_prompt(input_ids)
-            self.check_tokens(input_ids, self.config.text_config.num_tokens)
-        return build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
-
-    def presumed_input_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Ids with the same positions as a prompt of which only the embeddings [B, S, C] are known."""
-        config = self.config.text_config
-        ids = torch.full(inputs_embeds.shape[:2], config.pad_token_id, device=inputs_embeds.device)
-        ids[:, -2], ids[:, -1] = config.gmask_token_id, config.bos_token_id
-        return ids
+        is_learned = None
+        if self.training and torch.is_grad_enabled():
+            is_learned = shift_left(find_answers(glm_position_ids, attention_mask))[..., None]
+            states = outputs.last_hidden_state
+            outputs.last_hidden_state = torch.where(is_learned.to(states.device), states, states.detach())
+        return outputs, image_outputs, is_learned
 
     @takes_cache
     def generate(
@@ -1003,19 +931,19 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         num_tokens = text_config.num_tokens if tokenizer is None else len(tokenizer)
         if num_tokens < text_config.vocab_size:
             logits_processor = LogitsProcessorList([SuppressUnknown(num_tokens), *(logits_processor or ())])
+        pictures = pixel_values if image_embeds is None else image_embeds
+        if input_ids is not None or inputs_embeds is not None:
+            prompt_ids = self.check_generation(input_ids, inputs_embeds, pictures, cache, num_tokens, kwargs)
+        elif pictures is not None:
+            raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
         if input_ids is not None:
-            self.check_length(input_ids.shape[1])
-            self.check_prompt(input_ids)
-            self.check_tokens(input_ids, num_tokens)
             kwargs["input_ids"] = input_ids = input_ids.to(self.input_device)
         elif inputs_embeds is not None:
-            kwargs["num_prompt_embeds"] = inputs_embeds.shape[1]
-        if pixel_values is not None or image_embeds is not None:
-            if input_ids is None and inputs_embeds is None:
-                raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
+            kwargs["prompt_ids"] = prompt_ids
+        if pictures is not None:
             name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
             with torch.no_grad():
-                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds).pooler_output
+                image_embeds = self.encode_images(pixel_values, image_embeds).pooler_output
                 kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
         elif inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
@@ -1095,7 +1023,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        num_prompt_embeds: int = 0,
+        prompt_ids: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         compiled_call: Callable | None = None,
         assistant_pixel_values: torch.Tensor | None = None,
@@ -1110,7 +1038,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began. The `tokenizer`, which
         `generate` hands to every step, is for stop strings.
         """
-        length = num_prompt_embeds + input_ids.shape[1]
+        length = input_ids.shape[1] + (0 if prompt_ids is None else prompt_ids.shape[1])
         if compiled_call is not None and length > cache.layers[0].max_cache_len:
             lengthen(cache, bucket_length(length, self.config.text_config.max_position_embeddings))
         model_inputs = super().prepare_inputs_for_generation(
@@ -1125,8 +1053,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             model_inputs[OLD_NAME] = model_inputs.pop(CACHE_NAME)
         if guidance is not None:
             model_inputs["guide"] = partial(guidance.guide, self, input_ids)
-        if num_prompt_embeds:
-            prompt_ids = self.presumed_input_ids(inputs_embeds[:, :num_prompt_embeds])
+        if prompt_ids is not None:  # of a prompt that is embeddings, which `generate` gives no ids
             input_ids = torch.cat((prompt_ids, input_ids), dim=1)
         current = model_inputs.get("inputs_embeds")
         current = model_inputs["input_ids"] if current is None else current

@@ -1,0 +1,259 @@
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a call of the model says about its prompt: where things are in it, what must be refused, which labels count.
+
+Not here: how positions and masks follow from that (`glm_positions.py`), and what the model computes with them.
+
+Shapes: B batch, S length, C hidden size.
+"""
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from .glm_positions import (
+    build_glm_position_ids,
+    can_ask,
+    find_answers,
+    find_context,
+    find_mark_faults,
+    find_restarts,
+    find_second_prompts,
+    find_second_starts,
+    recognize_tokens,
+    refuse,
+    shift_left,
+)
+
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # as a label: no loss here
+
+
+def two_rows(position_ids: torch.Tensor | None, glm_position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """GLM's positions [B, 2, S] by either name; None if neither has them."""
+    is_glm = glm_position_ids is None and position_ids is not None and position_ids.dim() == 3
+    return position_ids if is_glm else glm_position_ids
+
+
+def ignore_others(labels: torch.Tensor, is_answer: torch.Tensor) -> torch.Tensor:
+    """`labels` [B, S] where an answer is [B, S], else `IGNORED`; a `ValueError` if they are not of the same tokens."""
+    if labels.shape != is_answer.shape:
+        raise ValueError(f"Labels are {tuple(labels.shape)}, the tokens {tuple(is_answer.shape)}. Give one for each.")
+    return labels.masked_fill(~is_answer.to(labels.device), IGNORED)
+
+
+class PromptMixin:
+    """What `forward` and `generate` ask of their inputs. It waits for the device, so once per prompt, not per token."""
+
+    has_told_of_labels = False  # that some do not count
+
+    def know_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """`input_ids` [B, S], or of `inputs_embeds` alone the ids that say where the answer and the pictures begin."""
+        if input_ids is not None:
+            return input_ids
+        text = self.config.text_config
+        token_ids = (text.gmask_token_id, text.mask_token_id, text.bos_token_id, self.config.image_token_id)
+        return recognize_tokens(inputs_embeds, self.get_input_embeddings(), token_ids)
+
+    def check_length(self, length: int) -> None:
+        """Raise a `ValueError` for more tokens than the model was made for."""
+        limit = self.config.text_config.max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"The context is {length} tokens long, the model takes {limit}. Shorten the history or the question."
+            )
+
+    def find_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where pictures go: the image tokens of the context, [B, S] boolean. In an answer, that token is a word."""
+        ids = self.know_ids(input_ids, inputs_embeds)
+        return (ids == self.config.image_token_id) & find_context(ids, self.config.text_config)
+
+    def find_empty_places(self, is_image: torch.Tensor, num_filled: int = 0) -> dict[str, torch.Tensor]:
+        """Rows [B] with places `is_image` [B, S] from column `num_filled` on, as `find_mark_faults`."""
+        message = (
+            f"The prompt has image tokens (id {self.config.image_token_id}), but there is no picture. Give "
+            "pixel_values or image_embeds, or a prompt without a place for pictures."
+        )
+        return {message: is_image[:, num_filled:].any(-1)}
+
+    def check_places(self, is_image: torch.Tensor, num_images: int) -> None:
+        """Raise a `ValueError` unless the places `is_image` [B, S] are as many as the images fill."""
+        places = is_image.sum().item()
+        needed = num_images * self.config.qformer_config.num_query_tokens
+        if places != needed:
+            raise ValueError(
+                f"The prompt has {places} image tokens (id {self.config.image_token_id}) for {num_images} "
+                f"image(s), which fill {needed}. Use the processor, which puts them where each image belongs."
+            )
+
+    def find_unknown_tokens(self, ids: torch.Tensor, num_tokens: int) -> dict[str, torch.Tensor]:
+        """Rows [B] of `ids` [B, S] with embeddings beyond the tokens, which are never generated."""
+        message = (
+            f"input_ids have tokens from {num_tokens} on, and this checkpoint has {num_tokens} of them. After adding "
+            "some to the tokenizer, call model.resize_token_embeddings(len(tokenizer))."
+        )
+        return {message: (ids >= num_tokens).any(-1)}
+
+    def check_prompt(
+        self,
+        ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        pictures: torch.Tensor | None,
+        num_filled: int,
+        faults: dict[str, torch.Tensor],
+    ) -> None:
+        """Raise a `ValueError` for pictures without places, places without pictures, and a second prompt in a row.
+
+        Args:
+            ids: [B, S], as `know_ids` gives them.
+            inputs_embeds: [B, S, C], if they were given; then it is they that have the places.
+            pictures: as many as there are, in any form; None for none.
+            num_filled: columns that are in a cache, or that have their pictures in place.
+            faults: what else may be wrong, as `find_mark_faults` gives it.
+        """
+        if not can_ask(ids):
+            return
+        faults = faults | find_second_prompts(ids, self.config.text_config)
+        if pictures is not None:
+            self.check_places(self.find_places(ids, None), len(pictures))
+        else:
+            is_image = self.find_places(ids if inputs_embeds is None else None, inputs_embeds)
+            faults |= self.find_empty_places(is_image, num_filled)
+        refuse(faults)
+
+    def read_prompt(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        glm_position_ids: torch.Tensor | None,
+        pictures: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """GLM's positions [B, 2, S] of a prompt, derived if they are not given, after `check_prompt`."""
+        ids, config = self.know_ids(input_ids, inputs_embeds), self.config.text_config
+        faults = self.find_unknown_tokens(ids, config.num_tokens)
+        if position_ids is not None and position_ids.dim() == 2:
+            faults |= find_restarts(position_ids, attention_mask)
+        if glm_position_ids is None:
+            faults |= find_mark_faults(ids, config, is_embedded=input_ids is None)
+            glm_position_ids = build_glm_position_ids(ids, attention_mask, config)
+        num_virtual = ids.shape[1] - glm_position_ids.shape[-1]
+        if num_virtual > 0 and input_ids is not None:
+            raise ValueError(
+                f"There are {ids.shape[1]} input_ids, but positions for {glm_position_ids.shape[-1]} of them."
+            )
+        num_filled = 0 if prompt_embeds is None else num_virtual + prompt_embeds.shape[1]
+        self.check_prompt(ids, inputs_embeds, pictures, num_filled, faults)
+        return glm_position_ids
+
+    def check_generation(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pictures: torch.Tensor | None,
+        cache: Cache | None,
+        num_tokens: int,
+        options: dict,
+    ) -> torch.Tensor:
+        """Raise a `ValueError` for a prompt that cannot be answered; `options` are the rest of `generate`'s.
+
+        `num_tokens` may be generated.
+
+        Returns:
+            [B, S], as `know_ids` gives them.
+        """
+        ids = self.know_ids(input_ids, inputs_embeds)
+        self.check_length(ids.shape[1])
+        faults = self.find_unknown_tokens(ids, num_tokens)
+        faults |= find_mark_faults(ids, self.config.text_config, is_embedded=input_ids is None)
+        attention_mask, prompt_embeds = options.get("attention_mask"), options.get("prompt_embeds")
+        if attention_mask is not None and attention_mask.dim() == 2:
+            faults["A prompt ends with padding: pad prompts on the left."] = attention_mask[:, -1] == 0
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        num_placed = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        self.check_prompt(ids, inputs_embeds, pictures, max(num_cached, num_placed), faults)
+        return ids
+
+    def keep_answer_labels(
+        self,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        glm_position_ids: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        is_ours: bool = True,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """What a loss is computed of, without what is no answer: the context, which sees itself, and padding.
+
+        Args:
+            labels: [B, S]
+            shift_labels: [B, S], the same, each one place earlier.
+            num_items_in_batch: labels in this call and others, by which the sum of losses is divided. It is multiplied
+                by this call's share of labels that count.
+            is_ours: whether we compute the loss. Others also ask about answers that were sampled, in which `<sop>` may
+                occur, and of which none may be left.
+            kwargs: is ignored; the rest are `forward`'s.
+
+        Raises:
+            ValueError: it is not certain where each answer begins, labels of another shape, or none that counts.
+        """
+        ids = self.know_ids(input_ids, inputs_embeds)
+        faults = find_second_starts(ids, self.config.text_config) if is_ours else {}
+        glm_position_ids = two_rows(position_ids, glm_position_ids)
+        if glm_position_ids is None:
+            faults |= find_mark_faults(ids, self.config.text_config, is_embedded=input_ids is None)
+            glm_position_ids = build_glm_position_ids(ids, attention_mask, self.config.text_config)
+        refuse(faults)
+        is_answer = find_answers(glm_position_ids, attention_mask)
+        kept = {}
+        if labels is not None:
+            kept["labels"] = ignore_others(labels, is_answer)
+            given, counted = labels[:, 1:], kept["labels"][:, 1:]
+        if shift_labels is not None:
+            kept["shift_labels"] = ignore_others(shift_labels, shift_left(is_answer))
+            given, counted = shift_labels, kept["shift_labels"]
+        given, counted = (given != IGNORED).sum(), (counted != IGNORED).sum()
+        self.report_labels(given, counted, may_be_none=num_items_in_batch is not None or not is_ours)
+        if num_items_in_batch is not None:
+            kept["num_items_in_batch"] = num_items_in_batch * (counted.clamp(min=1) / given.clamp(min=1))
+        return kept
+
+    def report_labels(self, given: torch.Tensor, counted: torch.Tensor, may_be_none: bool) -> None:
+        """Say once how many of the `given` labels do not count.
+
+        Raises:
+            ValueError: none counts; but there `may_be_none` in a part of a batch.
+        """
+        if not can_ask(given, counted):
+            return
+        given, counted = torch.stack((given, counted)).tolist()
+        if not counted and (given or not may_be_none):
+            raise ValueError(
+                f"No label counts: of {given} that are not {IGNORED}, all are before <sop> or padding. GLM learns "
+                "answers, which follow [gMASK]<sop>; did a maximum length cut them off?"
+            )
+        if counted < given and not self.has_told_of_labels:
+            self.has_told_of_labels = True
+            logger.warning(
+                f"{given - counted} of the {given} labels of this batch are before <sop> or padding and do not count, "
+                "nor will such labels of later ones: a context sees itself, and GLM learns answers."
+            )
