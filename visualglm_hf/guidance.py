@@ -119,10 +119,10 @@ def guidance_options(model: PreTrainedModel, options: dict[str, Any], batch_size
             f"negative_prompt_ids and their attention mask must be [{batch_size}, length], as many rows as the prompt "
             f"has, found {[tuple(tensor.shape) for tensor in (input_ids, mask) if tensor is not None]}."
         )
-    model.check_length(input_ids.shape[1])
-    model.check_prompt(input_ids)
     if (input_ids == model.config.image_token_id).any():
         raise ValueError("negative_prompt_ids cannot have pictures. Leave their image tokens out.")
+    num_tokens = model.config.text_config.num_tokens
+    model.check_generation(input_ids, None, None, None, num_tokens, {"attention_mask": mask})
     use_cache = options.get("use_cache") is not False
     guidance = Guidance(options["guidance_scale"], input_ids, mask, prompt_length, use_cache)
     replaced = ("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask")
