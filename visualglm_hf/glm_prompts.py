@@ -111,7 +111,7 @@ class PromptMixin:
         self,
         ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
-        pictures: torch.Tensor | None,
+        num_images: int | None,
         num_filled: int,
         faults: dict[str, torch.Tensor],
     ) -> None:
@@ -120,15 +120,15 @@ class PromptMixin:
         Args:
             ids: [B, S], as `know_ids` gives them.
             inputs_embeds: [B, S, C], if they were given; then it is they that have the places.
-            pictures: as many as there are, in any form; None for none.
+            num_images: that were given; None if none were.
             num_filled: columns that are in a cache, or that have their pictures in place.
-            faults: what else may be wrong, as `find_mark_faults` gives it.
+            faults: what else may be wrong, and in which rows [B].
         """
         if not can_ask(ids):
             return
         faults = faults | find_second_prompts(ids, self.config.text_config)
-        if pictures is not None:
-            self.check_places(self.find_places(ids, None), len(pictures))
+        if num_images is not None:
+            self.check_places(self.find_places(ids, None), num_images)
         else:
             is_image = self.find_places(ids if inputs_embeds is None else None, inputs_embeds)
             faults |= self.find_empty_places(is_image, num_filled)
@@ -141,10 +141,14 @@ class PromptMixin:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         glm_position_ids: torch.Tensor | None,
-        pictures: torch.Tensor | None,
+        num_images: int | None,
         prompt_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
-        """GLM's positions [B, 2, S] of a prompt, derived if they are not given, after `check_prompt`."""
+        """GLM's positions [B, 2, S] of a prompt, derived if they are not given, after `check_prompt`.
+
+        Args:
+            num_images: that were given, beside `forward`'s arguments; None if none were.
+        """
         ids, config = self.know_ids(input_ids, inputs_embeds), self.config.text_config
         faults = self.find_unknown_tokens(ids, config.num_tokens)
         if position_ids is not None and position_ids.dim() == 2:
@@ -158,21 +162,24 @@ class PromptMixin:
                 f"There are {ids.shape[1]} input_ids, but positions for {glm_position_ids.shape[-1]} of them."
             )
         num_filled = 0 if prompt_embeds is None else num_virtual + prompt_embeds.shape[1]
-        self.check_prompt(ids, inputs_embeds, pictures, num_filled, faults)
+        self.check_prompt(ids, inputs_embeds, num_images, num_filled, faults)
         return glm_position_ids
 
     def check_generation(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        pictures: torch.Tensor | None,
+        num_images: int | None,
         cache: Cache | None,
         num_tokens: int,
         options: dict,
     ) -> torch.Tensor:
-        """Raise a `ValueError` for a prompt that cannot be answered; `options` are the rest of `generate`'s.
+        """Raise a `ValueError` for a prompt that cannot be answered.
 
-        `num_tokens` may be generated.
+        Args:
+            num_images: that were given; None if none were.
+            num_tokens: that may be generated.
+            options: of `generate`, as the other arguments are.
 
         Returns:
             [B, S], as `know_ids` gives them.
@@ -186,7 +193,7 @@ class PromptMixin:
             faults["A prompt ends with padding: pad prompts on the left."] = attention_mask[:, -1] == 0
         num_cached = 0 if cache is None else int(cache.get_seq_length())
         num_placed = 0 if prompt_embeds is None else prompt_embeds.shape[1]
-        self.check_prompt(ids, inputs_embeds, pictures, max(num_cached, num_placed), faults)
+        self.check_prompt(ids, inputs_embeds, num_images, max(num_cached, num_placed), faults)
         return ids
 
     def keep_answer_labels(
@@ -207,8 +214,8 @@ class PromptMixin:
         Args:
             labels: [B, S]
             shift_labels: [B, S], the same, each one place earlier.
-            num_items_in_batch: labels in this call and others, by which the sum of losses is divided. It is multiplied
-                by this call's share of labels that count.
+            num_items_in_batch: [], labels in this call and others, by which the sum of losses is divided. It is
+                multiplied by this call's share of labels that count.
             is_ours: whether we compute the loss. Others also ask about answers that were sampled, in which `<sop>` may
                 occur, and of which none may be left.
             kwargs: is ignored; the rest are `forward`'s.
@@ -238,10 +245,15 @@ class PromptMixin:
         return kept
 
     def report_labels(self, given: torch.Tensor, counted: torch.Tensor, may_be_none: bool) -> None:
-        """Say once how many of the `given` labels do not count.
+        """Say once how many labels do not count.
+
+        Args:
+            given: [], how many there are.
+            counted: [], how many of them count.
+            may_be_none: whether there may be none, as in a part of a batch.
 
         Raises:
-            ValueError: none counts; but there `may_be_none` in a part of a batch.
+            ValueError: none counts.
         """
         if not can_ask(given, counted):
             return

@@ -631,6 +631,19 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             remedy = "Pass pixel_values[None]." if shape == expected else "The image processor makes them."
             raise ValueError(f"pixel_values must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
 
+    def count_images(self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None) -> int | None:
+        """How many pictures there are, [images, ...] both; None if none were given.
+
+        Raises:
+            ValueError: `pixel_values` of another shape, or both.
+        """
+        if pixel_values is None:
+            return None if image_embeds is None else len(image_embeds)
+        if image_embeds is not None:
+            raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
+        self.check_pixel_values(pixel_values)
+        return len(pixel_values)
+
     def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The soft prompts of pictures, of which the last few are remembered in evaluation without gradients.
 
@@ -691,15 +704,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
             recorded: what else of `get_image_features` is wanted, such as `output_hidden_states`; pictures are then not
                 remembered.
-
-        Raises:
-            ValueError: they were given twice.
         """
         if pixel_values is None:
             return BaseModelOutputWithPooling(pooler_output=image_embeds)
-        if image_embeds is not None:
-            raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
-        self.check_pixel_values(pixel_values)
         if recorded:
             return self.get_image_features(pixel_values, return_dict=True, **recorded)
         return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
@@ -829,8 +836,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             self.accept_adapters(self.adapters)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
-        pictures = pixel_values if image_embeds is None else image_embeds
-        if pictures is not None and prompt_embeds is not None:
+        num_images = self.count_images(pixel_values, image_embeds)
+        if num_images is not None and prompt_embeds is not None:
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
         if kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
             raise ValueError("cu_seq_lens_q names several sequences in a row." + ONE_ROW_EACH)
@@ -840,15 +847,15 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         is_prompt = can_ask() and length > 1 and (cache is None or not cache.get_seq_length())
         if glm_position_ids is None or is_prompt:
             glm_position_ids = self.read_prompt(
-                input_ids, inputs_embeds, attention_mask, position_ids, glm_position_ids, pictures, prompt_embeds
+                input_ids, inputs_embeds, attention_mask, position_ids, glm_position_ids, num_images, prompt_embeds
             )
         image_outputs = None
-        if pictures is not None:
+        if num_images is not None:
             vision_config = self.config.vision_config
             recorded = {name: True for name in RECORDED if kwargs.get(name, getattr(vision_config, name, False))}
             image_outputs = self.encode_images(pixel_values, image_embeds, **recorded)
             image_embeds = image_outputs.pooler_output
-        if pictures is not None or inputs_embeds is None:
+        if num_images is not None or inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
         num_virtual = max(length - glm_position_ids.shape[-1], 0)  # tokens that PEFT puts before a prompt
         if prompt_embeds is not None:
@@ -931,16 +938,16 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         num_tokens = text_config.num_tokens if tokenizer is None else len(tokenizer)
         if num_tokens < text_config.vocab_size:
             logits_processor = LogitsProcessorList([SuppressUnknown(num_tokens), *(logits_processor or ())])
-        pictures = pixel_values if image_embeds is None else image_embeds
+        num_images = self.count_images(pixel_values, image_embeds)
         if input_ids is not None or inputs_embeds is not None:
-            prompt_ids = self.check_generation(input_ids, inputs_embeds, pictures, cache, num_tokens, kwargs)
-        elif pictures is not None:
+            prompt_ids = self.check_generation(input_ids, inputs_embeds, num_images, cache, num_tokens, kwargs)
+        elif num_images is not None:
             raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
         if input_ids is not None:
             kwargs["input_ids"] = input_ids = input_ids.to(self.input_device)
         elif inputs_embeds is not None:
             kwargs["prompt_ids"] = prompt_ids
-        if pictures is not None:
+        if num_images is not None:
             name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
             with torch.no_grad():
                 image_embeds = self.encode_images(pixel_values, image_embeds).pooler_output
@@ -1035,8 +1042,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
 
         They are no state of `generate`, which would add 1 to both rows and repeat them along the wrong dimension; so
         beams, rollbacks and continued caches are right by construction. An assistant has seen its pictures,
-        `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began. The `tokenizer`, which
-        `generate` hands to every step, is for stop strings.
+        `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began. Of a prompt that is
+        embeddings, `prompt_ids` [B, S] are those that `know_ids` found. The `tokenizer`, which `generate` hands to
+        every step, is for stop strings.
         """
         length = input_ids.shape[1] + (0 if prompt_ids is None else prompt_ids.shape[1])
         if compiled_call is not None and length > cache.layers[0].max_cache_len:
@@ -1053,7 +1061,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             model_inputs[OLD_NAME] = model_inputs.pop(CACHE_NAME)
         if guidance is not None:
             model_inputs["guide"] = partial(guidance.guide, self, input_ids)
-        if prompt_ids is not None:  # of a prompt that is embeddings, which `generate` gives no ids
+        if prompt_ids is not None:
             input_ids = torch.cat((prompt_ids, input_ids), dim=1)
         current = model_inputs.get("inputs_embeds")
         current = model_inputs["input_ids"] if current is None else current

@@ -130,6 +130,20 @@ def test_embeddings_generate_what_their_ids_generate(model, prompts, options):
     assert torch.equal(model.generate(**embedded(model, batch), **options), expected)
 
 
+def test_embeddings_continue_from_a_cache(model, processor, rows):
+    batch = dict(processor(text=rows[0][0], images=rows[0][1], return_tensors="pt"))
+    options = {"min_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    with torch.no_grad():
+        features = model.get_image_features(batch["pixel_values"]).pooler_output
+        embeds = model.embed(batch["input_ids"], features)
+        expected = model.generate(inputs_embeds=embeds, max_new_tokens=8, **options).sequences
+        begun = model.generate(inputs_embeds=embeds, max_new_tokens=4, **options | {"min_new_tokens": 4})
+        embeds = torch.cat((embeds, model.embed(begun.sequences)), dim=1)
+        cache = {"past_key_values": begun.past_key_values}
+        rest = model.generate(inputs_embeds=embeds, max_new_tokens=4, **cache, **options | {"min_new_tokens": 4})
+    assert torch.equal(torch.cat((begun.sequences, rest.sequences), dim=1), expected)
+
+
 # Behind PEFT's virtual tokens
 
 VIRTUAL = {
