@@ -34,7 +34,8 @@ PATHS = ("/", "/config", "/theme.css", "/manifest.json", "/favicon.ico", "/robot
 PATHS += tuple(API + name for name in EVENTS)
 FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}heartbeat/", f"{API}run/")
 
-MAX_EVENT_BYTES = 2**20  # a question is less: the model reads 2,048 tokens
+MAX_EVENT_BYTES = 2**19  # a conversation is less: the model reads 2,048 tokens
+MAX_BRACKETS = 10_000  # a question with as many has more than 2,048 tokens
 MAX_DISCARDED_BYTES = 64 * 2**20
 MAX_DIGITS = 15
 MAX_FORM_BYTES = 2**16  # of an upload beside its picture
@@ -86,6 +87,7 @@ class Gate:
             self.check(scope)
             if scope["path"] == UPLOAD:
                 return await self.take_upload(scope, body, send)
+            check_event(await body.peek(MAX_EVENT_BYTES))
             return await self.app(scope, body.receive, send)
         except Refusal as refusal:
             await body.discard()
@@ -158,6 +160,12 @@ def check_length(headers: Headers, most: int) -> None:
         raise Refusal(411, "The length of what is sent must be known.")
     if len(length) > MAX_DIGITS or int(length) > most:
         raise Refusal(413, f"{length[:MAX_DIGITS]} bytes are too much; at most {most} are taken. Make it shorter.")
+
+
+def check_event(body: bytes) -> None:
+    """Raise a `Refusal` of more lists and objects than any event has: gradio goes through all of them."""
+    if sum(map(body.count, (b"[", b"{"))) > MAX_BRACKETS:
+        raise Refusal(413, f"More than {MAX_BRACKETS} brackets are too much. Make it shorter.")
 
 
 def check_form(start: bytes) -> None:

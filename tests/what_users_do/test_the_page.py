@@ -437,8 +437,9 @@ def test_no_hand_made_picture_opens_a_file(url, picture):
     assert send(url, "/")[0] == 200
 
 
-def test_a_question_of_megabytes_is_refused_in_words(url):
-    body = json.dumps({"data": [None, "a" * 5_000_000], "fn_index": 0, "session_hash": "a"}).encode()
+@pytest.mark.parametrize("question", ["a" * 5_000_000, [[]] * 100_000, [{}] * 100_000], ids=["text", "[]", "{}"])
+def test_a_question_that_would_keep_the_server_busy_is_refused_in_words(url, question):
+    body = json.dumps({"data": [None, question], "fn_index": 0, "session_hash": "a"}).encode()
     status, answer = send(url, "/gradio_api/queue/join", body, {"Content-Type": "application/json"})
     assert status == 413 and "shorter" in json.loads(answer)["detail"].lower()
 
