@@ -300,7 +300,7 @@ def connect(handlers: Handlers, picture, first_question, sliders, chat, question
     """Say which events of the page are whose."""
     submit, stop, retry, clear = buttons
     session = gr.State(Session())
-    sent, unanswered = (gr.Textbox(visible=False) for _ in range(2))
+    sent, unanswered = (gr.Textbox(visible="hidden") for _ in range(2))
     boxes, display = [question, sent, unanswered], [chat, unanswered]
     gr.on([submit.click, question.submit], js=SEND, inputs=[question, sent], outputs=[question, sent], **IN_THE_BROWSER)
     asked = gr.on([submit.click, question.submit], handlers.ask, [session, sent, *sliders, chat], display, **ANSWERING)
