@@ -21,6 +21,8 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from command_line import DEFAULT_MODEL, number
 from model_folder import check_folder
@@ -52,6 +54,9 @@ CJK = re.compile(
 CJK_BYTE = re.compile("<0xE[3-9A-D]>")
 # An escape sequence in an answer must not move the cursor or rename the window.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+ESCAPED = re.compile(r"\\(.)")  # in a path that a shell would read
 
 
 class Stop(Exception):
@@ -187,6 +192,14 @@ def pressed_by_interrupt(button: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def edit_lines() -> None:
+    """Give `input` line editing, of Chinese too, and let pasted lines be one question, not one each."""
+    with contextlib.suppress(ImportError):  # Windows has its own
+        readline = importlib.import_module("readline")
+        if "GNU" in readline.__doc__:
+            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+
+
 def read_line(prompt: str) -> str:
     """A stripped line of input.
 
@@ -213,10 +226,22 @@ def read_line(prompt: str) -> str:
 
 
 def clean_path(text: str) -> str:
-    """A path as terminals paste it: perhaps in quotes, perhaps with `~`."""
+    """A path as terminals and file managers paste it: in quotes, with escaped blanks, as a file:// URI, with `~`."""
+    if text.lower().startswith("file://"):
+        return url2pathname(urlsplit(text).path)
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
+    elif os.name == "posix" and "\\" in text and not os.path.exists(text):
+        text = ESCAPED.sub(r"\1", text)
     return os.path.expanduser(text)
+
+
+def open_source(source: str | None):
+    """The picture at a path or an address; None for none. A `ValueError` if it cannot be opened."""
+    from visualglm_hf.fetching import fetch_picture
+    from visualglm_hf.image_processing_visualglm import open_picture
+
+    return open_picture(fetch_picture(clean_path(source))) if source else None
 
 
 def report(error: BaseException, hint: str = "") -> None:
@@ -235,20 +260,22 @@ class Conversation:
         self.picture, self.history = None, []
 
     def choose_picture(self, source: str | None) -> None:
-        """Open `source`, or else ask until there is a picture that can be opened, or an empty line for none."""
-        from visualglm_hf.fetching import fetch_picture
-        from visualglm_hf.image_processing_visualglm import open_picture
+        """Open `source`, or else ask until there is a picture that can be opened, or an empty line for none.
 
+        Raises:
+            ValueError: it cannot be opened, and nobody is there to correct it: the next line is a question.
+        """
         while True:
             if source is None:
                 source = read_line(ASK_PICTURE[self.language])
             try:
-                self.picture = open_picture(fetch_picture(clean_path(source))) if source else None
+                self.picture = open_source(source)
+                return
             except (ValueError, KeyboardInterrupt) as error:
+                if not sys.stdin.isatty():
+                    raise
                 report(error)
                 source = None
-            else:
-                return
 
     def answer(self, query: str) -> None:
         """Type the answer and remember it; an error is one line and leaves the conversation as it was."""
@@ -288,9 +315,7 @@ class Conversation:
 
 def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> None:
     """Talk until the user leaves, which raises `Stop`."""
-    with contextlib.suppress(ImportError):  # Windows has its own
-        importlib.import_module("readline")  # gives `input` line editing, of Chinese too
-
+    edit_lines()
     language = "en" if arguments.english else "zh"
     first_query = arguments.prompt_en if arguments.english else arguments.prompt_zh
     print(WELCOME[language])
@@ -309,7 +334,6 @@ def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> 
 
 def open_model(arguments: argparse.Namespace) -> tuple:
     """Load the model, with progress bars but without the libraries' warnings."""
-    check_folder(arguments.model)
     warnings.filterwarnings("ignore")
     import torch
     from serving.loading import choose_device, load_model
@@ -356,13 +380,14 @@ def answer_options(arguments: argparse.Namespace, tokenizer) -> dict:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.model)
+    picture = open_source(arguments.image) if arguments.query is not None else None  # before the model is loaded
     model, tokenizer = open_model(arguments)
     options = answer_options(arguments, tokenizer)
     if arguments.query is None:
         with contextlib.suppress(Stop):
             converse(model, tokenizer, options, arguments)
     else:
-        picture = clean_path(arguments.image) if arguments.image else None
         response, _ = model.chat(tokenizer, picture, arguments.query, **options)
         print(CONTROL_CHARACTERS.sub("", response) if sys.stdout.isatty() else response, flush=True)
 
