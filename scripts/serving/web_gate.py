@@ -36,7 +36,7 @@ FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}heartbeat/", f"{API}run/")
 
 MAX_EVENT_BYTES = 2**19  # a conversation is less: the model reads 2,048 tokens
 MAX_BRACKETS = 10_000  # a question with as many has more than 2,048 tokens
-MAX_DISCARDED_BYTES = 64 * 2**20
+MAX_DISCARDED_BYTES, DISCARDING_SECONDS = 64 * 2**20, 30
 MAX_DIGITS = 15
 MAX_FORM_BYTES = 2**16  # of an upload beside its picture
 START_BYTES = 2**14  # of a form, in which its head ends and its picture begins
@@ -150,8 +150,9 @@ class Body:
 
     async def discard(self) -> None:
         """Read what is left: a browser looks for an answer when it has sent all, and not before."""
-        while not self.is_complete and self.num_bytes < MAX_DISCARDED_BYTES:
-            await self.receive_new()
+        with anyio.move_on_after(DISCARDING_SECONDS):
+            while not self.is_complete and self.num_bytes < MAX_DISCARDED_BYTES:
+                await self.receive_new()
 
 
 def check_length(headers: Headers, most: int) -> None:
@@ -196,22 +197,22 @@ class Names:
     """
 
     def __init__(self, host: str, more: Collection[str], share_url: Callable[[], str | None]):
-        self.own, self.share_url = {host, "localhost", *more}, share_url
-        self.are_all_known = not is_loopback(host)
+        self.host, self.more, self.share_url = host, frozenset(more), share_url
 
     def check(self, headers: Headers) -> None:
         """Raise a `Refusal` if the server is called by another name, or from another page than its own."""
-        host, share = headers.get("host", ""), urlsplit(self.share_url() or "").netloc
-        if not (host and host == share or self.is_own(hostname(host))):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        share = urlsplit(self.share_url() or "").netloc
+        if not (self.is_known(hostname(host)) or host and host == share):
             raise Refusal(421, f"This server is not called {host!r}; --allow-host lets it be.")
-        origin, forwarded = headers.get("origin"), headers.get("x-forwarded-host", "").partition(",")[0].strip()
-        if origin is not None and without_scheme(origin) not in {host, share, forwarded} - {""}:
+        page = None if origin is None else origin.partition("://")[2]
+        if page is not None and page not in {host, share} - {""} and hostname(page) not in self.more:
             raise Refusal(403, f"Pages of {origin!r} may not call this server, which is called {host!r}.")
 
-    def is_own(self, name: str) -> bool:
-        """Whether the server may be called that. Names that strangers give it are not addresses, and lead to a server
-        that listens to this machine alone only by deceit."""
-        return self.are_all_known or name in self.own or is_address(name)
+    def is_known(self, name: str) -> bool:
+        """Whether the server may be called that. Where it listens to this machine alone, a name that it was not given
+        leads here only by deceit; an address never does."""
+        return not is_loopback(self.host) or name in {self.host, "localhost", *self.more} or is_address(name)
 
 
 def hostname(netloc: str) -> str:
@@ -219,10 +220,6 @@ def hostname(netloc: str) -> str:
         return urlsplit(f"//{netloc}").hostname or ""
     except ValueError:  # half an IPv6 address
         return ""
-
-
-def without_scheme(origin: str) -> str:
-    return origin.partition("://")[2]
 
 
 def is_address(host: str) -> bool:

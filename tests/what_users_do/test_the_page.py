@@ -391,6 +391,8 @@ def test_pages_of_others_do_not_reach_the_server(url, path, host, origin, status
     ("names", "host", "origin", "is_let_in"),
     [
         (web_gate.Names("127.0.0.1", ["demo.example.org"], lambda: None), "demo.example.org", None, True),
+        (web_gate.Names("127.0.0.1", ["demo.example.org"], lambda: None), "[::1]:8", "https://demo.example.org", True),
+        (web_gate.Names("127.0.0.1", ["demo.example.org"], lambda: None), "[::1]:8", "https://example.org", False),
         (web_gate.Names("0.0.0.0", [], lambda: None), "any.example.org", "https://any.example.org", True),
         (web_gate.Names("0.0.0.0", [], lambda: None), "any.example.org", "https://other.example.org", False),
         (web_gate.Names("127.0.0.1", [], lambda: "https://abc.gradio.live"), "abc.gradio.live", None, True),
