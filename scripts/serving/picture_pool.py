@@ -51,6 +51,7 @@ class Lane:
         pixels: of the largest picture.
         memory: bytes that a decoder may allocate for one; four for each pixel, and some for the format.
         seconds: of processor time for one.
+        patience: seconds after which a decoder is ended from outside, however busy the machine is.
         pictures: that a decoder reads before a fresh one takes its place.
     """
 
@@ -58,17 +59,13 @@ class Lane:
     pixels: int
     memory: int
     seconds: int
+    patience: float
     pictures: int
 
-    @property
-    def patience(self) -> int:
-        """Seconds after which a decoder is ended from outside, on a busy machine too."""
-        return 5 * self.seconds + 5
 
-
-USUAL = Lane(decoders=2, pixels=14 * MIB, memory=96 * MIB, seconds=1, pictures=200)
+USUAL = Lane(decoders=2, pixels=14 * MIB, memory=96 * MIB, seconds=1, patience=10, pictures=200)
 # The largest JPEG takes 1 s, the largest float TIFF 3.
-LARGE = Lane(decoders=1, pixels=MAX_PIXELS, memory=288 * MIB, seconds=12, pictures=50)
+LARGE = Lane(decoders=1, pixels=MAX_PIXELS, memory=288 * MIB, seconds=12, patience=60, pictures=50)
 # What glibc's `free` is given goes back to the system, picture by picture; other systems have other names for it.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * MIB), "MALLOC_TRIM_THRESHOLD_": str(16 * MIB)}
 
@@ -212,6 +209,7 @@ class LaneWorkers:
         self.threads = ThreadPoolExecutor(lane.decoders, "pictures")
         self.own = threading.local()
         self.decoders: set[Decoder] = set()
+        self.is_closed = False
 
     def submit(self, *picture) -> Future[Image.Image]:
         """The arguments are those of `Decoder.decode`; first come, first served."""
@@ -241,10 +239,13 @@ class LaneWorkers:
         if getattr(self.own, "decoder", None) is None:
             self.own.decoder = Decoder(self.lane, self.program)
             self.decoders.add(self.own.decoder)
+            if self.is_closed:  # while it was being started
+                self.own.decoder.process.kill()
             report(self.own.decoder.confinement)
         return self.own.decoder
 
     def close(self) -> None:
+        self.is_closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for decoder in tuple(self.decoders):
             decoder.process.kill()
