@@ -1,6 +1,7 @@
 """Strangers' pictures are decoded in other processes: bit by bit the same, and what fails there costs one picture."""
 
 import ast
+import asyncio
 import io
 import os
 import subprocess
@@ -218,12 +219,26 @@ def test_while_one_decoder_hangs_the_other_reads():
             hanging.result()
 
 
-def test_who_waits_too_long_leaves_the_queue():
+def test_who_leaves_while_a_picture_waits_takes_it_out_of_the_queue():
+    async def leave_while_waiting(pool):
+        hanging = asyncio.create_task(pool.decode_async(b"sleep", SIZE))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(pool.decode_async(encoded(drawing()), SIZE), 0.3)
+        assert not hanging.done()
+        pool.close()
+        with pytest.raises(ValueError, match="its decoder ended"):
+            await hanging
+
     with PicturePool([replace(LANE, patience=1000)], [sys.executable, "-c", HOSTILE]) as pool:
-        with pytest.raises(TimeoutError, match="in time"):
-            pool.decode(b"sleep", SIZE, timeout=0.1)
-        with pytest.raises(TimeoutError, match="in time"):
-            pool.decode(encoded(drawing()), SIZE, timeout=0.1)
+        asyncio.run(leave_while_waiting(pool))
+
+
+def test_coroutines_decode_side_by_side(pool):
+    async def decode_all():
+        return await asyncio.gather(*(pool.decode_async(encoded(drawing(seed=seed)), SIZE) for seed in range(9)))
+
+    for seed, image in enumerate(asyncio.run(decode_all())):
+        assert image == in_this_process(encoded(drawing(seed=seed)))
 
 
 def test_a_closed_pool_refuses_and_leaves_no_process():
