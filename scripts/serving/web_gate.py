@@ -1,16 +1,14 @@
 """What stands between the page's server and whoever reaches it: an ASGI middleware in front of gradio's application.
 
-It lets in what the page itself asks for, of a size that the page would send, and from no other page. Gradio has many
-more routes: they open addresses, keep files, or do what this page has no need of.
+It lets in what the page itself asks for, of a size that the page would send. Gradio has many more routes: they open
+addresses, keep files, or do what this page has no need of. Pages of others are kept out by `guards.py`.
 """
 
 import collections
-import ipaddress
 import os
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 from PIL import Image
@@ -72,11 +70,10 @@ class Gate:
         app: gradio's application.
         uploads: where it puts what is uploaded.
         max_picture_bytes: of one upload.
-        names: what the server is called.
     """
 
-    def __init__(self, app: Callable, uploads: Uploads, max_picture_bytes: int, names: "Names"):
-        self.app, self.uploads, self.max_picture_bytes, self.names = app, uploads, max_picture_bytes, names
+    def __init__(self, app: Callable, uploads: Uploads, max_picture_bytes: int):
+        self.app, self.uploads, self.max_picture_bytes = app, uploads, max_picture_bytes
         self.arriving: dict[anyio.CancelScope, None] = {}  # the uploads on their way, the first one first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,13 +92,13 @@ class Gate:
 
     def check(self, scope: Scope) -> None:
         """Raise a `Refusal` if the request's head is enough to say so."""
-        headers = Headers(scope=scope)
-        self.names.check(headers)
         if not self.is_asked_by_the_page(scope["path"]):
             raise Refusal(404, "There is no such page.")
         if scope["method"] == "POST":
             is_upload = scope["path"] == UPLOAD
-            check_length(headers, self.max_picture_bytes + MAX_FORM_BYTES if is_upload else MAX_EVENT_BYTES)
+            check_length(
+                Headers(scope=scope), self.max_picture_bytes + MAX_FORM_BYTES if is_upload else MAX_EVENT_BYTES
+            )
 
     def is_asked_by_the_page(self, path: str) -> bool:
         if path.startswith(FILE):
@@ -182,53 +179,3 @@ def begins_as_picture(content: bytes) -> bool:
     magic = content[:MAGIC_BYTES].ljust(MAGIC_BYTES, b"\0")
     verdicts = (Image.OPEN[name][1](magic) for name in FORMATS if name in Image.OPEN)
     return any(verdict and not isinstance(verdict, str) for verdict in verdicts)  # a text says what PIL lacks
-
-
-class Names:
-    """What the server is called.
-
-    A page of strangers may send requests to it, or let a name of its own lead to it; then a browser says where the page
-    is from, and whom it takes the server for.
-
-    Args:
-        host: the address that the server listens at.
-        more: other names that lead to it.
-        share_url: gives the address of the public link, as soon as there is one.
-    """
-
-    def __init__(self, host: str, more: Collection[str], share_url: Callable[[], str | None]):
-        self.host, self.more, self.share_url = host, frozenset(more), share_url
-
-    def check(self, headers: Headers) -> None:
-        """Raise a `Refusal` if the server is called by another name, or from another page than its own."""
-        host, origin = headers.get("host", ""), headers.get("origin")
-        share = urlsplit(self.share_url() or "").netloc
-        if not (self.is_known(hostname(host)) or host and host == share):
-            raise Refusal(421, f"This server is not called {host!r}; --allow-host lets it be.")
-        page = None if origin is None else origin.partition("://")[2]
-        if page is not None and page not in {host, share} - {""} and hostname(page) not in self.more:
-            raise Refusal(403, f"Pages of {origin!r} may not call this server, which is called {host!r}.")
-
-    def is_known(self, name: str) -> bool:
-        """Whether the server may be called that. Where it listens to this machine alone, a name that it was not given
-        leads here only by deceit; an address never does."""
-        return not is_loopback(self.host) or name in {self.host, "localhost", *self.more} or is_address(name)
-
-
-def hostname(netloc: str) -> str:
-    try:
-        return urlsplit(f"//{netloc}").hostname or ""
-    except ValueError:  # half an IPv6 address
-        return ""
-
-
-def is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or is_address(host) and ipaddress.ip_address(host).is_loopback
