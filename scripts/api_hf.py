@@ -11,6 +11,7 @@ requests, completes those it has, and ends.
 import argparse
 import math
 import os
+import socket
 import sys
 from contextlib import asynccontextmanager
 
@@ -33,16 +34,20 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=None,
     )
+    port = number(int, lambda value: 0 <= value <= 65_535, "a port, 0 to 65535")
     amount = number(float, lambda value: 0 < value < math.inf, "a number above 0")
     add_model_options(parser)
     parser.add_argument("--served-model-name", metavar="NAME", help="for clients; the folder's name if not given")
 
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reachable from other machines")
-    server.add_argument("--port", type=int, default=8080)
+    server.add_argument("--port", type=port, default=8080, help="0 for any that is free")
     server.add_argument("--api-key", metavar="KEY", help=f"that clients must send; better set {KEY_VARIABLE}")
     server.add_argument("--allow-urls", action="store_true", help="fetch pictures from public http(s) addresses")
     server.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help="web page that may call")
+    server.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME", help="of this server, where it has no key"
+    )
     server.add_argument("--drain-seconds", type=amount, default=300, metavar="S", help="for open requests at the end")
 
     limits = parser.add_argument_group("limits")
@@ -60,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is asked to end; returns its exit code."""
     check_folder(arguments.model)
     import uvicorn
-    from serving.app import ApiOptions, LoadingEngine, create_app
+    from serving.app import ApiOptions, LoadingEngine, check_key, create_app
     from serving.engine import Engine, Limits
     from transformers.utils import logging
 
@@ -75,18 +80,26 @@ def run(arguments: argparse.Namespace) -> int:
         max_picture_bytes=int(arguments.max_picture_mib * MIB),
         timeout=arguments.timeout,
     )
+    key = os.environ.get(KEY_VARIABLE) if arguments.api_key is None else arguments.api_key
     options = ApiOptions(
         model_name=arguments.served_model_name or arguments.model.absolute().name,
-        api_key=arguments.api_key or os.environ.get(KEY_VARIABLE),
+        api_key=None if key is None else check_key(key),
         allow_urls=arguments.allow_urls,
         max_body_bytes=int(arguments.max_body_mib * MIB),
         cors_origins=arguments.cors_origin,
+        allowed_hosts=[arguments.host, *arguments.allowed_host],
     )
+    sockets = listen(arguments.host, arguments.port)
 
     def stop_serving() -> None:
         server.should_exit = True
 
-    engine = LoadingEngine(lambda: Engine.load(arguments.model, limits, **loading_options(arguments)), stop_serving)
+    def load() -> Engine:
+        engine = Engine.load(arguments.model, limits, **loading_options(arguments))
+        engine.start_decoders()
+        return engine
+
+    engine = LoadingEngine(load, stop_serving)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -97,15 +110,29 @@ def run(arguments: argparse.Namespace) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(engine, options, lifespan),
-            host=arguments.host,
-            port=arguments.port,
             timeout_graceful_shutdown=int(arguments.drain_seconds),
         )
     )
-    server.run()
+    server.run(sockets)
     if engine.error is not None:
         raise engine.error
     return 0 if engine.engine is not None else 1
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets at all addresses of `host`, so that nothing is loaded in vain; a `ValueError` if there can be none."""
+    sockets = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            sockets.append(socket.socket(family, kind, protocol))
+            if os.name == "posix":  # elsewhere it lets two servers have one port
+                sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sockets[-1].bind(address)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name with an empty or an overlong part
+        for each in sockets:
+            each.close()
+        raise ValueError(f"cannot listen at {host!r}, port {port}: {error}. Give another --host or --port.") from error
+    return sockets
 
 
 def main() -> int:

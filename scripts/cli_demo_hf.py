@@ -21,6 +21,8 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from command_line import DEFAULT_MODEL, number
 from model_folder import check_folder
@@ -51,6 +53,9 @@ CJK = re.compile(
 )
 # The first of the three bytes of U+3000 ... U+DFFF: these characters can also be spelled in bytes.
 CJK_BYTE = re.compile("<0xE[3-9A-D]>")
+
+
+ESCAPED = re.compile(r"\\(.)")  # in a path that a shell would read
 
 
 class Stop(Exception):
@@ -186,6 +191,14 @@ def pressed_by_interrupt(button: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def edit_lines() -> None:
+    """Give `input` line editing, of Chinese too, and let pasted lines be one question, not one each."""
+    with contextlib.suppress(ImportError):  # Windows has its own
+        readline = importlib.import_module("readline")
+        if "GNU" in readline.__doc__:
+            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+
+
 def read_line(prompt: str) -> str:
     """A stripped line of input.
 
@@ -212,14 +225,26 @@ def read_line(prompt: str) -> str:
 
 
 def clean_path(text: str) -> str:
-    """A path as terminals paste it: perhaps in quotes, perhaps with `~`."""
+    """A path as terminals and file managers paste it: in quotes, with escaped blanks, as a file:// URI, with `~`."""
+    if text.lower().startswith("file://"):
+        return url2pathname(urlsplit(text).path)
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
+    elif os.name == "posix" and "\\" in text and not os.path.exists(text):
+        text = ESCAPED.sub(r"\1", text)
     return os.path.expanduser(text)
 
 
+def open_source(source: str | None):
+    """The picture at a path or an address; None for none. A `ValueError` if it cannot be opened."""
+    from visualglm_hf.fetching import fetch_picture
+    from visualglm_hf.image_processing_visualglm import open_picture
+
+    return open_picture(fetch_picture(clean_path(source))) if source else None
+
+
 def report_or_stop(error: BaseException, hint: str = "") -> None:
-    """One line on stderr that says why there is no picture or no answer."""
+    """One line on stderr that says what went wrong."""
     if isinstance(error, KeyboardInterrupt):
         print("(stopped)", file=sys.stderr)
     else:
@@ -234,20 +259,22 @@ class Conversation:
         self.picture, self.history = None, []
 
     def choose_picture(self, source: str | None) -> None:
-        """Open `source`, or else ask until there is a picture that can be opened, or an empty line for none."""
-        from visualglm_hf.fetching import fetch_picture
-        from visualglm_hf.image_processing_visualglm import open_picture
+        """Open `source`, or else ask until there is a picture that can be opened, or an empty line for none.
 
+        Raises:
+            ValueError: it cannot be opened, and nobody is there to correct it: the next line is a question.
+        """
         while True:
             if source is None:
                 source = read_line(ASK_PICTURE[self.language])
             try:
-                self.picture = open_picture(fetch_picture(clean_path(source))) if source else None
+                self.picture = open_source(source)
+                return
             except (ValueError, KeyboardInterrupt) as error:
+                if not sys.stdin.isatty():
+                    raise
                 report_or_stop(error)
                 source = None
-            else:
-                return
 
     def answer(self, query: str) -> None:
         """Type the answer and remember it; an error is one line and leaves the conversation as it was."""
@@ -287,9 +314,7 @@ class Conversation:
 
 def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> None:
     """Talk until the user leaves, which raises `Stop`."""
-    with contextlib.suppress(ImportError):  # Windows has its own
-        importlib.import_module("readline")  # gives `input` line editing, of Chinese too
-
+    edit_lines()
     language = "en" if arguments.english else "zh"
     first_query = arguments.prompt_en if arguments.english else arguments.prompt_zh
     print(WELCOME[language])
@@ -308,7 +333,6 @@ def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> 
 
 def open_model(arguments: argparse.Namespace) -> tuple:
     """Load the model, with progress bars but without the libraries' warnings."""
-    check_folder(arguments.model)
     warnings.filterwarnings("ignore")
     import torch
     from serving.loading import choose_device, load_model
@@ -355,13 +379,14 @@ def answer_options(arguments: argparse.Namespace, tokenizer) -> dict:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.model)
+    picture = open_source(arguments.image) if arguments.query is not None else None  # before the model is loaded
     model, tokenizer = open_model(arguments)
     options = answer_options(arguments, tokenizer)
     if arguments.query is None:
         with contextlib.suppress(Stop):
             converse(model, tokenizer, options, arguments)
     else:
-        picture = clean_path(arguments.image) if arguments.image else None
         response, _ = model.chat(tokenizer, picture, arguments.query, **options)
         print(printable(response) if sys.stdout.isatty() else response, flush=True)
 

@@ -33,11 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reachable from other machines")
     server.add_argument("--port", type=PORT, default=8080)
     server.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that leads here, as of a reverse proxy",
+        "--allowed-host", action="append", default=[], metavar="NAME", help="of this server, as a proxy's"
     )
     server.add_argument("--share", action="store_true", help="a public link through a tunnel of gradio's makers")
     limits = parser.add_argument_group("limits")
@@ -67,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     limits = Limits(max_batch_size=arguments.max_batch_size, max_waiting=arguments.max_waiting)
     with Engine.load(arguments.model, limits, **loading_options(arguments)) as engine:
+        engine.start_decoders()
         page = create_page(engine, EXAMPLES)
         launch(
             page,
@@ -74,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.port,
             limits.max_picture_bytes,
             share=arguments.share,
-            more_names=arguments.allow_host,
+            hosts=arguments.allowed_host,
         )
         print(f"VisualGLM-6B is at {page.local_url}", file=sys.stderr)
         page.block_thread()  # until Ctrl-C

@@ -1,25 +1,35 @@
 """What the routes have in common: from a request's messages to answers, for as long as the client is there."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 
 from .engine import Answer, Completion, Engine, EngineClosed
-from .errors import ApiError
+from .errors import ApiError, client_has_left
 from .prompts import PictureTooLarge
 from .sampling import Settings
 
 
 async def ask(
-    engine: Engine, messages: Sequence[Mapping], settings: Sequence[Settings], english: bool | None = None
+    engine: Engine,
+    messages: Sequence[Mapping],
+    settings: Sequence[Settings],
+    asked_at: float,
+    english: bool | None = None,
+    fetch: Callable[[str], Awaitable[bytes]] | None = None,
 ) -> list[Answer]:
-    """Submit a conversation once for each of the `settings`; an `ApiError` for whatever is wrong with it."""
-    engine.check_room(len(settings))  # before pictures are opened
+    """Submit a conversation once for each of the `settings`; an `ApiError` for whatever is wrong with it.
+
+    Args:
+        engine, messages, english, fetch: see `Engine.prepare_in_time`.
+        settings: of each answer.
+        asked_at: when the request came, by `time.monotonic`: its time counts from then on.
+    """
     try:
-        prompt = await run_in_threadpool(engine.prepare, messages, english)
-        return engine.submit_all(prompt, settings)
+        with engine.room_for(len(settings)):  # before anything is done for it
+            prompt = await engine.prepare_in_time(messages, asked_at, english, fetch)
+        return engine.submit_all(prompt, settings, asked_at)
     except PictureTooLarge as error:
         raise ApiError(413, str(error), code="picture_too_large") from error
     except ValueError as error:
@@ -42,7 +52,7 @@ async def complete(request: Request, answers: Sequence[Answer]) -> list[Completi
     except ValueError as error:  # NaN
         raise ApiError(500, str(error), code="model_failed") from error
     if is_gone:
-        raise ApiError(499, "The client has left.")  # nginx's number; nobody reads it
+        raise client_has_left()
     return [check_complete(completion) for completion in completions]
 
 

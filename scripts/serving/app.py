@@ -1,22 +1,21 @@
 """The HTTP application: every route on one engine. Doors put a server around it (`api_hf.py`, `ray_app.py`)."""
 
-import secrets
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import Headers
+from pydantic.json_schema import models_json_schema
 
 from . import errors, legacy_api, openai_api
 from .engine import Engine, EngineClosed
-from .errors import ApiError
-
-
-OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # without a key
+from .guards import Normalize, RefuseOtherPages, RequireKey
+from .intake import Intake
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,16 @@ class ApiOptions:
 
     Args:
         model_name: as `GET /v1/models` lists it and requests name it.
-        api_key: that clients must send as `Authorization: Bearer KEY`; None for no key.
+        api_key: that clients must send as `Authorization: Bearer KEY`; None for no key. Without, requests of other
+            pages and under other names are refused: see `guards.RefuseOtherPages`.
         allow_urls: whether pictures may be http(s) addresses, public ones only.
         max_body_bytes: of a request.
         cors_origins: web pages that may call from a browser; "*" for all.
         max_choices: the largest `n`.
+        allowed_hosts: names of this server, where it has no key; "*" for any.
+
+    Raises:
+        ValueError: a key that is empty or that no client could send.
     """
 
     model_name: str
@@ -38,6 +42,21 @@ class ApiOptions:
     max_body_bytes: int = 32 * 2**20
     cors_origins: Sequence[str] = ()
     max_choices: int = 8
+    allowed_hosts: Sequence[str] = ()
+
+    def __post_init__(self):
+        if self.api_key is not None:
+            check_key(self.api_key)
+
+
+def check_key(key: str) -> str:
+    """The key without blanks and line breaks around it, which files and variables often have; see `ApiOptions`."""
+    key = key.strip()
+    if not key:
+        raise ValueError("the API key is empty. Give one, or none at all (unset the variable) for a server without.")
+    if not key.isprintable() or " " in key:
+        raise ValueError("the API key has blanks or control characters in it, which no client can send. Give another.")
+    return key
 
 
 class LoadingEngine:
@@ -92,13 +111,17 @@ def create_app(get_engine: Callable[[], Engine], options: ApiOptions, lifespan: 
         redoc_url=None,
     )
     errors.install(app)
-    app.include_router(legacy_api.create_router(get_engine))
-    app.include_router(openai_api.create_router(get_engine, options))
+    intake = Intake(options.max_body_bytes)
+    app.include_router(legacy_api.create_router(get_engine, intake))
+    app.include_router(openai_api.create_router(get_engine, intake, options))
     add_status_routes(app, get_engine, options)
+    app.openapi = functools.partial(describe, app)
     # The last one added sees a request first.
-    app.add_middleware(LimitBody, max_bytes=options.max_body_bytes)
-    if options.api_key:
-        app.add_middleware(RequireKey, key=options.api_key)
+    if options.api_key is None:
+        app.add_middleware(RefuseOtherPages, origins=options.cors_origins, hosts=options.allowed_hosts)
+    else:
+        app.add_middleware(RequireKey, key=check_key(options.api_key))
+    app.add_middleware(Normalize)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -107,6 +130,17 @@ def create_app(get_engine: Callable[[], Engine], options: ApiOptions, lifespan: 
             allow_headers=["*"],
         )
     return app
+
+
+def describe(app: FastAPI) -> dict:
+    """The OpenAPI schema: FastAPI's, and the bodies that the routes read themselves."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        bodies = [(legacy_api.LegacyRequest, "validation"), (openai_api.ChatRequest, "validation")]
+        _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"].update(definitions["$defs"])
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 def add_status_routes(app: FastAPI, get_engine: Callable[[], Engine], options: ApiOptions) -> None:
@@ -119,51 +153,7 @@ def add_status_routes(app: FastAPI, get_engine: Callable[[], Engine], options: A
             return JSONResponse({"status": "unavailable", "reason": str(error)}, 503)
         return JSONResponse({"status": "ok", "model": options.model_name})
 
-    @app.get("/metrics", response_class=Response, responses=errors.responses(401, 503), tags=["status"])
+    @app.get("/metrics", response_class=Response, responses=errors.responses(401, 403, 503), tags=["status"])
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(get_engine().metrics.as_text(), media_type=CONTENT_TYPE_LATEST)
-
-
-class RequireKey:
-    """Middleware: no request without the key gets further, whatever its size."""
-
-    def __init__(self, app, key: str):
-        self.app, self.expected = app, f"Bearer {key}".encode()
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not secrets.compare_digest(given, self.expected):
-                message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
-                await ApiError(401, message, code="invalid_api_key").as_response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class LimitBody:
-    """Middleware: stop reading a request that is too large, whatever it says about its size."""
-
-    def __init__(self, app, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        too_large = ApiError(413, f"The request is too large; the limit is {self.max_bytes} bytes.", code="too_large")
-        announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self.max_bytes:
-            await too_large.as_response()(scope, receive, send)
-            return
-        received = 0
-
-        async def receive_limited():
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise too_large
-            return message
-
-        await self.app(scope, receive_limited, send)

@@ -133,12 +133,7 @@ def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], boo
         logits_processor=LogitsProcessorList([RowSampler(batch.rows, pad_token_id)]),
         stopping_criteria=StoppingCriteriaList([RowsStop(batch.rows, should_pause)]),
         max_new_tokens=max(row.max_length - len(row.token_ids) for row in batch.rows),
-        # The rows choose; nothing that the checkpoint's generation_config.json says may choose for them.
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
+        do_sample=False,  # the rows choose
     )
 
 

@@ -20,21 +20,21 @@ import math
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf.chat import check_tokenizer
 
 from .batching import Batch, Row, advance, merge, prefill
 from .loading import first_line, load_model
 from .metrics import Metrics
-from .picture_pool import PicturePool
+from .picture_pool import PoolClosed
 from .prompts import Prompt, PromptBuilder
 from .sampling import Chooser, Settings
 from .text import GrowingText
@@ -78,7 +78,7 @@ class Limits:
         max_new_tokens: of an answer; None for what the context leaves.
         max_pictures: of a conversation.
         max_picture_bytes: of one encoded picture. Its pixels are limited by `visualglm_hf`'s image processor.
-        timeout: seconds from `submit` to the end of the answer.
+        timeout: seconds from the request, or from `submit`, to the end of the answer.
     """
 
     max_batch_size: int = 8
@@ -108,9 +108,11 @@ class Completion:
 class Answer:
     """An answer that was asked for. Iterate for its growing text, or wait for its `result`."""
 
-    def __init__(self, prompt: Prompt, settings: Settings, timeout: float, on_cancel: Callable):
+    def __init__(
+        self, prompt: Prompt, settings: Settings, timeout: float, on_cancel: Callable, asked_at: float | None = None
+    ):
         self.prompt, self.settings = prompt, settings
-        self.asked_at = time.monotonic()
+        self.asked_at = time.monotonic() if asked_at is None else asked_at
         self.deadline = self.asked_at + timeout
         self.first_token_at: float | None = None
         self.is_cancelled = False
@@ -215,16 +217,19 @@ class Engine:
         config = model.config.text_config
         check_tokenizer(tokenizer, config)
         self.model, self.tokenizer = model, tokenizer
+        # Each answer has its own settings; those of the checkpoint's generation_config.json shall not come between.
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
         self.limits = limits or Limits()
         self.context_length, self.eos_token_id = config.max_position_embeddings, config.eos_token_id
         self.metrics = Metrics()
-        self._pictures = PicturePool()
-        limits = (self.limits.max_pictures, self.limits.max_picture_bytes)
-        self._prompts = PromptBuilder(model, tokenizer, self._pictures, *limits)
+        self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
         model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
-        self._changed = threading.Condition()  # guards the next three
+        self._changed = threading.Condition()  # guards the next four
         self._waiting: collections.deque[Answer] = collections.deque()
         self._unfinished: set[Answer] = set()  # those that wait and those that are being generated
+        self._preparing = 0  # answers that `room_for` has promised a place
         self._end: str | None = None  # why it takes no more requests
         self._usual_seconds = 1.0  # that an answer takes
         self._steps = 0  # since the batch last paused
@@ -251,8 +256,8 @@ class Engine:
         """Make a prompt of a conversation: check it, open its pictures, tokenize.
 
         Args:
-            messages: `{"role", "content"}`, at most one of "system" first, then "user" and "assistant" by turns, the
-                user's last. A content is a text or a list of `{"type": "text", "text": ...}` and
+            messages: `{"role", "content"}` of "system", "user" and "assistant", the user's last; see
+                `prompts.arrange` for their order. A content is a text or a list of `{"type": "text", "text": ...}` and
                 `{"type": "image", "image": ...}`: a PIL image, bytes, an array or a `data:` URI, never a path or a URL.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the last question.
 
@@ -260,6 +265,37 @@ class Engine:
             ValueError: anything wrong with the messages or their pictures, or more tokens than the model takes.
         """
         return self._prompts.build(messages, english)
+
+    async def prepare_in_time(
+        self,
+        messages: Sequence[Mapping],
+        asked_at: float,
+        english: bool | None = None,
+        fetch: Callable[[str], Awaitable[bytes]] | None = None,
+    ) -> Prompt:
+        """`prepare` for coroutines, beside their loop and beside others that are being prepared.
+
+        Args:
+            messages, english: see `prepare`.
+            asked_at: when the time of the request began, by `time.monotonic`.
+            fetch: what reads a picture given by its address; None refuses addresses.
+
+        Raises:
+            ValueError: as `prepare`.
+            AnswerTimeout: the prompt was not ready in time.
+        """
+        preparing = self._prompts.build_async(messages, english, fetch)
+        try:
+            return await asyncio.wait_for(preparing, asked_at + self.limits.timeout - time.monotonic())
+        except asyncio.TimeoutError as error:
+            self.metrics.requests.labels("timeout").inc()
+            raise late(self.limits.timeout) from error
+        except PoolClosed as error:
+            raise EngineClosed(str(error)) from error
+
+    def start_decoders(self) -> None:
+        """Start the processes that decode pictures now, so that the first picture does not wait for them."""
+        self._prompts.pictures.start()
 
     def decode_picture(self, data: bytes, name: str | None = None) -> Image.Image:
         """An encoded picture as the model sees it, decoded apart from this process; `prepare` takes it as an image.
@@ -277,8 +313,13 @@ class Engine:
         """Ask for an answer; see `submit_all`."""
         return self.submit_all(prompt, [settings or Settings()])[0]
 
-    def submit_all(self, prompt: Prompt, settings: Sequence[Settings]) -> list[Answer]:
+    def submit_all(self, prompt: Prompt, settings: Sequence[Settings], asked_at: float | None = None) -> list[Answer]:
         """Ask for one answer for each of the `settings`; all are taken or none. Does not wait.
+
+        Args:
+            prompt: made by `prepare`.
+            settings: of each answer.
+            asked_at: when their time began, by `time.monotonic`; None for now.
 
         Raises:
             ValueError: settings beyond the limits, or that leave no room for an answer.
@@ -287,7 +328,7 @@ class Engine:
         """
         for each in settings:
             self._check_settings(prompt, each)
-        answers = [Answer(prompt, each, self.limits.timeout, self._withdraw) for each in settings]
+        answers = [Answer(prompt, each, self.limits.timeout, self._withdraw, asked_at) for each in settings]
         with self._changed:
             self.check_room(len(answers))
             self._waiting.extend(answers)
@@ -296,10 +337,27 @@ class Engine:
             self._changed.notify_all()
         return answers
 
+    @property
+    def capacity(self) -> int:
+        """How many answers it takes on at a time."""
+        return self.limits.max_batch_size + self.limits.max_waiting
+
+    @contextlib.contextmanager
+    def room_for(self, requests: int) -> Iterator[None]:
+        """Keep a place for so many answers while their prompt is prepared; raises as `check_room`."""
+        with self._changed:
+            self.check_room(requests)
+            self._preparing += requests
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._preparing -= requests
+
     def check_room(self, requests: int = 1) -> None:
         """Raise `QueueFull` or `EngineClosed` if `submit` would now: worth asking before work for a request is done."""
         self.check_alive()
-        if len(self._unfinished) + requests > self.limits.max_batch_size + self.limits.max_waiting:
+        if len(self._unfinished) + self._preparing + requests > self.capacity:
             self.metrics.requests.labels("refused").inc(requests)
             turns = 1 + len(self._waiting) / self.limits.max_batch_size
             raise QueueFull(len(self._waiting), min(60, math.ceil(self._usual_seconds * turns)))
@@ -318,7 +376,7 @@ class Engine:
         for answer in tuple(self._unfinished):
             answer.cancel()
         self._worker.join()
-        self._pictures.close()
+        self._prompts.close()
 
     def check_alive(self) -> None:
         """Raise `EngineClosed` if it takes no requests any more."""
@@ -451,12 +509,13 @@ class Engine:
         return can_join or live <= len(batch.rows) // 2
 
     def _drop_late(self) -> None:
-        """End the requests that waited too long. All have the same time, so the first is the first to be late."""
-        while True:
-            with self._changed:
-                if not self._waiting or time.monotonic() < self._waiting[0].deadline:
-                    return
-                answer = self._waiting.popleft()
+        """End the requests that waited too long."""
+        now = time.monotonic()
+        with self._changed:
+            too_late = [answer for answer in self._waiting if now >= answer.deadline]
+            for answer in too_late:
+                self._waiting.remove(answer)
+        for answer in too_late:
             self._finish(answer, late(self.limits.timeout), "timeout")
 
 

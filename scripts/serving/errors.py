@@ -3,10 +3,14 @@
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from .engine import AnswerTimeout, EngineClosed, EngineError, QueueFull
+
+
+LONGEST_TEXT = 1000  # characters of a message, which may quote what the client sent
+LONGEST_VALUE = 60
 
 
 class ErrorBody(BaseModel):
@@ -47,7 +51,7 @@ class ApiError(HTTPException):
 
     def as_json(self) -> dict:
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
-        body = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        body = {"message": shortened(self.detail), "type": kind, "param": shortened(self.param), "code": self.code}
         # A client's half surrogate pairs, quoted back, have no UTF-8 form.
         return {"error": {name: text and text.encode(errors="replace").decode() for name, text in body.items()}}
 
@@ -55,17 +59,32 @@ class ApiError(HTTPException):
         return JSONResponse(self.as_json(), self.status_code, self.headers)
 
 
+def shortened(text: str | None) -> str | None:
+    return text if text is None or len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+
+
+def client_has_left() -> ApiError:
+    """Nobody reads it; the status is nginx's."""
+    return ApiError(499, "The client has left.")
+
+
 DESCRIPTIONS = {
     400: "No valid JSON, or a conversation, a picture or a setting that cannot be used",
     401: "The API key is missing or wrong",
+    403: "A web page of another origin, or another host name, without a key",
     404: "There is no such model",
-    413: "The request or a picture in it is too large",
-    422: "A field is missing, unknown or of the wrong type",
-    429: "The queue is full; Retry-After says when to come back",
+    408: "The body did not come in time",
+    413: "The request or a picture in it is too large, or has too many values",
+    415: "The body is compressed",
+    422: "A field is missing, unknown, of the wrong type, or asks for what this model cannot do",
+    429: "The queue is full, or too much is being taken in; Retry-After says when to come back",
     500: "The model failed",
     503: "The model is being loaded, or the server shuts down",
     504: "The answer was not complete in time",
 }
+
+
+ASKING = (400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)  # what whoever asks a question may get
 
 
 def responses(*statuses: int) -> dict[int, dict]:
@@ -84,12 +103,15 @@ def of_engine(error: EngineError) -> ApiError:
     return ApiError(500, f"The model failed: {error}", code="model_failed")
 
 
-def of_validation(error: RequestValidationError) -> ApiError:
+def of_validation(error: ValidationError | RequestValidationError) -> ApiError:
+    """What pydantic found first, in its words or in ours, with the field and, if it is short, the value."""
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is no valid JSON: {first['ctx']['error']}.", code="invalid_json")
     where = ".".join(str(each) for each in first["loc"] if each != "body")
-    return ApiError(422, f"{where or 'The body'}: {first['msg']}", param=where or None, code=first["type"])
+    message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    found = first.get("input")
+    if first["type"] != "value_error" and isinstance(found, (str, int, float)) and len(repr(found)) <= LONGEST_VALUE:
+        message += f", found {found!r}"
+    return ApiError(422, f"{where or 'The body'}: {message}", param=where or None, code=first["type"])
 
 
 def of_http(error: HTTPException) -> ApiError:

@@ -3,20 +3,19 @@
 Source: `api_hf.py` and `model/infer_util.py` of the original.
 """
 
-import json
 import time
 from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field
 
 from visualglm_hf.conversation import has_chinese
 
 from .answering import ask, complete
 from .engine import Engine
-from .errors import ApiError, responses
+from .errors import ASKING, ApiError, responses
+from .intake import Intake, check_count
 from .prompts import conversation_messages
 from .sampling import Settings
 
@@ -32,7 +31,9 @@ class LegacyRequest(BaseModel):
         "", description="base64 of a picture, line breaks allowed, or a data: URI; empty for none"
     )
     text: str = Field(description="the question")
-    history: list[Turn] | None = Field([], description="[question, answer] pairs, oldest first")
+    history: Annotated[list[Turn] | None, BeforeValidator(check_count)] = Field(
+        [], description="[question, answer] pairs, oldest first"
+    )
     max_length: int = Field(2048, description="of prompt and answer, in tokens")
     min_length: int = Field(50, description="of prompt and answer, in tokens")
     temperature: float = 0.8
@@ -49,6 +50,10 @@ class LegacyRequest(BaseModel):
         picture = f"data:;base64,{self.image}" if is_bare else self.image
         return conversation_messages(self.history or (), self.text, picture)
 
+    def is_english(self) -> bool | None:
+        """As the original: whatever has no Chinese; None where nothing is asked but the question about a picture."""
+        return not has_chinese(self.text) if self.text.strip() else None
+
 
 class LegacyResponse(BaseModel):
     result: str
@@ -57,26 +62,27 @@ class LegacyResponse(BaseModel):
     time: str = Field(examples=["2023-05-17 12:00:00"])
 
 
-def create_router(get_engine: Callable[[], Engine]) -> APIRouter:
+def create_router(get_engine: Callable[[], Engine], intake: Intake) -> APIRouter:
     router = APIRouter(tags=["original"])
-    schema = {"application/json": {"schema": LegacyRequest.model_json_schema(), "example": EXAMPLE}}
+    body = {"schema": {"$ref": "#/components/schemas/LegacyRequest"}, "example": EXAMPLE}
 
     @router.post(
         "/",
         response_model=LegacyResponse,
-        responses=responses(400, 401, 413, 422, 429, 500, 503, 504),
-        openapi_extra={"requestBody": {"required": True, "content": schema}},
+        responses=responses(*ASKING),
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": body}}},
     )
     async def answer(request: Request) -> LegacyResponse:
         """Ask about a picture, or go on with a conversation; the API of the original VisualGLM-6B."""
-        engine = get_engine()
-        asked = parse(await request.body())
-        try:
-            settings = asked.settings()
-        except ValueError as error:
-            raise ApiError(400, str(error), code="invalid_request") from error
-        english = not has_chinese(asked.text)
-        answers = await ask(engine, asked.messages(), [settings], english)
+        engine, asked_at = get_engine(), time.monotonic()
+        # A string may contain line breaks, as base64 on a command line does.
+        async with intake.read(request, LegacyRequest, strict=False) as asked:
+            try:
+                settings = asked.settings()
+            except ValueError as error:
+                raise ApiError(400, str(error), code="invalid_request") from error
+            answers = await ask(engine, asked.messages(), [settings], asked_at, asked.is_english())
+            asked.image = None  # not while the model answers
         [completion] = await complete(request, answers)
         return LegacyResponse(
             result=completion.text,
@@ -86,15 +92,3 @@ def create_router(get_engine: Callable[[], Engine]) -> APIRouter:
         )
 
     return router
-
-
-def parse(body: bytes) -> LegacyRequest:
-    """Like FastAPI's parsing, but a string may contain line breaks, as base64 on a command line does."""
-    try:
-        content = json.loads(body, strict=False)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is no valid JSON: {error}.", code="invalid_json") from error
-    try:
-        return LegacyRequest.model_validate(content)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error

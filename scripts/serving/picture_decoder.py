@@ -26,6 +26,7 @@ ANSWER = struct.Struct(">cI")
 READY, PICTURE, ERROR, TOO_MUCH = b"R", b"P", b"E", b"M"
 
 MANY_PIXELS = 2 * 2**20  # no format takes more memory for fewer than a decoder has
+PIXELS_PER_BYTE = 512  # at most, for a guess as long as the header is not read
 
 WARM_UP_SECONDS = 10
 WARM_UP_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16")
@@ -53,7 +54,7 @@ def answer(
     data: bytes, name: str, width: int, height: int, resample: int, most_pixels: int, seconds: int
 ) -> tuple[bytes, bytes]:
     """Kind and content of the answer to one request; the process is ended after so many seconds of processor time."""
-    pixels = most_pixels
+    pixels = PIXELS_PER_BYTE * len(data)
     limit_time(seconds)
     try:
         with open_encoded(io.BytesIO(data), name) as image:

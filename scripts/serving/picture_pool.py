@@ -9,6 +9,7 @@ never keep the usual ones waiting for long. The processes are started when they 
 is `confinement.py`'s, what it does `picture_decoder.py`'s; here, nothing that it answers is believed unseen.
 """
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -17,10 +18,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ PROGRAM = (sys.executable, "-m", f"{__package__}.picture_decoder")
 MOST_TEXT = 2**16 - 1  # bytes of an error or of a name
 START_SECONDS = 30  # for a decoder on a busy machine
 SIGPROF = getattr(signal, "SIGPROF", 0)  # not on Windows
+CLOSED = "The picture decoders have been stopped."
 OUT_OF_TIME = "it takes too long"
 LOG = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Lane:
         pixels: of the largest picture.
         memory: bytes that a decoder may allocate for one; four for each pixel, and some for the format.
         seconds: of processor time for one.
+        patience: seconds after which a decoder is ended from outside, however busy the machine is.
         pictures: that a decoder reads before a fresh one takes its place.
     """
 
@@ -58,17 +59,13 @@ class Lane:
     pixels: int
     memory: int
     seconds: int
+    patience: float
     pictures: int
 
-    @property
-    def patience(self) -> int:
-        """Seconds after which a decoder is ended from outside, on a busy machine too."""
-        return 5 * self.seconds + 5
 
-
-USUAL = Lane(decoders=2, pixels=14 * MIB, memory=96 * MIB, seconds=1, pictures=200)
+USUAL = Lane(decoders=2, pixels=14 * MIB, memory=96 * MIB, seconds=1, patience=10, pictures=200)
 # The largest JPEG takes 1 s, the largest float TIFF 3.
-LARGE = Lane(decoders=1, pixels=MAX_PIXELS, memory=288 * MIB, seconds=12, pictures=50)
+LARGE = Lane(decoders=1, pixels=MAX_PIXELS, memory=288 * MIB, seconds=12, patience=60, pictures=50)
 # What glibc's `free` is given goes back to the system, picture by picture; other systems have other names for it.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * MIB), "MALLOC_TRIM_THRESHOLD_": str(16 * MIB)}
 
@@ -212,13 +209,14 @@ class LaneWorkers:
         self.threads = ThreadPoolExecutor(lane.decoders, "pictures")
         self.own = threading.local()
         self.decoders: set[Decoder] = set()
+        self.is_closed = False
 
     def submit(self, *picture) -> Future[Image.Image]:
         """The arguments are those of `Decoder.decode`; first come, first served."""
         try:
             return self.threads.submit(self.decode, *picture)
         except RuntimeError as error:  # after `close`
-            raise PoolClosed("The picture decoders have been stopped.") from error
+            raise PoolClosed(CLOSED) from error
 
     def decode(self, data: bytes, name: str, size: tuple[int, int], resample: int) -> Image.Image:
         decoder = self.decoder()
@@ -241,10 +239,17 @@ class LaneWorkers:
         if getattr(self.own, "decoder", None) is None:
             self.own.decoder = Decoder(self.lane, self.program)
             self.decoders.add(self.own.decoder)
+            if self.is_closed:  # while it was being started
+                self.own.decoder.process.kill()
             report(self.own.decoder.confinement)
         return self.own.decoder
 
+    def start(self) -> None:
+        for _ in range(self.lane.decoders):
+            self.threads.submit(self.decoder)
+
     def close(self) -> None:
+        self.is_closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for decoder in tuple(self.decoders):
             decoder.process.kill()
@@ -264,6 +269,7 @@ class PicturePool:
     def __init__(self, lanes: Sequence[Lane] = (USUAL, LARGE), program: Sequence[str] = PROGRAM):
         self.lanes, self.program = lanes, program
         self.lock = threading.Lock()
+        self.is_closed = False
         self.owner: int | None = None  # the process whose threads the lanes have
         self.workers: list[LaneWorkers] = []
 
@@ -279,7 +285,6 @@ class PicturePool:
         size: tuple[int, int],
         resample: int = Image.Resampling.BICUBIC,
         name: str | None = None,
-        timeout: float | None = None,
     ) -> Image.Image:
         """The picture as upright RGB, resized: bit by bit what the image processor makes of it in this process.
 
@@ -288,29 +293,56 @@ class PicturePool:
             size: width and height that are wanted.
             resample: how to resize, one of `PIL.Image.Resampling`.
             name: of the picture, in errors.
-            timeout: seconds to wait at most, for a decoder too.
 
         Raises:
             ValueError: a picture that cannot be read, or that takes more time, pixels or memory than there are.
-            TimeoutError: after `timeout`.
             PoolClosed: `close` was called.
             DecoderNotStarted: this machine starts no more processes.
         """
-        name = name or f"<{len(data)} bytes>"
-        if not data:
-            raise ValueError(f"Picture {name} is empty. Pass the bytes of an encoded picture (PNG, JPEG, ...).")
-        until = None if timeout is None else time.monotonic() + timeout
+        name, reason = name or f"<{len(data)} bytes>", ""
+        check_not_empty(data, name)
         for workers in self.open_lanes():
             try:
-                return wait_for(workers.submit(data, name, size, resample), until)
+                return workers.submit(data, name, size, resample).result()
             except TooMuchForLane as error:
                 reason = str(error)
-        limits = (
-            f"{self.lanes[-1].memory // MIB} MiB or {self.lanes[-1].seconds} s. Make it smaller, or save it as JPEG."
-        )
+            except CancelledError as error:
+                raise PoolClosed(CLOSED) from error
+        raise self.too_much(name, reason)
+
+    async def decode_async(
+        self,
+        data: bytes,
+        size: tuple[int, int],
+        resample: int = Image.Resampling.BICUBIC,
+        name: str | None = None,
+    ) -> Image.Image:
+        """`decode` for coroutines; when its task is cancelled, a picture that waits is not decoded any more."""
+        name, reason = name or f"<{len(data)} bytes>", ""
+        check_not_empty(data, name)
+        for workers in self.open_lanes():
+            future = workers.submit(data, name, size, resample)
+            try:
+                return await asyncio.wrap_future(future)
+            except TooMuchForLane as error:
+                reason = str(error)
+            except asyncio.CancelledError:
+                if self.is_closed:
+                    raise PoolClosed(CLOSED) from None
+                raise
+        raise self.too_much(name, reason)
+
+    def too_much(self, name: str, reason: str) -> ValueError:
+        last = self.lanes[-1]
+        limits = f"{last.memory // MIB} MiB or {last.seconds} s. Make it smaller, or save it as JPEG."
         if reason:
-            raise ValueError(f"{reason} Or it takes more than {limits}")
-        raise ValueError(f"Picture {name} takes too much to decode: more than {limits}")
+            return ValueError(f"{reason} Or it takes more than {limits}")
+        return ValueError(f"Picture {name} takes too much to decode: more than {limits}")
+
+    def start(self) -> None:
+        """Start the decoders, beside the caller; where that fails, the first picture says so."""
+        for workers in self.open_lanes():
+            workers.start()
 
     def open_lanes(self) -> list[LaneWorkers]:
         with self.lock:
@@ -321,18 +353,14 @@ class PicturePool:
 
     def close(self) -> None:
         """End the decoders; pictures that still wait are given up."""
+        self.is_closed = True
         for workers in self.open_lanes():
             workers.close()
 
 
-def wait_for(future: Future[Image.Image], until: float | None) -> Image.Image:
-    try:
-        return future.result(None if until is None else max(0, until - time.monotonic()))
-    except CancelledError as error:
-        raise PoolClosed("The picture decoders have been stopped.") from error
-    except FutureTimeout as error:  # a TimeoutError from Python 3.11 on
-        future.cancel()
-        raise TimeoutError("The picture was not decoded in time.") from error
+def check_not_empty(data: bytes, name: str) -> None:
+    if not data:
+        raise ValueError(f"Picture {name} is empty. Pass the bytes of an encoded picture (PNG, JPEG, ...).")
 
 
 @functools.cache

@@ -4,8 +4,10 @@ What a prompt looks like is `visualglm_hf.conversation`'s. What a server may ope
 data, never as paths or addresses.
 """
 
+import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +16,17 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
+from visualglm_hf.conversation import is_english
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
+from visualglm_hf.tokenization_chatglm import MAX_BLANKS
 
 from .picture_pool import PicturePool
 
 
 ROLES = ("user", "assistant")
+QUESTIONS = ("描述这张图片。", "Describe the image.")  # about a picture without a text; the first is the original's
+SHORT_TEXT = 10_000  # characters, which take milliseconds
+NO_PATH = "A picture must be a data: URI or the data itself; no path or address is opened here."
 
 
 class PictureTooLarge(ValueError):
@@ -43,7 +50,6 @@ class PromptBuilder:
     """Builds prompts for one model; may be called from several threads.
 
     Args:
-        pictures: decodes what strangers send.
         max_pictures: per conversation.
         max_picture_bytes: of one encoded picture.
     """
@@ -52,7 +58,6 @@ class PromptBuilder:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        pictures: PicturePool,
         max_pictures: int,
         max_picture_bytes: int,
     ):
@@ -64,21 +69,61 @@ class PromptBuilder:
             num_query_tokens=config.qformer_config.num_query_tokens,
         )
         self.context_length = config.text_config.max_position_embeddings
-        self.pictures, self.size = pictures, (side, side)
+        self.most_characters = self.context_length * max(MAX_BLANKS, *map(len, tokenizer.get_vocab()))
+        self.pictures, self.size = PicturePool(), (side, side)
         self.max_pictures, self.max_picture_bytes = max_pictures, max_picture_bytes
+        self.short_ones = ThreadPoolExecutor(2, "short-prompts")
+        self.long_ones = ThreadPoolExecutor(1, "long-prompts")  # one by one, so that they leave others their time
 
     def build(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
+        conversation, pictures = self.separate(messages, english)
+        return self.finish(conversation, [self.open(picture) for picture in pictures], english)
+
+    async def build_async(
+        self,
+        messages: Sequence[Mapping],
+        english: bool | None = None,
+        fetch: Callable[[str], Awaitable[bytes]] | None = None,
+    ) -> Prompt:
+        """`build` beside the event loop; with `fetch`, which reads what is behind an address, for addresses too."""
+        conversation, pictures = self.separate(messages, english)
+        # One after the other: an encoded picture is much larger than what the model sees of it.
+        images = [await self.open_async(picture, fetch) for picture in pictures]
+        threads = self.short_ones if count_characters(conversation) <= SHORT_TEXT else self.long_ones
+        return await asyncio.get_running_loop().run_in_executor(threads, self.finish, conversation, images, english)
+
+    def close(self) -> None:
+        self.pictures.close()
+        self.short_ones.shutdown(wait=False)
+        self.long_ones.shutdown(wait=False)
+
+    def separate(self, messages: Sequence[Mapping], english: bool | None) -> tuple[list[dict], list]:
+        """The conversation as the chat template takes it, and its pictures; its counts and lengths are checked."""
+        if isinstance(messages, Sequence) and count_parts(messages) > self.context_length:
+            raise ValueError(
+                f"The conversation has more than {self.context_length} messages and parts; the model takes "
+                f"{self.context_length} tokens in all. Shorten it."
+            )
         conversation, pictures = separate_pictures(messages)
         if len(pictures) > self.max_pictures:
             raise ValueError(f"The conversation has {len(pictures)} pictures; at most {self.max_pictures} are taken.")
+        characters = count_characters(conversation)
+        if characters > self.most_characters:
+            raise ValueError(
+                f"The conversation is {characters} characters long; no more than {self.most_characters} can fit into "
+                f"the model's {self.context_length} tokens. Shorten it."
+            )
+        return arrange(conversation, english), pictures
+
+    def finish(self, conversation: list[dict], images: list, english: bool | None) -> Prompt:
+        """The prompt of a conversation and its open pictures."""
         try:
             text = self.processor.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=False, english=english
             )
         except TemplateError as error:
             raise ValueError(str(error)) from error
-        images = [self.open(picture) for picture in pictures]
         inputs = self.processor(images=images or None, text=[text], return_tensors="pt")
         token_ids = inputs["input_ids"][0].tolist()
         if len(token_ids) >= self.context_length:
@@ -90,22 +135,52 @@ class PromptBuilder:
 
     def open(self, picture) -> Image.Image:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
-        is_uri = isinstance(picture, str) and picture[:5].lower() == "data:"
-        if isinstance(picture, (str, os.PathLike, Mapping)) and not is_uri:
-            raise ValueError("A picture must be a data: URI or the data itself; no path or address is opened here.")
-        if is_uri:
-            self.check_bytes(len(picture) * 3 // 4)  # base64
-            return self.decode(data_uri_bytes(picture), f"<data URI of {len(picture)} characters>")
+        refuse_path(picture)
+        if isinstance(picture, str):
+            return self.decode(self.uri_bytes(picture), name_of(picture))
         return self.decode(picture) if isinstance(picture, bytes) else open_picture(picture)
+
+    async def open_async(self, picture, fetch: Callable[[str], Awaitable[bytes]] | None) -> Image.Image:
+        refuse_path(picture)
+        name = None
+        if isinstance(picture, str) and fetch is not None and picture.lower().startswith(("http://", "https://")):
+            picture = await fetch(picture)
+        elif isinstance(picture, str):
+            name = name_of(picture)
+            picture = await asyncio.get_running_loop().run_in_executor(self.long_ones, self.uri_bytes, picture)
+        if not isinstance(picture, bytes):
+            return await asyncio.get_running_loop().run_in_executor(self.long_ones, open_picture, picture)
+        self.check_bytes(len(picture))
+        return await self.pictures.decode_async(picture, self.size, self.resample, name)
+
+    def uri_bytes(self, uri: str) -> bytes:
+        if uri[:5].lower() != "data:":
+            raise ValueError(NO_PATH)
+        self.check_bytes(len(uri) * 3 // 4)  # base64
+        return data_uri_bytes(uri)
+
+    @property
+    def resample(self) -> int:
+        return self.processor.image_processor.resample
 
     def decode(self, data: bytes, name: str | None = None) -> Image.Image:
         """An encoded picture as the model sees it; see `Engine.decode_picture`."""
         self.check_bytes(len(data))
-        return self.pictures.decode(data, self.size, self.processor.image_processor.resample, name)
+        return self.pictures.decode(data, self.size, self.resample, name)
 
     def check_bytes(self, size: int) -> None:
         if size > self.max_picture_bytes:
             raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
+
+
+def refuse_path(picture) -> None:
+    """Raise a `ValueError` for what names a file in another way than text does."""
+    if isinstance(picture, (os.PathLike, Mapping)):
+        raise ValueError(NO_PATH)
+
+
+def name_of(uri: str) -> str:
+    return f"<data URI of {len(uri)} characters>"
 
 
 def conversation_messages(turns: Iterable[Sequence[str]], question: str, picture=None) -> list[dict]:
@@ -157,3 +232,52 @@ def place_of(part: Mapping, name: str, pictures: list) -> dict:
     raise ValueError(
         f'{name} has a part that is neither {{"type": "text", "text": ...}} nor {{"type": "image", "image": ...}}.'
     )
+
+
+def count_parts(messages: Sequence) -> int:
+    """How many messages, and parts beyond their first, there are; whatever they are."""
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    parts = sum(len(content) for content in contents if isinstance(content, (list, tuple)))
+    return max(len(messages), parts)
+
+
+def count_characters(conversation: Iterable[Mapping]) -> int:
+    return sum(map(len, texts_of(conversation)))
+
+
+def texts_of(conversation: Iterable[Mapping]) -> list[str]:
+    return [part["text"] for message in conversation for part in parts_of(message) if part["type"] == "text"]
+
+
+def parts_of(message: Mapping) -> list[dict]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def arrange(conversation: Sequence[Mapping], english: bool | None) -> list[dict]:
+    """The conversation as the chat template takes it: what OpenAI's API takes, and people send, is more.
+
+    System messages are joined in front, neighbours of one role with each other. Before an answer that comes first, such
+    as a greeting, stands an empty question; a picture without a text is asked the demo's question, in the language of
+    the conversation.
+    """
+    system = [message for message in conversation if message["role"] == "system"]
+    joined: list[dict] = []
+    for message in [*system, *(message for message in conversation if message["role"] != "system")]:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1] = {"role": message["role"], "content": parts_of(joined[-1]) + parts_of(message)}
+        else:
+            joined.append(dict(message))
+    first = 1 if system else 0
+    if joined[first:] and joined[first]["role"] == "assistant":
+        joined.insert(first, {"role": "user", "content": ""})
+    is_in_english = is_english("\n".join(texts_of(joined))) if english is None else english
+    return [with_question(message, QUESTIONS[is_in_english]) for message in joined]
+
+
+def with_question(message: dict, question: str) -> dict:
+    """The message, which asks `question` if it is a picture and nothing more."""
+    pictures = [part for part in parts_of(message) if part["type"] == "image"]
+    if message["role"] != "user" or not pictures or "".join(texts_of([message])).strip():
+        return message
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from .app import ApiOptions, create_app
+from .app import ApiOptions, check_key, create_app
 from .engine import Engine, Limits
 
 
@@ -62,9 +62,10 @@ def create_service(options: ServiceOptions) -> Application:
     if options.min_replicas > options.max_replicas:
         raise ValueError(f"min_replicas={options.min_replicas} is more than max_replicas={options.max_replicas}.")
     options.model = options.model.expanduser().resolve()  # a replica has another working directory
+    key = os.environ.get("VISUALGLM_API_KEY")
     api = ApiOptions(
         model_name=options.served_model_name or options.model.name,
-        api_key=os.environ.get("VISUALGLM_API_KEY"),
+        api_key=None if key is None else check_key(key),
         allow_urls=options.allow_urls,
     )
 

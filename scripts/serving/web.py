@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import html
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from .engine import Answer, Engine, EngineError, QueueFull
+from .guards import ANY, RefuseOtherPages
+from .picture_pool import DecoderNotStarted, PoolClosed
 from .prompts import Prompt, conversation_messages
 from .sampling import Settings
 from .uploads import Upload, Uploads, own_uploads
@@ -32,10 +34,11 @@ from .web_client import (
     TEXTS,
     UNSEND,
 )
-from .web_gate import Gate, Names
+from .web_gate import Gate
 
 
 OPENED_AT_A_TIME, MAX_OPENING, OPENING_SECONDS = 4, 20, 10  # uploads, uploads, seconds after which to try again
+MAX_CHARACTERS = 20_000  # of a question: milliseconds of tokenizing, and more than the model takes
 MAX_SESSIONS = 1000  # that the server remembers, each with 150 kB of a picture
 UPLOAD_SECONDS = 3600  # that an uploaded file is kept, unless its tab lets it go
 
@@ -119,6 +122,8 @@ class Session:
                 self.settle()
 
     async def prepare(self, opener: "Opener", question: str) -> Prompt:
+        if len(question) > MAX_CHARACTERS:
+            raise ValueError(f"The question has {len(question)} characters, more than {MAX_CHARACTERS}. Shorten it.")
         upload = self.upload
         if upload and not self.picture:
             picture = await opener.open(upload)
@@ -148,7 +153,7 @@ class Opener:
 
         Raises:
             ValueError: it cannot be used.
-            QueueFull: as many are waiting as may.
+            EngineError: as many are waiting as may, or nothing decodes pictures now.
         """
         if self.number >= MAX_OPENING:
             raise QueueFull(self.number, OPENING_SECONDS)
@@ -159,7 +164,10 @@ class Opener:
             self.number -= 1
 
     def open_now(self, upload: Upload) -> Image.Image:
-        return self.engine.decode_picture(upload.read(), repr(upload.path.name))
+        try:
+            return self.engine.decode_picture(upload.read(), repr(upload.path.name))
+        except (DecoderNotStarted, PoolClosed) as error:
+            raise EngineError(str(error)) from error
 
 
 def take_uploads_as_they_are(picture: gr.Image, uploads: Uploads) -> None:
@@ -300,7 +308,7 @@ def connect(handlers: Handlers, picture, first_question, sliders, chat, question
     """Say which events of the page are whose."""
     submit, stop, retry, clear = buttons
     session = gr.State(Session())
-    sent, unanswered = (gr.Textbox(visible=False) for _ in range(2))
+    sent, unanswered = (gr.Textbox(visible="hidden") for _ in range(2))
     boxes, display = [question, sent, unanswered], [chat, unanswered]
     gr.on([submit.click, question.submit], js=SEND, inputs=[question, sent], outputs=[question, sent], **IN_THE_BROWSER)
     asked = gr.on([submit.click, question.submit], handlers.ask, [session, sent, *sliders, chat], display, **ANSWERING)
@@ -332,20 +340,23 @@ def launch(
     port: int,
     max_picture_bytes: int,
     share: bool = False,
-    more_names: Collection[str] = (),
+    hosts: Sequence[str] = (),
 ) -> None:
     """Serve the page from threads of its own until `page.close()`, with `share` to the whole world.
 
     Args:
-        more_names: of hosts that lead here.
+        hosts: names that lead here; addresses, `localhost` and `host` need not be given.
 
     Raises:
         OSError: the port is taken.
     """
     uploads = own_uploads()
     uploads.keep_all()  # the examples
-    names = Names(host, more_names, lambda: page.share_url)
-    gate = Middleware(Gate, uploads=uploads, max_picture_bytes=max_picture_bytes, names=names)
+    own_names = [ANY] if share else [host, *hosts]  # gradio's makers choose the name of the public link
+    middleware = [
+        Middleware(RefuseOtherPages, origins=[], hosts=own_names),
+        Middleware(Gate, uploads=uploads, max_picture_bytes=max_picture_bytes),
+    ]
     page.launch(
         server_name=host,
         server_port=port,
@@ -355,7 +366,7 @@ def launch(
         footer_links=[],
         css=STYLE,
         state_session_capacity=MAX_SESSIONS,
-        app_kwargs={"middleware": [gate]},
+        app_kwargs={"middleware": middleware},
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,

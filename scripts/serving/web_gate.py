@@ -1,16 +1,14 @@
 """What stands between the page's server and whoever reaches it: an ASGI middleware in front of gradio's application.
 
-It lets in what the page itself asks for, of a size that the page would send, and from no other page. Gradio has many
-more routes: they open addresses, keep files, or do what this page has no need of.
+It lets in what the page itself asks for, of a size that the page would send. Gradio has many more routes: they open
+addresses, keep files, or do what this page has no need of. Pages of others are kept out by `guards.py`.
 """
 
 import collections
-import ipaddress
 import os
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 from PIL import Image
@@ -34,8 +32,9 @@ PATHS = ("/", "/config", "/theme.css", "/manifest.json", "/favicon.ico", "/robot
 PATHS += tuple(API + name for name in EVENTS)
 FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}heartbeat/", f"{API}run/")
 
-MAX_EVENT_BYTES = 2**20  # a question is less: the model reads 2,048 tokens
-MAX_DISCARDED_BYTES = 64 * 2**20
+MAX_EVENT_BYTES = 2**19  # a conversation is less: the model reads 2,048 tokens
+MAX_BRACKETS = 10_000  # a question with as many has more than 2,048 tokens
+MAX_DISCARDED_BYTES, DISCARDING_SECONDS = 64 * 2**20, 30
 MAX_DIGITS = 15
 MAX_FORM_BYTES = 2**16  # of an upload beside its picture
 START_BYTES = 2**14  # of a form, in which its head ends and its picture begins
@@ -71,11 +70,10 @@ class Gate:
         app: gradio's application.
         uploads: where it puts what is uploaded.
         max_picture_bytes: of one upload.
-        names: what the server is called.
     """
 
-    def __init__(self, app: Callable, uploads: Uploads, max_picture_bytes: int, names: "Names"):
-        self.app, self.uploads, self.max_picture_bytes, self.names = app, uploads, max_picture_bytes, names
+    def __init__(self, app: Callable, uploads: Uploads, max_picture_bytes: int):
+        self.app, self.uploads, self.max_picture_bytes = app, uploads, max_picture_bytes
         self.arriving: dict[anyio.CancelScope, None] = {}  # the uploads on their way, the first one first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,6 +84,7 @@ class Gate:
             self.check(scope)
             if scope["path"] == UPLOAD:
                 return await self.take_upload(scope, body, send)
+            check_event(await body.peek(MAX_EVENT_BYTES))
             return await self.app(scope, body.receive, send)
         except Refusal as refusal:
             await body.discard()
@@ -93,13 +92,13 @@ class Gate:
 
     def check(self, scope: Scope) -> None:
         """Raise a `Refusal` if the request's head is enough to say so."""
-        headers = Headers(scope=scope)
-        self.names.check(headers)
         if not self.is_asked_by_the_page(scope["path"]):
             raise Refusal(404, "There is no such page.")
         if scope["method"] == "POST":
             is_upload = scope["path"] == UPLOAD
-            check_length(headers, self.max_picture_bytes + MAX_FORM_BYTES if is_upload else MAX_EVENT_BYTES)
+            check_length(
+                Headers(scope=scope), self.max_picture_bytes + MAX_FORM_BYTES if is_upload else MAX_EVENT_BYTES
+            )
 
     def is_asked_by_the_page(self, path: str) -> bool:
         if path.startswith(FILE):
@@ -148,8 +147,9 @@ class Body:
 
     async def discard(self) -> None:
         """Read what is left: a browser looks for an answer when it has sent all, and not before."""
-        while not self.is_complete and self.num_bytes < MAX_DISCARDED_BYTES:
-            await self.receive_new()
+        with anyio.move_on_after(DISCARDING_SECONDS):
+            while not self.is_complete and self.num_bytes < MAX_DISCARDED_BYTES:
+                await self.receive_new()
 
 
 def check_length(headers: Headers, most: int) -> None:
@@ -158,6 +158,12 @@ def check_length(headers: Headers, most: int) -> None:
         raise Refusal(411, "The length of what is sent must be known.")
     if len(length) > MAX_DIGITS or int(length) > most:
         raise Refusal(413, f"{length[:MAX_DIGITS]} bytes are too much; at most {most} are taken. Make it shorter.")
+
+
+def check_event(body: bytes) -> None:
+    """Raise a `Refusal` of more lists and objects than any event has: gradio goes through all of them."""
+    if sum(map(body.count, (b"[", b"{"))) > MAX_BRACKETS:
+        raise Refusal(413, f"More than {MAX_BRACKETS} brackets are too much. Make it shorter.")
 
 
 def check_form(start: bytes) -> None:
@@ -173,57 +179,3 @@ def begins_as_picture(content: bytes) -> bool:
     magic = content[:MAGIC_BYTES].ljust(MAGIC_BYTES, b"\0")
     verdicts = (Image.OPEN[name][1](magic) for name in FORMATS if name in Image.OPEN)
     return any(verdict and not isinstance(verdict, str) for verdict in verdicts)  # a text says what PIL lacks
-
-
-class Names:
-    """What the server is called.
-
-    A page of strangers may send requests to it, or let a name of its own lead to it; then a browser says where the page
-    is from, and whom it takes the server for.
-
-    Args:
-        host: the address that the server listens at.
-        more: other names that lead to it.
-        share_url: gives the address of the public link, as soon as there is one.
-    """
-
-    def __init__(self, host: str, more: Collection[str], share_url: Callable[[], str | None]):
-        self.own, self.share_url = {host, "localhost", *more}, share_url
-        self.are_all_known = not is_loopback(host)
-
-    def check(self, headers: Headers) -> None:
-        """Raise a `Refusal` if the server is called by another name, or from another page than its own."""
-        host, share = headers.get("host", ""), urlsplit(self.share_url() or "").netloc
-        if not (host and host == share or self.is_own(hostname(host))):
-            raise Refusal(421, f"This server is not called {host!r}; --allow-host lets it be.")
-        origin, forwarded = headers.get("origin"), headers.get("x-forwarded-host", "").partition(",")[0].strip()
-        if origin is not None and without_scheme(origin) not in {host, share, forwarded} - {""}:
-            raise Refusal(403, f"Pages of {origin!r} may not call this server, which is called {host!r}.")
-
-    def is_own(self, name: str) -> bool:
-        """Whether the server may be called that. Names that strangers give it are not addresses, and lead to a server
-        that listens to this machine alone only by deceit."""
-        return self.are_all_known or name in self.own or is_address(name)
-
-
-def hostname(netloc: str) -> str:
-    try:
-        return urlsplit(f"//{netloc}").hostname or ""
-    except ValueError:  # half an IPv6 address
-        return ""
-
-
-def without_scheme(origin: str) -> str:
-    return origin.partition("://")[2]
-
-
-def is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or is_address(host) and ipaddress.ip_address(host).is_loopback

@@ -1,0 +1,97 @@
+"""The terminal: what people paste, drop and pipe into it."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import cli_demo_hf
+import pytest
+from serving_helpers import PICTURES, ROOT, TINY
+
+
+PICTURE = PICTURES[0]
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch) -> Path:
+    (folder := tmp_path / "my photos").mkdir()
+    (photo := folder / "it's (1) & 图.png").write_bytes(PICTURE.read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return photo
+
+
+def escaped(path: str) -> str:
+    return "".join(f"\\{each}" if each in " '()&" else each for each in path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other terminals paste otherwise")
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        str,
+        lambda path: f'"{path}"',
+        lambda path: escaped(str(path)),
+        lambda path: path.as_uri(),
+        lambda path: path.as_uri().replace("file:///", "file://localhost/"),
+        lambda path: "~/" + str(path.relative_to(path.home())),
+        lambda path: escaped("~/" + str(path.relative_to(path.home()))),
+    ],
+    ids=["plain", "quoted", "escaped", "URI", "URI with host", "home", "home, escaped"],
+)
+def test_a_picture_is_found_as_terminals_and_file_managers_paste_it(photo, pasted):
+    assert cli_demo_hf.clean_path(pasted(photo)) == str(photo)
+    assert cli_demo_hf.open_source(pasted(photo)).size == cli_demo_hf.open_source(str(PICTURE)).size
+
+
+def test_a_name_with_a_backslash_is_that_name(tmp_path):
+    (path := tmp_path / "a\\b.png").write_bytes(b"")
+    assert cli_demo_hf.clean_path(str(path)) == str(path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["x" * 5000, "\0", "/", "/dev/null", "file:///no/such", "file://", "~no/such", "\\", "'", "data:,"],
+)
+def test_what_is_no_picture_is_refused_in_words(source):
+    with pytest.raises(ValueError, match="(?i)picture") as caught:
+        cli_demo_hf.open_source(source)
+    assert len(str(caught.value)) < 400
+
+
+def run(monkeypatch, capsys, *options: str, typed: str = "") -> tuple[int, str, str]:
+    """Exit code and what was written, with a pipe for a keyboard, and without a model."""
+    monkeypatch.setattr(sys, "argv", ["cli_demo_hf.py", "--model", str(TINY), *options])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    code = cli_demo_hf.main()
+    return code, *capsys.readouterr()
+
+
+def test_a_bad_picture_for_one_question_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(cli_demo_hf, "open_model", lambda arguments: pytest.fail("the model was loaded"))
+    code, _, errors = run(monkeypatch, capsys, "--image", "no/such.png", "--query", "What is this?")
+    assert code == 2 and errors.count("\n") == 1 and "no/such.png" in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "typed"), [(("--image", "no/such.png"), "What is this?\n"), ((), "no/such.png\nWhat is this?\n")]
+)
+def test_in_a_pipe_a_question_is_not_taken_for_the_next_path(monkeypatch, capsys, options, typed):
+    monkeypatch.setattr(cli_demo_hf, "open_model", lambda arguments: (None, None))
+    code, _, errors = run(monkeypatch, capsys, *options, typed=typed)
+    assert code == 2 and errors.count("\n") == 1 and "no/such.png" in errors
+
+
+def test_pasted_lines_are_one_question():
+    pexpect = pytest.importorskip("pexpect")
+    readline = pytest.importorskip("readline")
+    if "GNU" not in readline.__doc__:
+        pytest.skip("only GNU's readline knows what is pasted")
+    program = "import cli_demo_hf as cli; cli.edit_lines(); print(ascii([cli.read_line('> ') for _ in range(2)]))"
+    child = pexpect.spawn(sys.executable, ["-c", program], cwd=str(ROOT / "scripts"), timeout=60, encoding="utf-8")
+    child.expect("> ")
+    child.send("\x1b[200~What colour\rare the shapes?\x1b[201~\r")
+    child.expect("> ")
+    child.send("And now?\r")
+    child.expect_exact("['What colour\\nare the shapes?', 'And now?']")
+    child.close(force=True)
