@@ -22,6 +22,7 @@ ARROWS = {
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
     "modeling_visualglm": (
         {
+            "adapters",
             "cache_naming",
             "chat",
             "compilation",
@@ -35,12 +36,16 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
+    "adapters": (set(), {"torch"}),
     "cache_naming": (set(), {"transformers"}),
     "compilation": (set(), {"transformers", "torch"}),
     "feature_cache": (set(), {"torch"}),
     "growing_cache": (set(), {"transformers", "torch"}),
     "chat": ({"compilation", "conversation", "fetching", "image_processing_visualglm"}, {"transformers", "torch"}),
-    "quantization": ({"cpu_kernels", "cuda_kernels", "quantization_kernels"}, {"transformers", "torch"}),
+    "quantization": (
+        {"adapters", "cpu_kernels", "cuda_kernels", "quantization_kernels"},
+        {"transformers", "torch"},
+    ),
     "cpu_attention": ({"cpu_kernels"}, {"torch"}),
     "cpu_decoder": ({"cpu_kernels", "growing_cache"}, {"transformers", "torch"}),
     "cpu_kernels": (set(), {"torch", "llvmlite"}),
