@@ -23,6 +23,7 @@ ARROWS = {
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
     "modeling_visualglm": (
         {
+            "adapters",
             "cache_naming",
             "chat",
             "compilation",
@@ -40,6 +41,7 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
+    "adapters": (set(), {"torch"}),
     "cache_naming": (set(), {"transformers"}),
     "compilation": (set(), {"transformers", "torch"}),
     "feature_cache": (set(), {"torch"}),
@@ -60,7 +62,7 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
-    "quantization": ({"cpu_products", "cuda_products", "quantization_kernels"}, {"transformers", "torch"}),
+    "quantization": ({"adapters", "cpu_products", "cuda_products", "quantization_kernels"}, {"transformers", "torch"}),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
         {"cpu_language", "cpu_layer", "cpu_products", "cpu_runtime", "growing_cache", "kernel_choice"},

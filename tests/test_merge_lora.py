@@ -56,7 +56,7 @@ def train_nothing(folder: Path, base: Path, **options) -> Path:
         options = {"r": 4, "lora_alpha": 4, "target_modules": DECODER, "init_lora_weights": False, **options}
     model = peft.get_peft_model(load(base), kind(task_type="CAUSAL_LM", **options))
     for name, parameter in model.named_parameters():
-        if "modules_to_save" in name:
+        if "modules_to_save" in name or (kind is not peft.LoraConfig and parameter.requires_grad):
             parameter.data += torch.randn_like(parameter)
     model.save_pretrained(folder)
     return folder
@@ -111,10 +111,31 @@ def test_merged_logits_equal_the_adapters(base, adapter, merged, inputs):
         {"use_dora": True},
         {"target_modules": r".*(qformer.*query_key_value|glm_proj|dense_4h_to_h)"},
         {"modules_to_save": ["final_layernorm", "glm_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["word_embeddings"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": r"transformer\.word_embeddings"},
+        {"target_modules": ["lm_head", "word_embeddings"], "use_dora": True},
+        {"kind": peft.TrainableTokensConfig, "token_indices": [5, 6]},
+        {"kind": peft.OFTConfig, "oft_block_size": 8, "target_modules": ["lm_head"]},
         {"kind": peft.PrefixTuningConfig, "num_virtual_tokens": 3},
         {"kind": peft.PrefixTuningConfig, "num_virtual_tokens": 3, "prefix_projection": True},
     ],
-    ids=["rslora", "dora", "elsewhere", "whole layers", "prefix", "projected prefix"],
+    ids=[
+        "rslora",
+        "dora",
+        "elsewhere",
+        "whole layers",
+        "whole head",
+        "whole embeddings",
+        "head",
+        "embeddings",
+        "both with dora",
+        "tokens",
+        "oft of the head",
+        "prefix",
+        "projected prefix",
+    ],
 )
 def test_every_kind_of_adapter_is_merged(door, base, inputs, tmp_path, options):
     adapter = train_nothing(tmp_path / "adapter", base, **options)
@@ -122,6 +143,34 @@ def test_every_kind_of_adapter_is_merged(door, base, inputs, tmp_path, options):
     assert door.main([str(base), str(adapter), str(tmp_path / "merged")]) == 0
     assert relative_error(logits(load(tmp_path / "merged"), inputs), expected.numpy()) < FLOAT32_TOLERANCE
     assert (expected - logits(load(base), inputs)).abs().max() > 1e-3
+
+
+def test_a_head_of_its_own_is_written_and_said_so(door, base, tmp_path):
+    """The base ties it to the embeddings, of which it then no longer is one."""
+    adapter = train_nothing(tmp_path / "adapter", base, target_modules=["lm_head"])
+    assert door.main([str(base), str(adapter), str(tmp_path / "merged")]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert after.keys() - before.keys() == {"lm_head.weight"}
+    assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": peft.PromptTuningConfig, "num_virtual_tokens": 3}, "tokens before the prompt"),
+        ({"kind": peft.LilyConfig, "r": 4, "target_modules": DECODER}, "cannot fold LILY"),
+        (
+            {"kind": peft.LNTuningConfig, "target_modules": ["input_layernorm"], "modules_to_save": ["lm_head"]},
+            "lm_head and 0 more layers have an adapter",
+        ),
+    ],
+    ids=["prompt", "lily", "whole layers beside layer norms"],
+)
+def test_what_peft_cannot_fold_is_refused(door, base, tmp_path, capsys, options, message):
+    adapter = train_nothing(tmp_path / "adapter", base, **options)
+    assert message in refuse(door, capsys, base, adapter, tmp_path / "merged")
 
 
 def test_merged_folder_loads_without_peft(merged, inputs, monkeypatch):

@@ -1,9 +1,11 @@
 """Room: low bits. Format and models of the original, accuracy, every fast path, saving, training, errors."""
 
+import copy
 import gc
 import importlib.util
 import json
 import logging
+import pickle
 import re
 import subprocess
 import sys
@@ -409,6 +411,56 @@ def test_the_same_file_can_be_imported_twice():
 
 
 # The layer
+
+
+@pytest.mark.parametrize(
+    "calculate",
+    [
+        lambda codes: codes.float(),
+        lambda codes: codes.to(torch.bfloat16),
+        lambda codes: codes + 1.0,
+        lambda codes: codes * 2,
+        lambda codes: codes.T @ torch.ones(32, 3),
+        lambda codes: torch.ones(3, 32) @ codes,
+        lambda codes: nn.functional.linear(torch.ones(1, codes.shape[1]), codes),
+        lambda codes: torch.linalg.norm(codes),
+        lambda codes: codes.data.clone().add_(torch.ones_like(codes)),
+        lambda codes: codes.copy_(torch.rand(codes.shape)),
+        lambda codes: setattr(codes, "data", torch.rand(codes.shape)),
+        lambda codes: codes.requires_grad_(),
+    ],
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_not_taken_for_numbers(bits, calculate):
+    layer = QuantizedLinear.from_linear(nn.Linear(128, 32), bits)
+    before = layer.dequantize()
+    with pytest.raises(ValueError, match="no numbers to calculate with.*without quantization"):
+        calculate(layer.weight)
+    assert torch.equal(layer.dequantize(), before)
+
+
+@pytest.mark.parametrize("copy_layer", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_of_a_layer_protect_their_codes_too(copy_layer):
+    layer = QuantizedLinear.from_linear(nn.Linear(128, 32), 4)
+    for twin in (copy_layer(layer), layer.half(), layer.to("meta"), layer.requires_grad_(False)):
+        with pytest.raises(ValueError, match="no numbers"):
+            twin.weight.float()
+
+
+def test_a_file_of_codes_names_no_class_of_ours(tmp_path):
+    layer = QuantizedLinear.from_linear(nn.Linear(128, 32), 4)
+    for kept in (layer.state_dict(), layer.state_dict(keep_vars=True)):
+        torch.save(kept, tmp_path / "weights.pt")
+        loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+        assert torch.equal(loaded["weight"].float(), layer.weight.detach().float())
+
+
+def test_full_weights_are_quantized_on_their_way_into_a_layer():
+    linear = nn.Linear(128, 32)
+    for bits, group_size in FORMATS:
+        layer = QuantizedLinear(128, 32, bits, group_size)
+        layer.load_state_dict(linear.state_dict())
+        assert torch.equal(layer.dequantize(), QuantizedLinear.from_linear(linear, bits, group_size).dequantize())
 
 
 def test_casting_and_moving_keep_codes_and_scales():

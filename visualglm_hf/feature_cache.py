@@ -133,7 +133,7 @@ def describe(encoder: nn.Module) -> bytes | None:
             settings.append(config._attn_implementation)
     for parameter in encoder.parameters():
         if (
-            type(parameter) is not nn.Parameter
+            type(parameter).__torch_function__ is not nn.Parameter.__torch_function__  # sharded, or quantized by others
             or parameter.is_meta
             or parameter.is_inference()
             or not parameter.numel()

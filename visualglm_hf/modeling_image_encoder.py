@@ -110,6 +110,31 @@ class VisualGLMImageMLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states)))  # exact GELU, not the decoder's tanh
 
 
+class OwnVectors(nn.Parameter):
+    """Vectors of an encoder's own, which the original called word_embeddings, as those of the decoder's tokens.
+
+    PEFT's `trainable_token_indices` finds all modules whose names end like that of the decoder's, and would train these
+    under the numbers of tokens.
+    """
+
+    def __getitem__(self, index):
+        if isinstance(index, list):  # of tokens
+            raise ValueError(
+                "The image encoder's word_embeddings have no tokens. trainable_token_indices finds them by the end of "
+                "their name: train tokens with PEFT's TrainableTokensConfig, which takes the decoder's alone."
+            )
+        return super().__getitem__(index)
+
+
+class VisualGLMVectors(nn.Embedding):
+    """The class token or the learned queries: an embedding that is asked for all its rows, in order."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if type(param) is nn.Parameter:
+            param.__class__ = OwnVectors
+
+
 class VisualGLMVisionLayer(GradientCheckpointingLayer):
     """x = x + attention(LN(x)); x = x + mlp(LN(x))."""
 
@@ -183,7 +208,7 @@ class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
         )
         self.transformer = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(1, config.hidden_size),  # its only row is the class token
+                "word_embeddings": VisualGLMVectors(1, config.hidden_size),  # its only row is the class token
                 "position_embeddings": nn.Embedding(config.num_positions, config.hidden_size),
                 "layers": nn.ModuleList(VisualGLMVisionLayer(config) for _ in range(config.num_hidden_layers)),
             }
@@ -222,7 +247,7 @@ class VisualGLMQFormer(VisualGLMImagePreTrainedModel):
         super().__init__(config)
         self.transformer = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(config.num_query_tokens, config.hidden_size),  # the learned queries
+                "word_embeddings": VisualGLMVectors(config.num_query_tokens, config.hidden_size),  # the learned queries
                 "layers": nn.ModuleList(VisualGLMQFormerLayer(config, i) for i in range(config.num_hidden_layers)),
                 "final_layernorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
             }

@@ -60,7 +60,8 @@ CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate
 DEVICE_CHUNK = 2**24  # elements
 PRODUCTS = (torch.ops.visualglm.quantized_matmul, torch.ops.visualglm.quantized_matmul.default)
 # What is refused of codes even among integers: arithmetic, and rows that would be a token's.
-REFUSED = {"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear", "norm", "getitem"}
+REFUSED = {"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear", "getitem"}
+REFUSED |= {"norm", "linalg_norm", "linalg_vector_norm"}
 # PEFT's methods that change what goes into a layer or comes out of it, and of the layer itself read its sizes alone;
 OVERLAYS = {"LORA", "ADALORA", "VERA", "PVERA", "VBLORA", "RANDLORA", "GRALORA", "LILY", "MISS"}
 OVERLAYS |= {"IA3", "BEFT", "BOFT", "OFT", "ROAD", "FOURIERFT", "WAVEFT", "C3A"}
@@ -306,7 +307,11 @@ class QuantizedLinear(nn.Linear):
     def _protect_codes(self) -> None:
         weight = self._parameters["weight"]
         if type(weight) is nn.Parameter and weight.dtype == torch.int8:  # not while full weights are on their way here
-            weight.__class__ = LowBitCodes  # as torch does with parameters that come to their size later
+            weight.__class__ = LowBitCodes  # in place, as torch turns its parameters without a size into others
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._protect_codes()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return quantized_linear(x, self.weight, self.weight_scale, self.bits, self.in_features, self.bias)
@@ -329,6 +334,8 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn, recurse: bool = True):
         scale = self.weight_scale
         packed_matrices.forget(self.weight)
+        if type(self.weight) is LowBitCodes:
+            self.weight.__class__ = nn.Parameter  # of which `nn.Module` makes new ones
         super()._apply(fn, recurse)
         self._protect_codes()
         if self.weight_scale.dtype != scale.dtype:
