@@ -7,6 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from training.adapters import lora_config
+from training.dataset import read_dataset
+from training.encoding import Collator, Encoder
+from training.report import measure
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from visualglm_hf import register
@@ -36,24 +39,22 @@ def messages(row, images):
     return {"images": images, "messages": turns}
 
 
-def trainer_for(parts, rows, folder, **options):
+def trainer_for(parts, rows, folder, adapter=None, **options):
     processor, _ = parts
+    usual = {"per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1}
     return trl.SFTTrainer(
         model=AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32),
         processing_class=processor,
         train_dataset=datasets.Dataset.from_list(rows),
         args=trl.SFTConfig(
             output_dir=str(folder),
-            per_device_train_batch_size=3,
-            learning_rate=1e-2,
-            logging_steps=1,
             max_length=None,
             use_cpu=True,
             report_to=[],
             save_strategy="no",
-            **options,
+            **{**usual, **options},
         ),
-        peft_config=lora_config(8, range(4), alpha=8),
+        peft_config=adapter or lora_config(8, range(4), alpha=8),
     )
 
 
@@ -78,3 +79,25 @@ def test_sft_trainer_computes_the_models_own_loss_on_answers(parts, tmp_path):
     with torch.no_grad():
         theirs, ours = trainer.compute_loss(trainer.model, dict(batch)), trainer.model.get_base_model()(**batch).loss
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [prompt_and_completion, messages])
+def test_either_layout_teaches_the_example_and_keeps_old_abilities(layout, parts, tmp_path):
+    """As the example of docs/finetuning.md is trained."""
+    processor, source = parts
+    rows = [layout(row, [Image.open(EXAMPLE / row["img"])]) for row in source]
+    options = {"per_device_train_batch_size": 4, "lr_scheduler_type": "cosine", "warmup_steps": 6, "weight_decay": 0.01}
+    torch.manual_seed(1)
+    trainer = trainer_for(
+        parts, rows, tmp_path, lora_config(10, range(4), alpha=1), max_steps=300, seed=1, data_seed=1, **options
+    )
+    trainer.train()
+    right = {}
+    for name in ("held_out", "old_abilities"):
+        found = read_dataset([EXAMPLE / f"{name}.json"], Encoder(processor, 64, 256, 2048))
+        examples = [example for examples in found for example in examples]
+        right[name] = measure(trainer.model, Collator(processor), examples, 8)["right"]
+    print(layout.__name__, right)
+    assert right["held_out"] == 5
+    assert right["old_abilities"] >= 38

@@ -76,13 +76,15 @@ def build_glm_position_ids(
     Returns:
         [B, 2, S] integers; padding counts for nothing, and both rows are 0 on the left of all.
     """
-    is_context = find_context(input_ids, config)
-    is_gmask = (input_ids == config.gmask_token_id) & is_context
-    is_slot = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, find_slots(input_ids, config) & is_context)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    start = (input_ids == config.bos_token_id).int().argmax(-1, keepdim=True)
+    is_gmask = (input_ids == config.gmask_token_id) & (index < start)
+    is_slot = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, input_ids == config.mask_token_id)
+    slot = is_slot.int().argmax(-1, keepdim=True)
     is_visible = find_visible(attention_mask, input_ids.shape[1])
-    place = (torch.ones_like(input_ids) if is_visible is None else is_visible).cumsum(-1) - 1
-    position = torch.where(is_context, place, place.gather(-1, is_slot.int().argmax(-1, keepdim=True)))
-    return torch.stack((position.clamp(min=0), (~is_context).cumsum(-1)), dim=1)
+    place = index if is_visible is None else is_visible.cumsum(-1) - 1
+    position = torch.where(index < start, place, place.gather(-1, slot))
+    return torch.stack((position, index - start + 1), dim=1).clamp(min=0)
 
 
 def prepend_virtual_tokens(glm_position_ids: torch.Tensor, count: int) -> torch.Tensor:
