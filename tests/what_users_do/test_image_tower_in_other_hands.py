@@ -89,8 +89,7 @@ def check_batch_sizes(exported, module, read):
             torch.testing.assert_close(read(exported(pixel_values)), read(module(pixel_values)))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("part", list(PARTS))
+@pytest.mark.parametrize(("part", "attention"), [*((part, "sdpa") for part in PARTS), ("features", "eager")])
 def test_exported_image_encoders_take_any_number_of_pictures(tiny_original, part, attention):
     model = load(tiny_original).eval()
     model.set_attn_implementation(attention)
