@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reachable from other machines")
     server.add_argument("--port", type=PORT, default=8080)
     server.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="of this server, as a proxy's"
+        "--allowed-host", action="append", default=[], metavar="NAME", help="of this server, such as its proxy's"
     )
     server.add_argument("--share", action="store_true", help="a public link through a tunnel of gradio's makers")
     limits = parser.add_argument_group("limits")

@@ -88,7 +88,9 @@ def test_pasted_lines_are_one_question():
     if "GNU" not in readline.__doc__:
         pytest.skip("only GNU's readline knows what is pasted")
     program = "import cli_demo_hf as cli; cli.edit_lines(); print(ascii([cli.read_line('> ') for _ in range(2)]))"
-    child = pexpect.spawn(sys.executable, ["-c", program], cwd=str(ROOT / "scripts"), timeout=60, encoding="utf-8")
+    options = {"cwd": str(ROOT / "scripts"), "env": {**os.environ, "TERM": "xterm"}, "encoding": "utf-8"}
+    child = pexpect.spawn(sys.executable, ["-c", program], timeout=60, **options)
+    child.expect_exact("\x1b[?2004h")  # asks the terminal to mark what is pasted
     child.expect("> ")
     child.send("\x1b[200~What colour\rare the shapes?\x1b[201~\r")
     child.expect("> ")
