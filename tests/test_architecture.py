@@ -158,6 +158,14 @@ def test_user_input_is_never_asserted_and_exceptions_are_caught_by_name(room):
             assert getattr(node.type, "id", "") not in ("Exception", "BaseException")
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_only_the_compiler_of_the_cpu_kernels_asks_what_the_processor_can(room):
+    """Features are handed on from there, so that a test can be given another processor's."""
+    source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
+    asks = set(re.findall(r"torch\.cpu\.\w+|torch\.backends\.cpu|get_host_cpu_\w+|cpuinfo", source))
+    assert asks == ({"get_host_cpu_name", "get_host_cpu_features"} if room == "cpu_kernels" else set())
+
+
 @pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.name)
 def test_scripts_use_public_names_only(script):
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):

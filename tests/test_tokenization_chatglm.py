@@ -351,7 +351,9 @@ def test_added_tokens_survive_save_and_load(tiny_original, tmp_path):
 
 def test_a_saved_tokenizer_does_not_name_code_that_is_not_there(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
-    assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    named = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))["auto_map"]
+    assert named == {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    assert {path.name for path in tmp_path.glob("*.py")} == {"tokenization_chatglm.py", "conversation.py"}
 
 
 def test_auto_tokenizer_loads_and_saves_the_remote_code(tiny_original, tmp_path, tokenizer):

@@ -482,8 +482,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
         self.image_cache = FeatureCache()
-        self.adapters: dict | None = None  # PEFT's configs by name, and how many of them were looked at
-        self.num_adapters = 0
+        self.adapters: dict | None = None  # PEFT's configs, by name
+        self.accepted_adapters: list[str] = []
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
@@ -529,15 +529,19 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
 
     @peft_config.setter
     def peft_config(self, adapters: dict) -> None:
-        self.accept_adapters(adapters)
+        try:
+            self.accept_adapters(adapters)
+        except ValueError:
+            remove_adapters(self)
+            raise
         self.adapters = adapters
 
     @peft_config.deleter
     def peft_config(self) -> None:
-        self.adapters, self.num_adapters = None, 0
+        self.adapters, self.accepted_adapters = None, []
 
     def accept_adapters(self, adapters: dict) -> None:
-        """Make room for adapters that PEFT has put on this model, or take them off again.
+        """Make room for adapters that PEFT has put on this model.
 
         An adapter of the head or of the embeddings unties them: merged, it belongs into one of the two. On the
         full-size model in half precision the second matrix takes 1.1 GB.
@@ -545,15 +549,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         Raises:
             ValueError: adapters that need full weights are on low-bit layers, or one would be lost on loading.
         """
-        try:
-            check_tied_adapters(adapters)
-            check_adapters(self, [config.peft_type for config in adapters.values()])
-        except ValueError:
-            remove_adapters(self)
-            raise
+        check_tied_adapters(adapters)
+        check_adapters(self, [config.peft_type for config in adapters.values()])
         if is_tied(self) and adapts_embeddings(self):
             untie(self)
-        self.num_adapters = len(adapters)
+        self.accepted_adapters = list(adapters)
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
         """Save the weights and the config as [`PreTrainedModel.save_pretrained`] does, and the code that loads them.
@@ -566,8 +566,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         if self.config.tie_word_embeddings and not (is_tied(self) or self.lm_head.weight.is_meta):
             record_untied(self)  # as when a head that was trained as a whole has taken its place
         self.register_for_auto_class()
-        model = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
-        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(AUTO_CLASSES, model)
+        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(AUTO_CLASSES, name)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def resize_token_embeddings(
@@ -832,8 +832,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             training, which positions predict an answer, [B, S, 1] boolean. Only these pass gradients on, whoever
             computes a loss: the context sees what it would predict.
         """
-        if self.adapters is not None and len(self.adapters) > self.num_adapters:  # PEFT says so of the first alone
-            self.accept_adapters(self.adapters)
+        if self.adapters is not None and list(self.adapters) != self.accepted_adapters:
+            self.accept_adapters(self.adapters)  # PEFT has told of the first alone
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
         num_images = self.count_images(pixel_values, image_embeds)
