@@ -60,11 +60,10 @@ class Part(Strict):
 
     @model_validator(mode="after")
     def check_content(self) -> "Part":
-        given = {name for name in ("text", "image_url") if getattr(self, name) is not None}
-        if given != {self.type}:
-            raise ValueError(
-                f"a part of type {self.type!r} must have {self.type!r}, found {sorted(given) or 'neither'}"
-            )
+        given = [name for name in ("image_url", "text") if getattr(self, name) is not None]
+        if given != [self.type]:
+            found = " and ".join(given) or "neither"
+            raise ValueError(f"a part of type {self.type!r} has a {self.type} and nothing else, found {found}")
         return self
 
 
