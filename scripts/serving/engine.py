@@ -34,7 +34,6 @@ from visualglm_hf.chat import check_tokenizer
 from .batching import Batch, Row, advance, merge, prefill
 from .loading import first_line, load_model
 from .metrics import Metrics
-from .picture_pool import PoolClosed
 from .prompts import Prompt, PromptBuilder
 from .sampling import Chooser, Settings
 from .text import GrowingText
@@ -108,9 +107,12 @@ class Completion:
 class Answer:
     """An answer that was asked for. Iterate for its growing text, or wait for its `result`."""
 
-    def __init__(self, prompt: Prompt, settings: Settings, asked_at: float, timeout: float, on_cancel: Callable):
+    def __init__(
+        self, prompt: Prompt, settings: Settings, timeout: float, on_cancel: Callable, asked_at: float | None = None
+    ):
         self.prompt, self.settings = prompt, settings
-        self.asked_at, self.deadline = asked_at, asked_at + timeout
+        self.asked_at = time.monotonic() if asked_at is None else asked_at
+        self.deadline = self.asked_at + timeout
         self.first_token_at: float | None = None
         self.is_cancelled = False
         self.is_watched = False
@@ -287,8 +289,9 @@ class Engine:
         except asyncio.TimeoutError as error:
             self.metrics.requests.labels("timeout").inc()
             raise late(self.limits.timeout) from error
-        except PoolClosed as error:
-            raise EngineClosed(str(error)) from error
+        except RuntimeError:  # of threads and decoders that `close` has stopped
+            self.check_alive()
+            raise
 
     def start_decoders(self) -> None:
         """Start the processes that decode pictures now, so that the first picture does not wait for them."""
@@ -325,8 +328,7 @@ class Engine:
         """
         for each in settings:
             self._check_settings(prompt, each)
-        asked_at = time.monotonic() if asked_at is None else asked_at
-        answers = [Answer(prompt, each, asked_at, self.limits.timeout, self._withdraw) for each in settings]
+        answers = [Answer(prompt, each, self.limits.timeout, self._withdraw, asked_at) for each in settings]
         with self._changed:
             self.check_room(len(answers))
             self._waiting.extend(answers)

@@ -33,6 +33,7 @@ class ServiceOptions(BaseModel):
     dtype: str = "auto"
     served_model_name: str | None = None
     allow_urls: bool = False
+    allowed_hosts: str = Field("", description="names of this service where it has no key, with commas between them")
     max_batch_size: int = Field(8, ge=1, description="answers that a replica generates at a time")
     max_waiting: int = Field(64, ge=1, description="requests that may wait at a replica, and again before all of them")
     min_replicas: int = Field(1, ge=1)
@@ -66,6 +67,7 @@ def create_service(options: ServiceOptions) -> Application:
         model_name=options.served_model_name or options.model.name,
         api_key=read_key(),
         allow_urls=options.allow_urls,
+        allowed_hosts=[host for host in options.allowed_hosts.split(",") if host],
     )
 
     def build_app():
