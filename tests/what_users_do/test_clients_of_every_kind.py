@@ -7,15 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from serving import prompts
 from serving.api_key import check_key
 from serving.app import ApiOptions
-from serving.engine import Engine, Limits
+from serving.engine import Engine, Limits, QueueFull
 from serving.loading import load_model
+from serving.picture_pool import Lane, PicturePool
 from serving.prompts import QUESTIONS, arrange, separate_pictures
-from serving_helpers import PICTURES, ROOT, TINY, serve
+from serving_helpers import PICTURES, ROOT, TINY, serve, wait_until
 
 
 MODEL = "visualglm-tiny"
@@ -290,6 +293,47 @@ def test_more_choices_than_there_are_places_are_a_400_not_a_429_for_ever(loaded)
     with Engine(*loaded, Limits(max_batch_size=1, max_waiting=1)) as engine, serve(engine) as url:
         assert "at most 2" in error_of(chat(url, n=3), 400)["message"]
         assert len(chat(url, n=2).json()["choices"]) == 2
+
+
+SLEEPING = """
+import time
+from serving import picture_decoder
+
+picture_decoder.warm_up, picture_decoder.answer = print, lambda *picture: time.sleep(1000)
+picture_decoder.main()
+"""
+
+
+def test_preparing_counts_as_time_of_the_request_and_holds_up_nobody(loaded, monkeypatch):
+    lane = Lane(decoders=1, pixels=10**6, memory=2**26, seconds=1, patience=1000, pictures=1)
+    monkeypatch.setattr(prompts, "PicturePool", lambda: PicturePool([lane], [sys.executable, "-c", SLEEPING]))
+    with Engine(*loaded, Limits(timeout=1.5)) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
+        question = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "?"}]}]
+        waiting = [threads.submit(chat, url, question) for _ in range(3)]
+        answers = [answer_of(chat(url)) for _ in range(3)]
+        assert len(set(answers)) == 1 and not any(each.done() for each in waiting)
+        assert [error_of(each.result(), 504)["code"] for each in waiting] == ["timeout"] * 3
+
+
+def test_those_that_are_being_prepared_take_places_in_the_queue(loaded, monkeypatch):
+    lane = Lane(decoders=1, pixels=10**6, memory=2**26, seconds=1, patience=1000, pictures=1)
+    monkeypatch.setattr(prompts, "PicturePool", lambda: PicturePool([lane], [sys.executable, "-c", SLEEPING]))
+    limits = Limits(max_batch_size=1, max_waiting=1, timeout=3)
+    with Engine(*loaded, limits) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
+        question = [{"role": "user", "content": [IMAGE]}]
+        waiting = [threads.submit(chat, url, question) for _ in range(2)]
+        wait_until(lambda: refuses(engine))
+        assert error_of(chat(url), 429)["code"] == "queue_full"
+        assert [each.result().status_code for each in waiting] == [504] * 2
+        assert answer_of(chat(url))
+
+
+def refuses(engine: Engine) -> bool:
+    try:
+        engine.check_room()
+    except QueueFull:
+        return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ browsers

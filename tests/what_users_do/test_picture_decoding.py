@@ -32,7 +32,7 @@ def pool():
         yield pool
 
 
-def drawing(mode: str = "RGB", size: tuple[int, int] = (301, 203), seed: int = 0) -> Image.Image:
+def drawing(mode: str = "RGB", size: tuple[int, int] = (613, 467), seed: int = 0) -> Image.Image:
     """Noise in a mode, its greatest values included."""
     draw = np.random.default_rng(seed)
     if mode in ("I", "F", "I;16"):
@@ -86,7 +86,7 @@ def test_every_format_and_mode_is_decoded_bit_by_bit_as_in_this_process(pool, ki
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [(301, 203), (50, 4001)])
+@pytest.mark.parametrize("size", [(613, 467), (90, 4001)])
 def test_turned_pictures_are_upright_bit_by_bit(pool, orientation, size):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
