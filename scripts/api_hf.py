@@ -18,11 +18,11 @@ from contextlib import asynccontextmanager
 from command_line import COUNT, add_model_options, loading_options, number
 from model_folder import check_folder
 from printing import report
+from serving.api_key import KEY_VARIABLE, read_key
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.
 
-KEY_VARIABLE = "VISUALGLM_API_KEY"
 MIB = 2**20
 SWITCH_SECONDS = 0.0005
 
@@ -64,8 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is asked to end; returns its exit code."""
     check_folder(arguments.model)
+    key = read_key(arguments.api_key)
+    sockets = listen(arguments.host, arguments.port)
     import uvicorn
-    from serving.app import ApiOptions, LoadingEngine, check_key, create_app
+    from serving.app import ApiOptions, LoadingEngine, create_app
     from serving.engine import Engine, Limits
     from transformers.utils import logging
 
@@ -80,16 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
         max_picture_bytes=int(arguments.max_picture_mib * MIB),
         timeout=arguments.timeout,
     )
-    key = os.environ.get(KEY_VARIABLE) if arguments.api_key is None else arguments.api_key
     options = ApiOptions(
         model_name=arguments.served_model_name or arguments.model.absolute().name,
-        api_key=None if key is None else check_key(key),
+        api_key=key,
         allow_urls=arguments.allow_urls,
         max_body_bytes=int(arguments.max_body_mib * MIB),
         cors_origins=arguments.cors_origin,
         allowed_hosts=[arguments.host, *arguments.allowed_host],
     )
-    sockets = listen(arguments.host, arguments.port)
 
     def stop_serving() -> None:
         server.should_exit = True

@@ -19,7 +19,7 @@ by bit what `VisualGLMImageProcessor` gives after `to_rgb` and resizing. Not her
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -63,17 +63,11 @@ SIDEWAYS = (
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
-# Where the first rows of the turned picture are, as seen from the picture before.
-FROM_THE_RIGHT = (
-    Image.Transpose.FLIP_LEFT_RIGHT,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.ROTATE_90,
-    Image.Transpose.TRANSVERSE,
-)
-FROM_BELOW = (
+# Their first row was the last row, or the rightmost column, before.
+REVERSING = (
     Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.ROTATE_180,
-    Image.Transpose.ROTATE_270,
+    Image.Transpose.ROTATE_90,
     Image.Transpose.TRANSVERSE,
 )
 
@@ -148,7 +142,7 @@ def read_small(image: Image.Image, name: str, size: tuple[int, int], resample: i
     width, height = image.size[::-1] if turn in SIDEWAYS else image.size
     narrow = Image.new("RGB", (size[0], height))
     for first, last in bands(width, height):
-        band = convert(image.crop(source_box(turn, (0, first, width, last), image.size)), top)
+        band = convert(image.crop(source_box(turn, first, last, image.size)), top)
         band = band if turn is None else band.transpose(turn)
         narrow.paste(band.resize((size[0], last - first), resample), (0, first))
     return narrow.resize(size, resample)
@@ -161,16 +155,12 @@ def bands(width: int, height: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + rows, height)
 
 
-def source_box(turn: Image.Transpose | None, box: Sequence[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The part (left, upper, right, lower) of a picture of this `size` that becomes `box` when it is turned."""
-    left, upper, right, lower = box
-    if turn in SIDEWAYS:
-        left, upper, right, lower = upper, left, lower, right
-    if turn in FROM_THE_RIGHT:
-        left, right = size[0] - right, size[0] - left
-    if turn in FROM_BELOW:
-        upper, lower = size[1] - lower, size[1] - upper
-    return left, upper, right, lower
+def source_box(turn: Image.Transpose | None, first: int, last: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part (left, upper, right, lower) of a picture of this `size` that, turned, becomes these rows."""
+    length = size[0] if turn in SIDEWAYS else size[1]
+    if turn in REVERSING:
+        first, last = length - last, length - first
+    return (first, 0, last, size[1]) if turn in SIDEWAYS else (0, first, size[0], last)
 
 
 def upright_turn(image: Image.Image) -> Image.Transpose | None:

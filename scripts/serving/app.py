@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
 from . import errors, legacy_api, openai_api
+from .api_key import check_key
 from .engine import Engine, EngineClosed
 from .guards import Normalize, RefuseOtherPages, RequireKey
 from .intake import Intake
@@ -47,16 +48,6 @@ class ApiOptions:
     def __post_init__(self):
         if self.api_key is not None:
             check_key(self.api_key)
-
-
-def check_key(key: str) -> str:
-    """The key without blanks and line breaks around it, which files and variables often have; see `ApiOptions`."""
-    key = key.strip()
-    if not key:
-        raise ValueError("the API key is empty. Give one, or none at all (unset the variable) for a server without.")
-    if not key.isprintable() or " " in key:
-        raise ValueError("the API key has blanks or control characters in it, which no client can send. Give another.")
-    return key
 
 
 class LoadingEngine:

@@ -34,7 +34,6 @@ from visualglm_hf.chat import check_tokenizer
 from .batching import Batch, Row, advance, merge, prefill
 from .loading import first_line, load_model
 from .metrics import Metrics
-from .picture_pool import PoolClosed
 from .prompts import Prompt, PromptBuilder
 from .sampling import Chooser, Settings
 from .text import GrowingText
@@ -290,8 +289,9 @@ class Engine:
         except asyncio.TimeoutError as error:
             self.metrics.requests.labels("timeout").inc()
             raise late(self.limits.timeout) from error
-        except PoolClosed as error:
-            raise EngineClosed(str(error)) from error
+        except RuntimeError:  # of threads and decoders that `close` has stopped
+            self.check_alive()
+            raise
 
     def start_decoders(self) -> None:
         """Start the processes that decode pictures now, so that the first picture does not wait for them."""

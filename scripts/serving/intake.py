@@ -20,7 +20,7 @@ SMALL_BYTES = 2**18  # of a body without a picture: not counted, and parsed at o
 BODIES_HELD = 3  # of the largest size, in memory at a time
 BODY_SECONDS = 120  # for a body to arrive
 # `{`, `[` and `,` in a body: of each, a value becomes up to 150 bytes. A text of commas as long as the context is less.
-MAX_MARKS = 2**18
+MAX_MARKS = 2**17
 MAX_ENTRIES = 2048  # of a list or an object: each message and part takes at least a token
 
 Asked = TypeVar("Asked", bound=BaseModel)

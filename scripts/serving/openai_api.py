@@ -50,21 +50,23 @@ def as_image_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
+Ignored = Annotated[dict | None, BeforeValidator(check_count)]
+
+
 class Part(Strict):
     """A part of a message: a text or a picture."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: Annotated[ImageUrl | None, BeforeValidator(as_image_url, json_schema_input_type=str | ImageUrl)] = None
-    cache_control: dict | None = Field(None, description="has no effect")
+    cache_control: Ignored = Field(None, description="has no effect")
 
     @model_validator(mode="after")
     def check_content(self) -> "Part":
-        given = {name for name in ("text", "image_url") if getattr(self, name) is not None}
-        if given != {self.type}:
-            raise ValueError(
-                f"a part of type {self.type!r} must have {self.type!r}, found {sorted(given) or 'neither'}"
-            )
+        given = [name for name in ("image_url", "text") if getattr(self, name) is not None]
+        if given != [self.type]:
+            found = " and ".join(given) or "neither"
+            raise ValueError(f"a part of type {self.type!r} has a {self.type} and nothing else, found {found}")
         return self
 
 
@@ -84,8 +86,8 @@ class Message(Strict):
     # What answers of OpenAI's have too, and clients send back.
     refusal: str | None = Field(None, description="of an assistant that said nothing else: what it said")
     tool_calls: list = Field([], max_length=0)
-    annotations: list | None = Field(None, description="has no effect")
-    cache_control: dict | None = Field(None, description="has no effect")
+    annotations: Annotated[list | None, BeforeValidator(check_count)] = Field(None, description="has no effect")
+    cache_control: Ignored = Field(None, description="has no effect")
 
     @model_validator(mode="before")
     @classmethod
@@ -149,9 +151,9 @@ class TakenAsTheyAre(Strict):
     prompt_cache_key: str | None = Field(None, description="has no effect")
     prompt_cache_retention: str | None = Field(None, description="has no effect")
     service_tier: str | None = Field(None, description="has no effect")
-    metadata: dict | None = Field(None, description="has no effect")
+    metadata: Ignored = Field(None, description="has no effect")
     store: bool | None = Field(None, description="has no effect")
-    prediction: dict | None = Field(None, description="has no effect: it makes others' answers faster")
+    prediction: Ignored = Field(None, description="has no effect: it makes others' answers faster")
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]

@@ -195,9 +195,9 @@ class Decoder:
 
 
 def environment() -> dict[str, str]:
-    """What a decoder knows of ours: where its modules are, and on Windows where the system is."""
+    """What a decoder knows of ours: where its modules and libraries are, and on Windows the system."""
     paths = [os.path.abspath(path) for path in (SCRIPTS, *sys.path)]
-    kept = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+    kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
     return {**kept, **RETURN_MEMORY, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
 
 

@@ -69,7 +69,7 @@ class PromptBuilder:
             num_query_tokens=config.qformer_config.num_query_tokens,
         )
         self.context_length = config.text_config.max_position_embeddings
-        self.most_characters = self.context_length * max(MAX_BLANKS, *map(len, tokenizer.get_vocab()))
+        self.longest_piece = max(map(len, tokenizer.get_vocab()))
         self.pictures, self.size = PicturePool(), (side, side)
         self.max_pictures, self.max_picture_bytes = max_pictures, max_picture_bytes
         self.short_ones = ThreadPoolExecutor(2, "short-prompts")
@@ -108,13 +108,17 @@ class PromptBuilder:
         conversation, pictures = separate_pictures(messages)
         if len(pictures) > self.max_pictures:
             raise ValueError(f"The conversation has {len(pictures)} pictures; at most {self.max_pictures} are taken.")
-        characters = count_characters(conversation)
-        if characters > self.most_characters:
+        if (tokens := self.least_tokens(texts_of(conversation))) > self.context_length:
             raise ValueError(
-                f"The conversation is {characters} characters long; no more than {self.most_characters} can fit into "
-                f"the model's {self.context_length} tokens. Shorten it."
+                f"The conversation is at least {tokens} tokens long; the model takes {self.context_length}, answer "
+                "included. Shorten it."
             )
         return arrange(conversation, english), pictures
+
+    def least_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens these texts take at least, without tokenizing them: each is one of the longest."""
+        characters, blanks = sum(map(len, texts)), sum(text.count(" ") for text in texts)
+        return blanks // MAX_BLANKS + (characters - blanks) // self.longest_piece
 
     def finish(self, conversation: list[dict], images: list, english: bool | None) -> Prompt:
         """The prompt of a conversation and its open pictures."""

@@ -6,7 +6,6 @@ Routes are those of `api_hf.py`, at http://127.0.0.1:8000 unless Ray Serve is to
 replica that has fewer; each batches its own. Ray asks each replica whether it is well, and replaces those that are not.
 """
 
-import os
 from pathlib import Path
 
 from command_line import DEFAULT_MODEL
@@ -14,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from .app import ApiOptions, check_key, create_app
+from .api_key import read_key
+from .app import ApiOptions, create_app
 from .engine import Engine, Limits
 
 
@@ -33,6 +33,7 @@ class ServiceOptions(BaseModel):
     dtype: str = "auto"
     served_model_name: str | None = None
     allow_urls: bool = False
+    allowed_hosts: str = Field("", description="names of this service where it has no key, with commas between them")
     max_batch_size: int = Field(8, ge=1, description="answers that a replica generates at a time")
     max_waiting: int = Field(64, ge=1, description="requests that may wait at a replica, and again before all of them")
     min_replicas: int = Field(1, ge=1)
@@ -62,11 +63,11 @@ def create_service(options: ServiceOptions) -> Application:
     if options.min_replicas > options.max_replicas:
         raise ValueError(f"min_replicas={options.min_replicas} is more than max_replicas={options.max_replicas}.")
     options.model = options.model.expanduser().resolve()  # a replica has another working directory
-    key = os.environ.get("VISUALGLM_API_KEY")
     api = ApiOptions(
         model_name=options.served_model_name or options.model.name,
-        api_key=None if key is None else check_key(key),
+        api_key=read_key(),
         allow_urls=options.allow_urls,
+        allowed_hosts=[host for host in options.allowed_hosts.split(",") if host],
     )
 
     def build_app():

@@ -1,0 +1,232 @@
+"""Whatever one client sends, the others get their answers, as they are and about as soon, and the memory stays."""
+
+import base64
+import json
+import statistics
+import struct
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+from serving_helpers import PICTURES, health, open_door, wait_until
+
+
+MIB = 2**20
+MOST_GROWTH = 300 * MIB
+MOST_PATIENCE = 30  # times as long as a usual answer of the neighbour's: 8 were seen, and 100 to 300 before
+JSON = {"Content-Type": "application/json"}
+CHAT, LEGACY = "/v1/chat/completions", "/"
+# 8192 x 8192 pixels each, deflated: in one process decoding takes up to 16 s and 1.5 GB.
+JPEG_2000 = """
+c-muNVBpCLP*C9IYUg5LU=T?wsVvAUFj4@r8KAT-kj?<oVwo8!MGOoeAs}XEX9uZa;7`uaDPjaO1sE8Z{s0vx|M&kN$e_=_09OnLXnbaNMn(wwAH=`|6ku
+dvWnp1p{2#+0?BL+x5rB;Tr!c58Fgh2dCYGe8C?r)X_!p$+c?Gz-E0m=c6=&w>DH!RQ>Y4nXzyR_I15+u`oXOvRu+}rI2NMrO|1j-u2>-zK-$5HFa6lVLG
+(a#QWc~m8mz@dqgOfGtkHN)iKn4GA0s!t~WyA"""
+AVIF = """
+c-muNU{FXasVqn=%S>Yc0uY^>nP!-qnV9D5Xy^nKdYzkElE?r7iWw<6MNl?FL1uCZ0~+8f$SlbPvlxL`E;A=T8N_h`@fjhajKT~I%)CIhMrLMS8eFXukdw
+*;<t3IG7&_<Y<b&<X$}A`<0Mg!>1<Cn9S|qc$AQfVr0u(a{6l7Lpf*8yk92`K3C$Y@Xxlx`6BqW@ipHq~VoKpcbnU{gB0VpJ%S&$3!6VPESj7-feK)s^5D
+TyUQ3|!pupY8wu|JK2gVWMF4n^nT)czata6Nkb)N1*zs^XCHBYCe&=bu>XS-r&uOGX<JwCoI(T`mf2x*RseetN8-Q184J80qv%UbDPheKJ{&e?FVfKBeQv
+LFBi|@@h`GibLU~5;q*f(ucsvO1+7;982h2cO#B?%+IVq=nDgf%%9%btuM2UXaoy44?zM#*wX9p0f820?VQktggQkCR&sk&NY_xhdBRu<_P6Eg0IfsPh+F
+r}Px6^gme_hqGm&5nK@!M(1`Yk7~YaEeT8s`6K_d|{x{W-i*`}7<}O&^Y?)6{SP3E{10"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The door in a process of its own, ready, with its decoders started by a first picture."""
+    with open_door() as (url, process, _):
+        wait_until(lambda: health(url) == 200)
+        ask(url, picture_messages(PICTURES[0].read_bytes()))
+        yield url, psutil.Process(process.pid)
+
+
+def ask(url: str, messages: list[dict]) -> str:
+    body = {"model": "visualglm-tiny", "messages": messages, "temperature": 0, "repetition_penalty": 1}
+    response = httpx.post(url + CHAT, json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def picture_messages(data: bytes) -> list[dict]:
+    url = "data:;base64," + base64.b64encode(data).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "描述这张图片。"}]
+    return [{"role": "user", "content": parts}]
+
+
+class Neighbour:
+    """Another client, who asks and asks, about pictures too; how long each answer took, and what it was."""
+
+    QUESTIONS = ([{"role": "user", "content": "Hello"}], picture_messages(PICTURES[0].read_bytes()))
+
+    def __init__(self, url: str):
+        self.url = url
+        self.answers: list[str] = []
+        self.seconds: list[float] = []
+        self.is_done = threading.Event()
+
+    def ask_once(self) -> None:
+        begin = time.monotonic()
+        self.answers.append("\n".join(ask(self.url, messages) for messages in self.QUESTIONS))
+        self.seconds.append(time.monotonic() - begin)
+
+    def ask_until_done(self) -> None:
+        while not self.is_done.is_set():
+            self.ask_once()
+
+
+class MemoryWatch:
+    """The most that a process and its children take while it runs, beyond what they took before."""
+
+    def __init__(self, process: psutil.Process):
+        self.process = process
+        self.before = self.most = self.now()
+        self.is_done = threading.Event()
+
+    def now(self) -> int:
+        total = 0
+        for each in [self.process, *self.process.children(recursive=True)]:
+            try:
+                memory = each.memory_info().rss
+            except psutil.Error:  # it has just ended
+                continue
+            # Between fork and exec a child shows its parent's memory.
+            total += memory if each is self.process or memory < self.process.memory_info().rss else 0
+        return total
+
+    def watch(self) -> None:
+        while not self.is_done.wait(0.02):
+            self.most = max(self.most, self.now())
+
+
+def json_bytes(**fields) -> bytes:
+    return json.dumps(fields, ensure_ascii=False).encode()
+
+
+def chat_body(content, **fields) -> bytes:
+    return json_bytes(model="visualglm-tiny", messages=[{"role": "user", "content": content}], max_tokens=1, **fields)
+
+
+def uri_body(uri: str) -> bytes:
+    return chat_body([{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "?"}])
+
+
+def unpacked(text: str) -> str:
+    return "data:;base64," + base64.b64encode(zlib.decompress(base64.b85decode(text.replace("\n", "")))).decode()
+
+
+def png_of_zeros(side: int, bits: int, colour: int, bytes_per_pixel: int) -> str:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(1), bytes(1 + side * bytes_per_pixel)
+    data = b"".join([packer.compress(row) for _ in range(side)]) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return "data:;base64," + base64.b64encode(file).decode()
+
+
+MANY = 500_000
+HOSTILE = {
+    "messages of nothing": (CHAT, lambda: json_bytes(model="m", messages=[{}] * MANY), 413),
+    "fewer messages": (CHAT, lambda: json_bytes(model="m", messages=[{}] * 40_000), 422),
+    "messages of one word": (
+        CHAT,
+        lambda: json_bytes(model="visualglm-tiny", messages=[{"role": "user", "content": "a"}] * 40_000),
+        422,
+    ),
+    "parts of nothing": (CHAT, lambda: chat_body([{}] * MANY), 413),
+    "parts of one word": (CHAT, lambda: chat_body([{"type": "text", "text": "a"}] * 2000), (200, 400)),
+    "many pictures": (CHAT, lambda: chat_body([{"type": "image_url", "image_url": {"url": "data:,"}}] * 2000), 400),
+    "history of nothing": (LEGACY, lambda: json_bytes(text="a", history=[[]] * MANY), 413),
+    "history of words": (LEGACY, lambda: json_bytes(text="a", history=[["b", "c"]] * 40_000), 422),
+    "stops": (CHAT, lambda: chat_body("a", stop=["a"] * 100_000), 422),
+    "fields": (CHAT, lambda: json_bytes(**{f"x{index}": 1 for index in range(100_000)}), 422),
+    "metadata": (CHAT, lambda: chat_body("a", metadata={str(index): [] for index in range(50_000)}), 422),
+    "a long text": (CHAT, lambda: chat_body("好" * 5_000_000), 400),
+    "a long text of blanks": (LEGACY, lambda: json_bytes(text=" a" * 2_500_000), 400),
+    "many long texts": (
+        CHAT,
+        lambda: json_bytes(
+            model="visualglm-tiny", messages=[{"role": "user", "content": "a" * 5000}] * 1000, max_tokens=1
+        ),
+        400,
+    ),
+    "a text that may just fit": (CHAT, lambda: chat_body(" " * 150_000 + "a"), (200, 400)),
+    "a text of marks": (LEGACY, lambda: json_bytes(text="[gMASK]<sop>" * 13_000), 400),
+    "a long name": (CHAT, lambda: json_bytes(model="m" * 20 * MIB, messages=[{"role": "user", "content": "a"}]), 404),
+    "a long field": (CHAT, lambda: chat_body("a", **{"x" * 20 * MIB: 1}), 422),
+    "brackets": (CHAT, lambda: b"[" * 16 * MIB, 413),
+    "fewer brackets": (LEGACY, lambda: b"[" * 100_000, 400),
+    "digits": (LEGACY, lambda: b'{"text": "a", "top_k": ' + b"9" * 5 * MIB + b"}", 400),
+    "escapes": (LEGACY, lambda: b'{"text": "' + b"\\u4e00" * 3 * MIB + b'"}', 400),
+    "percent signs": (CHAT, lambda: uri_body("data:," + "%" * 18 * MIB), (400, 413)),
+    "percent escapes": (CHAT, lambda: uri_body("data:," + "%41" * 6 * MIB), (400, 413)),
+    "base64 of nothing": (CHAT, lambda: uri_body("data:;base64," + "A" * 26 * MIB), 400),
+    "blanks for base64": (LEGACY, lambda: json_bytes(text="a", image=" " * 26 * MIB), 400),
+    "a JPEG 2000": (CHAT, lambda: uri_body(unpacked(JPEG_2000)), 400),
+    "an AVIF": (CHAT, lambda: uri_body(unpacked(AVIF)), 400),
+    "a PNG of 16 bits": (CHAT, lambda: uri_body(png_of_zeros(8192, 16, 0, 2)), 200),
+    "a PNG with alpha": (LEGACY, lambda: json_bytes(text="a", image=png_of_zeros(8192, 8, 6, 4), max_length=60), 200),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_neighbour_gets_the_same_answers_about_as_soon_and_the_memory_stays(server, name):
+    url, process = server
+    path, body, expected = HOSTILE[name]
+    body, alone, beside, memory = body(), Neighbour(url), Neighbour(url), MemoryWatch(process)
+    for _ in range(3):
+        alone.ask_once()
+    with ThreadPoolExecutor() as threads:
+        watching = [threads.submit(beside.ask_until_done), threads.submit(memory.watch)]
+        try:
+            response = httpx.post(url + path, content=body, headers=JSON, timeout=120)
+        finally:
+            beside.is_done.set()
+            memory.is_done.set()
+        for each in watching:
+            each.result()
+    assert set(beside.answers) == set(alone.answers) and len(set(alone.answers)) == 1
+    assert max(beside.seconds) < MOST_PATIENCE * statistics.median(alone.seconds)
+    assert memory.most - memory.before < MOST_GROWTH
+    assert response.status_code in (expected if isinstance(expected, tuple) else (expected,)), response.text[:500]
+    assert len(response.content) < 5000
+    assert response.status_code == 200 or response.json()["error"]["message"]
+
+
+def test_many_large_bodies_at_a_time_do_not_add_up(server):
+    url, process = server
+    body, memory, neighbour = uri_body("data:;base64," + "A" * 20 * MIB), MemoryWatch(process), Neighbour(url)
+    neighbour.ask_once()
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(memory.watch)
+        with ThreadPoolExecutor(12) as clients:
+            responses = [clients.submit(httpx.post, url + CHAT, content=body, timeout=120) for _ in range(12)]
+            neighbour.ask_once()
+        memory.is_done.set()
+        watching.result()
+    statuses = {response.result().status_code for response in responses}
+    assert statuses <= {400, 429} and 400 in statuses
+    assert len(set(neighbour.answers)) == 1
+    assert memory.most - memory.before < 2 * MOST_GROWTH
+
+
+def test_a_body_that_never_ends_holds_nobody_up(server):
+    url, _ = server
+    neighbour, is_done = Neighbour(url), threading.Event()
+
+    def trickle():
+        yield b'{"text": "'
+        while not is_done.wait(0.05):
+            yield b"a" * 1000
+
+    neighbour.ask_once()
+    with ThreadPoolExecutor() as threads:
+        slow = [threads.submit(httpx.post, url, content=trickle(), timeout=120) for _ in range(4)]
+        neighbour.ask_once()
+        assert not any(each.done() for each in slow)
+        is_done.set()
+        assert {each.result().status_code for each in slow} == {400}
+    assert neighbour.seconds[1] < MOST_PATIENCE * neighbour.seconds[0]
