@@ -82,7 +82,7 @@ def open_picture(source: Any) -> Image.Image:
             f"Picture {_name(source)} is a URL, and nothing is fetched here. Fetch it first and pass its bytes."
         )
     if isinstance(source, (str, os.PathLike)):
-        data = _picture_in_base64(source)
+        data = picture_in_base64(source)
         return _open_file(source) if data is None else _open_bytes(data, f"<base64 text of {len(source)} characters>")
     if hasattr(source, "__array__"):
         return to_rgb(_from_array(source))
@@ -161,7 +161,7 @@ def _read_from_beginning(file: Any) -> bytes:
         file.seek(position)
 
 
-def _picture_in_base64(text: Any) -> bytes | None:
+def picture_in_base64(text: Any) -> bytes | None:
     """The encoded picture in a text, or None if it is something else, such as the path of a file."""
     if not isinstance(text, str) or os.path.exists(text):
         return None

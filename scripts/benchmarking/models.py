@@ -81,7 +81,7 @@ def materialise(model: torch.nn.Module, device: torch.device) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in made:
                 start, block = len(made) % BLOCKS, numbers if parameter.is_floating_point() else codes
-                filled = fill(torch.empty_like(parameter, device=device), block[start : start + BLOCK_LENGTH])
+                filled = fill(torch.empty_like(parameter.detach(), device=device), block[start : start + BLOCK_LENGTH])
                 if isinstance(module, torch.nn.LayerNorm) and name == "weight":
                     filled += 1
                 made[id(parameter)] = torch.nn.Parameter(filled, requires_grad=False)

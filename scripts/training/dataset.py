@@ -24,8 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from visualglm_hf.fetching import fetch_picture
-from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_hf.image_processing_visualglm import open_picture, picture_in_base64
 
 
 ORIGINAL_FIELDS = ("img", "prompt", "label")
@@ -324,7 +323,7 @@ def find_picture(name: str, folder: Path) -> Picture:
     for exists in (os.path.isfile, os.path.exists):  # a folder is found last, to be named as one
         for place in filter(exists, places):
             return place
-    picture = fetch_picture(name)
-    if isinstance(picture, str):
+    picture = picture_in_base64(name)
+    if picture is None:
         raise ValueError(f"there is no picture {shown(name)}, neither in {folder} nor in the current folder.")
     return picture
