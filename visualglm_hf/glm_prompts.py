@@ -289,8 +289,8 @@ class PromptMixin:
         if self.training and counted < given and is_empty:
             raise ValueError(
                 f"Of {given} labels only those of marks count, no word: the answers are empty, or stand before "
-                "the [gMASK]<sop> that the tokenizer appends to a text without a mark for it. Give messages, or write the "
-                "character U+FFF9 where the answer begins, as the chat template does."
+                "the [gMASK]<sop> that the tokenizer appends to a text without a mark for it. Give messages, or write "
+                "the character U+FFF9 where the answer begins, as the chat template does."
             )
         if counted < given and not self.has_told_of_labels:
             self.has_told_of_labels = True
