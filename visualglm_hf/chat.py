@@ -35,7 +35,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .compilation import resolve_compile_config
-from .conversation import build_prompt, check_history, check_query, clean_response, expand_images
+from .conversation import build_prompt, check_history, check_query, clean_response, expand_images, uncleaned
 from .fetching import fetch_picture
 from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
@@ -402,6 +402,9 @@ class ChatMixin:
         if options.get("compile"):
             options["compile"] = resolve_compile_config(options["compile"], self.input_device)
         options["tokenizer"] = tokenizer
+        stops = options.get("stop_strings") or self.generation_config.stop_strings
+        if stops:  # callers take them from answers that are cleaned
+            options["stop_strings"] = [uncleaned(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
         options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), RefuseNan()])
         check_chat_options(options, self.generation_config)
         return options
