@@ -157,6 +157,11 @@ class IncrementalDecoder:
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
     """Raise a `ValueError` if the tokenizer is not the checkpoint's: ChatGLM-6B had two vocabularies."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise ValueError(
+            f"chat() needs the tokenizer first, found {type(tokenizer).__name__}. Load it with AutoTokenizer, or pass "
+            "processor.tokenizer."
+        )
     for name, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
         found = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name))
         if found != token_id:

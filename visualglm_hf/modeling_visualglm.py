@@ -953,7 +953,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             prompt_length = 0 if prompt is None else prompt.shape[1]
             kwargs |= self.compile_options(compile, prompt_length, options | {CACHE_NAME: cache})
         tokenizer, text_config = kwargs.get("tokenizer"), self.config.text_config
-        num_tokens = text_config.num_tokens if tokenizer is None else len(tokenizer)
+        num_tokens = text_config.num_tokens if tokenizer is None else min(len(tokenizer), text_config.vocab_size)
         if num_tokens < text_config.vocab_size:
             # Also behind the caller's own, which may give such rows a chance again.
             last = [SuppressUnknown(num_tokens)] if logits_processor else []

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from visualglm_hf import VisualGLMForConditionalGeneration
+
 
 GREET, DESCRIBE = "问：你好\n答：", "问：描述这张图片。\n答："
 
@@ -101,3 +103,20 @@ def test_the_processor_takes_none_for_a_row_without_a_picture(processor, picture
     batch = processor(text=texts, images=[None, pictures[0]], padding=True, return_tensors="pt")
     expected = processor(text=texts, images=[[], [pictures[0]]], padding=True, return_tensors="pt")
     assert all(batch[name].equal(expected[name]) for name in expected)
+
+
+def test_tokens_without_a_row_are_refused_also_if_the_tokenizer_has_them(tiny_original, tokenizer):
+    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer) - 1)
+    ids = torch.tensor([[len(tokenizer) - 1, *tokenizer("")["input_ids"]]])
+    with pytest.raises(ValueError, match="resize_token_embeddings"):
+        model.generate(ids, tokenizer=tokenizer, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("wrong", ["processor", "path", None])
+def test_chat_says_what_it_needs_where_the_tokenizer_belongs(model, processor, wrong):
+    given = processor if wrong == "processor" else wrong
+    with pytest.raises(ValueError, match="needs the tokenizer first"):
+        model.chat(given, "你好")
+    with pytest.raises(ValueError, match="needs the tokenizer first"):
+        list(model.stream_chat(given, "你好"))
