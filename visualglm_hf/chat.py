@@ -35,7 +35,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .compilation import resolve_compile_config
-from .conversation import build_prompt, check_history, check_query, clean_response, expand_images
+from .conversation import build_prompt, check_history, check_query, clean_response, expand_images, uncleaned
 from .fetching import fetch_picture
 from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
@@ -157,6 +157,11 @@ class IncrementalDecoder:
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
     """Raise a `ValueError` if the tokenizer is not the checkpoint's: ChatGLM-6B had two vocabularies."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise ValueError(
+            f"chat() needs the tokenizer first, found {type(tokenizer).__name__}. Load it with AutoTokenizer, or pass "
+            "processor.tokenizer."
+        )
     for name, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
         found = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name))
         if found != token_id:
@@ -402,6 +407,9 @@ class ChatMixin:
         if options.get("compile"):
             options["compile"] = resolve_compile_config(options["compile"], self.input_device)
         options["tokenizer"] = tokenizer
+        stops = options.get("stop_strings") or self.generation_config.stop_strings
+        if stops:  # callers take them from answers that are cleaned
+            options["stop_strings"] = [uncleaned(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
         options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), RefuseNan()])
         check_chat_options(options, self.generation_config)
         return options

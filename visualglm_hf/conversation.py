@@ -140,6 +140,11 @@ def clean_response(response: str) -> str:
     return CHINESE_BESIDE_HALF_WIDTH.sub(lambda match: FULL_WIDTH[match.group()], response)
 
 
+def uncleaned(text: str) -> str:
+    """`text` as the model writes it before `clean_response`: it knows punctuation of half width alone."""
+    return text.translate({ord(full): half for half, full in FULL_WIDTH.items()})
+
+
 # What the functions above do, in Jinja for `apply_chat_template`; tests hold the two equal.
 CHAT_TEMPLATE = r"""
 {%- set image_mark, answer_mark, end_mark = '%IMAGE%', '%ANSWER%', '%END%' -%}

@@ -181,8 +181,11 @@ def check_options(options: dict[str, Any]) -> None:
             f"num_beams={options['num_beams']} cannot be streamed: which beam wins is known at the end. Leave it "
             "out, or use chat() or generate() without a streamer."
         )
-    if options.get("stop_strings") and options.get("tokenizer") is None:
-        raise ValueError(f"stop_strings={options['stop_strings']!r} need the tokenizer: give generate(tokenizer=...).")
+    stops = options.get("stop_strings")
+    if stops == "" or ("" in (stops or ()) and not isinstance(stops, str)):
+        raise ValueError("An empty string among stop_strings would stop every answer at once. Leave it out.")
+    if stops and options.get("tokenizer") is None:
+        raise ValueError(f"stop_strings={stops!r} need the tokenizer: give generate(tokenizer=...).")
     if options.get("negative_prompt_ids") is not None and options.get("guidance_scale") is None:
         raise ValueError("negative_prompt_ids do nothing without guidance_scale. Give both, or leave them out.")
 

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .glm_positions import (
+    UNKNOWN,
     build_glm_position_ids,
     can_ask,
     find_answers,
@@ -68,6 +69,31 @@ class PromptMixin:
         token_ids = (text.gmask_token_id, text.mask_token_id, text.bos_token_id, self.config.image_token_id)
         return recognize_tokens(inputs_embeds, self.get_input_embeddings(), token_ids)
 
+    def check_shapes(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        """Raise a `ValueError` unless a prompt is [B, S] or [B, S, C], with a mask of its tokens, maybe of more."""
+        if input_ids is not None and (input_ids.dim() != 2 or input_ids.shape[1] == 0):
+            raise ValueError(f"input_ids must be [batch, length], found {list(input_ids.shape)}.")
+        if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0):
+            raise ValueError(f"inputs_embeds must be [batch, length, width], found {list(inputs_embeds.shape)}.")
+        rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if input_ids is not None and input_ids.shape != (rows, length):
+            raise ValueError(
+                f"input_ids {list(input_ids.shape)} and inputs_embeds {list(inputs_embeds.shape)} are not the same "
+                "tokens. Give one of them, or both of the same prompt."
+            )
+        if attention_mask is None or attention_mask.dim() != 2:
+            return
+        if len(attention_mask) != rows or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)} for a prompt of [{rows}, {length}]. Give one value "
+                "for each token, 0 for padding, or leave it out where there is none."
+            )
+
     def check_length(self, length: int) -> None:
         """Raise a `ValueError` for more tokens than the model was made for."""
         limit = self.config.text_config.max_position_embeddings
@@ -105,7 +131,8 @@ class PromptMixin:
             f"input_ids have tokens from {num_tokens} on, and this checkpoint has {num_tokens} of them. After adding "
             "some to the tokenizer, call model.resize_token_embeddings(len(tokenizer))."
         )
-        return {message: (ids >= num_tokens).any(-1)}
+        below = "input_ids have values below 0, such as labels have where nothing is learned. Pad with pad_token_id."
+        return {message: (ids >= num_tokens).any(-1), below: (ids < UNKNOWN).any(-1)}
 
     def check_prompt(
         self,
@@ -189,8 +216,10 @@ class PromptMixin:
         faults = self.find_unknown_tokens(ids, num_tokens)
         faults |= find_mark_faults(ids, self.config.text_config, is_embedded=input_ids is None)
         attention_mask, prompt_embeds = options.get("attention_mask"), options.get("prompt_embeds")
-        if attention_mask is not None and attention_mask.dim() == 2:
-            faults["A prompt ends with padding: pad prompts on the left."] = attention_mask[:, -1] == 0
+        # Where no mask is given, `generate` makes one of the padding.
+        visible = ids != self.config.text_config.pad_token_id if attention_mask is None else attention_mask
+        if visible.dim() == 2:
+            faults["A prompt ends with padding: pad prompts on the left."] = visible[:, -1] == 0
         num_cached = 0 if cache is None else int(cache.get_seq_length())
         num_placed = 0 if prompt_embeds is None else prompt_embeds.shape[1]
         self.check_prompt(ids, inputs_embeds, num_images, max(num_cached, num_placed), faults)
@@ -238,30 +267,42 @@ class PromptMixin:
         if shift_labels is not None:
             kept["shift_labels"] = ignore_others(shift_labels, shift_left(is_answer))
             given, counted = shift_labels, kept["shift_labels"]
+        text = self.config.text_config
+        is_word = (counted != IGNORED) & (counted != text.bos_token_id) & (counted != text.eos_token_id)
+        is_empty = (given == text.eos_token_id).any() & ~is_word.any()  # some answer has ended, none has a word
         given, counted = (given != IGNORED).sum(), (counted != IGNORED).sum()
-        self.report_labels(given, counted, may_be_none=num_items_in_batch is not None or not is_ours)
+        self.report_labels(given, counted, is_empty, num_items_in_batch is not None or not is_ours)
         if num_items_in_batch is not None:
             kept["num_items_in_batch"] = num_items_in_batch * (counted.clamp(min=1) / given.clamp(min=1))
         return kept
 
-    def report_labels(self, given: torch.Tensor, counted: torch.Tensor, may_be_none: bool) -> None:
+    def report_labels(
+        self, given: torch.Tensor, counted: torch.Tensor, is_empty: torch.Tensor, may_be_none: bool
+    ) -> None:
         """Say once how many labels do not count.
 
         Args:
             given: [], how many there are.
             counted: [], how many of them count.
+            is_empty: [], whether an answer has none although its context has some.
             may_be_none: whether there may be none, as in a part of a batch.
 
         Raises:
-            ValueError: none counts.
+            ValueError: none counts; in training, also if `is_empty`: the model would learn to say nothing.
         """
-        if not can_ask(given, counted):
+        if not can_ask(given, counted, is_empty):
             return
-        given, counted = torch.stack((given, counted)).tolist()
+        given, counted, is_empty = torch.stack((given, counted, is_empty)).tolist()
         if not counted and (given or not may_be_none):
             raise ValueError(
                 f"No label counts: of {given} that are not {IGNORED}, all are before <sop> or padding. GLM learns "
                 "answers, which follow [gMASK]<sop>; did a maximum length cut them off?"
+            )
+        if self.training and counted < given and is_empty:
+            raise ValueError(
+                f"Of {given} labels only those of marks count, no word: the answers are empty, or stand before "
+                "the [gMASK]<sop> that the tokenizer appends to a text without a mark for it. Give messages, or write "
+                "the character U+FFF9 where the answer begins, as the chat template does."
             )
         if counted < given and not self.has_told_of_labels:
             self.has_told_of_labels = True

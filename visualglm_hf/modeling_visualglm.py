@@ -631,18 +631,28 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             remedy = "Pass pixel_values[None]." if shape == expected else "The image processor makes them."
             raise ValueError(f"pixel_values must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
 
+    def check_image_embeds(self, image_embeds: torch.Tensor) -> None:
+        """Raise a `ValueError` unless `image_embeds` are [images, num_query_tokens, C]."""
+        expected = (self.config.qformer_config.num_query_tokens, self.config.text_config.hidden_size)
+        shape = tuple(image_embeds.shape)
+        if len(shape) != 3 or shape[1:] != expected:
+            remedy = "Pass image_embeds[None]." if shape == expected else "They are get_image_features' pooler_output."
+            raise ValueError(f"image_embeds must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
+
     def count_images(self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None) -> int | None:
-        """How many pictures there are, [images, ...] both; None if none were given.
+        """How many pictures there are, [images, ...] both; None if there are none.
 
         Raises:
-            ValueError: `pixel_values` of another shape, or both.
+            ValueError: they were given twice, or have another shape than `encode_images` takes.
         """
-        if pixel_values is None:
-            return None if image_embeds is None else len(image_embeds)
-        if image_embeds is not None:
+        if pixel_values is not None and image_embeds is not None:
             raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
-        self.check_pixel_values(pixel_values)
-        return len(pixel_values)
+        if pixel_values is not None:
+            self.check_pixel_values(pixel_values)
+        elif image_embeds is not None:
+            self.check_image_embeds(image_embeds)
+        pictures = pixel_values if image_embeds is None else image_embeds
+        return None if pictures is None else len(pictures) or None
 
     def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The soft prompts of pictures, of which the last few are remembered in evaluation without gradients.
@@ -841,6 +851,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
         if kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
             raise ValueError("cu_seq_lens_q names several sequences in a row." + ONE_ROW_EACH)
+        self.check_shapes(input_ids, inputs_embeds, attention_mask)
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         self.check_length(length)
         glm_position_ids = two_rows(position_ids, glm_position_ids)
@@ -873,7 +884,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         )
         is_learned = None
         if self.training and torch.is_grad_enabled():
-            is_learned = shift_left(find_answers(glm_position_ids, attention_mask))[..., None]
+            is_answer = find_answers(glm_position_ids, attention_mask)
+            # With the last token, which predicts nothing, but whose state is what the head of a reward model reads.
+            is_learned = (is_answer | shift_left(is_answer))[..., None]
             states = outputs.last_hidden_state
             outputs.last_hidden_state = torch.where(is_learned.to(states.device), states, states.detach())
         return outputs, image_outputs, is_learned
@@ -926,6 +939,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         elif kwargs.get("assistant_model") is not None:
             self.check_assistant(kwargs["assistant_model"], image_embeds, inputs_embeds)
             kwargs["assistant_pixel_values"] = pixel_values
+        num_images = self.count_images(pixel_values, image_embeds)
+        if input_ids is not None or inputs_embeds is not None:
+            self.check_shapes(input_ids, inputs_embeds, kwargs.get("attention_mask"))
         if cache is None and not compile and wants_dynamic_cache(options):
             cache = make_cache(self.config.text_config, self.input_device)
         if cache is not None:
@@ -935,10 +951,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             prompt_length = 0 if prompt is None else prompt.shape[1]
             kwargs |= self.compile_options(compile, prompt_length, options | {CACHE_NAME: cache})
         tokenizer, text_config = kwargs.get("tokenizer"), self.config.text_config
-        num_tokens = text_config.num_tokens if tokenizer is None else len(tokenizer)
+        num_tokens = text_config.num_tokens if tokenizer is None else min(len(tokenizer), text_config.vocab_size)
         if num_tokens < text_config.vocab_size:
-            logits_processor = LogitsProcessorList([SuppressUnknown(num_tokens), *(logits_processor or ())])
-        num_images = self.count_images(pixel_values, image_embeds)
+            # Also behind the caller's own, which may give such rows a chance again.
+            last = [SuppressUnknown(num_tokens)] if logits_processor else []
+            logits_processor = LogitsProcessorList([SuppressUnknown(num_tokens), *(logits_processor or ()), *last])
         if input_ids is not None or inputs_embeds is not None:
             prompt_ids = self.check_generation(input_ids, inputs_embeds, num_images, cache, num_tokens, kwargs)
         elif num_images is not None:

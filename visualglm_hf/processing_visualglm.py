@@ -24,7 +24,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import TextKwargs
 from transformers.utils import auto_docstring, to_py_obj
 
-from .conversation import CHAT_TEMPLATE, IMAGE_MARK, clean_response, expand_images
+from .conversation import CHAT_TEMPLATE, IMAGE_MARK, brief, clean_response, expand_images
 from .fetching import fetch_picture
 
 
@@ -36,7 +36,7 @@ def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
 
     Args:
         images: None, one picture, an array [B, H, W, C] of pictures, a flat list of pictures for all texts in the order
-            of their places, or one list of pictures per text.
+            of their places, or one list of pictures per text, None for one without.
 
     Raises:
         ValueError: lists that are not one per text.
@@ -45,8 +45,8 @@ def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
         return [], [0] * len(texts)
     is_several = isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4
     images = list(images) if is_several else [images]
-    if any(isinstance(row, (list, tuple)) for row in images):
-        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    if any(row is None or isinstance(row, (list, tuple)) for row in images):
+        rows = [list(row or ()) if row is None or isinstance(row, (list, tuple)) else [row] for row in images]
         if texts and len(rows) != len(texts):
             raise ValueError(f"images has {len(rows)} lists of pictures for {len(texts)} text(s); give one per text.")
         return [image for row in rows for image in row], [len(row) for row in rows]
@@ -56,6 +56,17 @@ def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
     if texts and sum(wanted) != len(images):
         raise ValueError(f"The texts have {wanted} image placeholders for {len(images)} image(s) in all.")
     return images, wanted
+
+
+def list_texts(text) -> list[str]:
+    """A text as a list of one, None as a list of none; a `ValueError` for what is no text and no list of texts."""
+    texts = [] if text is None else [text] if isinstance(text, str) else text
+    if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
+        raise ValueError(
+            f"text must be a string or a list of strings, found {brief(text)}. Messages go to "
+            "apply_chat_template; words that are split already must be joined."
+        )
+    return list(texts)
 
 
 def split_options(options: dict, image_options: Container[str]) -> tuple[dict, dict, str | None]:
@@ -124,7 +135,7 @@ class VisualGLMProcessor(ProcessorMixin):
         images_kwargs, text_kwargs, return_tensors = split_options(
             kwargs, self.image_processor.valid_kwargs.__annotations__
         )
-        texts = [text] if isinstance(text, str) else list(text or ())
+        texts = list_texts(text)
         flat_images, counts = group_images(images, texts)
         data = {}
         if texts:

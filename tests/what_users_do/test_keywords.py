@@ -276,6 +276,20 @@ def test_an_answer_ends_behind_a_stop_string(model, tokenizer, ask):
     assert ask["stream"](**options, stopping_criteria=criteria) == ask["chat"](**options, stop_strings=["city"])
 
 
+def test_a_stop_string_may_be_taken_from_an_answer_that_is_cleaned(tokenizer, ask):
+    """Beside Chinese an answer has "，", for which the model writes ","."""
+    bias = {(tokenizer.convert_tokens_to_ids(","),): 99.0}
+    for way in (ask["chat"], ask["stream"]):
+        assert way(**PLAIN, sequence_bias=bias, stop_strings=["，"]) == ","
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""]])
+def test_an_empty_stop_string_is_refused(tokenizer, ask, stop):
+    for way in ask.values():
+        with pytest.raises(ValueError, match="empty string among stop_strings"):
+            way(**PLAIN, stop_strings=stop)
+
+
 def test_a_streamer_of_the_caller_gets_the_tokens_of_chat_and_of_a_stream(model, tokenizer):
     class Collecting(BaseStreamer):
         def __init__(self):

@@ -8,6 +8,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 from transformers.utils import logging
 
 from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_hf.conversation import ANSWER_MARK
 from visualglm_hf.glm_positions import build_glm_position_ids
 
 
@@ -248,3 +249,30 @@ def test_packing_in_trl_is_refused_in_words(tiny_original, tokenizer, tmp_path, 
     trainer = sft_trainer(model, [row] * 4, tmp_path, tokenizer, per_device_train_batch_size=2, **options)
     with pytest.raises(ValueError, match="packing=False and padding_free=False"):
         trainer.train()
+
+
+LAYOUTS = {
+    "strings": {"prompt": "问：你好\n答：", "completion": "你好！"},
+    "text": {"text": "问：你好\n答：你好！"},
+    "strings with a mark": {"prompt": f"问：你好\n答：{ANSWER_MARK}", "completion": "你好！"},
+    "messages": {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_answers_in_front_of_their_mark_are_not_learned_as_empty(tiny_original, tokenizer, tmp_path, layout):
+    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    trainer = sft_trainer(model, [LAYOUTS[layout]] * 2, tmp_path, tokenizer)
+    if layout in ("strings", "text"):
+        with pytest.raises(ValueError, match="U[+]FFF9 where the answer begins"):
+            trainer.train()
+    else:
+        trainer.train()
+
+
+def test_the_state_of_the_last_token_passes_gradients_on_to_a_value_head(trained):
+    batch = batch_of([ROW, SHORT], pad_id=3, on_the_left=False)
+    states = trained.base_model(**batch).last_hidden_state
+    weight = trained.transformer.layers[0].mlp.dense_4h_to_h.weight
+    for row, length in enumerate((len(ROW), len(SHORT))):
+        assert torch.autograd.grad(states[row, length - 1].sum(), weight, retain_graph=True)[0].any()
