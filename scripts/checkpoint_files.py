@@ -31,7 +31,7 @@ LFS_POINTER = b"version https://git-lfs"
 ZIP_MAGIC = b"PK\x03\x04"
 BROKEN_PICKLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, pickle.UnpicklingError)
 ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")  # in the complaint of torch's unpickler
-MAX_LISTED = 8  # keys per kind in one message
+MAX_LISTED = 4  # keys per kind in one message, which is to be a line
 
 AGAIN = "Copy or download it again."
 

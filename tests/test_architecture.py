@@ -163,7 +163,7 @@ def test_only_the_compiler_of_the_cpu_kernels_asks_what_the_processor_can(room):
     """Features are handed on from there, so that a test can be given another processor's."""
     source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
     asks = set(re.findall(r"torch\.cpu\.\w+|torch\.backends\.cpu|get_host_cpu_\w+|cpuinfo", source))
-    assert asks == ({"get_host_cpu_name", "get_host_cpu_features"} if room == "cpu_kernels" else set())
+    assert asks == ({"get_host_cpu_name", "get_host_cpu_features"} if room == "cpu_runtime" else set())
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.name)
