@@ -118,6 +118,7 @@ def undo_what_doors_set_for_their_process():
 @pytest.fixture
 def torch_operators(monkeypatch):
     """Low-bit products on the CPU as they are where llvmlite is not installed."""
-    from visualglm_hf.quantization import CPU_PRODUCTS
+    from visualglm_hf.cpu_products import CPU_PRODUCTS
 
     monkeypatch.setitem(CPU_PRODUCTS.found, None, None)
+    monkeypatch.setitem(CPU_PRODUCTS.reasons, None, "llvmlite is not installed")

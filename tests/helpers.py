@@ -36,6 +36,15 @@ def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
     return changed(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the error as a fraction of the norm of what is expected."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def relative_error(actual, expected) -> float:
     """Largest difference as a fraction of the largest expected value."""
     actual, expected = (np.asarray(value, dtype=np.float64) for value in (torch.as_tensor(actual).cpu(), expected))
@@ -54,9 +63,9 @@ def assert_product_is_exact(
     sum_error: float,
 ) -> None:
     """Each element is within the rounding of its own value, and `sum_error` of the sum of its products' magnitudes."""
-    from visualglm_hf.quantization_kernels import dequantize
+    from visualglm_hf.lowbit_format import dequantize_naive
 
-    matrix = dequantize(codes, scale, bits, inputs, torch.float64)
+    matrix = dequantize_naive(codes, scale, bits, inputs, torch.float64)
     expected = x.double() @ matrix.T
     magnitude = x.double().abs() @ matrix.abs_().T
     assert out.dtype == x.dtype

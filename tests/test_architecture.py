@@ -23,6 +23,7 @@ ARROWS = {
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
     "modeling_visualglm": (
         {
+            "adapters",
             "cache_naming",
             "chat",
             "compilation",
@@ -38,6 +39,7 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
+    "adapters": (set(), {"torch"}),
     "cache_naming": (set(), {"transformers"}),
     "compilation": (set(), {"transformers", "torch"}),
     "feature_cache": (set(), {"torch"}),
@@ -56,21 +58,33 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
-    "quantization": ({"cpu_products", "cuda_products", "quantization_kernels"}, {"transformers", "torch"}),
+    "quantization": ({"adapters", "lowbit_format", "lowbit_products"}, {"transformers", "torch"}),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
-        {"cpu_language", "cpu_layer", "cpu_products", "cpu_runtime", "growing_cache", "kernel_choice"},
+        {
+            "cpu_attention",
+            "cpu_language",
+            "cpu_layer",
+            "cpu_products",
+            "cpu_runtime",
+            "growing_cache",
+            "kernel_choice",
+        },
         {"transformers", "torch"},
     ),
     "cpu_language": (set(), {"torch"}),
     "cpu_layer": ({"cpu_language", "cpu_runtime"}, {"torch"}),
-    "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice"}, {"torch"}),
+    "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
     "kernel_choice": (set(), set()),
-    "cuda_products": ({"cuda_runtime", "kernel_choice"}, {"torch"}),
+    "cuda_products": ({"cuda_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cuda_runtime": ({"cuda_source", "kernel_choice"}, {"torch"}),
     "cuda_source": (set(), set()),
-    "quantization_kernels": (set(), {"torch"}),
+    "lowbit_format": (set(), {"torch"}),
+    "lowbit_products": (
+        {"cpu_language", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
+        {"torch"},
+    ),
 }
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
@@ -117,7 +131,7 @@ def test_arrows_have_no_circle():
 
 
 def is_in_basement(room: str) -> bool:
-    return room.startswith(("cpu_", "cuda_", "kernel_"))
+    return room.startswith(("cpu_", "cuda_", "kernel_", "lowbit_"))
 
 
 @pytest.mark.parametrize("room", ROOMS)

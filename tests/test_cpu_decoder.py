@@ -23,7 +23,7 @@ from visualglm_hf.cpu_language import F32, FLOATS32
 from visualglm_hf.cpu_layer import KERNELS, NormTask, write_stage
 from visualglm_hf.growing_cache import make_cache
 from visualglm_hf.modeling_visualglm import CPU_DECODER, build_glm_position_ids, make_example
-from visualglm_hf.quantization import CPU_PRODUCTS, quantize_
+from visualglm_hf.quantization import quantize_
 
 
 skip_without_cpu_kernels()
@@ -595,7 +595,7 @@ def test_a_norm_is_torchs(dtype):
 
 
 def make_decoder() -> CpuDecoder:
-    return CpuDecoder(CPU_PRODUCTS, CPU_DECODER.attention, CPU_DECODER.plain, make_example)
+    return CpuDecoder(CPU_DECODER.plain, make_example)
 
 
 @pytest.mark.parametrize("task_class", KERNELS)

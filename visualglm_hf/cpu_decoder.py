@@ -41,12 +41,13 @@ from torch.nn.modules import module as global_hooks
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PretrainedConfig
 
+from .cpu_attention import CPU_ATTENTION, AttentionKernels, AttentionTask
 from .cpu_language import BYTES, HALVES, I32, I64, INTEGERS, Kernel, Pointer, write_function
 from .cpu_layer import GeluTask, NarrowTask, NormTask, ResidualTask, RotateTask, write_stage
-from .cpu_products import KINDS, CpuKernels, Plan, is_regular
+from .cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, Plan, matrix_obstacle
 from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Kernels, Stage, Task
 from .growing_cache import GrowingCache
-from .kernel_choice import KernelError, KernelUser
+from .kernel_choice import KernelError
 
 
 CHECK_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative error of the self-check: a few last bits
@@ -151,7 +152,7 @@ class Linear(NamedTuple):
             kind is not None
             and batch <= kind.most_rows
             and (self.has_low_bits or self.form == dtype and type(self.weight) is nn.Parameter)
-            and is_regular(self.weight, self.weight_scale, self.in_features, kind)
+            and matrix_obstacle(self.weight, self.weight_scale, self.in_features, kind) is None
         )
 
 
@@ -259,7 +260,7 @@ class StepProgram:
         self,
         kernels: StepKernels,
         products: CpuKernels,
-        attention: Any,
+        attention: AttentionKernels,
         part: Part,
         batch: int,
         dtype: torch.dtype,
@@ -278,7 +279,7 @@ class StepProgram:
             self.quantized = torch.empty(quantized_bytes, dtype=torch.uint8, device="cpu")
         self.stages: list[Stage] = []
         self.rotations: list[RotateTask] = []
-        self.attentions: list[Any] = []
+        self.attentions: list[AttentionTask] = []
         for layer in part.layers:
             self.add_layer(layer)
         entries = ((stage.kernel.address, ctypes.addressof(stage.task), 0) for stage in self.stages)
@@ -371,21 +372,14 @@ class CpuDecoder(CpuKernelUser):
 
     kernels_class = StepKernels
 
-    def __init__(
-        self,
-        products: KernelUser,
-        attention: KernelUser,
-        plain: Collection[type[nn.Module]],
-        make_example: Callable[[], nn.Module],
-    ):
+    def __init__(self, plain: Collection[type[nn.Module]], make_example: Callable[[], nn.Module]):
         """
         Args:
-            products, attention: whose kernels are used.
             plain: the modules whose work a program does.
             make_example: makes a small `VisualGLMTextModel`, for the self-check.
         """
         super().__init__()
-        self.products, self.attention, self.plain = products, attention, plain
+        self.plain = plain
         self.known = frozenset(identify(kind) for kind in plain)
         self.make_example = make_example
         self.programs: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
@@ -463,13 +457,13 @@ class CpuDecoder(CpuKernelUser):
         return identify(type(module)) in self.known and "forward" not in state and not has_hooks
 
     def make_program(self, part: Part, batch: int, dtype: torch.dtype) -> StepProgram | None:
-        users = (self.products, self.attention, self)
+        users = (CPU_PRODUCTS, CPU_ATTENTION, self)
         if not part.fits(batch, dtype) or any(user.kernels is None for user in users):
             return None
         return self.write_program(self.kernels, part, batch, dtype)
 
     def write_program(self, kernels: StepKernels, part: Part, batch: int, dtype: torch.dtype) -> StepProgram:
-        return StepProgram(kernels, self.products.kernels, self.attention.kernels, part, batch, dtype)
+        return StepProgram(kernels, CPU_PRODUCTS.kernels, CPU_ATTENTION.kernels, part, batch, dtype)
 
     def check(self, kernels: StepKernels) -> None:
         random = {"generator": torch.Generator("cpu").manual_seed(0), **FLOATS}

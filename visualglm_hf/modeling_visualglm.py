@@ -44,12 +44,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import adapts_embeddings, check_plain, is_tied, record_untied, remove_adapters, unwrap, untie
+from .adapters import adapts_embeddings, check_plain, is_tied, record_untied, remove_adapters, untie, unwrap
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
-from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attention
+from .cpu_attention import is_single_query, single_query_attention
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
 from .generation_options import SuppressUnknown, check_options, resolve_options
@@ -57,7 +57,6 @@ from .growing_cache import lengthen, make_cache
 from .guidance import Guidance, guidance_options
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import (
-    CPU_PRODUCTS,
     HalfLinear,
     QuantizedLinear,
     check_adapters,
@@ -411,8 +410,6 @@ def make_example() -> VisualGLMTextModel:
 
 # What the layers do in a decode step on a CPU, in one call.
 CPU_DECODER = CpuDecoder(
-    CPU_PRODUCTS,
-    CPU_ATTENTION,
     (VisualGLMBlock, VisualGLMAttention, VisualGLMMLP, nn.Linear, QuantizedLinear, nn.LayerNorm),
     make_example,
 )
