@@ -62,6 +62,7 @@ ARROWS = {
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
         {
+            "adapters",
             "cpu_attention",
             "cpu_language",
             "cpu_layer",

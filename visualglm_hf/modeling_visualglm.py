@@ -49,7 +49,7 @@ from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
-from .cpu_attention import is_single_query, single_query_attention
+from .cpu_attention import query_obstacle, single_query_attention
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
 from .generation_options import SuppressUnknown, check_options, resolve_options
@@ -248,7 +248,7 @@ class VisualGLMAttention(nn.Module):
         if prefix is not None:  # not in the cache, whose length is then that of the text
             key, value = prepend_prefix(prefix, key, value)
         implementation, scaling = self.config._attn_implementation, float(self.layer_idx + 1)
-        if implementation == "sdpa" and is_single_query(query, attention_mask):
+        if query_obstacle(implementation, query, attention_mask) is None:
             attended, weights = single_query_attention(query, key, value, attention_mask, scaling), None
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
