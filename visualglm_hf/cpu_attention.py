@@ -261,7 +261,7 @@ LIBRARY = register_operator()  # the operator lives as long as this object
 
 
 def query_obstacle(implementation: str, query: torch.Tensor, mask: torch.Tensor | None) -> str | None:
-    """Why queries [B, H, S, D] are left to transformers' attention: they are no decode step's in evaluation on a CPU."""
+    """Why transformers attends with queries [B, H, S, D]: they are no decode step's on a CPU, without gradients."""
     if implementation != "sdpa":
         return f"{implementation} attention"
     if query.shape[2] != 1:

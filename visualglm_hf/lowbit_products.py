@@ -92,7 +92,7 @@ Tell = Callable[[str, str], None]  # takes the name of a way that a product does
 
 
 def choose_way(ways: tuple[Way, ...], product: Product, tell: Tell | None = None) -> Way:
-    """Choose the first of several ways without an obstacle; the last one never has any. `tell` hears of those before."""
+    """Choose the first way without an obstacle, which the last one never has; `tell` hears of those before."""
     for way in ways:
         obstacle = way.obstacle(product)
         if obstacle is None:

@@ -55,6 +55,7 @@ from .feature_cache import FeatureCache
 from .generation_options import SuppressUnknown, check_options, resolve_options
 from .growing_cache import lengthen, make_cache
 from .guidance import Guidance, guidance_options
+from .kernel_report import KernelReport, report_kernels
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import (
     HalfLinear,
@@ -372,11 +373,18 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
         hidden_states = None
-        if prefix_key_values is None and not any(find_setting(self.config, kwargs, name) for name in RECORDED):
+        if self.program_obstacle(prefix_key_values, kwargs) is None:
             hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache, **kwargs)
         if hidden_states is None:
             hidden_states = self.run_layers(inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
         return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
+
+    def program_obstacle(self, prefix: Any, options: dict) -> str | None:
+        """Why `CPU_DECODER` is not asked for a decode step with this prefix, if any, and these options of a call."""
+        if prefix is not None:
+            return "a prefix of P-tuning"
+        recorded = [name for name in RECORDED if find_setting(self.config, options, name)]
+        return f"{recorded[0]} is asked for" if recorded else None
 
     def run_layers(
         self,
@@ -628,6 +636,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             ValueError: other bits, a group size that does not fit, a model that is quantized already.
         """
         return quantize_model(self, bits, group_size, lm_head)
+
+    def kernel_report(self) -> KernelReport:
+        """Find out which way products, attention and decode steps go on this machine, and why not a faster one."""
+        return report_kernels(self, CPU_DECODER)
 
     @can_return_tuple
     @auto_docstring(
