@@ -122,3 +122,26 @@ def torch_operators(monkeypatch):
 
     monkeypatch.setitem(CPU_PRODUCTS.found, None, None)
     monkeypatch.setitem(CPU_PRODUCTS.reasons, None, "llvmlite is not installed")
+
+
+@pytest.fixture
+def with_kernels():
+    """Our kernels for this CPU, without which the test is skipped."""
+    from visualglm_hf.cpu_products import CPU_PRODUCTS
+
+    if CPU_PRODUCTS.kernels is None:
+        pytest.skip("no kernels here")
+
+
+@pytest.fixture
+def renew_products(monkeypatch):
+    """Makes what multiplies low-bit matrices on a CPU anew."""
+    from visualglm_hf import lowbit_products
+    from visualglm_hf.cpu_products import CpuProducts
+
+    def make() -> CpuProducts:
+        products = CpuProducts()
+        monkeypatch.setattr(lowbit_products, "CPU_PRODUCTS", products)
+        return products
+
+    return make

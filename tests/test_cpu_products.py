@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from visualglm_hf import cpu_products, cpu_runtime, lowbit_products
+from visualglm_hf import cpu_products, cpu_runtime
 from visualglm_hf.cpu_language import FLOATS32, I32, write_kernel
 from visualglm_hf.cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, CpuProducts, write_matrix, write_product
 from visualglm_hf.cpu_runtime import Compiler, Task, check_processor, load_llvm
@@ -47,18 +47,6 @@ KERNEL, PACKED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cpu"])
 def kernels() -> CpuKernels:
     assert CPU_PRODUCTS.kernels is not None
     return CPU_PRODUCTS.kernels
-
-
-@pytest.fixture
-def renew(monkeypatch):
-    """Makes what multiplies on a CPU anew."""
-
-    def make() -> CpuProducts:
-        products = CpuProducts()
-        monkeypatch.setattr(lowbit_products, "CPU_PRODUCTS", products)
-        return products
-
-    return make
 
 
 def way_of(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int, inputs: int, transposed=False) -> str:
@@ -167,13 +155,13 @@ def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_other_defaults_of_torch_change_nothing(renew, default):
+def test_other_defaults_of_torch_change_nothing(renew_products, default):
     arguments = make_problem(4, 33, 768, 12, 5, torch.bfloat16)
     half = torch.randn(33, 64).bfloat16()
     expected = multiply_on_cpu(*arguments, 4, 768, False), multiply_half_on_cpu(half[:2], half)
     matrix = CPU_PRODUCTS.kernels.dequantize(*arguments[1:], 4, 768, torch.float32)
     with default_dtype(default), torch.device("meta"):
-        products = renew()
+        products = renew_products()
         assert products.kernels is not None
         outs = multiply_on_cpu(*arguments, 4, 768, False), multiply_half_on_cpu(half[:2], half)
         assert torch.equal(products.kernels.dequantize(*arguments[1:], 4, 768, torch.float32), matrix)
@@ -353,13 +341,13 @@ def test_layers_see_codes_that_change(kernels):
 # Checked before they are used, and only if they are wanted
 
 
-def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew):
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_products):
     def quantize_line(x, out):
         scale, sums = KINDS[8].quantize_line(x, out)
         return scale * 2.0, sums
 
     monkeypatch.setattr(cpu_products, "KINDS", {**KINDS, 8: replace(KINDS[8], quantize_line=quantize_line)})
-    renew()
+    renew_products()
     arguments = make_problem(4, 9, 256, 4, 1)
     with pytest.warns(RuntimeWarning, match="int8 with 1 scales is off by"):
         out = multiply_on_cpu(*arguments, 4, 256, False)
@@ -368,7 +356,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew):
         warnings.simplefilter("error")  # the one warning was enough
         multiply_on_cpu(*arguments, 4, 256, False)
     monkeypatch.setenv("VISUALGLM_KERNELS", "cpu")
-    renew()
+    renew_products()
     with pytest.raises(KernelError, match="do not work: int8"):
         multiply_on_cpu(*arguments, 4, 256, False)
 

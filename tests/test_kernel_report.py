@@ -17,7 +17,6 @@ from visualglm_hf import (
 )
 from visualglm_hf.cpu_attention import CpuAttention
 from visualglm_hf.cpu_decoder import CpuDecoder
-from visualglm_hf.cpu_products import CPU_PRODUCTS, CpuProducts
 from visualglm_hf.cuda_products import CudaProducts
 from visualglm_hf.kernel_report import KernelReport
 
@@ -26,26 +25,18 @@ KERNEL, PACKED, DEQUANTIZED, TORCH = (way.name for way in lowbit_products.WAYS["
 
 
 @pytest.fixture
-def renew(monkeypatch):
+def renew(monkeypatch, renew_products):
     """Finds all kernels for a CPU anew."""
 
     def make() -> None:
-        products, attention = CpuProducts(), CpuAttention()
-        for module in (lowbit_products, cpu_decoder):
-            monkeypatch.setattr(module, "CPU_PRODUCTS", products)
+        attention = CpuAttention()
+        monkeypatch.setattr(cpu_decoder, "CPU_PRODUCTS", renew_products())
         for module in (kernel_report, cpu_decoder):
             monkeypatch.setattr(module, "CPU_ATTENTION", attention)
         decoder = modeling_visualglm.CPU_DECODER
         monkeypatch.setattr(modeling_visualglm, "CPU_DECODER", CpuDecoder(decoder.plain, decoder.make_example))
 
     return make
-
-
-@pytest.fixture
-def with_kernels():
-    """Our kernels, which the test needs."""
-    if CPU_PRODUCTS.kernels is None:
-        pytest.skip("no kernels here")
 
 
 def rows_of(report: KernelReport) -> dict[str, tuple[str, list[str]]]:

@@ -11,7 +11,6 @@ from helpers import difference, seeded
 from torch import nn
 
 from visualglm_hf import lowbit_products
-from visualglm_hf.cpu_products import CPU_PRODUCTS, CpuProducts
 from visualglm_hf.kernel_choice import KernelError
 from visualglm_hf.lowbit_format import dequantize_naive, pack_int4
 from visualglm_hf.lowbit_products import (
@@ -231,25 +230,6 @@ def test_the_same_file_can_be_imported_twice():
 # The choice
 
 
-@pytest.fixture
-def with_kernels():
-    """Our kernels, which the test needs."""
-    if CPU_PRODUCTS.kernels is None:
-        pytest.skip("no kernels here")
-
-
-@pytest.fixture
-def renew(monkeypatch):
-    """Makes what multiplies on a CPU anew."""
-
-    def make() -> CpuProducts:
-        products = CpuProducts()
-        monkeypatch.setattr(lowbit_products, "CPU_PRODUCTS", products)
-        return products
-
-    return make
-
-
 KERNEL, PACKED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cpu"])
 
 
@@ -367,21 +347,21 @@ def test_layers_keep_no_second_copy_of_their_codes(with_kernels):
     assert len(packed_matrices.matrices) == before
 
 
-def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, renew, recwarn):
+def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, renew_products, recwarn):
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    assert renew().kernels is None
+    assert renew_products().kernels is None
     product = make_product({"dtype": torch.float32})
     x = torch.randn(1, 256, generator=seeded())
     assert torch.equal(multiply(x, *product.arguments), multiply_by_rows(x, *product.arguments))
     assert ask(product)[1][KERNEL] == "llvmlite is not installed; get it with: pip install llvmlite"
     assert not recwarn.list
-    renew()
+    renew_products()
     monkeypatch.setenv("VISUALGLM_KERNELS", "cpu")
     with pytest.raises(KernelError, match="pip install llvmlite"):
         multiply(x, *product.arguments)
 
 
-def test_the_environment_decides(monkeypatch, renew):
+def test_the_environment_decides(monkeypatch, renew_products):
     monkeypatch.setenv("VISUALGLM_KERNELS", "torch")
-    renew()
+    renew_products()
     assert ask(make_product({})) == (PACKED, {KERNEL: "VISUALGLM_KERNELS is torch"})

@@ -25,7 +25,7 @@ Shapes: N outputs, K inputs, G columns of a group, n = K / G groups of a row.
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from .adapters import find_adapted, record_untied, unwrap
 from .lowbit_format import dequantize_naive, pack_int4
 from .lowbit_products import (
     Product,
+    Tell,
     choose_half_way,
     choose_lowbit_way,
     half_linear,
@@ -307,7 +308,7 @@ class QuantizedLinear(nn.Linear):
         """Compute the matrix [N, K] that this layer multiplies with."""
         return dequantize_naive(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
 
-    def find_way(self, dtype: torch.dtype, rows: int, tell: Callable[[str, str], None]) -> str:
+    def find_way(self, dtype: torch.dtype, rows: int, tell: Tell) -> str:
         """Say which way a product with so many rows of activations goes, and `tell` why not each faster one."""
         product = Product(dtype, rows, self.weight, self.weight_scale, self.bits, self.in_features)
         return choose_lowbit_way(product, tell).name
@@ -341,7 +342,7 @@ class HalfLinear(nn.Linear):
             return half_linear(x, self.weight, self.bias)
         return super().forward(x)
 
-    def find_way(self, dtype: torch.dtype, rows: int, tell: Callable[[str, str], None]) -> str:
+    def find_way(self, dtype: torch.dtype, rows: int, tell: Tell) -> str:
         """Say which way a product goes, as [`QuantizedLinear`] does."""
         product = Product(dtype, rows, self.weight, None, self.weight.dtype, self.in_features)
         return choose_half_way(product, tell).name
