@@ -147,6 +147,21 @@ def test_only_the_language_of_the_kernels_has_code_of_llvm(room):
     assert has_code == (room == "cpu_language")
 
 
+def functions_of(room: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("cpu_")])
+def test_every_kernel_has_a_naive_twin_of_its_name(room):
+    """In torch, beside it or, of the low-bit format, there. A program has none: it runs kernels."""
+    kernels = {
+        name.removesuffix("_kernel") for name in functions_of(room) if re.fullmatch(r"(?!write_)\w+_kernel", name)
+    }
+    twins = functions_of(room) | functions_of("lowbit_format")
+    assert {name for name in kernels - {"program"} if f"{name}_naive" not in twins} == set()
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_remote_code_finder_sees_only_real_sibling_files(room):
     """transformers looks for relative imports with regexes, in docstrings too, and follows only `from .x import y`."""

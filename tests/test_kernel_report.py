@@ -110,7 +110,7 @@ def test_the_environment_is_why(monkeypatch, renew):
     monkeypatch.setenv("VISUALGLM_KERNELS", "torch")
     renew()
     report = make_small_model().kernel_report()
-    assert report.machine.endswith("VISUALGLM_KERNELS is torch")
+    assert report.machine.endswith("VISUALGLM_KERNELS: torch")
     rows = rows_of(report)
     for what in (FEW, "attention of 1 query", "decode step"):
         assert rows[f"{what}, layers 0-2"][1] == ["VISUALGLM_KERNELS is torch"]
@@ -218,4 +218,5 @@ def test_the_report_changes_nothing_and_is_a_table():
     assert torch.equal(model.generate(ids, **options), before)
     assert text.splitlines()[1] == "products of 1, 4 rows   layers 0-2     our kernel"
     assert "  not torch's packed operator: 256 rows of activations, not 1 to 15" in text
+    assert repr(model.kernel_report()) == text
     assert max(map(len, text.splitlines())) <= 120

@@ -19,7 +19,7 @@ have not been needed before are compiled and checked.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -66,29 +66,37 @@ class KernelReport(NamedTuple):
             lines += [f"{'':<{sum(widths)}}  not {way}: {obstacle}" for way, obstacle in outcome.obstacles]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return str(self)
+
 
 @torch.no_grad()
 def report_kernels(model: nn.Module, decoder: CpuDecoder) -> KernelReport:
     """Report on a `VisualGLMForConditionalGeneration`, whose decode steps `decoder` does where it can."""
     text, dtype, device = model.get_decoder(), model.dtype, model.device
     head = unwrap(model.get_output_embeddings())
-    by_rows = [(count, where, outcome) for count in ROWS for where, outcome in ask_layers(text.layers, dtype, count)]
-    by_rows += [(count, "output layer", ask_linear(head, dtype, count)) for count in ROWS]
-    alike: dict[tuple[str, Outcome], list[str]] = defaultdict(list)
-    for count, *where_and_outcome in by_rows:
-        alike[tuple(where_and_outcome)].append(str(count))
-    rows = [Row(f"products of {', '.join(counts)} rows", *key) for key, counts in alike.items()]
+    rows = report_products(lambda count: ask_layers(text.layers, dtype, count))
+    rows += report_products(lambda count: [("output layer", ask_linear(head, dtype, count))])
     rows.append(Row("attention of 1 query", name_layers(text.layers), ask_attention(text.config, dtype, device)))
     steps = ask_step(text, decoder, dtype, device)
     rows += [Row("decode step", name_layers(blocks), outcome) for outcome, blocks in steps]
     return KernelReport(describe_machine(model), tuple(rows))
 
 
+def report_products(ask: Callable[[int], Iterable[tuple[str, Outcome]]]) -> list[Row]:
+    """Report on products, of which `ask` says where they go how with so many rows, those that go alike together."""
+    alike: dict[tuple[str, Outcome], list[str]] = defaultdict(list)
+    for count in ROWS:
+        for key in ask(count):
+            alike[key].append(str(count))
+    return [Row(f"products of {', '.join(counts)} rows", *key) for key, counts in alike.items()]
+
+
 def describe_machine(model: nn.Module) -> str:
     bits = model.config.quantization_bit
     weights = f"{name_of(model.dtype)}{f' and {bits} bits' if bits else ''}"
-    threads = f" with {torch.get_num_threads()} thread(s)" if model.device.type == "cpu" else ""
-    return f"{weights} on {model.device}{threads}; VISUALGLM_KERNELS is {read_choice()}"
+    threads = f", threads: {torch.get_num_threads()}" if model.device.type == "cpu" else ""
+    return f"{weights} on {model.device}{threads}, VISUALGLM_KERNELS: {read_choice()}"
 
 
 def ask_layers(blocks: Iterable[nn.Module], dtype: torch.dtype, rows: int) -> Iterator[tuple[str, Outcome]]:
