@@ -44,7 +44,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import adapts_embeddings, check_plain, is_tied, record_untied, remove_adapters, untie, unwrap
+from .adapters import adapts_embeddings, check_plain, is_tied, record_untied, remove_adapters, unwrap, untie
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
