@@ -25,6 +25,7 @@ from checkpoint_files import (
     survey,
 )
 from PIL import Image, ImageDraw
+from printing import one_line, printable
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files
@@ -60,6 +61,7 @@ class Check:
     name: str
     run: Callable[[Subject], str]
     needs: tuple[str, ...] = ()
+    show: Callable[[str], str] = one_line  # what was found, as it may be printed
 
 
 @dataclass(frozen=True)
@@ -197,15 +199,23 @@ def check_values(subject: Subject) -> str:
     return "no NaN, no infinity"
 
 
-def check_answer(subject: Subject) -> str:
+def load_model(folder: Path) -> VisualGLMForConditionalGeneration:
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
-    model = VisualGLMForConditionalGeneration.from_pretrained(subject.folder, dtype=dtype).to(device).eval()
+    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def check_answer(subject: Subject) -> str:
+    model = load_model(subject.folder)
     picture = draw_picture()
     options = {"do_sample": False, "min_length": 0, "max_length": ANSWER_LENGTH}
     answer, _ = model.chat(subject.tokenizer, picture, QUESTION, history=[], **options)
     if not answer:
         raise ValueError(f"The answer to {QUESTION} is empty. See whether the checks above found the cause.")
     return f"{answer!r} (the picture is a red disc on white)"
+
+
+def report_kernels(subject: Subject) -> str:
+    return str(load_model(subject.folder).kernel_report())
 
 
 def draw_picture() -> Image.Image:
@@ -227,6 +237,7 @@ CHECKS = (
     Check("values", check_values, ("entries",)),
 )
 GENERATION = Check("answer", check_answer, ("config", "tokenizer", "entries"))
+KERNELS = Check("kernels", report_kernels, ("config", "entries"), printable)
 
 
 def run_checks(folder: Path, checks: tuple[Check, ...]) -> Iterator[Outcome]:
@@ -237,6 +248,6 @@ def run_checks(folder: Path, checks: tuple[Check, ...]) -> Iterator[Outcome]:
             yield Outcome(check.name, "skipped", "needs a check above that failed")
             continue
         try:
-            yield Outcome(check.name, "ok", check.run(subject))
+            yield Outcome(check.name, "ok", check.show(check.run(subject)))
         except PROBLEMS as error:
-            yield Outcome(check.name, "FAILED", " ".join(str(error).split()))
+            yield Outcome(check.name, "FAILED", one_line(error))

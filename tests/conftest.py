@@ -118,6 +118,30 @@ def undo_what_doors_set_for_their_process():
 @pytest.fixture
 def torch_operators(monkeypatch):
     """Low-bit products on the CPU as they are where llvmlite is not installed."""
-    from visualglm_hf.quantization import CPU_PRODUCTS
+    from visualglm_hf.cpu_products import CPU_PRODUCTS
 
     monkeypatch.setitem(CPU_PRODUCTS.found, None, None)
+    monkeypatch.setitem(CPU_PRODUCTS.reasons, None, "llvmlite is not installed")
+
+
+@pytest.fixture
+def with_kernels():
+    """Our kernels for this CPU, without which the test is skipped."""
+    from visualglm_hf.cpu_products import CPU_PRODUCTS
+
+    if CPU_PRODUCTS.kernels is None:
+        pytest.skip("no kernels here")
+
+
+@pytest.fixture
+def renew_products(monkeypatch):
+    """Makes what multiplies low-bit matrices on a CPU anew."""
+    from visualglm_hf import lowbit_products
+    from visualglm_hf.cpu_products import CpuProducts
+
+    def make() -> CpuProducts:
+        products = CpuProducts()
+        monkeypatch.setattr(lowbit_products, "CPU_PRODUCTS", products)
+        return products
+
+    return make

@@ -1,5 +1,6 @@
 """What tests of several rooms compare with."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -36,6 +37,60 @@ def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
     return changed(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
+# Of a model whose layers the kernels and programs for a CPU take.
+SMALL_CONFIG = {
+    "text_config": {
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 384,
+        "max_position_embeddings": 512,
+        "mask_token_id": 250,
+        "gmask_token_id": 251,
+        "bos_token_id": 254,
+        "eos_token_id": 255,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 28,
+    },
+    "qformer_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_query_tokens": 4,
+        "encoder_hidden_size": 32,
+    },
+}
+
+
+def make_small_model(dtype: torch.dtype = torch.bfloat16, bits: int | None = 4, **quantization):
+    """A model of `SMALL_CONFIG` whose norms, biases and matrices all matter."""
+    from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = VisualGLMForConditionalGeneration(VisualGLMConfig(**copy.deepcopy(SMALL_CONFIG))).eval()
+    with torch.no_grad():
+        for parameter in model.transformer.layers.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2 if parameter.dim() == 1 else 0.1)
+    model = model.to(dtype)
+    return model.quantize(bits, **quantization) if bits else model
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the error as a fraction of the norm of what is expected."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def relative_error(actual, expected) -> float:
     """Largest difference as a fraction of the largest expected value."""
     actual, expected = (np.asarray(value, dtype=np.float64) for value in (torch.as_tensor(actual).cpu(), expected))
@@ -54,9 +109,9 @@ def assert_product_is_exact(
     sum_error: float,
 ) -> None:
     """Each element is within the rounding of its own value, and `sum_error` of the sum of its products' magnitudes."""
-    from visualglm_hf.quantization_kernels import dequantize
+    from visualglm_hf.lowbit_format import dequantize_naive
 
-    matrix = dequantize(codes, scale, bits, inputs, torch.float64)
+    matrix = dequantize_naive(codes, scale, bits, inputs, torch.float64)
     expected = x.double() @ matrix.T
     magnitude = x.double().abs() @ matrix.abs_().T
     assert out.dtype == x.dtype

@@ -36,6 +36,7 @@ ARROWS = {
             "glm_prompts",
             "growing_cache",
             "guidance",
+            "kernel_report",
             "modeling_image_encoder",
             "quantization",
         },
@@ -62,21 +63,38 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
-    "quantization": ({"adapters", "cpu_products", "cuda_products", "quantization_kernels"}, {"transformers", "torch"}),
+    "quantization": ({"adapters", "lowbit_format", "lowbit_products"}, {"transformers", "torch"}),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
-        {"cpu_language", "cpu_layer", "cpu_products", "cpu_runtime", "growing_cache", "kernel_choice"},
+        {
+            "adapters",
+            "cpu_attention",
+            "cpu_language",
+            "cpu_layer",
+            "cpu_products",
+            "cpu_runtime",
+            "growing_cache",
+            "kernel_choice",
+        },
         {"transformers", "torch"},
     ),
     "cpu_language": (set(), {"torch"}),
     "cpu_layer": ({"cpu_language", "cpu_runtime"}, {"torch"}),
-    "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice"}, {"torch"}),
+    "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
     "kernel_choice": (set(), set()),
-    "cuda_products": ({"cuda_runtime", "kernel_choice"}, {"torch"}),
+    "kernel_report": (
+        {"adapters", "cpu_attention", "cpu_decoder", "cpu_language", "growing_cache", "kernel_choice"},
+        {"torch"},
+    ),
+    "cuda_products": ({"cuda_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cuda_runtime": ({"cuda_source", "kernel_choice"}, {"torch"}),
     "cuda_source": (set(), set()),
-    "quantization_kernels": (set(), {"torch"}),
+    "lowbit_format": (set(), {"torch"}),
+    "lowbit_products": (
+        {"cpu_language", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
+        {"torch"},
+    ),
 }
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
@@ -123,7 +141,7 @@ def test_arrows_have_no_circle():
 
 
 def is_in_basement(room: str) -> bool:
-    return room.startswith(("cpu_", "cuda_", "kernel_"))
+    return room.startswith(("cpu_", "cuda_", "kernel_choice", "lowbit_"))
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -131,6 +149,21 @@ def test_only_the_language_of_the_kernels_has_code_of_llvm(room):
     source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
     has_code = any(text in source for text in ("getelementptr", "<16 x ", "shufflevector", "alwaysinline"))
     assert has_code == (room == "cpu_language")
+
+
+def functions_of(room: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("cpu_")])
+def test_every_kernel_has_a_naive_twin_of_its_name(room):
+    """In torch, beside it or, of the low-bit format, there. A program has none: it runs kernels."""
+    kernels = {
+        name.removesuffix("_kernel") for name in functions_of(room) if re.fullmatch(r"(?!write_)\w+_kernel", name)
+    }
+    twins = functions_of(room) | functions_of("lowbit_format")
+    assert {name for name in kernels - {"program"} if f"{name}_naive" not in twins} == set()
 
 
 @pytest.mark.parametrize("room", ROOMS)

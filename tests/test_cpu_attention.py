@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from visualglm_hf import cpu_attention, cpu_language
-from visualglm_hf.cpu_attention import CpuAttention, attend_with_torch, fits, single_query_attention
+from visualglm_hf.cpu_attention import (
+    CpuAttention,
+    query_obstacle,
+    single_query_attention,
+    single_query_attention_naive,
+    states_obstacle,
+)
 from visualglm_hf.kernel_choice import KernelError
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
@@ -35,7 +41,7 @@ def make_problem(length, columns=64, batch=2, heads=3, dtype=torch.bfloat16, mas
 
 
 def is_right(out, query, key, value, mask, scaling) -> bool:
-    expected = attend_with_torch(query.double(), key.double(), value.double(), mask, scaling)
+    expected = single_query_attention_naive(query.double(), key.double(), value.double(), mask, scaling)
     bound = HALVES[query.dtype] * expected.abs().clamp(min=0.5)
     return out.shape == expected.shape and out.dtype == query.dtype and ((out - expected).abs() <= bound).all()
 
@@ -46,7 +52,7 @@ def test_attention_equals_the_reference(columns, dtype):
     for length in (1, 2, 15, 16, 17, 64, 333):
         for masked in (False, True):
             problem = make_problem(length, columns, dtype=dtype, masked=masked)
-            assert fits(*problem[:4])
+            assert states_obstacle(*problem[:4]) is None
             assert is_right(ATTENTION(*problem), *problem)
 
 
@@ -61,7 +67,7 @@ def test_keys_and_values_may_be_the_beginning_of_a_longer_cache():
     query, key, value, mask, scaling = make_problem(40)
     problem = query, key[:, :, :25], value[:, :, :25], mask[..., :25].contiguous(), scaling
     assert not problem[1].is_contiguous()
-    assert fits(*problem[:4])
+    assert states_obstacle(*problem[:4]) is None
     assert is_right(ATTENTION(*problem), *problem)
 
 
@@ -127,21 +133,45 @@ def test_what_does_not_fit_takes_the_torch_way(monkeypatch):
     by_column = key.transpose(2, 3).contiguous().transpose(2, 3)
     added = torch.zeros(2, 1, 1, 20, dtype=torch.bfloat16)
     odd = [states[..., :40].contiguous() for states in (query, key, value)]
-    for problem in (
-        (several, key, value, None),
-        (query, by_column, value, mask),
-        (query, key, value, added),
-        (query.float(), key.float(), value.float(), mask),
-        (*odd, mask),
+    for problem, obstacle in (
+        ((several, key, value, None), "several queries"),
+        ((query, by_column, value, mask), "another layout"),
+        ((query, key, value.half(), mask), "bfloat16 keys and float16 values"),
+        ((query, key, value, added), "mask that is not boolean"),
+        ((query, key, value, mask[:1]), "not for each sequence"),
+        ((query.float(), key.float(), value.float(), mask), "float32 keys"),
+        ((*odd, mask), "heads of 40 numbers"),
+        ((query[:0], key[:0], value[:0], None), "nothing to attend to"),
     ):
-        assert not fits(*problem)
-        assert torch.equal(ATTENTION(*problem, scaling), attend_with_torch(*problem, scaling))
+        assert obstacle in states_obstacle(*problem)
+        if problem[1].dtype == problem[2].dtype:
+            assert torch.equal(ATTENTION(*problem, scaling), single_query_attention_naive(*problem, scaling))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "shape", "dtype", "mask", "obstacle"),
+    [
+        ("sdpa", (1, 2, 1, 64), torch.float16, None, None),
+        ("sdpa", (1, 2, 1, 64), torch.float16, torch.ones(1, 1, 1, 3, dtype=torch.bool), None),
+        ("eager", (1, 2, 1, 64), torch.float16, None, "eager attention"),
+        ("sdpa", (1, 2, 3, 64), torch.float16, None, "several queries"),
+        ("sdpa", (1, 2, 1, 64), torch.float32, None, "float32 activations"),
+        ("sdpa", (1, 2, 1, 64), torch.float16, torch.ones(1, 1, 1, 3), "a mask that is not boolean"),
+    ],
+)
+def test_the_model_is_told_why_it_has_to_attend_otherwise(implementation, shape, dtype, mask, obstacle):
+    query = torch.zeros(shape, dtype=dtype)
+    with torch.no_grad():
+        assert query_obstacle(implementation, query, mask) == obstacle
+        if obstacle is None:
+            assert query_obstacle(implementation, query.to("meta"), mask) == "queries on meta"
+    assert query_obstacle("sdpa", torch.zeros(1, 2, 1, 64).half(), None) == "gradients"
 
 
 def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     problem = make_problem(20)
-    assert torch.equal(CpuAttention()(*problem), attend_with_torch(*problem))
+    assert torch.equal(CpuAttention()(*problem), single_query_attention_naive(*problem))
     assert not recwarn.list
     monkeypatch.setenv("VISUALGLM_KERNELS", "cpu")
     with pytest.raises(KernelError, match="pip install llvmlite"):
@@ -154,7 +184,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch):
     attention = CpuAttention()
     with pytest.warns(RuntimeWarning, match="Attention to torch.float16 is off by"):
         out = attention(*problem)
-    assert torch.equal(out, attend_with_torch(*problem))
+    assert torch.equal(out, single_query_attention_naive(*problem))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assemble, default_dtype, skip_without_cpu_kernels, torch_threads
+from helpers import SMALL_CONFIG, assemble, default_dtype, make_small_model, skip_without_cpu_kernels, torch_threads
 from torch import nn
 from transformers import AutoModel, DynamicCache
 
@@ -23,59 +23,19 @@ from visualglm_hf.cpu_language import F32, FLOATS32
 from visualglm_hf.cpu_layer import KERNELS, NormTask, write_stage
 from visualglm_hf.growing_cache import make_cache
 from visualglm_hf.modeling_visualglm import CPU_DECODER, build_glm_position_ids, make_example
-from visualglm_hf.quantization import CPU_PRODUCTS, quantize_
+from visualglm_hf.quantization import quantize_
 
 
 skip_without_cpu_kernels()
-CONFIG = {
-    "text_config": {
-        "vocab_size": 256,
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 384,
-        "max_position_embeddings": 512,
-        "mask_token_id": 250,
-        "gmask_token_id": 251,
-        "bos_token_id": 254,
-        "eos_token_id": 255,
-    },
-    "vision_config": {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": 28,
-    },
-    "qformer_config": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "num_query_tokens": 4,
-        "encoder_hidden_size": 32,
-    },
-}
 HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of logits, relative to the largest: a last bit or two
 PROMPT = 9
 
 
-def make_model(dtype=torch.bfloat16, bits=4, **quantization) -> VisualGLMForConditionalGeneration:
-    """A small model whose norms, biases and matrices all matter."""
-    torch.manual_seed(0)
-    model = VisualGLMForConditionalGeneration(VisualGLMConfig(**copy.deepcopy(CONFIG))).eval()
-    with torch.no_grad():
-        for parameter in model.transformer.layers.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2 if parameter.dim() == 1 else 0.1)
-    model = model.to(dtype)
-    return model.quantize(bits, **quantization) if bits else model
-
-
 @pytest.fixture(scope="module")
 def model():
     """Shared; tests that change it make their own."""
-    return make_model()
+    return make_small_model()
 
 
 @pytest.fixture
@@ -135,7 +95,7 @@ def are_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 )
 @torch.no_grad()
 def test_a_program_computes_what_the_layers_compute(runs, bits, quantization, dtype):
-    model = make_model(dtype, bits, **quantization)
+    model = make_small_model(dtype, bits, **quantization)
     for batch, padded in ((1, 0), (1, 2), (3, 4), (4, 0)):
         ids, mask = make_ids(batch, padded=padded)
         mask = mask if padded else None
@@ -218,7 +178,7 @@ def test_chunks_of_several_tokens_are_left_to_the_layers(model, runs):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @torch.no_grad()
 def test_what_is_not_finite_stays_so_in_its_own_sequence(bad):
-    model = make_model()
+    model = make_small_model()
     model.get_input_embeddings().weight[7, 3] = bad
     ids, _ = make_ids(batch=2)
     ids[:, PROMPT:] = 8
@@ -266,7 +226,7 @@ def add_adapter(layers):
 @torch.no_grad()
 def test_a_layer_that_was_changed_is_asked_itself_and_the_others_are_programs(runs, change):
     """As after the original's fine-tuning, whose adapters are in two of the layers."""
-    model, ids = make_model(), make_ids()[0]
+    model, ids = make_small_model(), make_ids()[0]
     before, _ = decode(model, ids)
     assert len(runs) == 6
     runs.clear()
@@ -279,7 +239,7 @@ def test_a_layer_that_was_changed_is_asked_itself_and_the_others_are_programs(ru
 
 @torch.no_grad()
 def test_layers_in_another_order_keep_their_numbers(runs):
-    model, ids = make_model(), make_ids()[0]
+    model, ids = make_small_model(), make_ids()[0]
     before, _ = decode(model, ids)
     model.transformer.layers = model.transformer.layers[::-1]
     after, _ = decode(model, ids)
@@ -366,7 +326,7 @@ def test_other_ways_to_compute_a_step_are_left_to_the_layers(model, runs, way):
 def test_a_cache_of_another_model_is_refused_by_the_layers(model, runs):
     ids, _ = make_ids()
     positions = build_glm_position_ids(ids, None, model.config.text_config)
-    sizes = {**CONFIG, "text_config": {**CONFIG["text_config"], "num_attention_heads": 4}}
+    sizes = {**SMALL_CONFIG, "text_config": {**SMALL_CONFIG["text_config"], "num_attention_heads": 4}}
     other = VisualGLMForConditionalGeneration(VisualGLMConfig(**sizes)).eval().bfloat16()
     cache = other(ids[:, :-1], glm_position_ids=positions[..., :-1], use_cache=True)[CACHE_NAME]
     with pytest.raises(RuntimeError, match="size"):
@@ -377,7 +337,7 @@ def test_a_cache_of_another_model_is_refused_by_the_layers(model, runs):
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_attention_heads": 4}, {"intermediate_size": 96}])
 @torch.no_grad()
 def test_sizes_without_kernels_are_left_to_the_layers(runs, change):
-    sizes = {**CONFIG, "text_config": {**CONFIG["text_config"], **change}}
+    sizes = {**SMALL_CONFIG, "text_config": {**SMALL_CONFIG["text_config"], **change}}
     model = VisualGLMForConditionalGeneration(VisualGLMConfig(**sizes)).eval().bfloat16().quantize(4, group_size=32)
     assert decode(model, make_ids()[0])[0].isfinite().all()
     assert not runs
@@ -385,14 +345,14 @@ def test_sizes_without_kernels_are_left_to_the_layers(runs, change):
 
 @torch.no_grad()
 def test_full_precision_is_left_to_the_layers(runs):
-    decode(make_model(torch.float32), make_ids()[0])
+    decode(make_small_model(torch.float32), make_ids()[0])
     assert not runs
 
 
 @torch.no_grad()
 def test_code_that_came_with_a_checkpoint_takes_caches_and_layers_of_this_package(tmp_path, monkeypatch):
     """Each folder's code is a copy of its own; the serving engine, for one, makes the caches."""
-    make_model(bits=None).save_pretrained(tmp_path)
+    make_small_model(bits=None).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     tiny = Path(__file__).parents[1] / "models" / "visualglm-tiny"
     config["auto_map"] = json.loads((tiny / "config.json").read_text())["auto_map"]
@@ -408,7 +368,7 @@ def test_code_that_came_with_a_checkpoint_takes_caches_and_layers_of_this_packag
     monkeypatch.setattr(copied.StepProgram, "run", lambda self, *rest: batches.append(1) or run(self, *rest))
     ids, _ = make_ids()
     cache = make_cache(model.config.text_config, torch.device("cpu"))
-    assert are_close(decode(model, ids, cache=cache)[0], decode(make_model(), ids)[0])
+    assert are_close(decode(model, ids, cache=cache)[0], decode(make_small_model(), ids)[0])
     assert len(batches) == 6
 
 
@@ -417,7 +377,7 @@ def test_code_that_came_with_a_checkpoint_takes_caches_and_layers_of_this_packag
 
 @torch.no_grad()
 def test_weights_that_change_are_seen(runs):
-    model, ids = make_model(), make_ids()[0]
+    model, ids = make_small_model(), make_ids()[0]
     dense = model.transformer.layers[1].mlp.dense_4h_to_h
 
     def write_into_weights():
@@ -444,7 +404,7 @@ def test_weights_that_change_are_seen(runs):
 
 @torch.no_grad()
 def test_weights_are_not_kept_when_a_model_is_quantized_or_deleted(runs):
-    model = make_model(bits=None)
+    model = make_small_model(bits=None)
     decode(model, make_ids()[0])
     assert runs
     full = weakref.ref(model.transformer.layers[1].mlp.dense_4h_to_h.weight)
@@ -461,7 +421,7 @@ def test_weights_are_not_kept_when_a_model_is_quantized_or_deleted(runs):
 
 @torch.no_grad()
 def test_a_model_can_be_copied_and_saved_after_a_step(runs, tmp_path):
-    model, ids = make_model(), make_ids()[0]
+    model, ids = make_small_model(), make_ids()[0]
     expected, _ = decode(model, ids)
     copied = copy.deepcopy(model)
     del model
@@ -486,7 +446,7 @@ def eight_threads():
 @pytest.mark.usefixtures("eight_threads")
 @torch.no_grad()
 def test_threads_share_the_stages_and_leave_none(monkeypatch, runs, has_openmp):
-    config = copy.deepcopy(CONFIG)
+    config = copy.deepcopy(SMALL_CONFIG)
     config["text_config"] |= {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
     model = VisualGLMForConditionalGeneration(VisualGLMConfig(**config)).eval().bfloat16().quantize(4)
     ids, _ = make_ids(batch=2, length=PROMPT + 12)
@@ -524,7 +484,7 @@ def test_steps_in_inference_mode_and_out_of_it_follow_each_other(monkeypatch, ru
     monkeypatch.setattr("visualglm_hf.modeling_visualglm.CPU_DECODER", make_decoder())
     ids, _ = make_ids()
     with torch.no_grad():
-        model = make_model()
+        model = make_small_model()
         expected, _ = decode_by_layers(model, ids)
     runs.clear()
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
@@ -595,7 +555,7 @@ def test_a_norm_is_torchs(dtype):
 
 
 def make_decoder() -> CpuDecoder:
-    return CpuDecoder(CPU_PRODUCTS, CPU_DECODER.attention, CPU_DECODER.plain, make_example)
+    return CpuDecoder(CPU_DECODER.plain, make_example)
 
 
 @pytest.mark.parametrize("task_class", KERNELS)
@@ -609,7 +569,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, runs, tas
         out.of(FLOATS32)[task.chunk * columns].store(k.constant(F32, 3.0))
 
     monkeypatch.setitem(KERNELS, task_class, write_wrong)
-    decoder, model = make_decoder(), make_model()
+    decoder, model = make_decoder(), make_small_model()
     monkeypatch.setattr("visualglm_hf.modeling_visualglm.CPU_DECODER", decoder)
     ids, _ = make_ids()
     with pytest.warns(RuntimeWarning, match="A decode step in torch.float16 is off by"):
@@ -622,7 +582,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, runs, tas
 def test_without_llvmlite_the_layers_do_the_work_silently(monkeypatch, runs, recwarn):
     monkeypatch.setenv("VISUALGLM_KERNELS", "torch")
     monkeypatch.setattr("visualglm_hf.modeling_visualglm.CPU_DECODER", make_decoder())
-    assert decode(make_model(), make_ids()[0])[0].isfinite().all()
+    assert decode(make_small_model(), make_ids()[0])[0].isfinite().all()
     assert not runs
     assert not recwarn.list
 

@@ -12,18 +12,26 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assemble, default_dtype, skip_without_cpu_kernels, torch_threads
+from helpers import assemble, default_dtype, difference, skip_without_cpu_kernels, torch_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from visualglm_hf import cpu_products, cpu_runtime
 from visualglm_hf.cpu_language import FLOATS32, I32, write_kernel
-from visualglm_hf.cpu_products import KINDS, CpuKernels, CpuProducts, fits, write_matrix, write_product
+from visualglm_hf.cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, CpuProducts, write_matrix, write_product
 from visualglm_hf.cpu_runtime import Compiler, Task, check_processor, load_llvm
 from visualglm_hf.kernel_choice import KernelError
-from visualglm_hf.quantization import HalfLinear, QuantizedLinear
-from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows, multiply_on_cpu, packed_matrices
+from visualglm_hf.lowbit_format import dequantize_naive
+from visualglm_hf.lowbit_products import (
+    WAYS,
+    Product,
+    choose_way,
+    multiply_by_rows,
+    multiply_half_on_cpu,
+    multiply_on_cpu,
+)
+from visualglm_hf.quantization import QuantizedLinear
 
 
 skip_without_cpu_kernels()
@@ -32,17 +40,18 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # 
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def make_products() -> CpuProducts:
-    return CpuProducts(multiply_on_cpu, nn.functional.linear)
-
-
-PRODUCTS = make_products()  # compiles each kernel once for all tests
+KERNEL, PACKED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cpu"])
 
 
 @pytest.fixture
 def kernels() -> CpuKernels:
-    assert PRODUCTS.kernels is not None
-    return PRODUCTS.kernels
+    assert CPU_PRODUCTS.kernels is not None
+    return CPU_PRODUCTS.kernels
+
+
+def way_of(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int, inputs: int, transposed=False) -> str:
+    """The name of the way that the operator takes."""
+    return choose_way(WAYS["cpu"], Product(x.dtype, len(x), codes, scale, bits, inputs, transposed)).name
 
 
 @pytest.fixture
@@ -63,16 +72,12 @@ def make_problem(bits: int, outputs: int, inputs: int, groups: int, rows: int, d
 
 def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> bool:
     """Whether a product is as near as 16-bit activations with a scale per block, and the dtype of `x`, allow."""
-    matrix = dequantize(codes, scale, bits, x.shape[1], torch.float64)
+    matrix = dequantize_naive(codes, scale, bits, x.shape[1], torch.float64)
     expected = x.double() @ matrix.T
     blocks = x.double().unflatten(1, (-1, min(cpu_products.GROUP, x.shape[1])))
     half_a_step = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(1) / (2 * cpu_products.LARGEST_CODE)
     bound = (1.001 * half_a_step + 1e-6 * x.double().abs()) @ matrix.abs().T + TOLERANCE[x.dtype] * expected.abs()
     return out.dtype == x.dtype and out.shape == expected.shape and ((out.double() - expected).abs() <= bound).all()
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -87,7 +92,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, dtype):
     for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4), (7, 7), (19, 16)):
         arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
-        assert fits(*arguments, KINDS[bits])
+        assert way_of(*arguments, bits, inputs) == KERNEL
         assert is_right(kernels.multiply(*arguments, bits), *arguments, bits)
 
 
@@ -100,7 +105,7 @@ def test_the_matrix_of_the_codes_is_the_references_to_the_bit(kernels, bits, inp
         _, codes, scale = make_problem(bits, outputs, inputs, groups, 1)
         for dtype in TOLERANCE:
             matrix = kernels.dequantize(codes, scale, bits, inputs, dtype)
-            assert torch.equal(matrix, dequantize(codes, scale, bits, inputs, dtype))
+            assert torch.equal(matrix, dequantize_naive(codes, scale, bits, inputs, dtype))
 
 
 @pytest.mark.usefixtures("several_threads")
@@ -115,8 +120,8 @@ def test_many_activations_and_gradients_are_multiplied_with_the_matrix_of_the_ke
             x, codes, scale = make_problem(bits, 1500, 1024, groups, 33, dtype)
             gradient = torch.randn(33, 1500).to(dtype)
             for activations, transposed in ((x, False), (gradient, True)):
-                out = PRODUCTS.multiply(activations, codes, scale, bits, 1024, transposed)
-                matrix = dequantize(codes, scale, bits, 1024, torch.float64)
+                out = multiply_on_cpu(activations, codes, scale, bits, 1024, transposed)
+                matrix = dequantize_naive(codes, scale, bits, 1024, torch.float64)
                 assert difference(out, activations.double() @ (matrix if transposed else matrix.T)) < TOLERANCE[dtype]
                 assert sum(calls) == 1500
                 calls.clear()
@@ -138,7 +143,7 @@ def test_products_with_halves_equal_the_reference(kernels, inputs, dtype):
 @settings(max_examples=40, deadline=None)
 def test_any_int4_matrix_that_fits_is_computed_right(outputs, steps, groups_per_step, rows, seed):
     arguments = make_problem(4, outputs, 128 * steps, max(1, groups_per_step * steps), rows, seed=seed)
-    assert is_right(PRODUCTS.multiply(*arguments, 4, 128 * steps, False), *arguments, 4)
+    assert is_right(multiply_on_cpu(*arguments, 4, 128 * steps, False), *arguments, 4)
 
 
 def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
@@ -150,15 +155,15 @@ def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_other_defaults_of_torch_change_nothing(default):
+def test_other_defaults_of_torch_change_nothing(renew_products, default):
     arguments = make_problem(4, 33, 768, 12, 5, torch.bfloat16)
     half = torch.randn(33, 64).bfloat16()
-    expected = PRODUCTS.multiply(*arguments, 4, 768, False), PRODUCTS.multiply_half(half[:2], half)
-    matrix = PRODUCTS.kernels.dequantize(*arguments[1:], 4, 768, torch.float32)
+    expected = multiply_on_cpu(*arguments, 4, 768, False), multiply_half_on_cpu(half[:2], half)
+    matrix = CPU_PRODUCTS.kernels.dequantize(*arguments[1:], 4, 768, torch.float32)
     with default_dtype(default), torch.device("meta"):
-        products = make_products()
+        products = renew_products()
         assert products.kernels is not None
-        outs = products.multiply(*arguments, 4, 768, False), products.multiply_half(half[:2], half)
+        outs = multiply_on_cpu(*arguments, 4, 768, False), multiply_half_on_cpu(half[:2], half)
         assert torch.equal(products.kernels.dequantize(*arguments[1:], 4, 768, torch.float32), matrix)
     assert all(map(torch.equal, outs, expected))
 
@@ -246,18 +251,18 @@ PROCESSORS = {
 
 @pytest.mark.skipif(not IS_X86, reason="for x86")
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_the_kernels_are_right_on_older_and_smaller_processors(monkeypatch, processor):
+def test_the_kernels_are_right_on_older_and_smaller_processors(kernels, monkeypatch, processor):
     features, name = PROCESSORS[processor]
     has = load_llvm().get_host_cpu_features()
     if not all(has.get(feature) for feature, is_needed in features.items() if is_needed):
         pytest.skip("this processor has less")
     monkeypatch.setattr(cpu_runtime, "Compiler", partial(Compiler, processor=processor, features=features))
-    products = make_products()
-    assert products.kernels is not None  # they passed the self-check
-    assert products.kernels.kinds[4].name == name
+    smaller = CpuProducts().kernels
+    assert smaller is not None  # they passed the self-check
+    assert smaller.kinds[4].name == name
     arguments = make_problem(4, 33, 768, 12, 4)
-    assert is_right(products.multiply(*arguments, 4, 768, False), *arguments, 4)
-    assert torch.equal(products.multiply(*arguments, 4, 768, False), PRODUCTS.multiply(*arguments, 4, 768, False))
+    assert is_right(smaller.multiply(*arguments, 4), *arguments, 4)
+    assert torch.equal(smaller.multiply(*arguments, 4), kernels.multiply(*arguments, 4))
 
 
 def add_dot_of_bytes(total, a, b):
@@ -272,10 +277,10 @@ def test_activations_in_two_bytes_make_the_same_sums_as_in_one_word(monkeypatch)
     outs = []
     for dots in ({feature: add_dot_of_bytes}, {}):
         monkeypatch.setattr(cpu_products, "BYTE_DOTS", dots)
-        products = make_products()
-        assert products.kernels.kinds[4].name == "_".join(("int4", *dots))
+        kernels = CpuProducts().kernels
+        assert kernels.kinds[4].name == "_".join(("int4", *dots))
         arguments = [make_problem(4, 33, 768, groups, rows) for groups, rows in ((1, 1), (6, 2), (12, 1), (96, 3))]
-        outs.append([products.multiply(*problem, 4, 768, False) for problem in arguments])
+        outs.append([kernels.multiply(*problem, 4) for problem in arguments])
     for by_bytes, by_words, problem in zip(*outs, arguments, strict=True):
         assert torch.equal(by_bytes, by_words)
         assert is_right(by_bytes, *problem, 4)
@@ -324,38 +329,6 @@ def test_an_unknown_kind_of_processor_is_refused(monkeypatch):
         check_processor({})
 
 
-# When the kernels are used, and when not
-
-
-def test_what_does_not_fit_takes_the_torch_way(monkeypatch):
-    def never(*args):
-        raise RuntimeError("a kernel was used")
-
-    monkeypatch.setattr(CpuKernels, "multiply", never)
-    for bits, inputs, groups, rows, dtype in (
-        (4, 64, 1, 1, torch.float32),  # half a step
-        (4, 384, 4, 1, torch.float32),  # groups of 96 columns
-        (4, 256, 1, 17, torch.float32),
-        (8, 96, 1, 1, torch.float32),
-        (8, 64, 1, 1, torch.float64),
-    ):
-        arguments = make_problem(bits, 9, inputs, groups, rows, dtype)
-        PRODUCTS.multiply(*arguments, bits, inputs, False)
-    x, codes, scale = make_problem(4, 128, 256, 4, 1)
-    gradient = torch.randn(1, 128)
-    PRODUCTS.multiply(gradient, codes, scale, 4, 256, True)
-    with pytest.raises(RuntimeError, match="a kernel was used"):
-        PRODUCTS.multiply(x, codes, scale, 4, 256, False)
-
-
-def test_layers_keep_no_second_copy_of_their_codes():
-    layer = QuantizedLinear.from_linear(nn.Linear(256, 32), 4).bfloat16()
-    before = len(packed_matrices.matrices)
-    with torch.no_grad():
-        layer(torch.randn(1, 256, dtype=torch.bfloat16))
-    assert len(packed_matrices.matrices) == before
-
-
 def test_layers_see_codes_that_change(kernels):
     layer = QuantizedLinear.from_linear(nn.Linear(256, 32), 8)
     x = torch.randn(1, 256)
@@ -365,70 +338,35 @@ def test_layers_see_codes_that_change(kernels):
         assert is_right(layer(x) - layer.bias, x, layer.weight, layer.weight_scale, 8)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_a_half_linear_computes_what_a_linear_computes(dtype):
-    torch.manual_seed(0)
-    layer = HalfLinear(96, 200).to(dtype)
-    x = torch.randn(2, 1, 96).to(dtype)
-    with torch.no_grad():
-        out = layer(x)
-    assert out.shape == (2, 1, 200)
-    assert difference(out, nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())) < 8e-3
+# Checked before they are used, and only if they are wanted
 
 
-def test_a_half_linear_has_gradients():
-    layer = HalfLinear(64, 8).bfloat16()
-    x = torch.randn(1, 64, dtype=torch.bfloat16, requires_grad=True)
-    layer(x).sum().backward()
-    assert difference(x.grad[0], layer.weight.sum(0)) < 1e-2
-    assert layer.weight.grad is not None
-
-
-def test_a_half_linear_compiles_into_one_graph():
-    layer = HalfLinear(64, 8).bfloat16()
-    x = torch.randn(1, 64, dtype=torch.bfloat16)
-    with torch.no_grad():
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), layer(x))
-
-
-def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, recwarn):
-    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    products = make_products()
-    assert products.kernels is None
-    arguments = make_problem(4, 9, 256, 4, 1)
-    assert torch.equal(products.multiply(*arguments, 4, 256, False), multiply_by_rows(*arguments, 4, 256, False))
-    assert not recwarn.list
-    monkeypatch.setenv("VISUALGLM_KERNELS", "cpu")
-    with pytest.raises(KernelError, match="pip install llvmlite"):
-        make_products().multiply(*arguments, 4, 256, False)
-
-
-def test_kernels_that_compute_something_else_are_not_used(monkeypatch):
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_products):
     def quantize_line(x, out):
         scale, sums = KINDS[8].quantize_line(x, out)
         return scale * 2.0, sums
 
     monkeypatch.setattr(cpu_products, "KINDS", {**KINDS, 8: replace(KINDS[8], quantize_line=quantize_line)})
-    products = make_products()
+    renew_products()
     arguments = make_problem(4, 9, 256, 4, 1)
     with pytest.warns(RuntimeWarning, match="int8 with 1 scales is off by"):
-        out = products.multiply(*arguments, 4, 256, False)
+        out = multiply_on_cpu(*arguments, 4, 256, False)
     assert torch.equal(out, multiply_by_rows(*arguments, 4, 256, False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the one warning was enough
-        products.multiply(*arguments, 4, 256, False)
+        multiply_on_cpu(*arguments, 4, 256, False)
     monkeypatch.setenv("VISUALGLM_KERNELS", "cpu")
+    renew_products()
     with pytest.raises(KernelError, match="do not work: int8"):
-        make_products().multiply(*arguments, 4, 256, False)
+        multiply_on_cpu(*arguments, 4, 256, False)
 
 
 def test_the_environment_decides(monkeypatch):
     monkeypatch.setenv("VISUALGLM_KERNELS", "torch")
-    assert make_products().kernels is None
+    assert CpuProducts().kernels is None
     monkeypatch.setenv("VISUALGLM_KERNELS", "fast")
     with pytest.raises(ValueError, match="'fast'; it can be auto, cpu, cuda, torch"):
-        _ = make_products().kernels
+        _ = CpuProducts().kernels
 
 
 def test_a_task_is_laid_out_as_the_kernels_read_it(kernels):

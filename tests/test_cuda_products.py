@@ -3,7 +3,6 @@ driver, against the torch reference."""
 
 import contextlib
 import ctypes
-import importlib.util
 import itertools
 import re
 import shutil
@@ -16,27 +15,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_product_is_exact
+from helpers import assert_product_is_exact, seeded
 
-from visualglm_hf import cuda_products, cuda_runtime, quantization_kernels
-from visualglm_hf.cuda_products import FUSED_ROWS, CudaMultiply, DeviceKernels
+from visualglm_hf import cuda_products, cuda_runtime, lowbit_products
+from visualglm_hf.cuda_products import FUSED_ROWS, CudaProducts, DeviceKernels
 from visualglm_hf.cuda_runtime import Launch, compile_with, find_nvrtc
 from visualglm_hf.cuda_source import SOURCE
 from visualglm_hf.kernel_choice import KernelError
+from visualglm_hf.lowbit_format import dequantize_naive
+from visualglm_hf.lowbit_products import (
+    WAYS,
+    Product,
+    choose_way,
+    multiply_by_rows,
+    multiply_on_cuda,
+)
 from visualglm_hf.quantization import QuantizedLinear, quantize_tensor
-from visualglm_hf.quantization_kernels import dequantize, multiply_by_rows
 
 
 SIMT = Path(__file__).parent / "simt"
 ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 DTYPES = [torch.float16, torch.bfloat16]
 DEVICE = torch.device("cpu")  # the fake driver's
+FUSED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cuda"])
 # Codes are exact and sums are in float32: of a sum's K products, this part may be lost.
 SUM_ERROR = 2.0**-20
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def make_problem(rows: int, outputs: int, inputs: int, bits: int, groups: int, dtype: torch.dtype):
@@ -88,6 +91,13 @@ def fake_gpu(fake_driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.delenv("VISUALGLM_KERNELS", raising=False)
+
+    def renew():
+        state.products = CudaProducts()
+        monkeypatch.setattr(lowbit_products, "CUDA_PRODUCTS", state.products)
+
+    state.renew = renew
+    renew()
     yield state
     fake_driver.simt_fail(None, 0)
     fake_driver.simt_allow(None, ctypes.c_size_t(0))
@@ -100,7 +110,14 @@ def without_compiling(monkeypatch):
 
 @pytest.fixture
 def kernels(fake_gpu, without_compiling) -> DeviceKernels:
-    return DeviceKernels(DEVICE)
+    kernels = fake_gpu.products.found[DEVICE] = DeviceKernels(DEVICE)
+    return kernels
+
+
+def way_of(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> str:
+    """The name of the way that the operator takes on the fake GPU."""
+    product = Product(x.dtype, len(x), codes, scale, bits, x.shape[1], address=x.data_ptr())
+    return choose_way(WAYS["cuda"], product).name
 
 
 # Compiled
@@ -216,7 +233,7 @@ def test_hot_loop_converts_no_integers_and_is_short(nvrtc, tmp_path, architectur
 def test_fused_product_equals_the_reference(kernels, bits, outputs, inputs, groups, dtype):
     for rows in (*range(1, 17, 2), 2, 4, 8, 16, FUSED_ROWS) if inputs < 300 else (1, 2, 5, 11):
         x, codes, scale = make_problem(rows, outputs, inputs, bits, groups, dtype)
-        assert kernels.can_multiply(x, codes, scale, bits, inputs)
+        assert way_of(x, codes, scale, bits) == FUSED
         assert_product_is_exact(
             kernels.multiply(x, codes, scale, bits, inputs), x, codes, scale, bits, inputs, SUM_ERROR
         )
@@ -236,7 +253,7 @@ def test_every_code_is_exact(kernels, bits, dtype):
     codes = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(32, bits // 4)
     codes = torch.stack([row.roll(7 * i) for i, row in enumerate(codes)])
     scale = (2.0 ** torch.arange(-8, 8)).repeat(2).half() * torch.tensor([1, -1]).repeat(16)
-    matrix = dequantize(codes, scale, bits, 512, torch.float32)
+    matrix = dequantize_naive(codes, scale, bits, 512, torch.float32)
     for start in range(0, 512, 16):
         x = torch.eye(512, dtype=dtype)[start : start + 16]
         assert torch.equal(kernels.multiply(x, codes, scale, bits, 512).float(), matrix.T[start : start + 16])
@@ -253,7 +270,7 @@ def test_dequantized_matrix_equals_the_reference_bit_for_bit(kernels, bits, outp
     scale[1] = 60000.0
     scale[2] = 0
     out = kernels.dequantize(codes, scale, bits, inputs, dtype)
-    assert torch.equal(out.view(torch.int16), dequantize(codes, scale, bits, inputs, dtype).view(torch.int16))
+    assert torch.equal(out.view(torch.int16), dequantize_naive(codes, scale, bits, inputs, dtype).view(torch.int16))
 
 
 @pytest.fixture
@@ -287,7 +304,7 @@ def test_fused_kernel_stays_inside_its_tensors(kernels, fake_gpu, guards, bits, 
 def test_dequantization_stays_inside_its_tensors(kernels, guards):
     _, codes, scale = make_problem(1, 5, 224, 4, 7, torch.float16)
     out = kernels.dequantize(codes, scale, 4, 224, torch.float16)
-    assert torch.equal(out, dequantize(codes, scale, 4, 224, torch.float16))
+    assert torch.equal(out, dequantize_naive(codes, scale, 4, 224, torch.float16))
     assert all(guard.eq(7).all() for guard in guards)
 
 
@@ -302,32 +319,30 @@ def test_rows_of_x_do_not_see_each_other(kernels):
 
 
 @pytest.mark.parametrize(
-    ("change", "fused", "dequantized"),
+    ("change", "way"),
     [
-        ({}, True, True),
-        ({"rows": FUSED_ROWS + 1}, False, True),
-        ({"rows": 0}, False, True),
-        ({"outputs": 33}, False, True),
-        ({"inputs": 272, "groups": 1}, False, False),
-        ({"inputs": 288, "groups": 3}, False, True),  # groups of 96
-        ({"inputs": 192, "groups": 12}, False, False),  # of 16: two in the 16 bytes of a lane
-        ({"dtype": torch.float32}, False, False),
+        ({}, FUSED),
+        ({"rows": FUSED_ROWS + 1}, DEQUANTIZED),
+        ({"rows": 0}, DEQUANTIZED),
+        ({"outputs": 33}, DEQUANTIZED),
+        ({"inputs": 272, "groups": 1}, TORCH),
+        ({"inputs": 288, "groups": 3}, DEQUANTIZED),  # groups of 96
+        ({"inputs": 192, "groups": 12}, TORCH),  # of 16: two in the 16 bytes of a lane
+        ({"dtype": torch.float32}, TORCH),
     ],
 )
-def test_what_the_kernels_take(kernels, change, fused, dequantized):
+def test_what_the_kernels_take(kernels, change, way):
     problem = {"rows": 2, "outputs": 32, "inputs": 256, "bits": 4, "groups": 4, "dtype": torch.float16} | change
-    x, codes, scale = make_problem(**problem)
-    assert kernels.can_multiply(x, codes, scale, 4, x.shape[1]) == fused
-    assert kernels.can_dequantize(x.dtype, codes, scale, 4, x.shape[1]) == dequantized
+    assert way_of(*make_problem(**problem), 4) == way
 
 
 def test_misaligned_and_strided_tensors_are_not_taken(kernels):
     x, codes, scale = make_problem(2, 64, 256, 4, 4, torch.float16)
     shifted = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view_as(x)
-    assert not kernels.can_multiply(shifted, codes, scale, 4, 256)
-    assert not kernels.can_dequantize(x.dtype, codes[::2], scale[::2], 4, 256)
-    assert not kernels.can_dequantize(x.dtype, codes.view(-1)[1:-127].view(63, 128), scale[1:], 4, 256)
-    assert not kernels.can_dequantize(x.dtype, codes, scale.float(), 4, 256)
+    assert way_of(shifted, codes, scale, 4) == DEQUANTIZED
+    assert way_of(x, codes[::2], scale[::2], 4) == TORCH
+    assert way_of(x, codes.view(-1)[1:-127].view(63, 128), scale[1:], 4) == TORCH
+    assert way_of(x, codes, scale.float(), 4) == TORCH
 
 
 def test_devices_before_ampere_have_no_bfloat16(fake_gpu, without_compiling):
@@ -345,12 +360,11 @@ def problem_and_reference(rows: int = 2, dtype: torch.dtype = torch.float16):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_path_from_nvrtc_to_the_result(nvrtc, fake_gpu, dtype):
-    multiply = CudaMultiply(multiply_by_rows)
     for rows in (1, 16):
         arguments, _ = problem_and_reference(rows, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            out = multiply(*arguments)
+            out = multiply_on_cuda(*arguments)
         assert_product_is_exact(out, *arguments[:5], SUM_ERROR)
     assert fake_gpu.driver.simt_image_kind() == b"E"
     assert fake_gpu.driver.simt_last_stream() == 1234
@@ -369,33 +383,32 @@ def test_threads_that_share_sizes_do_not_share_arguments(kernels):
 def test_ptx_is_loaded_for_an_unknown_gpu(nvrtc, fake_gpu):
     fake_gpu.capability = (99, 0)
     arguments, _ = problem_and_reference()
-    assert_product_is_exact(CudaMultiply(multiply_by_rows)(*arguments), *arguments[:5], SUM_ERROR)
+    assert_product_is_exact(multiply_on_cuda(*arguments), *arguments[:5], SUM_ERROR)
     assert fake_gpu.driver.simt_image_kind() == b"P"
 
 
-def count_launches(fake_gpu, multiply, *arguments) -> int:
+def count_launches(fake_gpu, *arguments) -> int:
     before = fake_gpu.driver.simt_launches()
-    multiply(*arguments)
+    multiply_on_cuda(*arguments)
     return fake_gpu.driver.simt_launches() - before
 
 
 def test_few_rows_are_fused_and_many_are_dequantized(fake_gpu, without_compiling, monkeypatch):
-    multiply = CudaMultiply(multiply_by_rows)
     arguments, _ = problem_and_reference()
-    multiply(*arguments)  # and the self-check
+    multiply_on_cuda(*arguments)  # and the self-check
     names, launch = [], Launch.__call__
-    name_of = {function.value: name for name, function in multiply.found[DEVICE].functions.items()}
+    name_of = {function.value: name for name, function in fake_gpu.products.found[DEVICE].functions.items()}
     monkeypatch.setattr(
         Launch, "__call__", lambda self, *rest: names.append(name_of[self.call[0].value]) or launch(self, *rest)
     )
     for rows in (1, FUSED_ROWS, FUSED_ROWS + 1):
         arguments, expected = problem_and_reference(rows)
-        torch.testing.assert_close(multiply(*arguments), expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(multiply_on_cuda(*arguments), expected, rtol=2e-3, atol=2e-3)
     gradient = torch.randn(2, 64, generator=seeded()).half()
-    out = multiply(gradient, *arguments[1:-1], True)
+    out = multiply_on_cuda(gradient, *arguments[1:-1], True)
     expected = multiply_by_rows(gradient, *arguments[1:-1], True)
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
-    single = multiply(arguments[0].float(), *arguments[1:])
+    single = multiply_on_cuda(arguments[0].float(), *arguments[1:])
     assert single.dtype == torch.float32
     assert names == ["multiply_int4_float16"] * 2 + ["dequantize_int4_float16"] * 2
 
@@ -403,31 +416,29 @@ def test_few_rows_are_fused_and_many_are_dequantized(fake_gpu, without_compiling
 def test_a_transposed_x_is_copied(fake_gpu, without_compiling):
     arguments, expected = problem_and_reference()
     x = arguments[0].t().contiguous().t()
-    out = CudaMultiply(multiply_by_rows)(x, *arguments[1:])
+    out = multiply_on_cuda(x, *arguments[1:])
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("function", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
 def test_an_error_of_the_driver_gives_one_warning_and_the_torch_way(fake_gpu, without_compiling, function):
     fake_gpu.driver.simt_fail(function.encode(), 209)
-    multiply = CudaMultiply(multiply_by_rows)
     arguments, expected = problem_and_reference()
     with pytest.warns(RuntimeWarning, match=r"VISUALGLM_KERNELS=torch.*error 209: pretended failure") as caught:
-        outs = [multiply(*arguments) for _ in range(2)]
+        outs = [multiply_on_cuda(*arguments) for _ in range(2)]
     assert all(torch.equal(out, expected) for out in outs)
     assert len(caught) == 1
 
 
 def test_an_error_after_the_self_check_gives_one_warning_and_the_torch_way(fake_gpu, without_compiling):
-    multiply = CudaMultiply(multiply_by_rows)
     arguments, expected = problem_and_reference()
-    multiply(*arguments)
+    multiply_on_cuda(*arguments)
     fake_gpu.driver.simt_fail(b"cuLaunchKernel", 1)
     with pytest.warns(RuntimeWarning, match="error 1:") as caught:
-        outs = [multiply(*arguments) for _ in range(2)]
+        outs = [multiply_on_cuda(*arguments) for _ in range(2)]
     assert all(torch.equal(out, expected) for out in outs)
     assert len(caught) == 1
-    assert multiply.found == {DEVICE: None}
+    assert fake_gpu.products.found == {DEVICE: None}
 
 
 def test_a_thread_without_a_context_gets_the_devices(kernels, fake_gpu):
@@ -438,19 +449,18 @@ def test_a_thread_without_a_context_gets_the_devices(kernels, fake_gpu):
 
 def test_missing_libraries_give_one_warning_and_the_torch_way(fake_gpu, monkeypatch):
     monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(()))
-    multiply = CudaMultiply(multiply_by_rows)
     arguments, expected = problem_and_reference()
     with pytest.warns(RuntimeWarning, match="NVRTC, which comes with torch for CUDA, was not found"):
-        out = multiply(*arguments)
+        out = multiply_on_cuda(*arguments)
     assert torch.equal(out, expected)
 
     def no_driver():
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(cuda_runtime, "load_driver", no_driver)
-    multiply = CudaMultiply(multiply_by_rows)
+    fake_gpu.renew()
     with pytest.warns(RuntimeWarning, match="libcuda"):
-        out = multiply(*arguments)
+        out = multiply_on_cuda(*arguments)
     assert torch.equal(out, expected)
 
 
@@ -472,24 +482,25 @@ def test_an_nvrtc_that_fails_makes_room_for_the_next(monkeypatch):
 def test_a_kernel_that_computes_something_else_is_not_used(fake_gpu, without_compiling, monkeypatch, kind):
     right = getattr(DeviceKernels, kind)
     monkeypatch.setattr(DeviceKernels, kind, lambda self, *arguments: right(self, *arguments) * 1.1)
-    multiply = CudaMultiply(multiply_by_rows)
     arguments, expected = problem_and_reference()
     with pytest.warns(RuntimeWarning, match=f"{kind}_int4_float16 is off by 0.1"):
-        assert torch.equal(multiply(*arguments), expected)
+        assert torch.equal(multiply_on_cuda(*arguments), expected)
 
 
 def test_environment_chooses(fake_gpu, without_compiling, monkeypatch):
     arguments, expected = problem_and_reference()
     monkeypatch.setenv("VISUALGLM_KERNELS", "torch")
-    assert count_launches(fake_gpu, CudaMultiply(multiply_by_rows), *arguments) == 0
+    assert count_launches(fake_gpu, *arguments) == 0
+    fake_gpu.renew()
     monkeypatch.setenv("VISUALGLM_KERNELS", "cuda")
-    assert count_launches(fake_gpu, CudaMultiply(multiply_by_rows), *arguments) > 0
+    assert count_launches(fake_gpu, *arguments) > 0
     fake_gpu.driver.simt_fail(b"cuLaunchKernel", 1)
+    fake_gpu.renew()
     with pytest.raises(KernelError, match="error 1"):
-        CudaMultiply(multiply_by_rows)(*arguments)
+        multiply_on_cuda(*arguments)
     monkeypatch.setenv("VISUALGLM_KERNELS", "fast")
     with pytest.raises(ValueError, match="auto, cpu, cuda, torch"):
-        CudaMultiply(multiply_by_rows)(*arguments)
+        multiply_on_cuda(*arguments)
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 2)])
@@ -498,28 +509,26 @@ def test_old_devices_use_torch_without_a_word(fake_gpu, capability, monkeypatch)
     arguments, expected = problem_and_reference()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(CudaMultiply(multiply_by_rows)(*arguments), expected)
+        assert torch.equal(multiply_on_cuda(*arguments), expected)
 
 
 def test_nothing_is_loaded_while_a_graph_is_captured(fake_gpu, without_compiling):
-    multiply = CudaMultiply(multiply_by_rows)
     arguments, expected = problem_and_reference()
     fake_gpu.capturing = True
-    assert torch.equal(multiply(*arguments), expected)
-    assert not multiply.found
+    assert torch.equal(multiply_on_cuda(*arguments), expected)
+    assert not fake_gpu.products.found
     fake_gpu.capturing = False
-    assert count_launches(fake_gpu, multiply, *arguments) > 1  # the self-check
+    assert count_launches(fake_gpu, *arguments) > 1  # the self-check
     fake_gpu.capturing = True
-    assert count_launches(fake_gpu, multiply, *arguments) == 1
+    assert count_launches(fake_gpu, *arguments) == 1
 
 
 def test_layers_of_every_format_agree_with_themselves_on_the_cpu(fake_gpu, without_compiling):
-    multiply = CudaMultiply(multiply_by_rows)
     linear = torch.nn.Linear(256, 64)
     for bits, group_size in ((4, None), (4, 32), (4, 128), (4, -1), (8, None)):
         layer = QuantizedLinear.from_linear(linear, bits, group_size)
         x = torch.randn(4, 256, generator=seeded()).half()
-        out = multiply(x, layer.weight, layer.weight_scale, bits, 256, False)
+        out = multiply_on_cuda(x, layer.weight, layer.weight_scale, bits, 256, False)
         assert_product_is_exact(out, x, layer.weight, layer.weight_scale, bits, 256, SUM_ERROR)
 
 
@@ -530,15 +539,7 @@ def test_operator_has_an_implementation_for_cuda():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("visualglm::quantized_matmul", "CUDA")
 
 
-def test_a_second_import_registers_nothing():
-    """As when two checkpoint folders bring their own copies of the files."""
-    spec = importlib.util.spec_from_file_location("second_copy", quantization_kernels.__file__)
-    second = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(second)
-    second.register_device("quantized_matmul", "CUDA", CudaMultiply(second.multiply_by_rows))  # torch would refuse
-
-
 def test_quantizing_on_the_cpu_and_multiplying_there_never_asks_for_a_device(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "load_driver", None)
     codes, scale = quantize_tensor(torch.randn(32, 128), 4)
-    quantization_kernels.multiply(torch.randn(1, 128), codes, scale, 4, 128)
+    lowbit_products.multiply(torch.randn(1, 128), codes, scale, 4, 128)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from helpers import ROUNDING, assert_product_is_exact
 
-from visualglm_hf.cuda_products import BFLOAT16_CAPABILITY, FUSED_ROWS, CudaMultiply, DeviceKernels
+from visualglm_hf import lowbit_products
+from visualglm_hf.cuda_products import BFLOAT16_CAPABILITY, CUDA_PRODUCTS, FUSED_ROWS, CudaProducts, DeviceKernels
+from visualglm_hf.lowbit_format import dequantize_naive
+from visualglm_hf.lowbit_products import multiply, multiply_by_rows, multiply_on_cuda
 from visualglm_hf.quantization import QuantizedLinear
-from visualglm_hf.quantization_kernels import dequantize, multiply, multiply_by_rows
 
 
 pytestmark = [
@@ -30,11 +32,6 @@ REPEATS = 20
 @pytest.fixture(autouse=True)
 def kernels_or_error(monkeypatch):
     monkeypatch.setenv("VISUALGLM_KERNELS", "cuda")
-
-
-@pytest.fixture(scope="module")
-def cuda_multiply() -> CudaMultiply:
-    return CudaMultiply(multiply_by_rows)
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -56,17 +53,17 @@ def make_problem(rows, outputs, inputs, bits, group_size, dtype, device="cuda"):
 
 
 def reference(x, codes, scale, bits, inputs, _) -> torch.Tensor:
-    return x.double() @ dequantize(codes, scale, bits, inputs, torch.float64).T
+    return x.double() @ dequantize_naive(codes, scale, bits, inputs, torch.float64).T
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-def test_products_equal_the_reference(cuda_multiply, outputs, inputs, bits, group_size, dtype):
+def test_products_equal_the_reference(outputs, inputs, bits, group_size, dtype):
     skip_without(dtype)
     for rows in (*range(1, FUSED_ROWS + 1), 64):
         problem = make_problem(rows, outputs, inputs, bits, group_size, dtype)
-        out = cuda_multiply(*problem)
+        out = multiply_on_cuda(*problem)
         if rows <= FUSED_ROWS:
             assert_product_is_exact(out, *problem[:5], SUM_ERROR)
         else:  # the matrix is rounded too
@@ -75,11 +72,11 @@ def test_products_equal_the_reference(cuda_multiply, outputs, inputs, bits, grou
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
-def test_dequantized_matrix_equals_the_reference_bit_for_bit(cuda_multiply, bits, group_size, dtype):
+def test_dequantized_matrix_equals_the_reference_bit_for_bit(bits, group_size, dtype):
     skip_without(dtype)
     x, codes, scale, *_ = make_problem(1, 4096, 4096, bits, group_size, dtype)
-    kernels = cuda_multiply.find(x.device)
-    expected = dequantize(codes, scale, bits, 4096, dtype)
+    kernels = CUDA_PRODUCTS.find(x.device)
+    expected = dequantize_naive(codes, scale, bits, 4096, dtype)
     assert torch.equal(kernels.dequantize(codes, scale, bits, 4096, dtype), expected)
 
 
@@ -88,7 +85,7 @@ def test_gradient_equals_that_of_the_dequantized_matrix():
     x = torch.randn(5, 4096, device="cuda", dtype=torch.float16, requires_grad=True)
     gradient = torch.randn(5, 4096, device="cuda", dtype=torch.float16)
     multiply(x, codes, scale, 4, 4096).backward(gradient)
-    expected = gradient.double() @ dequantize(codes, scale, 4, 4096, torch.float64)
+    expected = gradient.double() @ dequantize_naive(codes, scale, 4, 4096, torch.float64)
     assert difference(x.grad, expected) < 2e-3
 
 
@@ -106,43 +103,44 @@ def test_a_captured_graph_replays_with_new_activations(rows):
         assert difference(out, layer(x)) < 1e-3
 
 
-def test_the_first_call_inside_a_capture_uses_torch():
-    fresh = CudaMultiply(multiply_by_rows)
+def test_the_first_call_inside_a_capture_uses_torch(monkeypatch):
+    fresh = CudaProducts()
+    monkeypatch.setattr(lowbit_products, "CUDA_PRODUCTS", fresh)
     problem = make_problem(1, 4096, 4096, 4, 64, torch.float16)
     expected = multiply_by_rows(*problem)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = fresh(*problem)
+        out = multiply_on_cuda(*problem)
     graph.replay()
     torch.cuda.synchronize()
-    assert not fresh.kernels
+    assert not fresh.found
     assert difference(out, expected) < 1e-3
 
 
-def test_kernels_run_on_the_current_stream(cuda_multiply):
+def test_kernels_run_on_the_current_stream():
     problem = make_problem(1, 16384, 4096, 4, 64, torch.float16)
-    expected = cuda_multiply(*problem)
+    expected = multiply_on_cuda(*problem)
     late = torch.zeros_like(problem[0])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # cycles: anything on another stream would see zeros
         late.copy_(problem[0])
-        out = cuda_multiply(late, *problem[1:])
+        out = multiply_on_cuda(late, *problem[1:])
     stream.synchronize()
     assert torch.equal(out, expected)
 
 
-def test_a_thread_may_begin_with_a_low_bit_layer(cuda_multiply):
+def test_a_thread_may_begin_with_a_low_bit_layer():
     problem = make_problem(1, 4096, 4096, 4, 64, torch.float16)
-    expected = cuda_multiply(*problem)
+    expected = multiply_on_cuda(*problem)
     with ThreadPoolExecutor(1) as thread:
-        assert torch.equal(thread.submit(cuda_multiply, *problem).result(), expected)
+        assert torch.equal(thread.submit(multiply_on_cuda, *problem).result(), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_each_device_has_its_own_kernels(cuda_multiply):
-    outs = [cuda_multiply(*make_problem(3, 4096, 4096, 4, 64, torch.float16, f"cuda:{i}")) for i in (0, 1, 0)]
+def test_each_device_has_its_own_kernels():
+    outs = [multiply_on_cuda(*make_problem(3, 4096, 4096, 4, 64, torch.float16, f"cuda:{i}")) for i in (0, 1, 0)]
     assert [out.device.index for out in outs] == [0, 1, 0]
     problem = make_problem(3, 4096, 4096, 4, 64, torch.float16, "cuda:1")
     assert difference(outs[1], reference(*problem)) < 1e-3
@@ -190,7 +188,7 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / average_seconds(lambda: target.copy_(source))
 
 
-def test_print_speed(cuda_multiply):
+def test_print_speed():
     copies = copy_bandwidth()
     print(f"\n{torch.cuda.get_device_name()}: copies at {copies / 1e9:.0f} GB/s")
     print("    N x K         format      M   microseconds   GB/s   of copies")
@@ -207,7 +205,7 @@ def test_print_speed(cuda_multiply):
             copied = [
                 (problem[0], codes.clone(), scale.clone(), *problem[3:]) for _ in range(512 * 2**20 // codes.nbytes)
             ]
-            seconds = seconds_per_call(cuda_multiply, copied)
+            seconds = seconds_per_call(multiply_on_cuda, copied)
             name, size = f"int{kind[0]} g{kind[1] or 'row'}", codes.nbytes + scale.nbytes
         print(
             f"{outputs:>6} x {inputs:<6} {name:>10} {rows:>6} {seconds * 1e6:>14.1f} {size / seconds / 1e9:>6.0f}"
@@ -215,10 +213,10 @@ def test_print_speed(cuda_multiply):
         )
 
 
-def test_print_speed_of_fused_and_dequantized_by_rows(cuda_multiply, monkeypatch):
+def test_print_speed_of_fused_and_dequantized_by_rows():
     """Where one overtakes the other says what FUSED_ROWS should be on this device."""
     device = torch.device("cuda", torch.cuda.current_device())
-    kernels: DeviceKernels = cuda_multiply.find(device)
+    kernels: DeviceKernels = CUDA_PRODUCTS.find(device)
     print("\n   M   fused   dequantized (microseconds, int4 g64)")
     for (outputs, inputs), rows in itertools.product(SHAPES, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)):
         x, codes, scale, bits, *_ = make_problem(rows, outputs, inputs, 4, 64, torch.float16)

@@ -92,6 +92,16 @@ def test_script_runs_by_itself_and_answers(tiny_original):
     assert verdicts(result.stdout)["answer"] == "ok"
 
 
+def test_kernels_are_reported_when_asked_for(door, tiny_original, folder, capsys):
+    assert door.main([str(tiny_original), "--kernels"]) == 0
+    output = capsys.readouterr().out
+    assert verdicts(output)["kernels"] == "ok"
+    assert "\ndecode step " in output
+    (folder / "config.json").unlink()
+    assert door.main([str(folder), "--kernels"]) == 1
+    assert verdicts(capsys.readouterr().out)["kernels"] == "skipped"
+
+
 def put_nan(folder):
     change_shard(folder, FIRST, lambda tensors: tensors[EMBEDDINGS][7, :3].fill_(float("nan")))
     change_shard(folder, LAST, lambda tensors: tensors["lm_head.weight"][7, :3].fill_(float("nan")))

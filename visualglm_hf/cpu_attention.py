@@ -48,7 +48,7 @@ from .cpu_language import (
 )
 from .cpu_layer import LANES, point_at_states, round_like_original
 from .cpu_runtime import FLOATS, CpuKernelUser, Function, Kernels, Stage, Task
-from .kernel_choice import KernelError
+from .kernel_choice import KernelError, name_of
 
 
 NAMESPACE, OPERATOR = "visualglm", "single_query_attention"
@@ -58,6 +58,14 @@ AHEAD = 1024  # bytes that are asked for before they are needed
 LINE = 32  # numbers of half precision in 64 bytes, which a processor fetches together
 LOWEST = torch.finfo(torch.float32).min  # what a score that is masked falls by
 CHECK_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-5}  # relative error of the self-check: weights are rounded
+
+
+def single_query_attention_naive(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """What `single_query_attention_kernel` computes of all heads; see `single_query_attention`."""
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).contiguous()
 
 
 def single_query_attention_kernel(k: Kernel, task: Fields, half: Form, columns: int) -> None:
@@ -175,21 +183,13 @@ class AttentionKernels(Kernels):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        """See `single_query_attention`; the arguments are those that `fits`."""
+        """See `single_query_attention`; of arguments without a `states_obstacle`."""
         scaled = query.squeeze(2).float().mul(scaling).contiguous()
         scores, bias, out = self.make_scores(key), self.to_bias(mask), torch.empty_like(scaled)
         stage = self.stage(scaled, out, key.dtype)
         stage.task.attend_to(key, value, bias, scores)
         self.pool.run(*stage)
         return out.to(query.dtype)[:, None]
-
-
-def attend_with_torch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    """See `single_query_attention`."""
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2).contiguous()
 
 
 class CpuAttention(CpuKernelUser):
@@ -203,7 +203,7 @@ class CpuAttention(CpuKernelUser):
         mask = torch.rand(2, 1, 1, 37, **random) < 0.8
         for dtype in HALVES:
             halves = [tensor.to(dtype) for tensor in (query, key, value)]
-            expected = attend_with_torch(*(half.float() for half in halves), mask, 0.3)
+            expected = single_query_attention_naive(*(half.float() for half in halves), mask, 0.3)
             out = kernels.attend(halves[0].float(), *halves[1:], mask, 0.3)
             error = ((out - expected).norm() / expected.norm()).item()
             if not error < CHECK_TOLERANCE[dtype]:
@@ -212,27 +212,28 @@ class CpuAttention(CpuKernelUser):
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        kernels = self.kernels if fits(query, key, value, mask) else None
-        attend = attend_with_torch if kernels is None else kernels.attend
+        has_obstacle = states_obstacle(query, key, value, mask) or self.obstacle()
+        attend = single_query_attention_naive if has_obstacle else self.kernels.attend
         return attend(query, key, value, mask, scaling)
 
 
-def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether there is a kernel for these: rows of keys and values one after the other, a mask for each sequence."""
+def states_obstacle(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> str | None:
+    """Why no kernel attends: it wants rows of keys and values one after the other, and a mask for each sequence."""
     batch, _, queries, columns = query.shape
     shape = (*query.shape[:2], key.shape[2], columns)
-    return (
-        queries == 1
-        and columns % LANES == 0
-        and query.numel() > 0
-        and key.numel() > 0
-        and all(
-            states.dtype in HALVES and states.shape == shape and states.stride()[2:] == (columns, 1)
-            for states in (key, value)
-        )
-        and key.dtype == value.dtype
-        and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, 1, 1, shape[2])))
-    )
+    if queries != 1 or query.numel() == 0 or key.numel() == 0:
+        return "several queries, or nothing to attend to"
+    if columns % LANES:
+        return f"heads of {columns} numbers, no multiple of {LANES}"
+    if key.dtype not in HALVES or key.dtype != value.dtype:
+        return f"{name_of(key.dtype)} keys and {name_of(value.dtype)} values"
+    if any(states.shape != shape or states.stride()[2:] != (columns, 1) for states in (key, value)):
+        return "keys and values in another layout"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, 1, 1, shape[2])):
+        return "a mask that is not boolean, or not for each sequence"
+    return None
 
 
 def output_of(
@@ -249,7 +250,7 @@ def register_operator() -> torch.library.Library | None:
         return None
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     library.define(OPERATOR + SCHEMA, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    library.impl(OPERATOR, attend_with_torch, "CompositeExplicitAutograd")
+    library.impl(OPERATOR, single_query_attention_naive, "CompositeExplicitAutograd")
     library.impl(OPERATOR, CPU_ATTENTION, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{OPERATOR}", output_of, lib=library)
     return library
@@ -259,15 +260,19 @@ CPU_ATTENTION = CpuAttention()
 LIBRARY = register_operator()  # the operator lives as long as this object
 
 
-def is_single_query(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether queries [B, H, S, D] are a decode step's on a CPU, in half precision and without gradients."""
-    return (
-        query.shape[2] == 1
-        and query.device.type == "cpu"
-        and query.dtype in HALVES
-        and not torch.is_grad_enabled()
-        and (mask is None or mask.dtype == torch.bool)
-    )
+def query_obstacle(implementation: str, query: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    """Why transformers attends with queries [B, H, S, D]: they are no decode step's on a CPU, without gradients."""
+    if implementation != "sdpa":
+        return f"{implementation} attention"
+    if query.shape[2] != 1:
+        return "several queries"
+    if query.device.type != "cpu":
+        return f"queries on {query.device.type}"
+    if query.dtype not in HALVES:
+        return f"{name_of(query.dtype)} activations"
+    if torch.is_grad_enabled():
+        return "gradients"
+    return None if mask is None or mask.dtype == torch.bool else "a mask that is not boolean"
 
 
 def single_query_attention(

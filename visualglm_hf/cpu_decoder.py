@@ -41,12 +41,14 @@ from torch.nn.modules import module as global_hooks
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PretrainedConfig
 
+from .adapters import find_wrapped
+from .cpu_attention import CPU_ATTENTION, AttentionKernels, AttentionTask
 from .cpu_language import BYTES, HALVES, I32, I64, INTEGERS, Kernel, Pointer, write_function
 from .cpu_layer import GeluTask, NarrowTask, NormTask, ResidualTask, RotateTask, write_stage
-from .cpu_products import KINDS, CpuKernels, Plan, is_regular
+from .cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, Plan, matrix_obstacle
 from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Kernels, Stage, Task
 from .growing_cache import GrowingCache
-from .kernel_choice import KernelError, KernelUser
+from .kernel_choice import KernelError, name_of
 
 
 CHECK_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative error of the self-check: a few last bits
@@ -144,15 +146,16 @@ class Linear(NamedTuple):
     def has_low_bits(self) -> bool:
         return isinstance(self.form, int)
 
-    def fits(self, batch: int, dtype: torch.dtype) -> bool:
-        """Whether there is a kernel for so many rows of activations of this dtype."""
+    def obstacle(self, batch: int, dtype: torch.dtype) -> str | None:
+        """Why there is no kernel for so many rows of activations of this dtype."""
         kind = KINDS.get(self.form)
-        return (
-            kind is not None
-            and batch <= kind.most_rows
-            and (self.has_low_bits or self.form == dtype and type(self.weight) is nn.Parameter)
-            and is_regular(self.weight, self.weight_scale, self.in_features, kind)
-        )
+        if kind is None:
+            return f"{name_of(self.form)} weights"
+        if batch > kind.most_rows:
+            return f"{batch} sequences, and {kind.name} weights take {kind.most_rows}"
+        if not self.has_low_bits and (self.form != dtype or type(self.weight) is not nn.Parameter):
+            return f"weights that are no plain parameter in {name_of(dtype)}"
+        return matrix_obstacle(self.weight, self.weight_scale, self.in_features, kind)
 
 
 class Norm(NamedTuple):
@@ -234,15 +237,15 @@ class Part(NamedTuple):
         places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         return [*places, *(linear.form for linear in linears), *(layer.number for layer in self.layers), *self[1:]]
 
-    def fits(self, batch: int, dtype: torch.dtype) -> bool:
-        """Whether a program can do what the layers do with so many sequences in this dtype."""
-        halves = self.halves
-        return (
-            all(half is not None and half.dtype == dtype and half.is_contiguous() for half in halves)
-            and all(half.device.type == "cpu" for half in halves)
-            and all(linear.fits(batch, dtype) for linear in self.linears)
-            and self.head_dim % (4 * LANES) == 0
-        )
+    def obstacle(self, batch: int, dtype: torch.dtype) -> str | None:
+        """Why no program can do what the layers do with so many sequences in this dtype."""
+        if any(half is None or half.dtype != dtype or not half.is_contiguous() for half in self.halves):
+            return f"norms or biases that are missing, or not {name_of(dtype)} and contiguous"
+        if any(half.device.type != "cpu" for half in self.halves):
+            return "weights that are not on the CPU"
+        if self.head_dim % (4 * LANES):
+            return f"heads of {self.head_dim} numbers, no multiple of {4 * LANES}"
+        return next(filter(None, (linear.obstacle(batch, dtype) for linear in self.linears)), None)
 
 
 class StepProgram:
@@ -259,7 +262,7 @@ class StepProgram:
         self,
         kernels: StepKernels,
         products: CpuKernels,
-        attention: Any,
+        attention: AttentionKernels,
         part: Part,
         batch: int,
         dtype: torch.dtype,
@@ -278,7 +281,7 @@ class StepProgram:
             self.quantized = torch.empty(quantized_bytes, dtype=torch.uint8, device="cpu")
         self.stages: list[Stage] = []
         self.rotations: list[RotateTask] = []
-        self.attentions: list[Any] = []
+        self.attentions: list[AttentionTask] = []
         for layer in part.layers:
             self.add_layer(layer)
         entries = ((stage.kernel.address, ctypes.addressof(stage.task), 0) for stage in self.stages)
@@ -362,6 +365,14 @@ class StepProgram:
             return self.hidden.to(self.dtype)[:, None]
 
 
+class Section(NamedTuple):
+    """Layers one after the other, and the program that does their step; or why they have to do it themselves."""
+
+    blocks: list[nn.Module]
+    program: StepProgram | None
+    obstacle: str | None
+
+
 def addresses_of(*tensors: torch.Tensor) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
@@ -371,21 +382,14 @@ class CpuDecoder(CpuKernelUser):
 
     kernels_class = StepKernels
 
-    def __init__(
-        self,
-        products: KernelUser,
-        attention: KernelUser,
-        plain: Collection[type[nn.Module]],
-        make_example: Callable[[], nn.Module],
-    ):
+    def __init__(self, plain: Collection[type[nn.Module]], make_example: Callable[[], nn.Module]):
         """
         Args:
-            products, attention: whose kernels are used.
             plain: the modules whose work a program does.
             make_example: makes a small `VisualGLMTextModel`, for the self-check.
         """
         super().__init__()
-        self.products, self.attention, self.plain = products, attention, plain
+        self.plain = plain
         self.known = frozenset(identify(kind) for kind in plain)
         self.make_example = make_example
         self.programs: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
@@ -412,13 +416,14 @@ class CpuDecoder(CpuKernelUser):
         Returns:
             [B, S, C]; None, and nothing is done, if programs can do nothing.
         """
-        config = model.config
-        if config._attn_implementation != "sdpa" or not is_step(config, hidden_states, attention_mask, cache):
+        if step_obstacle(model.config, hidden_states, cache) is not None or not continues(
+            cache, model.config, hidden_states, attention_mask
+        ):
             return None
-        parts = self.divide(model, len(hidden_states), hidden_states.dtype)
-        if not any(program for _, program in parts):
+        sections = self.divide(model, len(hidden_states), hidden_states.dtype)
+        if not any(section.program for section in sections):
             return None
-        for blocks, program in parts:
+        for blocks, program, _ in sections:
             if program is None:
                 for block in blocks:
                     hidden_states = block(hidden_states, attention_mask, rotary, cache, **kwargs)
@@ -427,49 +432,52 @@ class CpuDecoder(CpuKernelUser):
                 hidden_states = program.run(hidden_states, rotary, states, attention_mask)
         return hidden_states
 
-    def divide(
-        self, model: nn.Module, batch: int, dtype: torch.dtype
-    ) -> list[tuple[list[nn.Module], StepProgram | None]]:
+    def divide(self, model: nn.Module, batch: int, dtype: torch.dtype) -> list[Section]:
         """Divide the layers into those that one program does, and those that have to be asked themselves."""
         if has_global_hooks():
-            return []
-        parts = []
-        for are_plain, group in groupby(model.layers, self.are_plain):
+            return [Section(list(model.layers), None, "hooks on all modules")]
+        sections = []
+        for obstacle, group in groupby(model.layers, self.block_obstacle):
             blocks = list(group)
-            parts.append((blocks, self.find_program(model, blocks, batch, dtype) if are_plain else None))
-        return parts
+            if obstacle is None:
+                sections.append(Section(blocks, *self.find_program(model, blocks, batch, dtype)))
+            else:
+                sections.append(Section(blocks, None, obstacle))
+        return sections
 
     def find_program(
         self, model: nn.Module, blocks: list[nn.Module], batch: int, dtype: torch.dtype
-    ) -> StepProgram | None:
-        """The program for plain layers of a model as they are now, made once; None if there is none."""
+    ) -> tuple[StepProgram | None, str | None]:
+        """The program for plain layers of a model as they are now, made once; or why there is none."""
         part = Part.read(blocks, model.config)
         state, programs = part.state(), self.programs.setdefault(model, {})
         key = (part.layers[0].number, len(blocks), batch, dtype, torch.get_num_threads())
-        known, program = programs.get(key, (None, None))
+        known, found = programs.get(key, (None, None))
         if known != state:
-            program = self.make_program(part, batch, dtype)
-            programs[key] = state, program
-        return program
+            found = self.make_program(part, batch, dtype)
+            programs[key] = state, found
+        return found
 
-    def are_plain(self, block: nn.Module) -> bool:
-        """Whether a layer and all its parts are."""
-        return all(self.is_plain(module) for module in block.modules())
+    def block_obstacle(self, block: nn.Module) -> str | None:
+        """Why a layer has to be asked itself: it, or one of its parts, is not plain."""
+        return next(filter(None, map(self.module_obstacle, block.modules())), None)
 
-    def is_plain(self, module: nn.Module) -> bool:
-        """Whether a module computes what its class says, and nobody listens."""
+    def module_obstacle(self, module: nn.Module) -> str | None:
+        """Why a module may compute something else than its class says, or somebody listens."""
         state = vars(module)
-        has_hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
-        return identify(type(module)) in self.known and "forward" not in state and not has_hooks
+        if identify(type(module)) not in self.known:
+            return "an adapter" if find_wrapped(module) is not None else f"a module {type(module).__name__}"
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            return "a hook"
+        return "a forward of its own" if "forward" in state else None
 
-    def make_program(self, part: Part, batch: int, dtype: torch.dtype) -> StepProgram | None:
-        users = (self.products, self.attention, self)
-        if not part.fits(batch, dtype) or any(user.kernels is None for user in users):
-            return None
-        return self.write_program(self.kernels, part, batch, dtype)
+    def make_program(self, part: Part, batch: int, dtype: torch.dtype) -> tuple[StepProgram | None, str | None]:
+        users = (CPU_PRODUCTS, CPU_ATTENTION, self)
+        obstacle = part.obstacle(batch, dtype) or next(filter(None, (user.obstacle() for user in users)), None)
+        return (None, obstacle) if obstacle else (self.write_program(self.kernels, part, batch, dtype), None)
 
     def write_program(self, kernels: StepKernels, part: Part, batch: int, dtype: torch.dtype) -> StepProgram:
-        return StepProgram(kernels, self.products.kernels, self.attention.kernels, part, batch, dtype)
+        return StepProgram(kernels, CPU_PRODUCTS.kernels, CPU_ATTENTION.kernels, part, batch, dtype)
 
     def check(self, kernels: StepKernels) -> None:
         random = {"generator": torch.Generator("cpu").manual_seed(0), **FLOATS}
@@ -507,22 +515,21 @@ def has_global_hooks() -> bool:
     return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
 
 
-def is_step(
-    config: PretrainedConfig, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
-) -> bool:
-    """Whether these are a decode step's in half precision, of which a CPU is to compute the numbers and no more."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and type(hidden_states) is torch.Tensor
-        and hidden_states.shape[1] == 1
-        and hidden_states.device.type == "cpu"
-        and hidden_states.dtype in HALVES
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and identify(type(cache)) == identify(GrowingCache)
-        and continues(cache, config, hidden_states, attention_mask)
-    )
+def step_obstacle(config: PretrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> str | None:
+    """Why these are no decode step's in half precision, of which a CPU is to compute the numbers and no more."""
+    if config._attn_implementation != "sdpa":
+        return f"{config._attn_implementation} attention"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden_states) is not torch.Tensor:
+        return "a step that is compiled or traced"
+    if hidden_states.shape[1] != 1:
+        return "several tokens"
+    if hidden_states.device.type != "cpu":
+        return f"activations on {hidden_states.device.type}"
+    if hidden_states.dtype not in HALVES:
+        return f"{name_of(hidden_states.dtype)} activations"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return "gradients or autocast"
+    return None if identify(type(cache)) == identify(GrowingCache) else "a cache that is not the default one"
 
 
 def continues(

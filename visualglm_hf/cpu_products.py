@@ -14,7 +14,7 @@
 """Products with low-bit and half-precision matrices on a CPU: kernels, and how they are launched.
 
 Not here: the language they are written in (`cpu_language.py`), the compiler and the threads (`cpu_runtime.py`), the
-format's bytes and torch's ways (`quantization_kernels.py`), which are used wherever the kernels cannot be.
+format's bytes and the naive twins of the kernels (`lowbit_format.py`), and when they are used (`lowbit_products.py`).
 
 How it is fast: a decoded token reads every matrix once, so memory is the limit, and the work per byte must hide behind
 it. Matrices are read as they are stored, from the first byte to the last: processors fetch ahead of a thread that reads
@@ -62,7 +62,8 @@ from .cpu_language import (
     write_kernel,
 )
 from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Function, Kernels, Stage, Task
-from .kernel_choice import KernelError
+from .kernel_choice import KernelError, name_of
+from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
 
 TILE_ROWS = 4  # rows of activations in registers
@@ -75,8 +76,9 @@ SMALLEST_NORMAL = 2.0**-126  # of float32
 BYTES_PER_THREAD = 2**17  # of the matrix at least: less is not worth another thread
 MOST_BYTES_PER_CHUNK = 2**20  # taken by a thread at once; the longer it reads on, the better processors fetch ahead
 CHUNKS_PER_THREAD = 4  # at least, so that none waits long for the last one
-CHECK_TOLERANCE = 1e-4  # relative error of the self-check: activations are rounded to 16 bits
+CHECK_TOLERANCE = 2e-5  # relative error of the self-check: near ties of 16 bits may be rounded the other way
 FLOAT16 = HALVES[torch.float16]
+ACTIVATIONS = (torch.float32, *HALVES)  # that the kernels take
 
 
 # A line of the matrix times a line of activations
@@ -389,6 +391,13 @@ def dequantize_kernel(k: Kernel, task: Fields, kind: Kind, lines: int, groups: i
             task.out.of(FLOATS32)[line * kind.columns].store(values * scales)
 
 
+def quantize_naive(x: torch.Tensor) -> torch.Tensor:
+    """The numbers [M, K] that the codes and scales of `quantize_kernel` stand for."""
+    groups = x.unflatten(1, (-1, GROUP))
+    scales = groups.abs().amax(-1, keepdim=True) / LARGEST_CODE
+    return ((groups / scales.clamp(min=SMALLEST_NORMAL)).round() * scales).flatten(1)
+
+
 def quantize_kernel(k: Kernel, task: Fields, kind: Kind, lines: int, cells: int) -> None:
     """A row of activations: their codes, and for each cell its scale and, if there is to be one, its correction."""
     first = task.chunk * lines
@@ -545,7 +554,7 @@ class CpuKernels(Kernels):
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, form: int | torch.dtype
     ) -> torch.Tensor:
-        """Multiply activations [M, K] with a matrix of N rows in this many bits, or of this dtype; see `fits`.
+        """Multiply activations [M, K] with a matrix of N rows in this many bits, or of this dtype.
 
         Returns:
             [M, N], of the dtype of `x`.
@@ -561,7 +570,7 @@ class CpuKernels(Kernels):
     def dequantize(
         self, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Compute the matrix [N, K] that the codes stand for; see `is_regular`."""
+        """Compute the matrix [N, K] that the codes stand for; see `matrix_obstacle`."""
         kind = self.kinds[bits]
         lines, groups, rows = in_features // kind.columns, count_groups(weight_scale), len(weight)
         write = partial(write_matrix, kind=kind, lines=lines, groups=groups)
@@ -582,96 +591,54 @@ def divide(rows: int, nbytes: int) -> tuple[int, int, int]:
     return threads, -(-rows // chunk), chunk
 
 
-def count_groups(weight_scale: torch.Tensor | None) -> int:
-    """The scales in a row of the matrix, given all, [N] or [N, n]; 0 without any."""
+def activations_obstacle(dtype: torch.dtype, rows: int, kind: Kind) -> str | None:
+    """Why no kernel multiplies with activations [M, K]; float64 asks for more than they give."""
+    if dtype not in ACTIVATIONS:
+        return f"{name_of(dtype)} activations"
+    if not 0 < rows <= kind.most_rows:
+        return f"{rows} rows of activations, not 1 to {kind.most_rows}"
+    return None
+
+
+def matrix_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> str | None:
+    """Why the kernels cannot read a matrix: whole lines, and whole scales in a line or whole lines in a scale."""
+    if columns == 0 or columns % kind.columns or weight.shape[0] == 0:
+        return f"a matrix [{weight.shape[0]}, {columns}], whose columns are no multiple of {kind.columns}"
+    if not weight.is_contiguous():
+        return "a matrix that is not contiguous"
     if weight_scale is None:
-        return 0
-    return 1 if weight_scale.dim() == 1 else weight_scale.shape[1]
-
-
-def fits(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, kind: Kind) -> bool:
-    """Whether there is a kernel for the matrix [N, K], its scales [N] or [N, n], and activations [M, K]."""
-    return has_few_rows(x, kind) and is_regular(weight, weight_scale, x.shape[1], kind)
-
-
-def has_few_rows(x: torch.Tensor, kind: Kind) -> bool:
-    """Whether a kernel may take the activations; float64 asks for more than it gives."""
-    return x.dtype in (torch.float32, *HALVES) and 0 < x.shape[0] <= kind.most_rows
-
-
-def is_regular(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> bool:
-    """Whether the kernels can read the matrix: whole lines, and whole scales in a line or whole lines in a scale."""
-    if columns == 0 or columns % kind.columns or weight.shape[0] == 0 or not weight.is_contiguous():
-        return False
-    if weight_scale is None:
-        return True
+        return None
     if weight_scale.dtype != torch.float16 or not weight_scale.is_contiguous():
-        return False
+        return "scales that are not float16 and contiguous"
     lines, groups = columns // kind.columns, count_groups(weight_scale)
-    return lines % groups == 0 or groups % lines == 0 and 16 % (groups // lines) == 0
+    if lines % groups and (groups % lines or 16 % (groups // lines)):
+        return f"groups of {columns // groups} columns"
+    return None
 
 
 class CpuProducts(CpuKernelUser):
-    """The operators of quantization_kernels.py for CPU tensors.
-
-    Args:
-        multiply: the torch way to do what the method of this name does. It takes a function that dequantizes, too, for
-            when there are too many activations for a kernel.
-        multiply_half: likewise.
-    """
+    """What multiplies with matrices on a CPU."""
 
     kernels_class = CpuKernels
-
-    def __init__(self, multiply: Callable[..., torch.Tensor], multiply_half: Callable[..., torch.Tensor]):
-        super().__init__()
-        self.torch_multiply, self.torch_multiply_half = multiply, multiply_half
-
-    def multiply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        bits: int,
-        in_features: int,
-        transposed: bool,
-    ) -> torch.Tensor:
-        """See `multiply` in quantization_kernels.py."""
-        kind = KINDS[bits]
-        kernels = None
-        if x.dtype != torch.float64 and is_regular(weight, weight_scale, in_features, kind):
-            kernels = self.kernels
-        if kernels is None:
-            return self.torch_multiply(x, weight, weight_scale, bits, in_features, transposed)
-        if not transposed and has_few_rows(x, kind):
-            return kernels.multiply(x, weight, weight_scale, bits)
-        return self.torch_multiply(x, weight, weight_scale, bits, in_features, transposed, kernels.dequantize)
-
-    def multiply_half(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Compute x @ weight.T for [M, K] and a matrix [N, K] of half precision."""
-        kind = KINDS.get(weight.dtype)
-        kernels = None if kind is None or not fits(x, weight, None, kind) else self.kernels
-        return (
-            self.torch_multiply_half(x, weight) if kernels is None else kernels.multiply(x, weight, None, weight.dtype)
-        )
 
     def check(self, kernels: CpuKernels) -> None:
         random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
         floats = {**random, **FLOATS}
         x = torch.randn(TILE_ROWS + 1, 512, **floats)
-        expected = {}
+        matrices = [(torch.randn(33, 512, **floats).to(dtype), None, dtype) for dtype in HALVES]
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
             codes = torch.randint(-128, 128, (33, 512 * bits // 8), **random).to(torch.int8)
             scale = torch.rand((33, groups) if groups > 1 else (33,), **floats).sub(0.5).half()
-            expected[bits, groups] = codes, scale, self.torch_multiply(x, codes, scale, bits, 512, False)
-            matrix = self.torch_multiply(torch.eye(512, **FLOATS), codes, scale, bits, 512, False).T
-            if not torch.equal(kernels.dequantize(codes, scale, bits, 512, torch.float32), matrix):
+            matrices.append((codes, scale, bits))
+            problem = (codes, scale, bits, 512, torch.float32)
+            if not torch.equal(kernels.dequantize(*problem), dequantize_naive(*problem)):
                 raise KernelError(f"{kernels.kinds[bits].name} with {groups} scales is another matrix.")
-        for dtype in HALVES:
-            matrix = torch.randn(33, 512, **floats).to(dtype)
-            expected[dtype, 0] = matrix, None, self.torch_multiply_half(x, matrix.float())
-        for (form, groups), (matrix, scale, product) in expected.items():
-            error = ((kernels.multiply(x, matrix, scale, form) - product).norm() / product.norm()).item()
+        for matrix, scale, form in matrices:
+            expected = multiply_naive(x if scale is None else quantize_naive(x), matrix, scale, form)
+            error = ((kernels.multiply(x, matrix, scale, form) - expected).norm() / expected.norm()).item()
             if not error < CHECK_TOLERANCE:
-                raise KernelError(
-                    f"{kernels.kinds[form].name} with {groups} scales is off by {error:.2g} of the result."
-                )
+                name, groups = kernels.kinds[form].name, count_groups(scale)
+                raise KernelError(f"{name} with {groups} scales is off by {error:.2g} of the result.")
+
+
+CPU_PRODUCTS = CpuProducts()

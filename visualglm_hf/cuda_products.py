@@ -14,18 +14,18 @@
 """Products with low-bit matrices on NVIDIA GPUs: which kernel is launched for which sizes.
 
 Not here: the kernels (`cuda_source.py`), the compiler and the driver (`cuda_runtime.py`), the format's bytes and the
-torch reference (`quantization_kernels.py`), which is also what is used wherever the kernels cannot be.
+naive twins of the kernels (`lowbit_format.py`), and when they are used (`lowbit_products.py`).
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 
 from .cuda_runtime import Driver, Launch, compile_kernels
-from .kernel_choice import KernelError, KernelUser, NoKernelsError
+from .kernel_choice import KernelError, KernelUser, NoKernelsError, name_of
+from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
 
 # M up to which the fused kernel is used: many rows are better dequantized once, for cuBLAS (on an H200 from 48 rows).
@@ -39,7 +39,7 @@ MAX_ELEMENTS = 2**31  # of a matrix, for 32-bit offsets
 DEQUANTIZE_THREADS = 256
 OLDEST_CAPABILITY = (7, 5)  # Turing: the first with m16n8k8
 BFLOAT16_CAPABILITY = (8, 0)
-# Relative error of the self-check: the result is rounded to 11 or 8 bits, and a matrix for cuBLAS before that.
+# Relative error of the self-check: results are rounded to 11 or 8 bits.
 CHECK_TOLERANCE = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
 
@@ -68,34 +68,49 @@ class DeviceKernels:
                 for name in (function_name("multiply", bits, dtype), function_name("dequantize", bits, dtype))
             }
         # Found once for each size: at one row, working it out would take longer than the kernel.
-        self.find_multiply = functools.lru_cache(maxsize=None)(self.plan_multiply)
+        self.dequantize_obstacle = functools.lru_cache(maxsize=None)(self.find_dequantize_obstacle)
+        self.multiply_obstacle = functools.lru_cache(maxsize=None)(self.find_multiply_obstacle)
         self.find_dequantize = functools.lru_cache(maxsize=None)(self.plan_dequantize)
+        self.find_multiply = functools.lru_cache(maxsize=None)(self.plan_multiply)
 
-    def plan_dequantize(self, dtype: torch.dtype, outputs: int, inputs: int, groups: int, bits: int) -> Launch | None:
-        """How a matrix of this size is dequantized; None if lanes would load their 16 bytes from two rows or groups."""
+    def find_dequantize_obstacle(
+        self, dtype: torch.dtype, outputs: int, inputs: int, groups: int, bits: int
+    ) -> str | None:
+        """Why a matrix of this size cannot be dequantized: lanes would load their 16 bytes from two rows or groups."""
         span = LANE_BITS // bits
-        fits = dtype in self.dtypes and outputs > 0 and inputs > 0 and inputs % span == 0
-        if not fits or (groups > 1 and inputs // groups % span != 0):
-            return None
-        threads = outputs * inputs // span
+        if dtype not in self.dtypes:
+            return f"{name_of(dtype)} activations on a GPU of compute capability {self.capability}"
+        if outputs == 0 or inputs == 0 or inputs % span:
+            return f"a matrix [{outputs}, {inputs}], whose columns are no multiple of {span}"
+        if groups > 1 and inputs // groups % span:
+            return f"groups of {inputs // groups} columns, no multiple of {span}"
+        return None
+
+    def find_multiply_obstacle(
+        self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int
+    ) -> str | None:
+        """Why the fused kernel cannot multiply so many rows. It finds a column's group by shifting."""
+        width = inputs // groups
+        if not 0 < rows <= FUSED_ROWS:
+            return f"{rows} rows of activations, not 1 to {FUSED_ROWS}"
+        if outputs % BLOCK_OUTPUTS:
+            return f"a matrix [{outputs}, {inputs}], whose rows are no multiple of {BLOCK_OUTPUTS}"
+        if outputs // BLOCK_OUTPUTS > MAX_BLOCKS or outputs * inputs > MAX_ELEMENTS:
+            return f"a matrix [{outputs}, {inputs}], which is too large"
+        if groups > 1 and width & (width - 1):
+            return f"groups of {width} columns, no power of two"
+        return self.dequantize_obstacle(dtype, outputs, inputs, groups, bits)
+
+    def plan_dequantize(self, dtype: torch.dtype, outputs: int, inputs: int, groups: int, bits: int) -> Launch:
+        """How a matrix of this size is dequantized."""
+        threads = outputs * inputs * bits // LANE_BITS
         grid = (-(-threads // DEQUANTIZE_THREADS), 1)
         sizes = (outputs, inputs, groups, inputs // groups)
         return Launch(self.functions[function_name("dequantize", bits, dtype)], grid, DEQUANTIZE_THREADS, 0, 3, sizes)
 
-    def plan_multiply(
-        self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int
-    ) -> Launch | None:
-        """How the fused kernel multiplies so many rows; None if it cannot. It finds a column's group by shifting."""
+    def plan_multiply(self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int) -> Launch:
+        """How the fused kernel multiplies so many rows."""
         width = inputs // groups
-        fits = (
-            0 < rows <= FUSED_ROWS
-            and outputs % BLOCK_OUTPUTS == 0
-            and outputs // BLOCK_OUTPUTS <= MAX_BLOCKS
-            and outputs * inputs <= MAX_ELEMENTS
-            and (groups == 1 or width & (width - 1) == 0)
-        )
-        if not fits or self.find_dequantize(dtype, outputs, inputs, groups, bits) is None:
-            return None
         shift = 31 if groups == 1 else width.bit_length() - 1
         chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
         rows_per_block = 8 if groups == 1 else 8 * min(width, chunk) // chunk
@@ -107,24 +122,6 @@ class DeviceKernels:
         sizes = (rows, outputs, inputs, groups, shift)
         function = self.functions[function_name("multiply", bits, dtype)]
         return Launch(function, grid, 32 * warps, WARP_MEMORY * warps, 4, sizes)
-
-    def can_dequantize(
-        self, dtype: torch.dtype, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
-    ) -> bool:
-        """Whether the kernel takes this matrix."""
-        sizes = (weight.shape[0], in_features, count_groups(weight_scale), bits)
-        return self.find_dequantize(dtype, *sizes) is not None and is_readable(weight, weight_scale)
-
-    def can_multiply(
-        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
-    ) -> bool:
-        """Whether the fused kernel takes these."""
-        sizes = (x.shape[0], weight.shape[0], in_features, count_groups(weight_scale), bits)
-        return (
-            self.find_multiply(x.dtype, *sizes) is not None
-            and x.data_ptr() % 16 == 0
-            and is_readable(weight, weight_scale)
-        )
 
     def multiply(
         self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
@@ -148,77 +145,41 @@ class DeviceKernels:
 
 
 def function_name(kind: str, bits: int, dtype: torch.dtype) -> str:
-    return f"{kind}_int{bits}_{str(dtype).removeprefix('torch.')}"
+    return f"{kind}_int{bits}_{name_of(dtype)}"
 
 
-def is_readable(weight: torch.Tensor, weight_scale: torch.Tensor) -> bool:
-    """Whether a matrix lies as the kernels read it, 16 bytes of codes at a time."""
-    return (
-        weight_scale.dtype == torch.float16
-        and weight.is_contiguous()
-        and weight_scale.is_contiguous()
-        and weight.data_ptr() % 16 == 0
-    )
+def reading_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor) -> str | None:
+    """Why the kernels cannot read a matrix where it lies, 16 bytes of codes at a time."""
+    if weight_scale.dtype != torch.float16 or not weight_scale.is_contiguous():
+        return "scales that are not float16 and contiguous"
+    if not weight.is_contiguous() or weight.data_ptr() % 16:
+        return "a matrix that is not contiguous, or not at a multiple of 16 bytes"
+    return None
 
 
-def count_groups(weight_scale: torch.Tensor) -> int:
-    return 1 if weight_scale.dim() == 1 else weight_scale.shape[1]
-
-
-class CudaMultiply(KernelUser):
-    """`multiply` of quantization_kernels.py for CUDA tensors.
-
-    Args:
-        by_rows: the torch way: same arguments, and optionally a function with the arguments of `dequantize`.
-    """
+class CudaProducts(KernelUser):
+    """What multiplies with low-bit matrices on NVIDIA GPUs."""
 
     choice, name = "cuda", "CUDA kernels for low-bit weights"
 
-    def __init__(self, by_rows: Callable[..., torch.Tensor]):
-        super().__init__()
-        self.by_rows = by_rows
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        bits: int,
-        in_features: int,
-        transposed: bool,
-    ) -> torch.Tensor:
-        kernels = self.find(x.device)
-        if kernels is None:
-            return self.by_rows(x, weight, weight_scale, bits, in_features, transposed)
-        try:
-            return self.multiply(kernels, x, weight, weight_scale, bits, in_features, transposed)
-        except KernelError as error:
-            self.give_up(x.device, error)
-            return self.by_rows(x, weight, weight_scale, bits, in_features, transposed)
-
-    def multiply(
-        self,
-        kernels: DeviceKernels,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        bits: int,
-        in_features: int,
-        transposed: bool,
-    ) -> torch.Tensor:
-        """Fused for a few rows of x; otherwise the matrix is dequantized, for cuBLAS."""
-        x = x.contiguous()
-        if not transposed and kernels.can_multiply(x, weight, weight_scale, bits, in_features):
-            return kernels.multiply(x, weight, weight_scale, bits, in_features)
-        fits = kernels.can_dequantize(x.dtype, weight, weight_scale, bits, in_features)
-        to_matrix = kernels.dequantize if fits else None
-        return self.by_rows(x, weight, weight_scale, bits, in_features, transposed, to_matrix)
-
     def find(self, device: torch.device) -> DeviceKernels | None:
-        """The kernels of a device, or None for the torch way."""
-        if device not in self.found and torch.cuda.is_current_stream_capturing():
-            return None  # no time to load a module; the next eager call will
+        if self.is_too_early(device):
+            return None
         return super().find(device)
+
+    def obstacle(self, device: torch.device) -> str | None:
+        return "a graph is being captured" if self.is_too_early(device) else super().obstacle(device)
+
+    def is_too_early(self, device: torch.device) -> bool:
+        """Whether there is no time to load a module now; the next eager call will."""
+        return device not in self.found and torch.cuda.is_current_stream_capturing()
+
+    def loaded(self, device: torch.device) -> DeviceKernels:
+        """The kernels of a device that had no obstacle; a `KernelError` if another thread has given them up since."""
+        kernels = self.found[device]
+        if kernels is None:
+            raise KernelError(self.reasons[device])
+        return kernels
 
     def make(self, device: torch.device) -> DeviceKernels:
         if torch.version.hip:
@@ -229,22 +190,22 @@ class CudaMultiply(KernelUser):
         return DeviceKernels(device)
 
     def check(self, kernels: DeviceKernels) -> None:
-        """Compare all kernels with the torch way on a few small problems.
-
-        Raises:
-            KernelError: they disagree.
-        """
         random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
             codes = torch.randint(-128, 128, (64, 512 * bits // 8), **random).to(torch.int8)
             scale = torch.rand((64, groups) if groups > 1 else (64,), **random).sub(0.5).half()
+            matrix = dequantize_naive(codes, scale, bits, 512, torch.float32)
             for dtype in kernels.dtypes:
                 x = torch.randn(3, 512, **random).to(dtype)
-                expected = self.by_rows(x.float(), codes, scale, bits, 512, False)
                 inputs = [tensor.to(kernels.device) for tensor in (x, codes, scale)]
-                fused = kernels.multiply(*inputs, bits, 512)
-                dequantized = self.by_rows(*inputs, bits, 512, False, kernels.dequantize)
-                for name, out in (("multiply", fused), ("dequantize", dequantized)):
+                pairs = {
+                    "multiply": (kernels.multiply(*inputs, bits, 512), multiply_naive(x, codes, scale, bits)),
+                    "dequantize": (kernels.dequantize(*inputs[1:], bits, 512, dtype), matrix),
+                }
+                for name, (out, expected) in pairs.items():
                     error = ((out.float().cpu() - expected).norm() / expected.norm()).item()
                     if not error < CHECK_TOLERANCE[dtype]:
                         raise KernelError(f"{function_name(name, bits, dtype)} is off by {error:.2g} of the result.")
+
+
+CUDA_PRODUCTS = CudaProducts()

@@ -16,7 +16,7 @@
 SOURCE = r"""
 // Low-bit matrices times half precision. No headers: halves are integers, and what C lacks is PTX.
 //
-// Codes as in quantization_kernels.py: 8 bits, or 4 with the even column in the high half of the byte.
+// Codes as in lowbit_format.py: 8 bits, or 4 with the even column in the high half of the byte.
 // A "pair" is two 16-bit floats in 32 bits. BF16: bfloat16 (sm_80 and later), else float16.
 
 typedef unsigned short u16;

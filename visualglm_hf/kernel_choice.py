@@ -13,7 +13,9 @@
 # limitations under the License.
 """Whether kernels of our own are used: found, compiled and checked once, else torch's operators do the work.
 
-Not here: kernels, and which products they take (`lowbit_products`' ways).
+Not here: kernels, and what they are used for (`lowbit_products.py`, `cpu_attention.py`, `cpu_decoder.py`).
+
+What keeps something from the faster way is its *obstacle*: a few words for people, or None.
 
 Kernels have to agree with the torch way on a few small problems before they are used; if they do not, there is one
 warning, and torch does the work. The environment variable VISUALGLM_KERNELS says otherwise: "torch" never uses kernels,
@@ -38,6 +40,11 @@ class NoKernelsError(KernelError):
     """There are no kernels for this machine, or what they are made with is not installed: nothing to warn of."""
 
 
+def name_of(dtype: object) -> str:
+    """What people call a dtype of torch."""
+    return str(dtype).removeprefix("torch.")
+
+
 def read_choice() -> str:
     """What VISUALGLM_KERNELS says; a `ValueError` if that is none of `CHOICES`."""
     choice = os.environ.get("VISUALGLM_KERNELS", "auto")
@@ -58,7 +65,7 @@ class KernelUser(ABC):
     def __init__(self):
         self.lock = threading.Lock()
         self.found: dict[Any, Any | None] = {}  # by device
-        self.reasons: dict[Any, str] = {}  # why a device has none
+        self.reasons: dict[Any, str] = {}  # of the devices that have none
         self.has_warned = False
 
     @abstractmethod
@@ -86,6 +93,10 @@ class KernelUser(ABC):
                     self.found[device] = self.prepare(device)
         return self.found[device]
 
+    def obstacle(self, device: Any = None) -> str | None:
+        """Why a device takes the torch way; None if it has kernels."""
+        return None if self.find(device) is not None else self.reasons[device]
+
     def prepare(self, device: Any) -> Any | None:
         choice = read_choice()
         if choice == "torch":
@@ -108,7 +119,8 @@ class KernelUser(ABC):
         """Use the torch way on this device from now on, and say so once."""
         if read_choice() == self.choice:
             raise KernelError(f"The {self.name} do not work: {error}") from error
-        self.found[device], self.reasons[device] = None, str(error)
+        self.reasons[device] = str(error)
+        self.found[device] = None
         if not self.has_warned:
             self.has_warned = True
             warnings.warn(

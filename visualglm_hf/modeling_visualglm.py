@@ -58,7 +58,7 @@ from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
-from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attention
+from .cpu_attention import query_obstacle, single_query_attention
 from .cpu_decoder import CpuDecoder
 from .feature_cache import FeatureCache
 from .generation_options import SuppressUnknown, check_options, resolve_options
@@ -74,9 +74,9 @@ from .glm_positions import (
 from .glm_prompts import PromptMixin, two_rows
 from .growing_cache import lengthen, make_cache
 from .guidance import Guidance, guidance_options
+from .kernel_report import KernelReport, report_kernels
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .quantization import (
-    CPU_PRODUCTS,
     HalfLinear,
     QuantizedLinear,
     check_adapters,
@@ -221,7 +221,7 @@ class VisualGLMAttention(nn.Module):
         if prefix is not None:  # not in the cache, whose length is then that of the text
             key, value = prepend_prefix(prefix, key, value)
         implementation, scaling = self.config._attn_implementation, float(self.layer_idx + 1)
-        if implementation == "sdpa" and is_single_query(query, attention_mask):
+        if query_obstacle(implementation, query, attention_mask) is None:
             attended, weights = single_query_attention(query, key, value, attention_mask, scaling), None
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -345,11 +345,18 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
         hidden_states = None
-        if prefix_key_values is None and not any(find_setting(self.config, kwargs, name) for name in RECORDED):
+        if self.program_obstacle(prefix_key_values, kwargs) is None:
             hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache, **kwargs)
         if hidden_states is None:
             hidden_states = self.run_layers(inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
         return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
+
+    def program_obstacle(self, prefix: Any, options: dict) -> str | None:
+        """Why `CPU_DECODER` is not asked for a decode step with this prefix, if any, and these options of a call."""
+        if prefix is not None:
+            return "a prefix of P-tuning"
+        recorded = [name for name in RECORDED if find_setting(self.config, options, name)]
+        return f"{recorded[0]} is asked for" if recorded else None
 
     def run_layers(
         self,
@@ -383,8 +390,6 @@ def make_example() -> VisualGLMTextModel:
 
 # What the layers do in a decode step on a CPU, in one call.
 CPU_DECODER = CpuDecoder(
-    CPU_PRODUCTS,
-    CPU_ATTENTION,
     (VisualGLMBlock, VisualGLMAttention, VisualGLMMLP, nn.Linear, QuantizedLinear, nn.LayerNorm),
     make_example,
 )
@@ -604,6 +609,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             ValueError: other bits, a group size that does not fit, a model that is quantized already.
         """
         return quantize_model(self, bits, group_size, lm_head)
+
+    def kernel_report(self) -> KernelReport:
+        """Find out which way products, attention and decode steps go on this machine, and why not a faster one."""
+        return report_kernels(self, CPU_DECODER)
 
     @can_return_tuple
     @auto_docstring(

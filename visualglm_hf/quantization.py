@@ -13,8 +13,8 @@
 # limitations under the License.
 """Low-bit linear layers: choosing the codes, the layer, and putting it in the place of `nn.Linear`, in any module.
 
-Not here: the format's bytes and how to multiply with them (`quantization_kernels.py`). Weights are quantized once and
-never trained; gradients flow through the layer to whatever is before it.
+Not here: the format's bytes (`lowbit_format.py`) and how to multiply with them (`lowbit_products.py`). Weights are
+quantized once and never trained; gradients flow through the layer to whatever is before it.
 
 Two ways lead here, and the results are alike: `quantize_model` on a model in memory, and
 `from_pretrained(folder, quantization_config=LowBitConfig(...))`, which never holds more than one full matrix.
@@ -35,17 +35,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import find_adapted, record_untied, unwrap
-from .cpu_products import CpuProducts
-from .cuda_products import CudaMultiply
-from .quantization_kernels import (
-    dequantize,
+from .lowbit_format import dequantize_naive, pack_int4
+from .lowbit_products import (
+    Product,
+    Tell,
+    choose_half_way,
+    choose_lowbit_way,
     half_linear,
-    multiply_by_rows,
-    multiply_on_cpu,
-    pack_int4,
+    half_obstacle,
     packed_matrices,
     quantized_linear,
-    register_device,
 )
 
 
@@ -318,7 +317,12 @@ class QuantizedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Compute the matrix [N, K] that this layer multiplies with."""
-        return dequantize(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
+        return dequantize_naive(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
+
+    def find_way(self, dtype: torch.dtype, rows: int, tell: Tell) -> str:
+        """Say which way a product with so many rows of activations goes, and `tell` why not each faster one."""
+        product = Product(dtype, rows, self.weight, self.weight_scale, self.bits, self.in_features)
+        return choose_lowbit_way(product, tell).name
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         """Take full weights, too: PEFT saves those below an adapter of the head with it."""
@@ -355,8 +359,7 @@ class HalfLinear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_plain = type(self.weight) is nn.Parameter and self.weight.dtype == x.dtype and x.device.type == "cpu"
-        if is_plain and x.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
+        if half_obstacle(x.dtype, self.weight) is None:
             return half_linear(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -365,8 +368,13 @@ class HalfLinear(nn.Linear):
         key = f"{prefix}weight"
         if key in state_dict and state_dict[key].dtype == torch.int8:
             scale = state_dict.pop(f"{key}_scale")
-            state_dict[key] = dequantize(state_dict[key], scale, 8, self.in_features, self.weight.dtype)
+            state_dict[key] = dequantize_naive(state_dict[key], scale, 8, self.in_features, self.weight.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def find_way(self, dtype: torch.dtype, rows: int, tell: Tell) -> str:
+        """Say which way a product goes, as [`QuantizedLinear`] does."""
+        product = Product(dtype, rows, self.weight, None, self.weight.dtype, self.in_features)
+        return choose_half_way(product, tell).name
 
 
 def find_linears(module: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
@@ -602,11 +610,6 @@ class LowBitQuantizer(HfQuantizer):
         record(model.config, config.bits, config.group_size, config.lm_head)
         self.remove_quantization_config(model)  # the fields just recorded say it all, and are what is saved
 
-
-register_device("quantized_matmul", "CUDA", CudaMultiply(multiply_by_rows))
-CPU_PRODUCTS = CpuProducts(multiply_on_cpu, nn.functional.linear)
-register_device("quantized_matmul", "CPU", CPU_PRODUCTS.multiply)
-register_device("half_matmul", "CPU", CPU_PRODUCTS.multiply_half)
 
 # Plain assignment: the registering functions refuse a second import of this file, one for each checkpoint folder.
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowBitConfig
