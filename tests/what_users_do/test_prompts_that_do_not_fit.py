@@ -63,6 +63,15 @@ def test_a_mask_of_other_tokens_is_refused(model, greeting, rows, cut):
     both_refuse(model, greeting | {"attention_mask": mask}, "attention_mask is")
 
 
+def test_a_mask_without_the_cached_tokens_is_refused(model, greeting):
+    with torch.no_grad():
+        cache = model(**greeting, use_cache=True).past_key_values
+    positions = torch.tensor([[[greeting["input_ids"].shape[1] - 2], [2]]])
+    step = {"input_ids": torch.tensor([[700]]), "position_ids": positions, "past_key_values": cache}
+    with pytest.raises(ValueError, match="those in the cache included"):
+        model(**step, attention_mask=torch.ones(1, 1))
+
+
 @pytest.mark.parametrize("change", [lambda ids: ids[0], lambda ids: ids[:, :0]])
 def test_ids_that_are_no_batch_are_refused(model, greeting, change):
     both_refuse(model, {"input_ids": change(greeting["input_ids"])}, r"input_ids must be \[batch, length\]")
