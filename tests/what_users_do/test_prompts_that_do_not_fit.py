@@ -114,12 +114,12 @@ def test_the_processor_takes_none_for_a_row_without_a_picture(processor, picture
     assert all(batch[name].equal(expected[name]) for name in expected)
 
 
-def test_tokens_without_a_row_are_refused_also_if_the_tokenizer_has_them(tiny_original, tokenizer):
+def test_tokens_without_a_row_are_refused_also_if_the_tokenizer_has_them(tiny_original, tokenizer, described):
     model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer) - 1)
-    ids = torch.tensor([[len(tokenizer) - 1, *tokenizer("")["input_ids"]]])
+    ids = torch.cat((torch.tensor([[len(tokenizer) - 1]]), described["input_ids"]), dim=1)
     with pytest.raises(ValueError, match="resize_token_embeddings"):
-        model.generate(ids, tokenizer=tokenizer, max_new_tokens=2)
+        model.generate(ids, pixel_values=described["pixel_values"], tokenizer=tokenizer, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("wrong", ["processor", "path", None])
