@@ -153,7 +153,10 @@ CHAT_TEMPLATE = r"""
     {%- if message['content'] is string -%}
         {%- set text = message['content'] -%}
     {%- else -%}
-        {%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') -%}
+        {%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}
+        {%- for part in texts if part is not string -%}
+            {{- raise_exception('The text of a part must be a string, found ' + brief(part) + '.') -}}
+        {%- endfor -%}
         {%- set text = texts | join('\n') -%}
     {%- endif -%}
     {%- for mark in [image_mark, answer_mark, end_mark] if mark in text -%}
@@ -161,6 +164,9 @@ CHAT_TEMPLATE = r"""
     {%- endfor -%}
     {{- text -}}
 {%- endmacro -%}
+{%- if tools or documents -%}
+    {{- raise_exception('This model knows no tools and no documents. Leave them out, or write them into a message.') -}}
+{%- endif -%}
 {%- set ns = namespace(messages=messages, last='', chinese=false, latin=false) -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
     {{- text_of(messages[0]) + '\n' -}}

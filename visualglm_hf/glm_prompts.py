@@ -74,8 +74,12 @@ class PromptMixin:
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        num_cached: int = 0,
     ) -> None:
-        """Raise a `ValueError` unless a prompt is [B, S] or [B, S, C], with a mask of its tokens, maybe of more."""
+        """Raise a `ValueError` unless a prompt is [B, S] or [B, S, C], with a mask of its tokens and the cached ones.
+
+        The mask may be longer: of virtual tokens.
+        """
         if input_ids is not None and (input_ids.dim() != 2 or input_ids.shape[1] == 0):
             raise ValueError(f"input_ids must be [batch, length], found {list(input_ids.shape)}.")
         if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0):
@@ -88,10 +92,10 @@ class PromptMixin:
             )
         if attention_mask is None or attention_mask.dim() != 2:
             return
-        if len(attention_mask) != rows or attention_mask.shape[1] < length:
+        if len(attention_mask) != rows or attention_mask.shape[1] < num_cached + length:
             raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)} for a prompt of [{rows}, {length}]. Give one value "
-                "for each token, 0 for padding, or leave it out where there is none."
+                f"attention_mask is {list(attention_mask.shape)} for [{rows}, {num_cached + length}] tokens, those in "
+                "the cache included. Give one value for each, 0 for padding, or leave it out where there is none."
             )
 
     def check_length(self, length: int) -> None:

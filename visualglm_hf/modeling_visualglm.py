@@ -860,7 +860,9 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
         if kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
             raise ValueError("cu_seq_lens_q names several sequences in a row." + ONE_ROW_EACH)
-        self.check_shapes(input_ids, inputs_embeds, attention_mask)
+        is_growing = cache is not None and not cache.is_compileable and can_ask()
+        num_cached = cache.get_seq_length() if is_growing else 0
+        self.check_shapes(input_ids, inputs_embeds, attention_mask, num_cached)
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         self.check_length(length)
         glm_position_ids = two_rows(position_ids, glm_position_ids)

@@ -63,6 +63,15 @@ def test_a_mask_of_other_tokens_is_refused(model, greeting, rows, cut):
     both_refuse(model, greeting | {"attention_mask": mask}, "attention_mask is")
 
 
+def test_a_mask_without_the_cached_tokens_is_refused(model, greeting):
+    with torch.no_grad():
+        cache = model(**greeting, use_cache=True).past_key_values
+    positions = torch.tensor([[[greeting["input_ids"].shape[1] - 2], [2]]])
+    step = {"input_ids": torch.tensor([[700]]), "position_ids": positions, "past_key_values": cache}
+    with pytest.raises(ValueError, match="those in the cache included"):
+        model(**step, attention_mask=torch.ones(1, 1))
+
+
 @pytest.mark.parametrize("change", [lambda ids: ids[0], lambda ids: ids[:, :0]])
 def test_ids_that_are_no_batch_are_refused(model, greeting, change):
     both_refuse(model, {"input_ids": change(greeting["input_ids"])}, r"input_ids must be \[batch, length\]")
@@ -105,12 +114,12 @@ def test_the_processor_takes_none_for_a_row_without_a_picture(processor, picture
     assert all(batch[name].equal(expected[name]) for name in expected)
 
 
-def test_tokens_without_a_row_are_refused_also_if_the_tokenizer_has_them(tiny_original, tokenizer):
+def test_tokens_without_a_row_are_refused_also_if_the_tokenizer_has_them(tiny_original, tokenizer, described):
     model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer) - 1)
-    ids = torch.tensor([[len(tokenizer) - 1, *tokenizer("")["input_ids"]]])
+    ids = torch.cat((torch.tensor([[len(tokenizer) - 1]]), described["input_ids"]), dim=1)
     with pytest.raises(ValueError, match="resize_token_embeddings"):
-        model.generate(ids, tokenizer=tokenizer, max_new_tokens=2)
+        model.generate(ids, pixel_values=described["pixel_values"], tokenizer=tokenizer, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("wrong", ["processor", "path", None])

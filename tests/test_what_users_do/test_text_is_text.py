@@ -1,6 +1,7 @@
 """What people type is text, through every door that makes tokens of messages; and answers come back as they left."""
 
 import pytest
+from jinja2 import TemplateError
 from transformers import TextIteratorStreamer, pipeline
 
 from visualglm_hf.conversation import ANSWER_MARK, END_MARK, build_prompt
@@ -179,3 +180,18 @@ def test_text_pipeline_and_streamer_give_answers_that_come_back_as_they_were(mod
     for text in (messages[0]["generated_text"][-1]["content"], "".join(streamer)):
         again = [user("你好"), assistant(text), user("再见")]
         assert template_ids(tokenizer, again, add_generation_prompt=True) == expected, (text, answer)
+
+
+@pytest.mark.parametrize("extra", ["tools", "documents"])
+def test_what_the_prompt_has_no_place_for_is_refused(tokenizer, processor, extra):
+    given = {extra: [{"type": "function", "function": {"name": "look", "parameters": {}}}]}
+    for template in (tokenizer.apply_chat_template, processor.apply_chat_template):
+        with pytest.raises(TemplateError, match="no tools and no documents"):
+            template([{"role": "user", "content": "你好"}], tokenize=False, **given)
+        assert template([{"role": "user", "content": "你好"}], tokenize=False, tools=None, documents=[])
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": 5}])
+def test_the_text_of_a_part_is_a_string(tokenizer, part):
+    with pytest.raises(TemplateError, match="must be a string"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [part]}], tokenize=False)
