@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_folder(arguments.model)
     key = read_key(arguments.api_key)
     sockets = listen(arguments.host, arguments.port)
+    print(f"Listening at {address_of(sockets[0])}", file=sys.stderr)  # uvicorn is silent about others' sockets
     import uvicorn
     from serving.app import ApiOptions, LoadingEngine, create_app
     from serving.engine import Engine, Limits
@@ -123,16 +124,22 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets at all addresses of `host`, so that nothing is loaded in vain; a `ValueError` if there can be none."""
     sockets = []
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        for family, kind, protocol, _, (address, _, *more) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             sockets.append(socket.socket(family, kind, protocol))
             if os.name == "posix":  # elsewhere it lets two servers have one port
                 sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sockets[-1].bind(address)
+            sockets[-1].bind((address, port, *more))
+            port = port or sockets[0].getsockname()[1]  # the same for all addresses
     except (OSError, UnicodeError) as error:  # UnicodeError: a name with an empty or an overlong part
         for each in sockets:
             each.close()
         raise ValueError(f"cannot listen at {host!r}, port {port}: {error}. Give another --host or --port.") from error
     return sockets
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def main() -> int:

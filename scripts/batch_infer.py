@@ -126,6 +126,7 @@ def answer(arguments: argparse.Namespace, rows: list, output, state) -> None:
             Engine.load(arguments.model, limits, **options) as engine,
             tqdm(total=len(mine), unit="row", disable=not state.is_main_process) as progress,
         ):
+            engine.start_decoders()
             pictures = Pictures(folder, arguments.allow_urls, engine.decode_picture)
             outcomes = answer_rows(engine, mine, pictures, settings, arguments.seed)
             part = output.part(state.process_index, state.num_processes)

@@ -37,6 +37,7 @@ CHINESE = ("问：", "答：")
 ENGLISH = ("Q:", "A:")
 
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 CHINESE_BESIDE_HALF_WIDTH = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
 
@@ -48,7 +49,7 @@ def brief(value) -> str:
 
 
 def has_chinese(text: str) -> bool:
-    return any("\u4e00" <= character <= "\u9fff" for character in text)
+    return CHINESE_CHARACTER.search(text) is not None
 
 
 def is_english(text: str) -> bool:

@@ -201,13 +201,13 @@ def data_uri_bytes(uri: str) -> bytes:
         raise ValueError(f"Picture {name} has no comma. Expected data:image/png;base64,<base64 text>.")
     if payload.count("%") > MAX_ESCAPES:
         raise ValueError(f"Picture {name} has more than {MAX_ESCAPES:,} percent signs. Encode it as base64.")
-    data = unquote_to_bytes(payload)
-    if not head.lower().rstrip().endswith(";base64"):
-        return data
+    is_base64 = head.lower().rstrip().endswith(";base64")
     try:
-        return _decode_base64(data.decode("latin-1"))
-    except ValueError as error:  # binascii.Error is one; so is what characters outside ASCII raise
-        raise ValueError(f"Picture {name} is broken base64: {error}. Encode the picture again.") from error
+        data = unquote_to_bytes(payload)
+        return _decode_base64(data.decode("latin-1")) if is_base64 else data
+    except ValueError as error:  # binascii.Error is one; so is what characters outside ASCII and half ones raise
+        kind = "base64" if is_base64 else "text"
+        raise ValueError(f"Picture {name} is broken {kind}: {error}. Encode the picture again.") from error
 
 
 def _from_array(source: Any) -> Image.Image:

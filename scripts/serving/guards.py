@@ -88,7 +88,7 @@ class RefuseOtherPages:
         return "." not in name or name.endswith(".localhost")
 
     def may_call(self, origin: str, host: str) -> bool:
-        return ANY in self.origins or origin in self.origins or urlsplit(origin).netloc.lower() == host.lower()
+        return ANY in self.origins or origin in self.origins or origin.lower().partition("://")[2] == host.lower()
 
 
 def host_name(host: str) -> str:

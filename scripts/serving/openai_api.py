@@ -171,7 +171,7 @@ class ChatRequest(TakenAsTheyAre):
     min_tokens: int = Field(0, ge=0, description="an extension: of the answer, before which it does not end")
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.4, ge=0, le=1)
-    top_k: int = Field(100, ge=0, description="an extension: 0 for all tokens")
+    top_k: int = Field(100, ge=-1, description="an extension: 0 or -1 for all tokens")
     repetition_penalty: float = Field(1.2, ge=0.01, le=100, description="an extension: 1 for none")
     n: int = Field(1, ge=1)
     seed: int | None = Field(
@@ -192,7 +192,7 @@ class ChatRequest(TakenAsTheyAre):
                 min_new_tokens=self.min_tokens,
                 temperature=self.temperature,
                 top_p=self.top_p,
-                top_k=self.top_k,
+                top_k=max(0, self.top_k),
                 repetition_penalty=self.repetition_penalty,
                 seed=(self.seed + index) % (MAX_SEED + 1) if is_seeded else None,
                 stop=tuple(self.stop),
@@ -312,7 +312,7 @@ def check_address(url: str, allow_urls: bool) -> None:
     """An `ApiError` unless `url` is a `data:` URI, or an http(s) URL where those are allowed."""
     if url[:5].lower() == "data:":
         return
-    if not url.lower().startswith(("http://", "https://")):
+    if not url[:8].lower().startswith(("http://", "https://")):
         raise ApiError(400, "image_url must be a data: URI: data:image/png;base64,...", param="messages")
     if not allow_urls:
         message = "This server fetches no pictures. Send the picture itself: data:image/png;base64,..."

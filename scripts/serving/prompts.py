@@ -147,7 +147,7 @@ class PromptBuilder:
     async def open_async(self, picture, fetch: Callable[[str], Awaitable[bytes]] | None) -> Image.Image:
         refuse_path(picture)
         name = None
-        if isinstance(picture, str) and fetch is not None and picture.lower().startswith(("http://", "https://")):
+        if isinstance(picture, str) and fetch is not None and picture[:8].lower().startswith(("http://", "https://")):
             picture = await fetch(picture)
         elif isinstance(picture, str):
             name = name_of(picture)
@@ -213,6 +213,8 @@ def separate_pictures(messages: Sequence[Mapping]) -> tuple[list[dict], list]:
         parts = message.get("content")
         if not isinstance(parts, str):
             parts = [place_of(part, f"messages[{index}]", pictures) for part in as_list(parts, f"messages[{index}]")]
+        if message["role"] != "user" and pictures_of(parts):
+            raise ValueError(f"messages[{index}], of {message['role']!r}, has a picture; only the user's may have one.")
         conversation.append({"role": message["role"], "content": parts})
     if conversation[-1]["role"] != "user":
         raise ValueError(f"The last message must be the user's question, found one of {conversation[-1]['role']!r}.")
@@ -258,6 +260,10 @@ def parts_of(message: Mapping) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
+def pictures_of(content: str | list[dict]) -> list[dict]:
+    return [] if isinstance(content, str) else [part for part in content if part["type"] == "image"]
+
+
 def arrange(conversation: Sequence[Mapping], english: bool | None) -> list[dict]:
     """The conversation as the chat template takes it: what OpenAI's API takes, and people send, is more.
 
@@ -281,7 +287,7 @@ def arrange(conversation: Sequence[Mapping], english: bool | None) -> list[dict]
 
 def with_question(message: dict, question: str) -> dict:
     """The message, which asks `question` if it is a picture and nothing more."""
-    pictures = [part for part in parts_of(message) if part["type"] == "image"]
+    pictures = pictures_of(message["content"])
     if message["role"] != "user" or not pictures or "".join(texts_of([message])).strip():
         return message
     return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}

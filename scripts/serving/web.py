@@ -20,13 +20,11 @@ from starlette.middleware import Middleware
 from .engine import Answer, Engine, EngineError, QueueFull
 from .guards import ANY, RefuseOtherPages
 from .picture_pool import DecoderNotStarted, PoolClosed
-from .prompts import Prompt, conversation_messages
+from .prompts import QUESTIONS, Prompt, conversation_messages
 from .sampling import Settings
 from .uploads import Upload, Uploads, own_uploads
 from .web_client import (
-    CHINESE,
     CHOOSE_FIRST_QUESTION,
-    ENGLISH,
     GIVE_BACK,
     NAME_PICTURES,
     SEND,
@@ -178,15 +176,19 @@ def take_uploads_as_they_are(picture: gr.Image, uploads: Uploads) -> None:
     """
     move_to_cache = picture.async_move_resource_to_block_cache
 
-    def preprocess(payload) -> Upload | None:
+    def find(path: str) -> Upload:
         try:
-            return payload and uploads.find(payload.path or "")
+            return uploads.find(path)
         except ValueError as error:
             raise gr.Error(str(error)) from error
+
+    def preprocess(payload) -> Upload | None:
+        return payload and find(payload.path or "")
 
     async def move_uploads_to_cache(url_or_file_path):
         if str(url_or_file_path).lower().startswith(("http:", "https:")):
             raise gr.Error("Upload the picture; addresses are not opened here.")
+        find(url_or_file_path)  # gradio deletes in the end what it has taken, or fails to
         return await move_to_cache(url_or_file_path)
 
     picture.preprocess = preprocess
@@ -296,7 +298,7 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
                 buttons = add_buttons()
             with gr.Column(elem_id="settings"):
                 add_examples(picture, examples)
-                first_question = gr.Radio([CHINESE, ENGLISH], value=CHINESE, label=TEXTS("first_question"))
+                first_question = gr.Radio(QUESTIONS, value=QUESTIONS[0], label=TEXTS("first_question"))
                 sliders = add_sliders()
         page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
         page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
@@ -396,7 +398,8 @@ def add_examples(picture: gr.Image, paths: Sequence[Path]) -> None:
         gallery = gr.Dataset(
             components=[picture], samples=[[str(path)] for path in paths], type="index", label=TEXTS("examples")
         )
-        gallery.click(lambda index: str(paths[index]), gallery, picture, **AT_ONCE)
+        copies = [sample["path"] for [sample] in gallery.samples]  # gradio opens no others from another folder
+        gallery.click(lambda index: copies[index], gallery, picture, **AT_ONCE)
 
 
 def add_buttons() -> list[gr.Button]:

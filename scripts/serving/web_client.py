@@ -2,8 +2,8 @@
 
 import gradio as gr
 
+from .prompts import QUESTIONS
 
-CHINESE, ENGLISH = "描述这张图片。", "Describe the image."  # the first question; the original has the Chinese one
 
 TEXTS = gr.I18n(
     en={
@@ -55,7 +55,7 @@ STYLE = """
 """
 
 # If a browser does not say its language, the original's question.
-CHOOSE_FIRST_QUESTION = f"() => /^zh/i.test(navigator.language || 'zh') ? '{CHINESE}' : '{ENGLISH}'"
+CHOOSE_FIRST_QUESTION = "() => /^zh/i.test(navigator.language || 'zh') ? '{}' : '{}'".format(*QUESTIONS)
 
 # Screen readers say the name of a picture's file; gradio gives pictures no name, nor the examples' buttons.
 NAME_PICTURES = """() => {

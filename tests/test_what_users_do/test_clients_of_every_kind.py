@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from api_hf import address_of, listen
 from serving import prompts
 from serving.api_key import check_key
 from serving.app import ApiOptions
@@ -82,6 +83,7 @@ def error_of(response: httpx.Response, status: int) -> dict:
         {"stop": None, "stream": False, "stream_options": None},
         {"stop": [], "seed": -1},
         {"seed": -(2**63)},
+        {"top_k": -1},
         {"response_format": {"type": "text"}},
         {"prediction": {"type": "content", "content": "x"}, "web_search_options": None},
         {"min_p": 0, "length_penalty": 1.0, "stop_token_ids": []},
@@ -182,6 +184,18 @@ def test_a_picture_may_be_sent_as_clients_do(url, part):
 def test_a_wrong_message_is_refused_in_words_about_what_was_meant(url, message, param, found):
     error = error_of(chat(url, [message]), 422)
     assert error["param"] == param and found in error["message"]
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+def test_a_picture_that_is_not_the_users_is_refused_in_words(url, role):
+    message = error_of(chat(url, [{"role": role, "content": [IMAGE]}, HELLO]), 400)["message"]
+    assert "messages[0]" in message and "only the user's" in message
+
+
+def test_half_a_character_in_a_picture_is_refused_in_words(url):
+    for head, kind in (("data:;base64,", "base64"), ("data:,", "text")):
+        response = httpx.post(url, content=json.dumps({"text": "a", "image": head + "\ud83d"}), timeout=60)
+        assert f"broken {kind}" in error_of(response, 400)["message"]
 
 
 def arranged(*messages: tuple[str, object], english: bool | None = None) -> list[tuple[str, str]]:
@@ -350,6 +364,8 @@ def refuses(engine: Engine) -> bool:
         {"Host": "evil.example:8080", "Origin": "http://evil.example:8080"},
         {"Host": "127.0.0.1.evil.example"},
         {"Host": "localhost.evil.example"},
+        {"Origin": "http://[::1"},
+        {"Origin": ""},
     ],
     ids=str,
 )
@@ -420,6 +436,15 @@ def test_a_door_that_cannot_open_says_why_in_one_line_before_it_loads_anything()
             assert process.returncode == 2 and "Traceback" not in errors and "Loading" not in errors
             [line] = [line for line in errors.splitlines() if "error:" in line]
             assert found in line
+
+
+def test_a_free_port_is_one_for_all_addresses_of_a_name_and_is_said():
+    sockets = listen("localhost", 0)
+    ports = {each.getsockname()[1] for each in sockets}
+    said = {address_of(each) for each in sockets}
+    for each in sockets:
+        each.close()
+    assert len(ports) == 1 and said <= {f"http://{host}:{port}" for host in ("127.0.0.1", "[::1]") for port in ports}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
+from serving.errors import ApiError
+from serving.legacy_api import LegacyRequest
+from serving.openai_api import check_address
 from serving_helpers import PICTURES, health, open_door, wait_until
 
 
@@ -194,6 +197,24 @@ def test_the_neighbour_gets_the_same_answers_about_as_soon_and_the_memory_stays(
     assert response.status_code in (expected if isinstance(expected, tuple) else (expected,)), response.text[:500]
     assert len(response.content) < 5000
     assert response.status_code == 200 or response.json()["error"]["message"]
+
+
+class Long(str):
+    """A text of which 32 MiB would take more than a second, if they were gone through like this."""
+
+    def __iter__(self):
+        raise AssertionError("character by character")
+
+    def lower(self):
+        raise AssertionError("all in lower case")
+
+
+def test_while_others_wait_no_long_text_is_gone_through_character_by_character():
+    assert LegacyRequest.model_construct(text=Long("Hello")).is_english()
+    assert not LegacyRequest.model_construct(text=Long("你好")).is_english()
+    check_address(Long("HTTP://a"), allow_urls=True)
+    with pytest.raises(ApiError):
+        check_address(Long("a"), allow_urls=True)
 
 
 def test_many_large_bodies_at_a_time_do_not_add_up(server):

@@ -23,7 +23,7 @@ from serving.uploads import LOCK, PREFIX, Uploads, own_uploads
 from serving_helpers import PICTURES, ROOT, TINY, free_port, wait_until
 
 
-pytest.importorskip("gradio", reason="the web demo needs gradio")
+gradio = pytest.importorskip("gradio", reason="the web demo needs gradio")
 page_tests = pytest.importorskip("test_web_demo", reason="the web demo is tested through selenium")
 web = pytest.importorskip("serving.web")
 web_gate = pytest.importorskip("serving.web_gate")
@@ -124,6 +124,17 @@ def change_picture(url: str, picture) -> dict:
     assert status == 200
     lines = send(url, f"/gradio_api/queue/data?session_hash={body['session_hash']}")[1].splitlines()
     return next(m for m in (json.loads(line[6:]) for line in lines if line) if m["msg"] == "process_completed")
+
+
+def test_an_example_is_shown_wherever_the_server_was_started(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = json.loads(send(url, "/config")[1])
+    [gallery] = [each["id"] for each in config["components"] if each["type"] == "dataset"]
+    [number] = [each["id"] for each in config["dependencies"] if [gallery, "click"] in each["targets"]]
+    body = {"data": [PICTURES.index(CIRCLES)], "fn_index": number, "session_hash": "example"}
+    headers = {"Content-Type": "application/json"}
+    status, answer = send(url, "/gradio_api/run/predict", json.dumps(body).encode(), headers)
+    assert status == 200 and CIRCLES.name in answer, answer
 
 
 # What is uploaded
@@ -414,6 +425,16 @@ def test_no_hand_made_picture_opens_a_file(url, picture):
         picture = {**picture, "path": picture["path"].replace("FOLDER", str(own_uploads().folder))}
     assert change_picture(url, picture)["success"] is False
     assert send(url, "/")[0] == 200
+
+
+def test_gradio_is_given_uploads_alone_to_delete_in_the_end():
+    uploads = own_uploads()
+    with gradio.Blocks():
+        picture = web.add_picture(uploads)
+    for path in (uploads.folder, uploads.folder / "none.png", CIRCLES):
+        with pytest.raises(gradio.Error, match="is not here"):
+            asyncio.run(picture.async_move_resource_to_block_cache(str(path)))
+    assert not picture.temp_files
 
 
 @pytest.mark.parametrize("question", ["a" * 5_000_000, [[]] * 100_000, [{}] * 100_000], ids=["text", "[]", "{}"])
