@@ -27,7 +27,7 @@ from torch import nn
 
 from .adapters import unwrap
 from .cpu_attention import CPU_ATTENTION, query_obstacle, states_obstacle
-from .cpu_decoder import CpuDecoder, step_obstacle
+from .cpu_decoder import CpuDecoder, call_obstacle, step_obstacle
 from .cpu_language import HALVES
 from .growing_cache import make_cache
 from .kernel_choice import name_of, read_choice
@@ -146,7 +146,7 @@ def ask_step(
 ) -> list[tuple[Outcome, list[nn.Module]]]:
     """Ask how a decode step of one sequence is done, and by which layers alike."""
     hidden_states = torch.zeros(1, 1, text.config.hidden_size, dtype=dtype, device=device)
-    obstacle = text.program_obstacle(text.prefix_encoder, {}) or step_obstacle(
+    obstacle = call_obstacle(text.config, text.prefix_encoder, {}) or step_obstacle(
         text.config, hidden_states, make_cache(text.config, device)
     )
     if obstacle is not None:

@@ -25,13 +25,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -58,7 +56,7 @@ from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig, check_tensor_parallel
 from .cpu_attention import query_obstacle, single_query_attention
-from .cpu_decoder import CpuDecoder
+from .cpu_decoder import RECORDED, CpuDecoder
 from .feature_cache import FeatureCache
 from .generation_visualglm import VisualGLMGenerationMixin
 from .glm_positions import (
@@ -88,18 +86,11 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToTex
 logger = logging.get_logger(__name__)
 
 PREFIX_DROPOUT = 0.1  # the original's, in training
-RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
 LOSS_ELSEWHERE = (
     "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does "
     "not shift the labels for a class that it does not know by name, so the model would learn to repeat its input. "
     "Leave it out, or use TRL's SFTTrainer, which shifts them."
 )
-
-
-def find_setting(config: PretrainedConfig, options: dict, name: str) -> Any:
-    """A setting of a call: of its `options`, else of the config."""
-    value = options.get(name)
-    return getattr(config, name, None) if value is None else value
 
 
 def replace_columns(states: torch.Tensor, start: int, new: torch.Tensor) -> torch.Tensor:
@@ -332,19 +323,10 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             is_visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
-        hidden_states = None
-        if self.program_obstacle(prefix_key_values, kwargs) is None:
-            hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache, **kwargs)
-        if hidden_states is None:
-            hidden_states = self.run_layers(inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
+        hidden_states = CPU_DECODER.run_layers(
+            self, inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs
+        )
         return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
-
-    def program_obstacle(self, prefix: Any, options: dict) -> str | None:
-        """Why `CPU_DECODER` is not asked for a decode step with this prefix, if any, and these options of a call."""
-        if prefix is not None:
-            return "a prefix of P-tuning"
-        recorded = [name for name in RECORDED if find_setting(self.config, options, name)]
-        return f"{recorded[0]} is asked for" if recorded else None
 
     def run_layers(
         self,
@@ -355,7 +337,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One layer after the other, [B, S, C] -> [B, S, C]."""
+        """One layer after the other, [B, S, C] -> [B, S, C]: what `CPU_DECODER` does, faster where it can."""
         for layer_idx, layer in enumerate(self.layers):
             prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
             hidden_states = layer(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
