@@ -24,7 +24,6 @@ Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidd
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +41,6 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import (
-    adapts_embeddings,
-    check_plain,
-    check_tied_adapters,
-    is_tied,
-    record_untied,
-    remove_adapters,
-    untie,
-    unwrap,
-)
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig, check_tensor_parallel
@@ -71,21 +60,15 @@ from .glm_positions import (
 from .glm_prompts import PromptMixin, two_rows
 from .growing_cache import make_cache
 from .kernel_report import KernelReport, report_kernels
+from .model_weights import WeightsMixin
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
-from .quantization import (
-    HalfLinear,
-    QuantizedLinear,
-    check_adapters,
-    prepare_model,
-    quantize_,
-    quantize_model,
-)
+from .prefix_encoder import VisualGLMPrefixEncoder, prepend_prefix
+from .quantization import HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
+from .soft_prompts import SoftPromptMixin
 
 
-AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 logger = logging.get_logger(__name__)
 
-PREFIX_DROPOUT = 0.1  # the original's, in training
 LOSS_ELSEWHERE = (
     "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does "
     "not shift the labels for a class that it does not know by name, so the model would learn to repeat its input. "
@@ -131,41 +114,6 @@ def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)  # each [B, S, H, 2, 2, D / 4]
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
     return rotated.flatten(-3).to(states.dtype)
-
-
-class VisualGLMPrefixEncoder(nn.Module):
-    """P-tuning v2: keys and values that every query of a layer sees before all others, at no position of their own."""
-
-    def __init__(self, config: VisualGLMTextConfig):
-        super().__init__()
-        self.config = config
-        width = config.num_hidden_layers * 2 * config.hidden_size
-        # CODEPATH: P-tuning with and without --prefix_projection, both of the original's.
-        self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size if config.prefix_projection else width)
-        self.trans = nn.ModuleDict()
-        # CODEPATH: as above.
-        if config.prefix_projection:  # the original's names: a tanh is between them
-            self.trans["0"] = nn.Linear(config.hidden_size, config.hidden_size)
-            self.trans["2"] = nn.Linear(config.hidden_size, width)
-        self.dropout = nn.Dropout(PREFIX_DROPOUT)
-
-    def compute_table(self, device: torch.device | None = None) -> torch.Tensor:
-        """The prefixes of all layers, [P, layers * 2 (key, value) * C]."""
-        table = self.embedding(torch.arange(self.config.pre_seq_len, device=device))
-        return self.trans["2"](torch.tanh(self.trans["0"](table))) if self.trans else table
-
-    def forward(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Keys and values [2, H, P, D] for each layer, P prefix positions."""
-        config = self.config
-        shape = (config.num_hidden_layers, 2, config.num_attention_heads, config.head_dim)
-        table = self.dropout(self.compute_table(device)).unflatten(1, shape)  # [P, layers, 2, H, D]
-        return table.permute(1, 2, 3, 0, 4).unbind()
-
-
-def prepend_prefix(prefix: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the prefix [2, H, P, D] of a layer before its keys and values [B, H, T, D]."""
-    prefix = prefix.to(key)[:, None].expand(-1, len(key), -1, -1, -1)
-    return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
 
 
 class VisualGLMAttention(nn.Module):
@@ -388,23 +336,6 @@ class VisualGLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
-def check_resizable(model: "VisualGLMForConditionalGeneration", new_num_tokens: int | None) -> None:
-    """Raise a `ValueError` if the embeddings and the head of a model cannot have so many rows."""
-    for name, layer in (("word_embeddings", model.get_input_embeddings()), ("lm_head", model.get_output_embeddings())):
-        if unwrap(layer) is not layer:
-            raise ValueError(f"{name} has an adapter. Resize the embeddings before you add it, or after merging it.")
-        if not layer.weight.is_floating_point():
-            raise ValueError(f"{name} has few bits. Load the full weights, resize the embeddings, then quantize.")
-    text = model.config.text_config
-    names = ("pad_token_id", "mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id")
-    largest = max(names, key=lambda name: getattr(text, name) or 0)
-    if new_num_tokens is not None and new_num_tokens <= getattr(text, largest):
-        raise ValueError(
-            f"With {new_num_tokens} rows the embeddings would lose {largest} {getattr(text, largest)}. Keep at least "
-            f"{getattr(text, largest) + 1}."
-        )
-
-
 class VisualGLMBackbone:
     """Ids and pictures to hidden states, for trainers that apply the head themselves, to a few tokens at a time.
 
@@ -422,7 +353,9 @@ class VisualGLMBackbone:
 
 
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
-class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, ChatMixin, VisualGLMGenerationMixin):
+class VisualGLMForConditionalGeneration(
+    WeightsMixin, VisualGLMPreTrainedModel, SoftPromptMixin, PromptMixin, ChatMixin, VisualGLMGenerationMixin
+):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -471,72 +404,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         """The model without its head. The library's own property gives the decoder alone, which takes no pictures."""
         return VisualGLMBackbone(self)
 
-    @property
-    def peft_config(self) -> dict:
-        """PEFT's configs of the adapters on this model, by name. PEFT sets it when they are in their places."""
-        if self.adapters is None:
-            raise AttributeError("no adapters")
-        return self.adapters
-
-    @peft_config.setter
-    def peft_config(self, adapters: dict) -> None:
-        try:
-            self.accept_adapters(adapters)
-        except ValueError:
-            remove_adapters(self)
-            raise
-        self.adapters = adapters
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        self.adapters, self.accepted_adapters = None, []
-
-    def accept_adapters(self, adapters: dict) -> None:
-        """Make room for adapters that PEFT has put on this model.
-
-        An adapter of the head or of the embeddings unties them: merged, it belongs into one of the two. On the
-        full-size model in half precision the second matrix takes 1.1 GB.
-
-        Raises:
-            ValueError: adapters that need full weights are on low-bit layers, or one would be lost on loading.
-        """
-        check_tied_adapters(adapters)
-        check_adapters(self, [config.peft_type for config in adapters.values()])
-        if is_tied(self) and adapts_embeddings(self):
-            untie(self)
-        self.accepted_adapters = list(adapters)
-
-    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
-        """Save the weights and the config as [`PreTrainedModel.save_pretrained`] does, and the code that loads them.
-
-        Raises:
-            ValueError: layers have adapters.
-        """
-        if kwargs.get("state_dict") is None and not getattr(self, "_hf_peft_config_loaded", False):
-            check_plain(self)
-        if self.config.tie_word_embeddings and not (is_tied(self) or self.lm_head.weight.is_meta):
-            record_untied(self)  # as when a head that was trained as a whole has taken its place
-        self.register_for_auto_class()
-        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
-        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(AUTO_CLASSES, name)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Change the number of rows of the embeddings and the head, as [`PreTrainedModel.resize_token_embeddings`].
-
-        All `new_num_tokens` may be generated afterwards.
-
-        Raises:
-            ValueError: one of them has few bits or an adapter, or a control token would be lost; nothing has changed.
-        """
-        check_resizable(self, new_num_tokens)
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            self.config.text_config.num_tokens = new_num_tokens
-        return embeddings
-
     def quantize(
         self, bits: int, group_size: int | None = None, lm_head: bool = False
     ) -> "VisualGLMForConditionalGeneration":
@@ -576,105 +443,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             hidden_states=vision_output.hidden_states,
             attentions=vision_output.attentions,
         )
-
-    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        """Raise a `ValueError` unless `pixel_values` are [images, 3, image_size, image_size]."""
-        vision = self.config.vision_config
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1:] != expected:
-            remedy = "Pass pixel_values[None]." if shape == expected else "The image processor makes them."
-            raise ValueError(f"pixel_values must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
-
-    def check_image_embeds(self, image_embeds: torch.Tensor) -> None:
-        """Raise a `ValueError` unless `image_embeds` are [images, num_query_tokens, C]."""
-        expected = (self.config.qformer_config.num_query_tokens, self.config.text_config.hidden_size)
-        shape = tuple(image_embeds.shape)
-        if len(shape) != 3 or shape[1:] != expected:
-            remedy = "Pass image_embeds[None]." if shape == expected else "They are get_image_features' pooler_output."
-            raise ValueError(f"image_embeds must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
-
-    def count_images(self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None) -> int | None:
-        """How many pictures there are, [images, ...] both; None if there are none.
-
-        Raises:
-            ValueError: they were given twice, or have another shape than `encode_images` takes.
-        """
-        if pixel_values is not None and image_embeds is not None:
-            raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
-        if pixel_values is not None:
-            self.check_pixel_values(pixel_values)
-        elif image_embeds is not None:
-            self.check_image_embeds(image_embeds)
-        pictures = pixel_values if image_embeds is None else image_embeds
-        return None if pictures is None else len(pictures) or None
-
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The soft prompts of pictures, of which the last few are remembered in evaluation without gradients.
-
-        `image_cache.clear()` forgets them, `image_cache.capacity` is how many they are (0: none). They are forgotten by
-        themselves when the weights or the adapters of the image encoder change. `get_image_features` always encodes.
-
-        Args:
-            pixel_values: [images, 3, image_size, image_size]
-
-        Returns:
-            [images, num_query_tokens, C]
-
-        Raises:
-            ValueError: another shape.
-        """
-        self.check_pixel_values(pixel_values)
-        return self.image_cache.encode(
-            self.image_encoder,
-            pixel_values,
-            lambda pixels: self.get_image_features(pixels, return_dict=True).pooler_output,
-        )
-
-    def embed(
-        self,
-        input_ids: torch.Tensor | None,
-        image_embeds: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embed a prompt with the soft prompts of its pictures in the places of its image tokens.
-
-        Args:
-            input_ids: [B, S] with `num_query_tokens` times `config.image_token_id` for each picture.
-            image_embeds: [images, num_query_tokens, C], in the order of their places, row by row; None for no picture.
-            inputs_embeds: [B, S, C], the prompt with its image tokens embedded like all others, instead of `input_ids`.
-
-        Returns:
-            [B, S, C]
-
-        Raises:
-            ValueError: the pictures do not fill the places.
-        """
-        is_image = None if image_embeds is None else self.find_places(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_embeds is None:
-            return inputs_embeds
-        self.check_places(is_image, len(image_embeds))
-        is_image = is_image[..., None].to(inputs_embeds.device)
-        return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
-
-    def encode_images(
-        self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None, **recorded: bool
-    ) -> BaseModelOutputWithPooling:
-        """The soft prompts of a prompt's pictures, `pooler_output`, however they were given.
-
-        Args:
-            pixel_values: [images, 3, image_size, image_size]
-            image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            recorded: what else of `get_image_features` is wanted, such as `output_hidden_states`; pictures are then not
-                remembered.
-        """
-        if pixel_values is None:
-            return BaseModelOutputWithPooling(pooler_output=image_embeds)
-        if recorded:
-            return self.get_image_features(pixel_values, return_dict=True, **recorded)
-        return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
 
     def __call__(self, *args, compiled_call: Callable | None = None, guide: Callable | None = None, **kwargs):
         """Call the model as always, or a compiled call of it, and guide its logits; `generate` says for each step.
