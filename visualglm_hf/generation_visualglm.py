@@ -216,7 +216,7 @@ class VisualGLMGenerationMixin(GenerationMixin):
     def check_answerable(
         self, prompt: Prompt, num_images: int | None, cache: Cache | None, num_tokens: int, options: dict
     ) -> torch.Tensor | None:
-        """`check_generation`, if there is a prompt at all."""
+        """The ids [B, S] that `check_generation` returns; None, and nothing is asked, if there are no tokens at all."""
         if prompt.tokens is not None:
             return self.check_generation(prompt.input_ids, prompt.inputs_embeds, num_images, cache, num_tokens, options)
         if num_images is not None:
