@@ -192,9 +192,10 @@ def test_remote_code_finder_sees_only_real_sibling_files(room):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_room_begins_with_the_licence(room):
+def test_room_names_its_licence_in_one_line_and_then_says_what_it_is(room):
+    """transformers' linter looks for the long header in the files that it knows, by its rule TRF028."""
     source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
-    assert source.startswith("# Copyright 2026 The visualglm-hf authors.\n")
+    assert re.match('# SPDX-License-Identifier: Apache-2\\.0(  # trf-ignore: TRF028)?\n"""', source)
 
 
 @pytest.mark.parametrize("room", ROOMS)
