@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an encoder made of the pictures it saw last, for as long as the encoder is the one it was.
 
-Not here: which pictures there are, and how they are encoded (`modeling_visualglm.py`).
+Not here: which pictures there are (`soft_prompts.py`), and how they are encoded (`modeling_image_encoder.py`).
 """
 
 import hashlib
