@@ -23,26 +23,41 @@ ARROWS = {
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
     "modeling_visualglm": (
         {
-            "adapters",
             "cache_naming",
             "chat",
-            "compilation",
             "configuration_visualglm",
             "cpu_attention",
             "cpu_decoder",
             "feature_cache",
-            "generation_options",
+            "generation_visualglm",
             "glm_positions",
             "glm_prompts",
             "growing_cache",
-            "guidance",
             "kernel_report",
+            "model_weights",
             "modeling_image_encoder",
+            "prefix_encoder",
             "quantization",
+            "soft_prompts",
+        },
+        {"transformers", "torch"},
+    ),
+    "generation_visualglm": (
+        {
+            "cache_naming",
+            "compilation",
+            "configuration_visualglm",
+            "generation_options",
+            "glm_positions",
+            "growing_cache",
+            "guidance",
         },
         {"transformers", "torch"},
     ),
     "adapters": (set(), {"torch"}),
+    "model_weights": ({"adapters", "quantization"}, {"transformers", "torch"}),
+    "prefix_encoder": ({"configuration_visualglm"}, {"torch"}),
+    "soft_prompts": (set(), {"transformers", "torch"}),
     "cache_naming": (set(), {"transformers"}),
     "compilation": (set(), {"transformers", "torch"}),
     "feature_cache": (set(), {"torch"}),
@@ -177,9 +192,10 @@ def test_remote_code_finder_sees_only_real_sibling_files(room):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_room_begins_with_the_licence(room):
+def test_room_names_its_licence_in_one_line_and_then_says_what_it_is(room):
+    """transformers' linter looks for the long header in the files that it knows, by its rule TRF028."""
     source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
-    assert source.startswith("# Copyright 2026 The visualglm-hf authors.\n")
+    assert re.match('# SPDX-License-Identifier: Apache-2\\.0(  # trf-ignore: TRF028)?\n"""', source)
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -26,7 +26,7 @@ from fake_graphs import play_graphs
 from original_formulation import OriginalFormulation
 from transformers import DynamicCache, StaticCache
 
-from visualglm_hf import VisualGLMForConditionalGeneration, modeling_visualglm
+from visualglm_hf import VisualGLMForConditionalGeneration, generation_visualglm
 from visualglm_hf.compilation import RecordedCall, call_model
 from visualglm_hf.quantization import QuantizedLinear
 
@@ -442,7 +442,7 @@ def test_the_compiled_step_and_its_cache_are_those_of_generate(bench, monkeypatc
 
         return compiled
 
-    for module in (measurements, modeling_visualglm):
+    for module in (measurements, generation_visualglm):
         monkeypatch.setattr(module, "compile_call", note)
     found = []
     for path in ("generate, compiled", "forward, compiled"):

@@ -275,9 +275,9 @@ def test_other_devices_are_refused():
 @pytest.fixture
 def recorded(monkeypatch) -> list[FakeGraph]:
     """The graphs that were recorded, in order."""
-    for room in ("chat", "modeling_visualglm"):
+    for room in ("chat", "generation_visualglm"):
         monkeypatch.setattr(f"visualglm_hf.{room}.resolve_compile_config", lambda compile, device: compile)
-    monkeypatch.setattr("visualglm_hf.modeling_visualglm.compile_call", lambda *_: RecordedCall(call_model))
+    monkeypatch.setattr("visualglm_hf.generation_visualglm.compile_call", lambda *_: RecordedCall(call_model))
     return play_graphs(monkeypatch)
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028
 """The numbers of VisualGLM and their consistency.
 
 Reads two spellings of config.json: our own, with `text_config`, `vision_config` and `qformer_config`, and the
@@ -473,6 +461,33 @@ class VisualGLMConfig(PreTrainedConfig):
     @prefix_projection.setter
     def prefix_projection(self, value: bool) -> None:
         self.text_config.prefix_projection = value
+
+
+# Models that several processes share
+
+
+def count_processes(config: VisualGLMConfig) -> int:
+    """How many processes share a model, as `from_pretrained` was told."""
+    return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+
+
+def check_tensor_parallel(config: VisualGLMConfig) -> None:
+    """Raise a `ValueError` if the processes that are to share this model cannot."""
+    num_processes = count_processes(config)
+    if num_processes == 1:
+        return
+    num_heads = config.text_config.num_attention_heads
+    if num_heads % num_processes:
+        raise ValueError(
+            f"{num_processes} processes cannot share {num_heads} attention heads evenly. Start a number that divides "
+            f'{num_heads}, or use device_map="auto" in one process.'
+        )
+    undivided = {"pre_seq_len": config.text_config.pre_seq_len, "quantization_bit": config.quantization_bit}
+    if any(undivided.values()):
+        raise ValueError(
+            f"A model with {' and '.join(name for name, value in undivided.items() if value)} cannot be divided among "
+            'processes. Use device_map="auto" in one process.'
+        )
 
 
 __all__ = ["VisualGLMConfig", "VisualGLMQFormerConfig", "VisualGLMTextConfig", "VisualGLMVisionConfig"]

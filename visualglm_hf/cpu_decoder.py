@@ -1,16 +1,4 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """A decode step of all layers in one call, on a CPU, in half precision.
 
 Not here: what a thread computes (`cpu_layer.py`, `cpu_products.py`, `cpu_attention.py`), and the layers themselves,
@@ -52,6 +40,7 @@ from .kernel_choice import KernelError, name_of
 
 
 CHECK_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative error of the self-check: a few last bits
+RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
 SPINS = 4096  # of a thread that waits, before it gives its processor to another
 
 
@@ -394,6 +383,24 @@ class CpuDecoder(CpuKernelUser):
         self.make_example = make_example
         self.programs: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 
+    def run_layers(
+        self,
+        model: nn.Module,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rotary: torch.Tensor,
+        cache: Cache | None,
+        prefix_key_values: tuple[torch.Tensor, ...] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Do what `model.run_layers` does with the other arguments, by programs where they can, else by calling it."""
+        done = None
+        if call_obstacle(model.config, prefix_key_values, kwargs) is None:
+            done = self.step(model, hidden_states, attention_mask, rotary, cache, **kwargs)
+        if done is None:
+            done = model.run_layers(hidden_states, attention_mask, rotary, cache, prefix_key_values, **kwargs)
+        return done
+
     def step(
         self,
         model: nn.Module,
@@ -513,6 +520,20 @@ def identify(kind: type) -> type | tuple[str, str]:
 
 def has_global_hooks() -> bool:
     return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+
+
+def find_setting(config: PretrainedConfig, options: dict, name: str) -> Any:
+    """A setting of a call: of its `options`, else of the config."""
+    value = options.get(name)
+    return getattr(config, name, None) if value is None else value
+
+
+def call_obstacle(config: PretrainedConfig, prefix: Any, options: dict) -> str | None:
+    """Why no program is asked for a decode step with this prefix, if any, and these options of a call."""
+    if prefix is not None:
+        return "a prefix of P-tuning"
+    recorded = [name for name in RECORDED if find_setting(config, options, name)]
+    return f"{recorded[0]} is asked for" if recorded else None
 
 
 def step_obstacle(config: PretrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> str | None:

@@ -1,16 +1,4 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Which way the work of a model goes on this machine, and why not a faster one.
 
 Not here: the choices. Products (`lowbit_products.py`), attention (`cpu_attention.py`) and the decode step
@@ -27,7 +15,7 @@ from torch import nn
 
 from .adapters import unwrap
 from .cpu_attention import CPU_ATTENTION, query_obstacle, states_obstacle
-from .cpu_decoder import CpuDecoder, step_obstacle
+from .cpu_decoder import CpuDecoder, call_obstacle, step_obstacle
 from .cpu_language import HALVES
 from .growing_cache import make_cache
 from .kernel_choice import name_of, read_choice
@@ -146,7 +134,7 @@ def ask_step(
 ) -> list[tuple[Outcome, list[nn.Module]]]:
     """Ask how a decode step of one sequence is done, and by which layers alike."""
     hidden_states = torch.zeros(1, 1, text.config.hidden_size, dtype=dtype, device=device)
-    obstacle = text.program_obstacle(text.prefix_encoder, {}) or step_obstacle(
+    obstacle = call_obstacle(text.config, text.prefix_encoder, {}) or step_obstacle(
         text.config, hidden_states, make_cache(text.config, device)
     )
     if obstacle is not None:

@@ -1,19 +1,8 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""VisualGLM: tensors to tensors. The ChatGLM-6B decoder with soft prompts of pictures, and its hooks for `generate`.
+# SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028
+"""VisualGLM: tensors to tensors. The ChatGLM-6B decoder with soft prompts of pictures.
 
-Not here: text, pictures and prompts (`chat.py`, `processing_visualglm.py`), the ViT (`modeling_image_encoder.py`).
+Not here: text, pictures and prompts (`chat.py`, `processing_visualglm.py`), the ViT (`modeling_image_encoder.py`), and
+what `generate` asks of the model (`generation_visualglm.py`).
 Module names are the key names of the original checkpoint. Source: GLM (arXiv:2103.10360), `modeling_chatglm.py` of the
 original.
 
@@ -23,15 +12,11 @@ Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidd
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, StaticCache
-from transformers.configuration_utils import PretrainedConfig
-from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -44,24 +29,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import (
-    adapts_embeddings,
-    check_plain,
-    check_tied_adapters,
-    is_tied,
-    record_untied,
-    remove_adapters,
-    untie,
-    unwrap,
-)
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
-from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
-from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
+from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig, check_tensor_parallel
 from .cpu_attention import query_obstacle, single_query_attention
-from .cpu_decoder import CpuDecoder
+from .cpu_decoder import RECORDED, CpuDecoder
 from .feature_cache import FeatureCache
-from .generation_options import SuppressUnknown, check_options, resolve_options
+from .generation_visualglm import VisualGLMGenerationMixin
 from .glm_positions import (
     ONE_ROW_EACH,
     build_attention_mask,
@@ -72,46 +46,22 @@ from .glm_positions import (
     shift_left,
 )
 from .glm_prompts import PromptMixin, two_rows
-from .growing_cache import lengthen, make_cache
-from .guidance import Guidance, guidance_options
+from .growing_cache import make_cache
 from .kernel_report import KernelReport, report_kernels
+from .model_weights import WeightsMixin
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
-from .quantization import (
-    HalfLinear,
-    QuantizedLinear,
-    check_adapters,
-    prepare_model,
-    quantize_,
-    quantize_model,
-)
+from .prefix_encoder import VisualGLMPrefixEncoder, prepend_prefix
+from .quantization import HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
+from .soft_prompts import SoftPromptMixin
 
 
-AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 logger = logging.get_logger(__name__)
 
-PREFIX_DROPOUT = 0.1  # the original's, in training
-DEFAULT_NEW_TOKENS = 20  # of `generate`
-RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
 LOSS_ELSEWHERE = (
     "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does "
     "not shift the labels for a class that it does not know by name, so the model would learn to repeat its input. "
     "Leave it out, or use TRL's SFTTrainer, which shifts them."
 )
-
-
-def find_setting(config: PretrainedConfig, options: dict, name: str) -> Any:
-    """A setting of a call: of its `options`, else of the config."""
-    value = options.get(name)
-    return getattr(config, name, None) if value is None else value
-
-
-def wants_dynamic_cache(options: dict) -> bool:
-    """Whether `generate` with these `options` would make a dynamic cache that nobody but it knows of."""
-    return (
-        options.get("use_cache") is not False
-        and options.get("cache_implementation") is None
-        and not options.get("is_assistant")
-    )
 
 
 def replace_columns(states: torch.Tensor, start: int, new: torch.Tensor) -> torch.Tensor:
@@ -152,41 +102,6 @@ def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)  # each [B, S, H, 2, 2, D / 4]
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
     return rotated.flatten(-3).to(states.dtype)
-
-
-class VisualGLMPrefixEncoder(nn.Module):
-    """P-tuning v2: keys and values that every query of a layer sees before all others, at no position of their own."""
-
-    def __init__(self, config: VisualGLMTextConfig):
-        super().__init__()
-        self.config = config
-        width = config.num_hidden_layers * 2 * config.hidden_size
-        # CODEPATH: P-tuning with and without --prefix_projection, both of the original's.
-        self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size if config.prefix_projection else width)
-        self.trans = nn.ModuleDict()
-        # CODEPATH: as above.
-        if config.prefix_projection:  # the original's names: a tanh is between them
-            self.trans["0"] = nn.Linear(config.hidden_size, config.hidden_size)
-            self.trans["2"] = nn.Linear(config.hidden_size, width)
-        self.dropout = nn.Dropout(PREFIX_DROPOUT)
-
-    def compute_table(self, device: torch.device | None = None) -> torch.Tensor:
-        """The prefixes of all layers, [P, layers * 2 (key, value) * C]."""
-        table = self.embedding(torch.arange(self.config.pre_seq_len, device=device))
-        return self.trans["2"](torch.tanh(self.trans["0"](table))) if self.trans else table
-
-    def forward(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Keys and values [2, H, P, D] for each layer, P prefix positions."""
-        config = self.config
-        shape = (config.num_hidden_layers, 2, config.num_attention_heads, config.head_dim)
-        table = self.dropout(self.compute_table(device)).unflatten(1, shape)  # [P, layers, 2, H, D]
-        return table.permute(1, 2, 3, 0, 4).unbind()
-
-
-def prepend_prefix(prefix: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the prefix [2, H, P, D] of a layer before its keys and values [B, H, T, D]."""
-    prefix = prefix.to(key)[:, None].expand(-1, len(key), -1, -1, -1)
-    return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
 
 
 class VisualGLMAttention(nn.Module):
@@ -344,19 +259,10 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             is_visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
-        hidden_states = None
-        if self.program_obstacle(prefix_key_values, kwargs) is None:
-            hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache, **kwargs)
-        if hidden_states is None:
-            hidden_states = self.run_layers(inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
+        hidden_states = CPU_DECODER.run_layers(
+            self, inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs
+        )
         return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
-
-    def program_obstacle(self, prefix: Any, options: dict) -> str | None:
-        """Why `CPU_DECODER` is not asked for a decode step with this prefix, if any, and these options of a call."""
-        if prefix is not None:
-            return "a prefix of P-tuning"
-        recorded = [name for name in RECORDED if find_setting(self.config, options, name)]
-        return f"{recorded[0]} is asked for" if recorded else None
 
     def run_layers(
         self,
@@ -367,7 +273,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One layer after the other, [B, S, C] -> [B, S, C]."""
+        """One layer after the other, [B, S, C] -> [B, S, C]: what `CPU_DECODER` does, faster where it can."""
         for layer_idx, layer in enumerate(self.layers):
             prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
             hidden_states = layer(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
@@ -418,47 +324,6 @@ class VisualGLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
-def count_processes(config: VisualGLMConfig) -> int:
-    """How many processes share a model, as `from_pretrained` was told."""
-    return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-
-
-def check_tensor_parallel(config: VisualGLMConfig) -> None:
-    """Raise a `ValueError` if the processes that are to share this model cannot."""
-    num_processes = count_processes(config)
-    if num_processes == 1:
-        return
-    num_heads = config.text_config.num_attention_heads
-    if num_heads % num_processes:
-        raise ValueError(
-            f"{num_processes} processes cannot share {num_heads} attention heads evenly. Start a number that divides "
-            f'{num_heads}, or use device_map="auto" in one process.'
-        )
-    undivided = {"pre_seq_len": config.text_config.pre_seq_len, "quantization_bit": config.quantization_bit}
-    if any(undivided.values()):
-        raise ValueError(
-            f"A model with {' and '.join(name for name, value in undivided.items() if value)} cannot be divided among "
-            'processes. Use device_map="auto" in one process.'
-        )
-
-
-def check_resizable(model: "VisualGLMForConditionalGeneration", new_num_tokens: int | None) -> None:
-    """Raise a `ValueError` if the embeddings and the head of a model cannot have so many rows."""
-    for name, layer in (("word_embeddings", model.get_input_embeddings()), ("lm_head", model.get_output_embeddings())):
-        if unwrap(layer) is not layer:
-            raise ValueError(f"{name} has an adapter. Resize the embeddings before you add it, or after merging it.")
-        if not layer.weight.is_floating_point():
-            raise ValueError(f"{name} has few bits. Load the full weights, resize the embeddings, then quantize.")
-    text = model.config.text_config
-    names = ("pad_token_id", "mask_token_id", "gmask_token_id", "bos_token_id", "eos_token_id")
-    largest = max(names, key=lambda name: getattr(text, name) or 0)
-    if new_num_tokens is not None and new_num_tokens <= getattr(text, largest):
-        raise ValueError(
-            f"With {new_num_tokens} rows the embeddings would lose {largest} {getattr(text, largest)}. Keep at least "
-            f"{getattr(text, largest) + 1}."
-        )
-
-
 class VisualGLMBackbone:
     """Ids and pictures to hidden states, for trainers that apply the head themselves, to a few tokens at a time.
 
@@ -476,7 +341,9 @@ class VisualGLMBackbone:
 
 
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
-class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, ChatMixin, GenerationMixin):
+class VisualGLMForConditionalGeneration(
+    WeightsMixin, VisualGLMPreTrainedModel, SoftPromptMixin, PromptMixin, ChatMixin, VisualGLMGenerationMixin
+):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -525,72 +392,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
         """The model without its head. The library's own property gives the decoder alone, which takes no pictures."""
         return VisualGLMBackbone(self)
 
-    @property
-    def peft_config(self) -> dict:
-        """PEFT's configs of the adapters on this model, by name. PEFT sets it when they are in their places."""
-        if self.adapters is None:
-            raise AttributeError("no adapters")
-        return self.adapters
-
-    @peft_config.setter
-    def peft_config(self, adapters: dict) -> None:
-        try:
-            self.accept_adapters(adapters)
-        except ValueError:
-            remove_adapters(self)
-            raise
-        self.adapters = adapters
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        self.adapters, self.accepted_adapters = None, []
-
-    def accept_adapters(self, adapters: dict) -> None:
-        """Make room for adapters that PEFT has put on this model.
-
-        An adapter of the head or of the embeddings unties them: merged, it belongs into one of the two. On the
-        full-size model in half precision the second matrix takes 1.1 GB.
-
-        Raises:
-            ValueError: adapters that need full weights are on low-bit layers, or one would be lost on loading.
-        """
-        check_tied_adapters(adapters)
-        check_adapters(self, [config.peft_type for config in adapters.values()])
-        if is_tied(self) and adapts_embeddings(self):
-            untie(self)
-        self.accepted_adapters = list(adapters)
-
-    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
-        """Save the weights and the config as [`PreTrainedModel.save_pretrained`] does, and the code that loads them.
-
-        Raises:
-            ValueError: layers have adapters.
-        """
-        if kwargs.get("state_dict") is None and not getattr(self, "_hf_peft_config_loaded", False):
-            check_plain(self)
-        if self.config.tie_word_embeddings and not (is_tied(self) or self.lm_head.weight.is_meta):
-            record_untied(self)  # as when a head that was trained as a whole has taken its place
-        self.register_for_auto_class()
-        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
-        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(AUTO_CLASSES, name)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Change the number of rows of the embeddings and the head, as [`PreTrainedModel.resize_token_embeddings`].
-
-        All `new_num_tokens` may be generated afterwards.
-
-        Raises:
-            ValueError: one of them has few bits or an adapter, or a control token would be lost; nothing has changed.
-        """
-        check_resizable(self, new_num_tokens)
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            self.config.text_config.num_tokens = new_num_tokens
-        return embeddings
-
     def quantize(
         self, bits: int, group_size: int | None = None, lm_head: bool = False
     ) -> "VisualGLMForConditionalGeneration":
@@ -630,105 +431,6 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             hidden_states=vision_output.hidden_states,
             attentions=vision_output.attentions,
         )
-
-    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        """Raise a `ValueError` unless `pixel_values` are [images, 3, image_size, image_size]."""
-        vision = self.config.vision_config
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1:] != expected:
-            remedy = "Pass pixel_values[None]." if shape == expected else "The image processor makes them."
-            raise ValueError(f"pixel_values must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
-
-    def check_image_embeds(self, image_embeds: torch.Tensor) -> None:
-        """Raise a `ValueError` unless `image_embeds` are [images, num_query_tokens, C]."""
-        expected = (self.config.qformer_config.num_query_tokens, self.config.text_config.hidden_size)
-        shape = tuple(image_embeds.shape)
-        if len(shape) != 3 or shape[1:] != expected:
-            remedy = "Pass image_embeds[None]." if shape == expected else "They are get_image_features' pooler_output."
-            raise ValueError(f"image_embeds must be [images, {str(expected)[1:-1]}], found {list(shape)}. {remedy}")
-
-    def count_images(self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None) -> int | None:
-        """How many pictures there are, [images, ...] both; None if there are none.
-
-        Raises:
-            ValueError: they were given twice, or have another shape than `encode_images` takes.
-        """
-        if pixel_values is not None and image_embeds is not None:
-            raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
-        if pixel_values is not None:
-            self.check_pixel_values(pixel_values)
-        elif image_embeds is not None:
-            self.check_image_embeds(image_embeds)
-        pictures = pixel_values if image_embeds is None else image_embeds
-        return None if pictures is None else len(pictures) or None
-
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The soft prompts of pictures, of which the last few are remembered in evaluation without gradients.
-
-        `image_cache.clear()` forgets them, `image_cache.capacity` is how many they are (0: none). They are forgotten by
-        themselves when the weights or the adapters of the image encoder change. `get_image_features` always encodes.
-
-        Args:
-            pixel_values: [images, 3, image_size, image_size]
-
-        Returns:
-            [images, num_query_tokens, C]
-
-        Raises:
-            ValueError: another shape.
-        """
-        self.check_pixel_values(pixel_values)
-        return self.image_cache.encode(
-            self.image_encoder,
-            pixel_values,
-            lambda pixels: self.get_image_features(pixels, return_dict=True).pooler_output,
-        )
-
-    def embed(
-        self,
-        input_ids: torch.Tensor | None,
-        image_embeds: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embed a prompt with the soft prompts of its pictures in the places of its image tokens.
-
-        Args:
-            input_ids: [B, S] with `num_query_tokens` times `config.image_token_id` for each picture.
-            image_embeds: [images, num_query_tokens, C], in the order of their places, row by row; None for no picture.
-            inputs_embeds: [B, S, C], the prompt with its image tokens embedded like all others, instead of `input_ids`.
-
-        Returns:
-            [B, S, C]
-
-        Raises:
-            ValueError: the pictures do not fill the places.
-        """
-        is_image = None if image_embeds is None else self.find_places(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_embeds is None:
-            return inputs_embeds
-        self.check_places(is_image, len(image_embeds))
-        is_image = is_image[..., None].to(inputs_embeds.device)
-        return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
-
-    def encode_images(
-        self, pixel_values: torch.Tensor | None, image_embeds: torch.Tensor | None, **recorded: bool
-    ) -> BaseModelOutputWithPooling:
-        """The soft prompts of a prompt's pictures, `pooler_output`, however they were given.
-
-        Args:
-            pixel_values: [images, 3, image_size, image_size]
-            image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            recorded: what else of `get_image_features` is wanted, such as `output_hidden_states`; pictures are then not
-                remembered.
-        """
-        if pixel_values is None:
-            return BaseModelOutputWithPooling(pooler_output=image_embeds)
-        if recorded:
-            return self.get_image_features(pixel_values, return_dict=True, **recorded)
-        return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
 
     def __call__(self, *args, compiled_call: Callable | None = None, guide: Callable | None = None, **kwargs):
         """Call the model as always, or a compiled call of it, and guide its logits; `generate` says for each step.
@@ -902,236 +604,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, PromptMixin, C
             outputs.last_hidden_state = torch.where(is_learned.to(states.device), states, states.detach())
         return outputs, image_outputs, is_learned
 
-    @takes_cache
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        *args,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        cache: Cache | None = None,
-        compile: bool | CompileConfig = False,
-        **kwargs,
-    ):
-        """[`GenerationMixin.generate`] after the pictures are in place.
 
-        The pictures are encoded once, whatever the number of beams and return sequences, and travel as `prompt_embeds`,
-        which `generate` repeats row by row: a row with two pictures stays right.
-
-        Args:
-            inputs: [B, S], the same as `input_ids`.
-            generation_config, logits_processor: as in transformers; rows beyond the tokens are never chosen.
-            input_ids: [B, S], left-padded.
-            pixel_values: [images, 3, image_size, image_size]
-            image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            inputs_embeds: [B, S, C], instead of `input_ids`; pictures replace what equals the image token's embedding.
-            cache: of a context that was processed before, by this or its older name, past_key_values.
-            compile: True to compile the step from token to token, with CUDA graphs on CUDA, on a CPU with its C++
-                compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
-                the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs. The backend
-                "cudagraphs" only records, and its cache grows with the answer.
-            kwargs: the other options; a `tokenizer` among them says which tokens there are, else the config does.
-
-        Raises:
-            ValueError: as in `forward`; also for an option that cannot be kept, such as a prompt that is processed in
-                chunks, which would hide later parts of the context from earlier ones, and if the step cannot be
-                compiled here or with the other options.
-        """
-        options = resolve_options(self.generation_config, generation_config, kwargs)
-        check_options(options)
-        input_ids = inputs if input_ids is None else input_ids
-        if kwargs.get("assistant_pixel_values") is not None:  # this is an assistant: it sees the pictures its own way
-            pixel_values = kwargs.pop("assistant_pixel_values")
-            kwargs.pop("prompt_embeds")
-        elif kwargs.get("assistant_model") is not None:
-            self.check_assistant(kwargs["assistant_model"], image_embeds, inputs_embeds)
-            kwargs["assistant_pixel_values"] = pixel_values
-        num_images = self.count_images(pixel_values, image_embeds)
-        if input_ids is not None or inputs_embeds is not None:
-            self.check_shapes(input_ids, inputs_embeds, kwargs.get("attention_mask"))
-        if cache is None and not compile and wants_dynamic_cache(options):
-            cache = make_cache(self.config.text_config, self.input_device)
-        if cache is not None:
-            kwargs[CACHE_NAME] = cache
-        prompt = inputs_embeds if input_ids is None else input_ids
-        if compile:
-            prompt_length = 0 if prompt is None else prompt.shape[1]
-            kwargs |= self.compile_options(compile, prompt_length, options | {CACHE_NAME: cache})
-        tokenizer, text_config = kwargs.get("tokenizer"), self.config.text_config
-        num_tokens = text_config.num_tokens if tokenizer is None else min(len(tokenizer), text_config.vocab_size)
-        if num_tokens < text_config.vocab_size:
-            # Also behind the caller's own, which may give such rows a chance again.
-            last = [SuppressUnknown(num_tokens)] if logits_processor else []
-            logits_processor = LogitsProcessorList([SuppressUnknown(num_tokens), *(logits_processor or ()), *last])
-        if input_ids is not None or inputs_embeds is not None:
-            prompt_ids = self.check_generation(input_ids, inputs_embeds, num_images, cache, num_tokens, kwargs)
-        elif num_images is not None:
-            raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
-        if input_ids is not None:
-            kwargs["input_ids"] = input_ids = input_ids.to(self.input_device)
-        elif inputs_embeds is not None:
-            kwargs["prompt_ids"] = prompt_ids
-        if num_images is not None:
-            name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
-            with torch.no_grad():
-                image_embeds = self.encode_images(pixel_values, image_embeds).pooler_output
-                kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
-        elif inputs_embeds is not None:
-            kwargs["inputs_embeds"] = inputs_embeds
-        if options.get("guidance_scale") not in (None, 1) and prompt is not None:
-            kwargs |= guidance_options(self, options, len(prompt), 0 if input_ids is None else input_ids.shape[1])
-        with torch.no_grad():
-            prefix_key_values = self.transformer.compute_prefix(self.input_device)
-        kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
-        return super().generate(None, generation_config, logits_processor, *args, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Not for this model: see the error.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "Continuous batching (generate_batch) cannot be used: it hides later parts of the context from earlier "
-            "ones. Give generate() a batch that is padded on the left, or start scripts/api_hf.py, which batches."
-        )
-
-    def check_assistant(
-        self, assistant: PreTrainedModel, image_embeds: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> None:
-        """Raise a `ValueError` if a model cannot draft answers to a prompt that is embedded already."""
-        width, other = (model.config.get_text_config().hidden_size for model in (self, assistant))
-        if width != other and (image_embeds is not None or inputs_embeds is not None):
-            raise ValueError(
-                f"The assistant model is {other} wide and cannot read embeddings of {width}. Give generate() the "
-                "prompt as input_ids and pixel_values, or an assistant of the same width, such as a quantized copy."
-            )
-
-    def compile_options(self, compile: bool | CompileConfig, prompt_length: int, options: dict) -> dict:
-        """What to add to the `options` of `generate` for a compiled decode step.
-
-        Args:
-            compile: `generate`'s.
-            prompt_length: in tokens.
-            options: all that hold for the call.
-
-        Raises:
-            ValueError: no compiler, weights that come and go, or options that the cache of a compiled step contradicts.
-        """
-        setting = options.get
-        places = {str(place) for place in getattr(self, "hf_device_map", {}).values()}
-        if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise ValueError("A model that is partly offloaded cannot be compiled. Leave compile out.")
-        compile_config = resolve_compile_config(compile, self.device)
-        for name in ("assistant_model", "prompt_lookup_num_tokens", CACHE_NAME):
-            if setting(name) is not None:
-                raise ValueError(f"compile has a cache of its own and steps of one token: leave it or {name} out.")
-        if setting("use_cache") is False or setting("cache_implementation") not in (None, "static"):
-            raise ValueError("compile needs the static cache: leave use_cache and cache_implementation out.")
-        length = prompt_length + (setting("max_new_tokens") or DEFAULT_NEW_TOKENS)
-        if setting("max_new_tokens") is None:
-            length = setting("max_length") or length
-        # If nothing is compiled for its length, it begins short, and `prepare_inputs_for_generation` lengthens it.
-        grows = compile_config.backend == GRAPHS_ALONE and setting("cache_implementation") is None
-        limit = self.config.text_config.max_position_embeddings
-        length = max(bucket_length(prompt_length + 1 if grows else length, limit), setting("max_cache_len") or 0)
-        cache = {"cache_implementation": "static", "max_cache_len": length}
-        if grows:
-            cache = {CACHE_NAME: StaticCache(config=self.config.text_config, max_cache_len=length)}
-        is_divided = len(places) > 1 or count_processes(self.config) > 1
-        return {
-            **cache,
-            "compiled_call": compile_call(compile_config, self.device, is_divided),
-            "disable_compile": True,  # transformers' own way, which there is on CUDA alone
-        }
-
-    @takes_cache
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_ids: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        compiled_call: Callable | None = None,
-        assistant_pixel_values: torch.Tensor | None = None,
-        guidance: Guidance | None = None,
-        tokenizer=None,
-        **kwargs,
-    ) -> dict:
-        """Derive the positions from the whole sequence at every step.
-
-        They are no state of `generate`, which would add 1 to both rows and repeat them along the wrong dimension; so
-        beams, rollbacks and continued caches are right by construction. An assistant has seen its pictures,
-        `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began. Of a prompt that is
-        embeddings, `prompt_ids` [B, S] are those that `know_ids` found. The `tokenizer`, which `generate` hands to
-        every step, is for stop strings.
-        """
-        length = input_ids.shape[1] + (0 if prompt_ids is None else prompt_ids.shape[1])
-        if compiled_call is not None and length > cache.layers[0].max_cache_len:
-            lengthen(cache, bucket_length(length, self.config.text_config.max_position_embeddings))
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **{CACHE_NAME: cache},
-            **kwargs,
-        )
-        if CACHE_NAME in model_inputs:  # PEFT looks for the prefix of prefix tuning under the older name
-            model_inputs[OLD_NAME] = model_inputs.pop(CACHE_NAME)
-        if guidance is not None:
-            model_inputs["guide"] = partial(guidance.guide, self, input_ids)
-        if prompt_ids is not None:
-            input_ids = torch.cat((prompt_ids, input_ids), dim=1)
-        current = model_inputs.get("inputs_embeds")
-        current = model_inputs["input_ids"] if current is None else current
-        glm_position_ids = build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
-        model_inputs["glm_position_ids"] = glm_position_ids[..., -current.shape[1] :].contiguous()
-        if prompt_embeds is not None:
-            model_inputs |= self.place_prompt(prompt_embeds, input_ids.shape[1] - current.shape[1], cache)
-        is_static = cache is not None and cache.is_compileable
-        if compiled_call is not None and is_static and not is_first_iteration:  # prompts have all lengths
-            model_inputs["compiled_call"] = compiled_call
-        return model_inputs
-
-    def place_prompt(self, prompt_embeds: torch.Tensor, start: int, cache: Cache | None) -> dict:
-        """What of `prompt_embeds` [B, S, C] belongs to the tokens from `start` on."""
-        if start >= prompt_embeds.shape[1]:
-            return {}
-        # Prefix tuning keeps its cache where none was wanted, and will cut the input down to its last token.
-        is_cached = start == 0 and cache is not None and cache.get_seq_length() > 0
-        return {} if is_cached else {"prompt_embeds": prompt_embeds[:, start:]}
-
-    @staticmethod
-    @takes_cache
-    def create_masks_for_generate(
-        config: VisualGLMConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-        **kwargs,
-    ) -> torch.Tensor | None:
-        """The mask of a step with a static cache. `generate`'s own would make the context causal.
-
-        A prompt keeps its two-dimensional mask, to which `forward` adds the context; one token gets a ready mask
-        [B, 1, 1, T] of constant shape, so that a compiled step is compiled once.
-        """
-        batch_size, query_length = inputs_embeds.shape[:2]
-        if query_length > 1:
-            return attention_mask
-        past_length, key_length = cache.get_seq_length(), cache.layers[0].max_cache_len
-        mask = torch.arange(key_length, device=inputs_embeds.device).expand(batch_size, -1) <= past_length
-        if attention_mask is not None:
-            mask = mask & F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))
-        return mask[:, None, None]
-
-
-__all__ = ["VisualGLMForConditionalGeneration", "VisualGLMPreTrainedModel", "VisualGLMTextModel"]
+__all__ = [
+    "VisualGLMForConditionalGeneration",
+    "VisualGLMPreTrainedModel",
+    "VisualGLMTextModel",
+    "build_glm_position_ids",  # for those who know it from here
+]

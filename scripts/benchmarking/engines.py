@@ -12,8 +12,8 @@ from transformers import Cache, DynamicCache
 from benchmarking.models import BLOCK_LENGTH, BLOCKS, WEIGHT_STD, fill, random_block
 from benchmarking.timing import Clock
 from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_hf.glm_positions import build_glm_position_ids
 from visualglm_hf.growing_cache import make_cache
-from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
 class Engine(Protocol):

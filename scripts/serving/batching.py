@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from visualglm_hf.glm_positions import build_glm_position_ids
 from visualglm_hf.growing_cache import make_cache
-from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 from .sampling import Chooser, RowSampler
 
