@@ -193,9 +193,11 @@ def test_remote_code_finder_sees_only_real_sibling_files(room):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_room_names_its_licence_in_one_line_and_then_says_what_it_is(room):
-    """transformers' linter looks for the long header in the files that it knows, by its rule TRF028."""
-    source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
-    assert re.match('# SPDX-License-Identifier: Apache-2\\.0(  # trf-ignore: TRF028)?\n"""', source)
+    """transformers' linter demands its long header of the files that it knows by their names."""
+    header, docstring, _ = (PACKAGE / f"{room}.py").read_text(encoding="utf-8").partition('"""')
+    is_known = room.startswith(("modeling_", "configuration_", "processing_", "image_processing_"))
+    assert docstring
+    assert header.startswith("# Copyright") if is_known else header == "# SPDX-License-Identifier: Apache-2.0\n"
 
 
 @pytest.mark.parametrize("room", ROOMS)

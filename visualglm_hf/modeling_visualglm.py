@@ -1,4 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028
+# Copyright 2026 The visualglm-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """VisualGLM: tensors to tensors. The ChatGLM-6B decoder with soft prompts of pictures.
 
 Not here: text, pictures and prompts (`chat.py`, `processing_visualglm.py`), the ViT (`modeling_image_encoder.py`), and
