@@ -5,6 +5,7 @@ event loop, and never so much at a time that many clients together fill the memo
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -19,6 +20,7 @@ from .errors import ApiError, client_has_left, of_validation
 SMALL_BYTES = 2**18  # of a body without a picture: not counted, and parsed at once
 BODIES_HELD = 3  # of the largest size, in memory at a time
 BODY_SECONDS = 120  # for a body to arrive
+UNDISTURBED_SECONDS = 5  # after which one that is still arriving makes room for others, if there is none
 # `{`, `[` and `,` in a body: of each, a value becomes up to 150 bytes. A text of commas as long as the context is less.
 MAX_MARKS = 2**17
 MAX_ENTRIES = 2048  # of a list or an object: each message and part takes at least a token
@@ -36,6 +38,7 @@ class Intake:
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.free_bytes = BODIES_HELD * max_bytes
+        self.arriving: dict[Held, asyncio.Task] = {}  # the one that is longest on its way first
         self.large_ones = ThreadPoolExecutor(1, "large-bodies")  # one by one: parsing takes a body's memory twice
         self.small_ones = ThreadPoolExecutor(2, "small-bodies")
 
@@ -61,12 +64,29 @@ class Intake:
     async def received(self, request: Request, held: "Held") -> bytearray:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "A compressed body is not read; send the JSON itself.", code="unsupported_encoding")
+        self.arriving[held] = asyncio.create_task(self.receive(request, held))
         try:
-            return await asyncio.wait_for(self.receive(request, held), BODY_SECONDS)
+            return await asyncio.wait_for(self.arriving[held], BODY_SECONDS)
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"The body was not complete after {BODY_SECONDS} s.", code="timeout") from error
+        except asyncio.CancelledError:
+            if not held.is_given_up:
+                raise
+            raise ApiError(408, "The body came too slowly, and others needed its room.", code="timeout") from None
         except ClientDisconnect as error:
             raise client_has_left() from error
+        finally:
+            del self.arriving[held]
+
+    def make_room(self, size: int) -> None:
+        """Give up bodies that may never come until `size` bytes are free, or there are no such bodies."""
+        latest = time.monotonic() - UNDISTURBED_SECONDS
+        for held, task in self.arriving.items():
+            if self.free_bytes >= size or held.began_at > latest:
+                return
+            if held.size and task.cancel():
+                held.is_given_up = True
+                held.release()
 
     def parsed(self, body: bytearray, model: type[Asked], strict: bool) -> Awaitable[Asked]:
         threads = self.small_ones if len(body) <= SMALL_BYTES else self.large_ones
@@ -91,12 +111,14 @@ class Held:
 
     def __init__(self, intake: Intake):
         self.intake, self.size = intake, 0
+        self.began_at, self.is_given_up = time.monotonic(), False
 
     def grow(self, size: int) -> None:
         """Count `size` bytes from now on, unless that is little; an `ApiError` if there are not so many."""
         more = size - self.size
         if size <= SMALL_BYTES:
             return
+        self.intake.make_room(more)
         if more > self.intake.free_bytes:
             message = "Other requests take all the room there is for large ones. Try again in a second."
             raise ApiError(429, message, code="too_many_bytes", retry_after=1)

@@ -1,5 +1,6 @@
 """Whatever one client sends, the others get their answers, as they are and about as soon, and the memory stays."""
 
+import asyncio
 import base64
 import json
 import statistics
@@ -8,10 +9,12 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
+from serving import intake
 from serving.errors import ApiError
 from serving.legacy_api import LegacyRequest
 from serving.openai_api import check_address
@@ -232,6 +235,38 @@ def test_many_large_bodies_at_a_time_do_not_add_up(server):
     assert statuses <= {400, 429} and 400 in statuses
     assert len(set(neighbour.answers)) == 1
     assert memory.most - memory.before < 2 * MOST_GROWTH
+
+
+@pytest.mark.parametrize(("undisturbed", "stalled", "next_one"), [(0, 408, 200), (60, 200, 429)])
+def test_bodies_that_stop_halfway_make_room_for_others(monkeypatch, undisturbed, stalled, next_one):
+    monkeypatch.setattr(intake, "UNDISTURBED_SECONDS", undisturbed)
+    body = b'{"text": "' + b"a" * (MIB - 12)  # and its end
+
+    async def take_in_all() -> list[int]:
+        all_are_there, taking = asyncio.Event(), intake.Intake(MIB)
+
+        async def status_of(waits: bool) -> int:
+            async def stream():
+                yield body
+                if waits:
+                    await all_are_there.wait()
+                yield b'"}'
+
+            try:
+                async with taking.read(SimpleNamespace(headers={}, stream=stream), LegacyRequest):
+                    return 200
+            except ApiError as error:
+                return error.status_code
+
+        waiting = [asyncio.create_task(status_of(waits=True)) for _ in range(intake.BODIES_HELD)]
+        await asyncio.sleep(0.1)
+        statuses = [await status_of(waits=False)]
+        all_are_there.set()
+        statuses += [await each for each in waiting]
+        assert taking.free_bytes == intake.BODIES_HELD * MIB and not taking.arriving
+        return statuses
+
+    assert asyncio.run(take_in_all()) == [next_one, stalled, *[200] * (intake.BODIES_HELD - 1)]
 
 
 def test_a_body_that_never_ends_holds_nobody_up(server):
