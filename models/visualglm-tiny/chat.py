@@ -1,16 +1,4 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """`chat()` and `stream_chat()`: pictures and words in, words out.
 
 Not here: what a prompt looks like (`conversation.py`), and how tokens are chosen (transformers' `generate`).
@@ -18,43 +6,40 @@ Source: `chat`, `stream_chat` and their defaults in the original `modeling_chatg
 """
 
 import hashlib
+import inspect
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 from .compilation import resolve_compile_config
-from .conversation import build_prompt, check_history, check_query, clean_response, expand_images
+from .conversation import build_prompt, check_history, check_query, clean_response, expand_images, uncleaned
 from .fetching import fetch_picture
+from .generation_options import check_chat_options, resolve_chat_options
+from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
 from .image_processing_visualglm import VisualGLMImageProcessor
 
 
-ORIGINAL_MIN_LENGTH = 100  # tokens, prompt included
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
+NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english")  # arguments that are not `generate`'s
 
 
 @dataclass(frozen=True)
-class RememberedImage:
-    """A picture of a conversation: the turn it stands before, a digest of its pixels, its soft prompt [1, 32, C]."""
+class GivenImage:
+    """A picture that a caller gives: a digest of its pixels, and its pixel values [1, 3, H, W]."""
 
-    turn: int
     digest: str
-    embeds: torch.Tensor
-
-
-class ChatHistory(list):
-    """The (query, response) pairs of a conversation: equal to the plain list, but it remembers the pictures."""
-
-    def __init__(self, turns: Iterable[tuple[str, str]] = (), images: Iterable[RememberedImage] = ()):
-        super().__init__(turns)
-        self.images = tuple(images)
+    pixel_values: torch.Tensor
 
 
 @dataclass
@@ -63,8 +48,8 @@ class Turn:
 
     inputs: BatchFeature
     query: str
-    history: list[tuple[str, str]]
-    images: tuple[RememberedImage, ...]
+    history: ChatHistory
+    images: tuple[RememberedImage, ...]  # those that stand before the query
 
     @property
     def prompt_length(self) -> int:
@@ -72,7 +57,7 @@ class Turn:
 
     def finish(self, text: str) -> tuple[str, ChatHistory]:
         response = clean_response(text)
-        return response, ChatHistory([*self.history, (self.query, response)], self.images)
+        return response, ChatHistory([*self.history, AnsweredTurn((self.query, response), self.images)])
 
 
 class RefuseNan(LogitsProcessor):
@@ -96,18 +81,31 @@ class StopWhenSet(StoppingCriteria):
 
 
 class TokenQueue(BaseStreamer):
-    """Hands the new tokens of one sequence from the thread of `generate` to the one that iterates."""
+    """Hands the new tokens of one sequence from the thread of `generate` to the one that iterates.
 
-    def __init__(self):
+    Args:
+        streamer: the caller's own, which gets all that `generate` gives; None for none.
+    """
+
+    def __init__(self, streamer: BaseStreamer | None = None):
         self.queue = queue.SimpleQueue()
         self.is_prompt = True
+        self.streamer = streamer
 
     def put(self, value: torch.Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(value)
         if not self.is_prompt:  # the first call carries the prompt
             self.queue.put(value.flatten().tolist())
         self.is_prompt = False
 
     def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
+        self.close()
+
+    def close(self) -> None:
+        """Nothing more will come, whether `generate` has ended or failed."""
         self.queue.put(None)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -147,6 +145,11 @@ class IncrementalDecoder:
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
     """Raise a `ValueError` if the tokenizer is not the checkpoint's: ChatGLM-6B had two vocabularies."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise ValueError(
+            f"chat() needs the tokenizer first, found {type(tokenizer).__name__}. Load it with AutoTokenizer, or pass "
+            "processor.tokenizer."
+        )
     for name, token_id in (("bos_token", config.bos_token_id), ("eos_token", config.eos_token_id)):
         found = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name))
         if found != token_id:
@@ -156,9 +159,38 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
             )
 
 
+def checked_turns(history: Iterable | None) -> list[Sequence[str]]:
+    """The turns of what a caller has for a history, None for none; a `ValueError` as in `check_history`."""
+    if history is None or isinstance(history, Iterator):
+        history = list(history or ())
+    pairs = check_history(history)
+    return [turn if hasattr(turn, "images") else pair for turn, pair in zip(history, pairs, strict=True)]
+
+
+def notes_given(method: Callable) -> Callable:
+    """Tell a method, as its keyword `given`, which of its arguments the caller gave, by name.
+
+    So its signature can show the values that hold by default, and an option that was left open is still told from one
+    that was given that value.
+    """
+    signature = inspect.signature(method)
+    shown = [parameter for name, parameter in signature.parameters.items() if name != "given"]
+    signature = signature.replace(parameters=shown)
+
+    @wraps(method)
+    def call(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        options = {name: value for name, value in given.items() if name not in ("kwargs", *NO_OPTIONS)}
+        return method(*args, **kwargs, given=options | given.get("kwargs", {}))
+
+    call.__signature__ = signature
+    return call
+
+
 class ChatMixin:
     """Conversation for a model with `generate`, `encode_pictures`, `input_device` and a VisualGLM config."""
 
+    @notes_given
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -174,49 +206,50 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        *,
+        given: dict[str, Any],
         **kwargs,
     ) -> tuple[str, ChatHistory]:
         """Answer one question.
 
         `chat(tokenizer, image, query, history=history)` asks about a picture; `chat(tokenizer, query, history=history)`
         goes on about the pictures that the history returned by an earlier call remembers, and without such a history is
-        a conversation without pictures. A picture that the history already has is not encoded again; a new one joins
-        the conversation at this turn; with a plain list as history it stands in front of it, as in the original.
+        a conversation without pictures. A picture joins the conversation at this turn, unless it is the one that was
+        shown last; no picture is encoded twice. With a plain list as history it stands in front of it, as in the
+        original.
 
         Args:
             tokenizer: the checkpoint's tokenizer.
-            image_path: a path, an http(s) URL, a `data:` URI, a PIL image, bytes, an array, or None or "" for none.
+            image_path: a path, an http(s) URL, a `data:` URI, base64 text, a PIL image, bytes, an open file, an array
+                or a dict with "bytes" or "path"; a list of these for several pictures; None or "" for none.
             query: the question.
-            history: (query, response) pairs, oldest first; not changed.
+            history: (query, response) pairs, oldest first; not changed. Each pair that an earlier call returned carries
+                the pictures that stand before it, into whatever list it is put (see `ChatHistory`).
             max_length: of prompt and answer, in tokens.
             min_length: of prompt and answer, in tokens; None takes the generation config's, or else the original's 100.
-            do_sample, top_p, top_k, temperature, repetition_penalty, logits_processor: as in `generate`.
+            do_sample, top_p, top_k, temperature, repetition_penalty, logits_processor: as in `generate`. What a
+                `generation_config` among the keywords sets holds instead, unless it is given here, too; the defaults,
+                which are the original's, hold instead of those of the model's own `generation_config`.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the query's language.
-            **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`; `compile=True` makes
-                all answers but the first faster, for which the step from token to token is compiled.
+            **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`, `min_new_tokens`
+                `min_length`; `compile=True` makes all answers but the first faster, for which the step from token to
+                token is compiled.
 
         Returns:
             The answer, and the history with this turn.
 
         Raises:
-            ValueError: an unusable query, history, picture, tokenizer or length; NaN in the logits.
+            ValueError: an unusable query, history, picture, tokenizer or length; an option that is unknown or cannot be
+                kept; NaN in the logits.
         """
-        options = self.generation_options(
-            tokenizer,
-            max_length=max_length,
-            min_length=min_length,
-            do_sample=do_sample,
-            top_p=top_p,
-            top_k=top_k,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            logits_processor=logits_processor,
-            **kwargs,
-        )
+        # The options are taken from `given`: which of them were left open is known there only.
+        options = self.generation_options(tokenizer, **given)
         turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
-        output = self.generate(**turn.inputs, **options)[0]
-        return turn.finish(tokenizer.decode(output[turn.prompt_length :].tolist()))
+        output = self.generate(**turn.inputs, **options)
+        sequences = output.sequences if isinstance(output, ModelOutput) else output
+        return turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
 
+    @notes_given
     def stream_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -232,6 +265,8 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        *,
+        given: dict[str, Any],
         **kwargs,
     ) -> Iterator[tuple[str, ChatHistory]]:
         """[`~ChatMixin.chat`] that yields the growing answer.
@@ -239,29 +274,19 @@ class ChatMixin:
         Yields whenever the text has grown by whole characters, and last what `chat` would return, with the last token,
         which the original lost. When the caller stops iterating, the model stops within one token.
         """
-        options = self.generation_options(
-            tokenizer,
-            max_length=max_length,
-            min_length=min_length,
-            do_sample=do_sample,
-            top_p=top_p,
-            top_k=top_k,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            logits_processor=logits_processor,
-            **kwargs,
-        )
+        tokens = TokenQueue(given.pop("streamer", None))
+        options = self.generation_options(tokenizer, **given, streamer=tokens)
         turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
-        """Yield the growing response of a turn; `options` are those of `generate`."""
-        tokens, decoder, stop = TokenQueue(), IncrementalDecoder(tokenizer), threading.Event()
-        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), StopWhenSet(stop)])
+        """Yield the growing response of a turn; `options` are those of `generate`, with a `TokenQueue` as streamer."""
+        tokens, decoder, stop = options["streamer"], IncrementalDecoder(tokenizer), threading.Event()
+        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or ()), StopWhenSet(stop)])
         last = None
         with ThreadPoolExecutor(1) as pool:
-            worker = pool.submit(self.generate, **turn.inputs, **options, streamer=tokens, stopping_criteria=criteria)
-            worker.add_done_callback(lambda _: tokens.end())  # also when it failed before its streamer ended
+            worker = pool.submit(self.generate, **turn.inputs, **options, stopping_criteria=criteria)
+            worker.add_done_callback(lambda _: tokens.close())  # also when it failed before its streamer ended
             try:
                 for token_ids in tokens:
                     decoder.add(token_ids)
@@ -280,40 +305,71 @@ class ChatMixin:
     def prepare_turn(
         self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
     ) -> Turn:
-        """Check everything that is cheap to check, then encode the picture, if it is a new one."""
+        """Check everything that is cheap to check, then encode the pictures that are new."""
+        turns = checked_turns(history)
         if query is None:
             image_path, query = None, image_path
-            if not history and isinstance(query, str) and os.path.isfile(query):
+            if not turns and isinstance(query, str) and os.path.isfile(query):
                 raise ValueError(f"There is a picture, {query!r}, but no query: chat(tokenizer, image_path, query).")
         check_query(query)
         check_tokenizer(tokenizer, self.config.text_config)
-        images = list(getattr(history, "images", ()))
-        history = check_history(history or ())
-        new_image = self.open_new_image(image_path, images)
+        place, history = joining_turn(turns), ChatHistory(turns)
+        self.check_embeds(history)
+        given = self.open_images(image_path)
+        joining = [image for image in given if image.digest not in shown_last(history)]
 
-        image_turns = [min(image.turn, len(history)) for image in images]
-        if new_image is not None:
-            image_turns.append(len(history) if images else 0)
+        image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
         prompt = build_prompt(query, history, image_turns, english)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
-        if new_image is not None:
-            digest, pixel_values = new_image
-            with torch.no_grad():
-                embeds = self.encode_pictures(pixel_values.to(self.input_device))
-            images.append(RememberedImage(image_turns[-1], digest, embeds))
-        if images:
-            inputs["image_embeds"] = torch.cat([image.embeds.to(self.input_device) for image in images])
-        return Turn(inputs, query, history, tuple(images))
+        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images})
+        if place < len(history):  # in front of a plain list
+            history[place], images = AnsweredTurn(history[place], images), ()
+        embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
+        if embeds:
+            inputs["image_embeds"] = torch.cat(embeds)
+        return Turn(inputs, query, history, images)
 
-    def open_new_image(self, image_path, images: list[RememberedImage]) -> tuple[str, torch.Tensor] | None:
-        """Digest and pixel values [1, 3, H, W] of the picture; None if there is none or it is among `images`."""
+    def check_embeds(self, history: ChatHistory) -> None:
+        """Raise a `ValueError` if another model has encoded a picture of the history."""
+        expected = (1, self.config.qformer_config.num_query_tokens, self.config.text_config.hidden_size)
+        for image in history.images:
+            if tuple(image.embeds.shape) != expected:
+                raise ValueError(
+                    f"The picture before history[{image.turn}] was encoded by another model: its embeddings have the "
+                    f"shape {tuple(image.embeds.shape)}, this model's {expected}. Pass list(map(tuple, history)) as "
+                    "history, and the picture again."
+                )
+
+    def open_images(self, image_path) -> list[GivenImage]:
+        """The picture or the list of pictures that a caller gives; None and "" are none."""
         if image_path is None or (isinstance(image_path, str) and not image_path):
-            return None
+            return []
+        sources = image_path if isinstance(image_path, (list, tuple)) else [image_path]
+        if not sources:
+            return []
         image_size = self.config.vision_config.image_size
         image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-        pixel_values = image_processor(fetch_picture(image_path), return_tensors="pt")["pixel_values"]
-        digest = hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest()
-        return None if any(image.digest == digest for image in images) else (digest, pixel_values)
+        pixel_values = image_processor([fetch_picture(source) for source in sources], return_tensors="pt")
+        return [
+            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None])
+            for pixels in pixel_values["pixel_values"]
+        ]
+
+    def remember_images(
+        self, images: Iterable[GivenImage], known: Mapping[str, torch.Tensor]
+    ) -> tuple[RememberedImage, ...]:
+        """Pictures with their soft prompts, of which no digest is encoded twice.
+
+        Args:
+            images: pixel values [1, 3, H, W] each.
+            known: digests and their soft prompts, [1, num_query_tokens, C] each.
+        """
+        embeds = dict(known)
+        for image in images:
+            if image.digest not in embeds:
+                with torch.no_grad():
+                    embeds[image.digest] = self.encode_pictures(image.pixel_values.to(self.input_device))
+        return tuple(RememberedImage(image.digest, embeds[image.digest]) for image in images)
 
     def tokenize_prompt(self, tokenizer, prompt: str, num_images: int, max_length: int | None) -> BatchFeature:
         """`input_ids` and `attention_mask` [1, S]; a `ValueError` if there is no room for an answer."""
@@ -329,31 +385,19 @@ class ChatMixin:
             )
         return inputs
 
-    def generation_options(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        min_length: int | None,
-        logits_processor: LogitsProcessorList | None,
-        **options,
-    ) -> dict:
-        """`generate`'s keywords for those of `chat`, without the ones that contradict each other."""
+    def generation_options(self, tokenizer: PreTrainedTokenizerBase, **given) -> dict[str, Any]:
+        """`generate`'s keywords for the options that a call of `chat` gave; see there which one wins.
+
+        Raises:
+            ValueError: an option that `chat` does not have, or that cannot be kept.
+        """
+        options = resolve_chat_options(given, self.generation_config)
         if options.get("compile"):
             options["compile"] = resolve_compile_config(options["compile"], self.input_device)
-        if options.get("num_return_sequences", 1) != 1:
-            raise ValueError("chat() gives one answer; use generate() for num_return_sequences > 1.")
-        if min_length is None:
-            min_length = self.generation_config.min_length
-            min_length = min(ORIGINAL_MIN_LENGTH, max_length) if min_length is None else min_length
-        options.update(max_length=max_length, min_length=min_length)
-        if options.get("max_new_tokens") is not None:
-            options.pop("max_length")
-            options.pop("min_length")
-        if not options["do_sample"]:
-            options.update(top_p=None, top_k=None, temperature=None)
-        # The model has rows beyond the vocabulary, which mean nothing and cannot be decoded.
-        beyond = range(len(tokenizer), self.config.text_config.vocab_size)
-        if beyond:
-            options["suppress_tokens"] = [*(options.get("suppress_tokens") or ()), *beyond]
-        options["logits_processor"] = LogitsProcessorList([*(logits_processor or ()), RefuseNan()])
+        options["tokenizer"] = tokenizer
+        stops = options.get("stop_strings") or self.generation_config.stop_strings
+        if stops:  # callers take them from answers that are cleaned
+            options["stop_strings"] = [uncleaned(stop) for stop in ([stops] if isinstance(stops, str) else stops)]
+        options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), RefuseNan()])
+        check_chat_options(options, self.generation_config)
         return options

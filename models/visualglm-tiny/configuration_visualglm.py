@@ -21,6 +21,7 @@ are those of VisualGLM-6B.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -83,6 +84,8 @@ QFORMER_FIELDS = {
     "row_parallel_linear_final_bias": None,
 }
 REQUIRED_FIELDS = ("hidden_size", "num_layers", "num_attention_heads")
+# What every vocabulary of the original has from [MASK] on: 8 marks, a tab, 79 runs of blanks and 256 bytes.
+TOKENS_FROM_MASK = 344
 # What the code below can compute; another value would load and then answer nonsense.
 FIXED_VALUES = {
     "config.json": {"position_encoding_2d": True},
@@ -128,6 +131,8 @@ def translate_original_config(fields: dict[str, Any]) -> dict[str, Any]:
     text = rename_fields("config.json", fields, TEXT_FIELDS)
     vision = rename_fields("eva_config", eva, VISION_FIELDS)
     qformer = rename_fields("qformer_config", qformer, QFORMER_FIELDS)
+    if text.get("mask_token_id") is not None:
+        text["num_tokens"] = text["mask_token_id"] + TOKENS_FROM_MASK
     qformer.setdefault("intermediate_size", 4 * qformer["hidden_size"])
     if isinstance(qformer.get("cross_attention_layers"), list):
         qformer["cross_attention_layers"] = [i for i, has in enumerate(qformer["cross_attention_layers"]) if has]
@@ -180,6 +185,11 @@ def raises_value_errors(config_class: type[PreTrainedConfig]) -> type[PreTrained
 @strict
 class VisualGLMTextConfig(PreTrainedConfig):
     r"""
+    vocab_size (`int`, *optional*, defaults to 130528):
+        Rows of the word embeddings and of the head.
+    num_tokens (`int`, *optional*, defaults to 130344):
+        How many of these rows, the first ones, have a token in the tokenizer. The others mean nothing and are never
+        generated. At most `vocab_size`; `resize_token_embeddings` keeps it.
     rope_theta (`float`, *optional*, defaults to 10000.0):
         Base of the rotary angles.
     residual_alpha (`float`, *optional*, defaults to sqrt(56)):
@@ -207,6 +217,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 130528
+    num_tokens: int = 130344
     hidden_size: int = 4096
     num_hidden_layers: int = 28
     num_attention_heads: int = 32
@@ -231,6 +242,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
         check_positive_integers(
             self,
             "vocab_size",
+            "num_tokens",
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
@@ -238,6 +250,7 @@ class VisualGLMTextConfig(PreTrainedConfig):
             "max_position_embeddings",
             *(["pre_seq_len"] if self.pre_seq_len is not None else []),
         )
+        self.num_tokens = min(self.num_tokens, self.vocab_size)
         # Each half of a head is rotated by one of the two positions, and a rotation needs pairs.
         check_divisible(self, "hidden_size", by="num_attention_heads", times=4)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id"):
@@ -375,6 +388,8 @@ class VisualGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
+    # No predictions, for the Trainer: caches by either name, and what is per picture instead of per row.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
     sub_configs = {
         "text_config": VisualGLMTextConfig,
         "vision_config": VisualGLMVisionConfig,
@@ -420,6 +435,11 @@ class VisualGLMConfig(PreTrainedConfig):
         with wrong_types_as_value_errors(cls.__name__):
             return super().from_dict(config_dict, **kwargs)
 
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
+        """Save it as [`PretrainedConfig.save_pretrained`] does, with the code that loads it."""
+        self.register_for_auto_class()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def make_parts(self) -> None:
         """Turn the fields of the three parts into configs that agree, or raise a `ValueError`."""
         for name, part in self.sub_configs.items():
@@ -453,6 +473,33 @@ class VisualGLMConfig(PreTrainedConfig):
     @prefix_projection.setter
     def prefix_projection(self, value: bool) -> None:
         self.text_config.prefix_projection = value
+
+
+# Models that several processes share
+
+
+def count_processes(config: VisualGLMConfig) -> int:
+    """How many processes share a model, as `from_pretrained` was told."""
+    return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+
+
+def check_tensor_parallel(config: VisualGLMConfig) -> None:
+    """Raise a `ValueError` if the processes that are to share this model cannot."""
+    num_processes = count_processes(config)
+    if num_processes == 1:
+        return
+    num_heads = config.text_config.num_attention_heads
+    if num_heads % num_processes:
+        raise ValueError(
+            f"{num_processes} processes cannot share {num_heads} attention heads evenly. Start a number that divides "
+            f'{num_heads}, or use device_map="auto" in one process.'
+        )
+    undivided = {"pre_seq_len": config.text_config.pre_seq_len, "quantization_bit": config.quantization_bit}
+    if any(undivided.values()):
+        raise ValueError(
+            f"A model with {' and '.join(name for name, value in undivided.items() if value)} cannot be divided among "
+            'processes. Use device_map="auto" in one process.'
+        )
 
 
 __all__ = ["VisualGLMConfig", "VisualGLMQFormerConfig", "VisualGLMTextConfig", "VisualGLMVisionConfig"]

@@ -1,16 +1,4 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The prompt grammar: the one place that knows what a conversation with VisualGLM looks like.
 
 A prompt is a plain string. Three Unicode specials that no tokenizer piece contains stand for what is not text:
@@ -23,6 +11,7 @@ Source: `build_inputs_with_image` and `process_response` in the original `modeli
 """
 
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 
 
@@ -36,11 +25,19 @@ CHINESE = ("问：", "答：")
 ENGLISH = ("Q:", "A:")
 
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 CHINESE_BESIDE_HALF_WIDTH = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
 
+def brief(value) -> str:
+    """`repr(value)` for an error, of at most a line or two: what users pass may be a megabyte of base64."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 100  # characters
+    return shortened.repr(value)
+
+
 def has_chinese(text: str) -> bool:
-    return any("\u4e00" <= character <= "\u9fff" for character in text)
+    return CHINESE_CHARACTER.search(text) is not None
 
 
 def is_english(text: str) -> bool:
@@ -51,7 +48,7 @@ def is_english(text: str) -> bool:
 def check_text(text: str, what: str) -> str:
     """Return `text`, or raise a `ValueError` if it is no string or contains a character reserved for the prompt."""
     if not isinstance(text, str):
-        raise ValueError(f"{what} must be a string, found {type(text).__name__}: {text!r}.")
+        raise ValueError(f"{what} must be a string, found {type(text).__name__}: {brief(text)}.")
     for mark in MARKS:
         if mark in text:
             raise ValueError(
@@ -75,7 +72,7 @@ def check_history(history: Iterable) -> list[tuple[str, str]]:
     turns = []
     for index, turn in enumerate(history):
         if isinstance(turn, (str, bytes, dict)) or not isinstance(turn, Sequence) or len(turn) != 2:
-            raise ValueError(f"history[{index}] must be a (query, response) pair, found {turn!r}.")
+            raise ValueError(f"history[{index}] must be a (query, response) pair, found {brief(turn)}.")
         query, response = turn
         turns.append(
             (check_text(query, f"history[{index}]'s query"), check_text(response, f"history[{index}]'s response"))
@@ -132,14 +129,23 @@ def clean_response(response: str) -> str:
     return CHINESE_BESIDE_HALF_WIDTH.sub(lambda match: FULL_WIDTH[match.group()], response)
 
 
+def uncleaned(text: str) -> str:
+    """`text` as the model writes it before `clean_response`: it knows punctuation of half width alone."""
+    return text.translate({ord(full): half for half, full in FULL_WIDTH.items()})
+
+
 # What the functions above do, in Jinja for `apply_chat_template`; tests hold the two equal.
 CHAT_TEMPLATE = r"""
 {%- set image_mark, answer_mark, end_mark = '%IMAGE%', '%ANSWER%', '%END%' -%}
+{%- macro brief(value) -%}{{- (value | string)[:40] -}}{%- endmacro -%}
 {%- macro text_of(message) -%}
     {%- if message['content'] is string -%}
         {%- set text = message['content'] -%}
     {%- else -%}
-        {%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') -%}
+        {%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}
+        {%- for part in texts if part is not string -%}
+            {{- raise_exception('The text of a part must be a string, found ' + brief(part) + '.') -}}
+        {%- endfor -%}
         {%- set text = texts | join('\n') -%}
     {%- endif -%}
     {%- for mark in [image_mark, answer_mark, end_mark] if mark in text -%}
@@ -147,6 +153,9 @@ CHAT_TEMPLATE = r"""
     {%- endfor -%}
     {{- text -}}
 {%- endmacro -%}
+{%- if tools or documents -%}
+    {{- raise_exception('This model knows no tools and no documents. Leave them out, or write them into a message.') -}}
+{%- endif -%}
 {%- set ns = namespace(messages=messages, last='', chinese=false, latin=false) -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
     {{- text_of(messages[0]) + '\n' -}}
@@ -155,13 +164,13 @@ CHAT_TEMPLATE = r"""
 {%- for message in ns.messages -%}
     {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
         {{- raise_exception(
-            'After at most one system message, user and assistant must alternate; found ' + message['role'] + '.'
+            'After at most one system message, user and assistant must alternate; found ' + brief(message['role']) + '.'
         ) -}}
     {%- endif -%}
     {%- if message['content'] is not string -%}
         {%- set allowed = ['text', 'image'] if message['role'] == 'user' else ['text'] -%}
         {%- for part in message['content'] if part['type'] not in allowed -%}
-            {{- raise_exception('A message of ' + message['role'] + ' cannot have ' + part['type'] + '.') -}}
+            {{- raise_exception('A message of ' + message['role'] + ' cannot have ' + brief(part['type']) + '.') -}}
         {%- endfor -%}
     {%- endif -%}
     {%- if message['role'] == 'user' -%}

@@ -1,19 +1,7 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Attention of one query per sequence on a CPU, a decode step's: LLVM code and its launch.
 
-Not here: the compiler and the threads (`cpu_kernels.py`), other attention (transformers).
+Not here: the compiler and the threads (`cpu_runtime.py`), other attention (transformers).
 
 A decode step reads every key and value once, so memory is the limit again. torch's way takes three to eight times as
 long on a processor without instructions for half precision. Here each thread takes one head after the other: scores in
@@ -25,26 +13,30 @@ Shapes: B sequences, H heads, T keys, D head dimension.
 """
 
 import ctypes
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .cpu_kernels import (
-    FLOATS,
-    KINDS,
-    LANES,
-    WIDEN,
-    Function,
-    KernelError,
-    Kernels,
-    KernelUser,
-    Stage,
-    Task,
-    point_at_states,
-    write_functions,
+from .cpu_language import (
+    F32,
+    FLOATS32,
+    HALVES,
+    Fields,
+    Form,
+    Kernel,
+    exp,
+    fma,
+    largest_of,
+    maximum,
+    splat,
+    total_of,
     write_kernel,
 )
+from .cpu_layer import LANES, point_at_states, round_like_original
+from .cpu_runtime import FLOATS, CpuKernelUser, Function, Kernels, Stage, Task
+from .kernel_choice import KernelError, name_of
 
 
 NAMESPACE, OPERATOR = "visualglm", "single_query_attention"
@@ -55,160 +47,60 @@ LINE = 32  # numbers of half precision in 64 bytes, which a processor fetches to
 LOWEST = torch.finfo(torch.float32).min  # what a score that is masked falls by
 CHECK_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-5}  # relative error of the self-check: weights are rounded
 
-# What a thread does with a head; {steps} times 16 columns.
-ATTEND = """
-declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
-declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
-declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
 
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+def single_query_attention_naive(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """What `single_query_attention_kernel` computes of all heads; see `single_query_attention`."""
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).contiguous()
 
-define internal void @ask(ptr %row, i64 %column) alwaysinline {{
-  %at = getelementptr i16, ptr %row, i64 %column
-  %ahead = getelementptr i8, ptr %at, i64 {ahead}
-  call void @llvm.prefetch.p0(ptr %ahead, i32 0, i32 3, i32 1)
-  ret void
-}}
 
-define internal void @work(ptr %query, ptr %out, i64 %sequence.heads, ptr %keys, ptr %values, ptr %bias, ptr %scores,
-                           i64 %length, i64 %scores.stride, i64 %key.sequence.stride, i64 %key.head.stride,
-                           i64 %value.sequence.stride, i64 %value.head.stride, i64 %head) alwaysinline {{
-work:
-  %sequence = udiv i64 %head, %sequence.heads
-  %head.of.sequence = urem i64 %head, %sequence.heads
-  %query.offset = mul i64 %head, {columns}
-  %head.query = getelementptr float, ptr %query, i64 %query.offset
-  %head.out = getelementptr float, ptr %out, i64 %query.offset
-  %scores.offset = mul i64 %head, %scores.stride
-  %head.scores = getelementptr float, ptr %scores, i64 %scores.offset
-  %key.sequence.offset = mul i64 %sequence, %key.sequence.stride
-  %key.head.offset = mul i64 %head.of.sequence, %key.head.stride
-  %key.offset = add i64 %key.sequence.offset, %key.head.offset
-  %head.keys = getelementptr i16, ptr %keys, i64 %key.offset
-  %value.sequence.offset = mul i64 %sequence, %value.sequence.stride
-  %value.head.offset = mul i64 %head.of.sequence, %value.head.stride
-  %value.offset = add i64 %value.sequence.offset, %value.head.offset
-  %head.values = getelementptr i16, ptr %values, i64 %value.offset
-  %bias.offset = mul i64 %sequence, %length
-  %sequence.bias = getelementptr float, ptr %bias, i64 %bias.offset
-  %has.bias = icmp ne ptr %bias, null
-  br label %score
+def single_query_attention_kernel(k: Kernel, task: Fields, half: Form, columns: int) -> None:
+    """softmax(q K^T + bias) V of one head of a sequence, with keys and values [T, columns] of half precision."""
+    sequence, head = task.chunk // task.sequence_heads, task.chunk % task.sequence_heads
+    query, out = (pointer.of(FLOATS32)[task.chunk * columns] for pointer in (task.query, task.out))
+    scores = task.scores.of(FLOATS32)[task.chunk * task.scores_stride]
+    bias = task.bias.of(FLOATS32)[sequence * task.length]
+    keys = task.keys.of(half)[sequence * task.key_sequence_stride + head * task.key_head_stride]
+    values = task.values.of(half)[sequence * task.value_sequence_stride + head * task.value_head_stride]
 
-score:
-  %t = phi i64 [ 0, %work ], [ %t.next, %scored ]
-  %key.row = mul i64 %t, {columns}
-  %key = getelementptr i16, ptr %head.keys, i64 %key.row
-{products}
-  %dot = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %dot.{steps})
-  br i1 %has.bias, label %biased, label %scored
+    with k.loop(task.length) as i:
+        key, dot = keys[i * columns], k.zero(F32[LANES])
+        for column in range(0, columns, LINE):
+            key[column].prefetch(AHEAD)
+        for column in range(0, columns, LANES):
+            dot = fma(key[column].load(LANES), query[column].load(LANES), dot)
+        score = k.variable(total_of(dot))
+        with k.when(task.bias.is_given()):
+            score.set(score.now + bias[i].load())
+        scores[i].store(score.now)
 
-biased:
-  %at.bias = getelementptr float, ptr %sequence.bias, i64 %t
-  %one.bias = load float, ptr %at.bias, align 4
-  %moved = fadd float %dot, %one.bias
-  br label %scored
+    lowest = k.constant(F32[LANES], -math.inf)
+    scores[task.length].store(lowest)  # what is read together with the last scores
+    largest = k.variable(lowest)
+    with k.loop(task.length, LANES) as i:
+        largest.set(maximum(largest.now, scores[i].load(LANES)))
+    peak, total = largest_of(largest.now), k.variable(k.zero(F32[LANES]))
+    with k.loop(task.length, LANES) as i:
+        weight = exp(scores[i].load(LANES) - peak)
+        scores[i].store(weight)
+        total.set(total.now + weight)
+    factor = 1.0 / total_of(total.now)
+    with k.loop(task.length, LANES) as i:
+        scores[i].store(round_like_original(scores[i].load(LANES) * factor, half))
 
-scored:
-  %value.of.score = phi float [ %dot, %score ], [ %moved, %biased ]
-  %at.score = getelementptr float, ptr %head.scores, i64 %t
-  store float %value.of.score, ptr %at.score, align 4
-  %t.next = add i64 %t, 1
-  %more.keys = icmp ult i64 %t.next, %length
-  br i1 %more.keys, label %score, label %fill
-
-fill:
-  %nothing = call <16 x float> @splat(float 0xFFF0000000000000)
-  call void @store(ptr %head.scores, i64 %length, <16 x float> %nothing)
-  br label %find
-
-find:
-  %f = phi i64 [ 0, %fill ], [ %f.next, %find ]
-  %largest = phi <16 x float> [ %nothing, %fill ], [ %largest.next, %find ]
-  %some = call <16 x float> @load(ptr %head.scores, i64 %f)
-  %largest.next = call <16 x float> @llvm.maxnum.v16f32(<16 x float> %largest, <16 x float> %some)
-  %f.next = add i64 %f, 16
-  %more.to.find = icmp ult i64 %f.next, %length
-  br i1 %more.to.find, label %find, label %found
-
-found:
-  %peak = call float @llvm.vector.reduce.fmax.v16f32(<16 x float> %largest.next)
-  %peaks = call <16 x float> @splat(float %peak)
-  br label %exponentiate
-
-exponentiate:
-  %e = phi i64 [ 0, %found ], [ %e.next, %exponentiate ]
-  %total = phi <16 x float> [ zeroinitializer, %found ], [ %total.next, %exponentiate ]
-  %old = call <16 x float> @load(ptr %head.scores, i64 %e)
-  %below = fsub <16 x float> %old, %peaks
-  %weight = call <16 x float> @exp(<16 x float> %below)
-  call void @store(ptr %head.scores, i64 %e, <16 x float> %weight)
-  %total.next = fadd <16 x float> %total, %weight
-  %e.next = add i64 %e, 16
-  %more.to.weigh = icmp ult i64 %e.next, %length
-  br i1 %more.to.weigh, label %exponentiate, label %weighed
-
-weighed:
-  %sum = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, <16 x float> %total.next)
-  %one.factor = fdiv float 1.0, %sum
-  %factor = call <16 x float> @splat(float %one.factor)
-  br label %normalise
-
-normalise:
-  %n = phi i64 [ 0, %weighed ], [ %n.next, %normalise ]
-  %some.weights = call <16 x float> @load(ptr %head.scores, i64 %n)
-  %normal = fmul <16 x float> %some.weights, %factor
-  %rounded = call <16 x float> @round_like_original(<16 x float> %normal)
-  call void @store(ptr %head.scores, i64 %n, <16 x float> %rounded)
-  %n.next = add i64 %n, 16
-  %more.to.normalise = icmp ult i64 %n.next, %length
-  br i1 %more.to.normalise, label %normalise, label %part
-
-part:
-  %column = phi i64 [ 0, %normalise ], [ %column.next, %summed ]
-  br label %add
-
-add:
-  %a = phi i64 [ 0, %part ], [ %a.next, %add ]
-{sums}
-  %value.row = mul i64 %a, {columns}
-  %value = getelementptr i16, ptr %head.values, i64 %value.row
-  %at.weight = getelementptr float, ptr %head.scores, i64 %a
-  %one.weight = load float, ptr %at.weight, align 4
-  %weights = call <16 x float> @splat(float %one.weight)
-{additions}
-  %a.next = add i64 %a, 1
-  %more.values = icmp ult i64 %a.next, %length
-  br i1 %more.values, label %add, label %summed
-
-summed:
-{results}
-  %column.next = add i64 %column, {part}
-  %more.columns = icmp ult i64 %column.next, {columns}
-  br i1 %more.columns, label %part, label %end
-
-end:
-  ret void
-}}
-"""
-# The parts of the loops that are there for each 16 columns, {c}, and for each line of memory.
-ASK_KEY = """
-  call void @ask(ptr %key, i64 {first})"""
-PRODUCT = """
-  %key.{c} = call <16 x float> @load_half(ptr %key, i64 {first})
-  %query.{c} = call <16 x float> @load(ptr %head.query, i64 {first})
-  %dot.{next} = call <16 x float> @llvm.fma.v16f32(
-      <16 x float> %key.{c}, <16 x float> %query.{c}, <16 x float> {dot})"""
-SUM = "  %sum.{c} = phi <16 x float> [ zeroinitializer, %part ], [ %sum.{c}.next, %add ]"
-ASK_VALUE = """
-  %line.{c} = add i64 %column, {first}
-  call void @ask(ptr %value, i64 %line.{c})"""
-ADDITION = """
-  %column.{c} = add i64 %column, {first}
-  %value.{c} = call <16 x float> @load_half(ptr %value, i64 %column.{c})
-  %sum.{c}.next = call <16 x float> @llvm.fma.v16f32(
-      <16 x float> %value.{c}, <16 x float> %weights, <16 x float> %sum.{c})"""
-RESULT = """
-  call void @store(ptr %head.out, i64 %column.{c}, <16 x float> %sum.{c}.next)"""
+    part = next(part for part in range(MOST_COLUMNS, 0, -LANES) if columns % part == 0)
+    with k.loop(columns, part) as first:
+        sums = {column: k.variable(k.zero(F32[LANES])) for column in range(0, part, LANES)}
+        with k.loop(task.length) as i:
+            value, weight = values[i * columns][first], splat(scores[i].load(), LANES)
+            for column in range(0, part, LINE):
+                value[column].prefetch(AHEAD)
+            for column, sum_ in sums.items():
+                sum_.set(fma(value[column].load(LANES), weight, sum_.now))
+        for column, sum_ in sums.items():
+            out[first][column].store(sum_.now)
 
 
 class AttentionTask(Task):
@@ -240,29 +132,9 @@ class AttentionTask(Task):
 
 
 def write_attention(name: str, dtype: torch.dtype, columns: int) -> str:
-    """Write the LLVM code of a kernel for keys and values [T, columns] of this dtype."""
-    part = next(part for part in range(MOST_COLUMNS, 0, -LANES) if columns % part == 0)
-
-    def write(text: str, count: int, step: int = LANES) -> list[str]:
-        return [
-            text.format(c=c, first=c * step, next=c + 1, dot=f"%dot.{c}" if c else "zeroinitializer")
-            for c in range(-(-count // step))
-        ]
-
-    return (
-        write_kernel(name, AttentionTask)
-        + write_functions(dtype)
-        + ATTEND.format(
-            columns=columns,
-            part=part,
-            steps=columns // LANES,
-            ahead=AHEAD,
-            products="".join(write(ASK_KEY, columns, LINE) + write(PRODUCT, columns)),
-            sums="\n".join(write(SUM, part)),
-            additions="".join(write(ASK_VALUE, part, LINE) + write(ADDITION, part)),
-            results="".join(write(RESULT, part)),
-        )
-    )
+    """Write the code of a kernel for keys and values [T, columns] of this dtype."""
+    work = partial(single_query_attention_kernel, half=HALVES[dtype], columns=columns)
+    return write_kernel(name, AttentionTask, work, is_apart=False)  # or LLVM unrolls short loops
 
 
 class AttentionKernels(Kernels):
@@ -271,7 +143,7 @@ class AttentionKernels(Kernels):
     def find_kernel(self, dtype: torch.dtype, columns: int) -> Function:
         """The kernel for keys and values of this dtype and head dimension."""
         write = partial(write_attention, dtype=dtype, columns=columns)
-        return self.compiled(f"attention_{KINDS[dtype].name}_{columns}", write)
+        return self.compiled(f"attention_{str(dtype)}_{columns}", write)
 
     def stage(self, query: torch.Tensor, out: torch.Tensor, dtype: torch.dtype) -> Stage:
         """Plan attention, of which the keys and values are not known yet; see `AttentionTask.attend_to`.
@@ -299,24 +171,16 @@ class AttentionKernels(Kernels):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        """See `single_query_attention`; the arguments are those that `fits`."""
+        """See `single_query_attention`; of arguments without a `states_obstacle`."""
         scaled = query.squeeze(2).float().mul(scaling).contiguous()
         scores, bias, out = self.make_scores(key), self.to_bias(mask), torch.empty_like(scaled)
         stage = self.stage(scaled, out, key.dtype)
         stage.task.attend_to(key, value, bias, scores)
-        self.crew.run(*stage)
+        self.pool.run(*stage)
         return out.to(query.dtype)[:, None]
 
 
-def attend_with_torch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    """See `single_query_attention`."""
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2).contiguous()
-
-
-class CpuAttention(KernelUser):
+class CpuAttention(CpuKernelUser):
     """The operator for CPU tensors."""
 
     kernels_class = AttentionKernels
@@ -325,9 +189,9 @@ class CpuAttention(KernelUser):
         random = {"generator": torch.Generator("cpu").manual_seed(0), **FLOATS}
         query, key, value = (torch.randn(2, 3, length, 80, **random) for length in (1, 37, 37))
         mask = torch.rand(2, 1, 1, 37, **random) < 0.8
-        for dtype in WIDEN:
+        for dtype in HALVES:
             halves = [tensor.to(dtype) for tensor in (query, key, value)]
-            expected = attend_with_torch(*(half.float() for half in halves), mask, 0.3)
+            expected = single_query_attention_naive(*(half.float() for half in halves), mask, 0.3)
             out = kernels.attend(halves[0].float(), *halves[1:], mask, 0.3)
             error = ((out - expected).norm() / expected.norm()).item()
             if not error < CHECK_TOLERANCE[dtype]:
@@ -336,27 +200,28 @@ class CpuAttention(KernelUser):
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        kernels = self.kernels if fits(query, key, value, mask) else None
-        attend = attend_with_torch if kernels is None else kernels.attend
+        has_obstacle = states_obstacle(query, key, value, mask) or self.obstacle()
+        attend = single_query_attention_naive if has_obstacle else self.kernels.attend
         return attend(query, key, value, mask, scaling)
 
 
-def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether there is a kernel for these: rows of keys and values one after the other, a mask for each sequence."""
+def states_obstacle(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> str | None:
+    """Why no kernel attends: it wants rows of keys and values one after the other, and a mask for each sequence."""
     batch, _, queries, columns = query.shape
     shape = (*query.shape[:2], key.shape[2], columns)
-    return (
-        queries == 1
-        and columns % LANES == 0
-        and query.numel() > 0
-        and key.numel() > 0
-        and all(
-            states.dtype in WIDEN and states.shape == shape and states.stride()[2:] == (columns, 1)
-            for states in (key, value)
-        )
-        and key.dtype == value.dtype
-        and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, 1, 1, shape[2])))
-    )
+    if queries != 1 or query.numel() == 0 or key.numel() == 0:
+        return "several queries, or nothing to attend to"
+    if columns % LANES:
+        return f"heads of {columns} numbers, no multiple of {LANES}"
+    if key.dtype not in HALVES or key.dtype != value.dtype:
+        return f"{name_of(key.dtype)} keys and {name_of(value.dtype)} values"
+    if any(states.shape != shape or states.stride()[2:] != (columns, 1) for states in (key, value)):
+        return "keys and values in another layout"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, 1, 1, shape[2])):
+        return "a mask that is not boolean, or not for each sequence"
+    return None
 
 
 def output_of(
@@ -373,7 +238,7 @@ def register_operator() -> torch.library.Library | None:
         return None
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     library.define(OPERATOR + SCHEMA, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    library.impl(OPERATOR, attend_with_torch, "CompositeExplicitAutograd")
+    library.impl(OPERATOR, single_query_attention_naive, "CompositeExplicitAutograd")
     library.impl(OPERATOR, CPU_ATTENTION, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{OPERATOR}", output_of, lib=library)
     return library
@@ -383,15 +248,19 @@ CPU_ATTENTION = CpuAttention()
 LIBRARY = register_operator()  # the operator lives as long as this object
 
 
-def is_single_query(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether queries [B, H, S, D] are a decode step's on a CPU, in half precision and without gradients."""
-    return (
-        query.shape[2] == 1
-        and query.device.type == "cpu"
-        and query.dtype in WIDEN
-        and not torch.is_grad_enabled()
-        and (mask is None or mask.dtype == torch.bool)
-    )
+def query_obstacle(implementation: str, query: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    """Why transformers attends with queries [B, H, S, D]: they are no decode step's on a CPU, without gradients."""
+    if implementation != "sdpa":
+        return f"{implementation} attention"
+    if query.shape[2] != 1:
+        return "several queries"
+    if query.device.type != "cpu":
+        return f"queries on {query.device.type}"
+    if query.dtype not in HALVES:
+        return f"{name_of(query.dtype)} activations"
+    if torch.is_grad_enabled():
+        return "gradients"
+    return None if mask is None or mask.dtype == torch.bool else "a mask that is not boolean"
 
 
 def single_query_attention(

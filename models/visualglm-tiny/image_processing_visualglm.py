@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures: whatever a caller holds (file, bytes, `data:` URI, PIL image, array) to `pixel_values` [B, 3, 224, 224].
+"""Pictures: whatever a caller holds (file, bytes, base64, PIL image, array) to `pixel_values` [B, 3, 224, 224].
 
 `open_picture` reads one picture as 8-bit RGB and refuses a bad one with a `ValueError` that names it;
 `VisualGLMImageProcessor` resizes, rescales and normalizes. PIL and numpy only; nothing is fetched from the network,
@@ -27,10 +27,9 @@ import io
 import os
 import re
 import stat
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -39,50 +38,29 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import Unpack
 from transformers.utils import auto_docstring
 
+from .picture_reading import check_size, load, open_encoded, read_rgb
+
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1; OpenAI CLIP, as in the original visual.py
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-MAX_PIXELS = 64 * 2**20  # a 64-megapixel phone's picture passes; decoded it takes 256 MiB
-MAX_SIDE = 65_535  # pixels, JPEG's limit; to resize a strip of 1 x 64M, PIL 13 takes 2 GB and 9 s
-# Raster formats only: for EPS PIL would run Ghostscript, and its readers of rare formats accept nearly any bytes.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
-
-# What PIL raises on damaged pictures, measured by fuzzing its plugins; IndexError, EOFError and struct.error are the
-# ones that PIL itself takes for "not this format".
-DECODE_ERRORS = (
-    OSError,  # truncated data, libtiff, libwebp, UnidentifiedImageError, PermissionError
-    SyntaxError,  # PNG: broken chunk
-    ValueError,  # PPM and BMP headers, text chunks beyond PIL's limit, an image closed by its owner
-    TypeError,  # TIFF: tag of another type
-    RuntimeError,  # AVIF
-    IndexError,
-    EOFError,
-    struct.error,
-)
-TOO_LARGE_FOR_PIL = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # raised where warnings are errors
-EXIF_ERRORS = (SyntaxError, ValueError, TypeError, OSError, IndexError, struct.error)
-
-EXIF_ORIENTATION = 0x0112
-TO_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+MAX_ESCAPES = 100_000  # %XX of a data: URI; to decode one takes some 200 bytes
 LONGEST_NAME = 200  # characters of a path shown in an error
+# How the encoded pictures of FORMATS begin; text is taken for base64 only if such bytes come out of it.
+ENCODED_PICTURE = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp", re.DOTALL
+)
+URL_SAFE = str.maketrans("-_", "+/")  # the other alphabet of base64
 
 
 def open_picture(source: Any) -> Image.Image:
     """Read one picture from wherever it is.
 
     Args:
-        source: a PIL image; encoded bytes; the path of a file (str or PathLike); a `data:` URI; a numpy array or CPU
+        source: a PIL image; encoded bytes; the path of a file (str or PathLike); an open binary file, which is read
+            from its beginning and left where it was; a `data:` URI or base64 text, of either alphabet, with or without
+            padding; `{"bytes": ..., "path": ...}` as in datasets, of which either may be missing; a numpy array or CPU
             tensor [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 or of floats in 0..1. Channels may come first
             where that is unambiguous. Of an animated file the first frame counts.
 
@@ -98,17 +76,24 @@ def open_picture(source: Any) -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _open_bytes(bytes(source), f"<{len(source)} bytes>")
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _open_bytes(_data_uri_bytes(source), f"<data URI of {len(source)} characters>")
+        return _open_bytes(data_uri_bytes(source), f"<data URI of {len(source)} characters>")
     if isinstance(source, str) and URL.match(source):
         raise ValueError(
             f"Picture {_name(source)} is a URL, and nothing is fetched here. Fetch it first and pass its bytes."
         )
     if isinstance(source, (str, os.PathLike)):
-        return _open_file(source)
+        data = picture_in_base64(source)
+        return _open_file(source) if data is None else _open_bytes(data, f"<base64 text of {len(source)} characters>")
     if hasattr(source, "__array__"):
         return to_rgb(_from_array(source))
+    if isinstance(source, Mapping) and not {"bytes", "path"}.isdisjoint(source):
+        data = source.get("bytes")
+        return open_picture(source.get("path") if data is None else data)
+    if hasattr(source, "read"):
+        return _open_bytes(_read(source), f"<{type(source).__name__}>")
     raise ValueError(
-        f"A picture must be a PIL image, bytes, a file path, a data: URI or an array, found {type(source).__name__}."
+        "A picture must be a PIL image, bytes, a file or its path, a data: URI, base64 text, an array or a dict with "
+        f'"bytes" or "path", found {type(source).__name__}.'
     )
 
 
@@ -124,7 +109,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: no pixels, more than `MAX_PIXELS`, a side over `MAX_SIDE`, undecodable data, values that are not
             finite.
     """
-    return _to_rgb(image, _name_of(image))
+    return read_rgb(image, _name_of(image))
 
 
 def _name_of(image: Image.Image) -> str:
@@ -136,7 +121,7 @@ def _name(path: Any) -> str:
     text = str(path)
     if len(text) <= LONGEST_NAME:
         return repr(text)
-    return f"{text[:40]!r}... ({len(text)} characters; base64 text needs 'data:image/png;base64,' in front)"
+    return f"{text[:40]!r}... ({len(text)} characters; base64 of no picture, with or without 'data:image/png;base64,')"
 
 
 def _open_file(path: Any) -> Image.Image:
@@ -154,109 +139,75 @@ def _open_file(path: Any) -> Image.Image:
     return _decode(path, name)
 
 
+def _read(file: Any) -> bytes:
+    name = f"<{type(file).__name__}>"
+    can_seek = file.seekable if hasattr(file, "seekable") else lambda: hasattr(file, "seek")  # mmap has no seekable
+    try:
+        data = _read_from_beginning(file) if can_seek() else file.read()
+    except (OSError, ValueError, AttributeError) as error:  # closed, write-only, or text that is no UTF-8
+        raise ValueError(f"Picture {name} cannot be read: {error}. Open the file in binary mode, 'rb'.") from error
+    if not isinstance(data, bytes):
+        raise ValueError(f"Picture {name} gives {type(data).__name__}, not bytes. Open the file in binary mode, 'rb'.")
+    return data
+
+
+def _read_from_beginning(file: Any) -> bytes:
+    """All of an open file, which is left at the place where it was."""
+    position = file.tell()
+    file.seek(0)
+    try:
+        return file.read()
+    finally:
+        file.seek(position)
+
+
+def picture_in_base64(text: Any) -> bytes | None:
+    """The encoded picture in a text, or None if it is something else, such as the path of a file."""
+    if not isinstance(text, str) or os.path.exists(text):
+        return None
+    try:
+        data = _decode_base64(text)
+    except ValueError:
+        return None
+    return data if ENCODED_PICTURE.match(data) else None
+
+
+def _decode_base64(text: str) -> bytes:
+    """The bytes in base64 text of either alphabet; a `ValueError` if it is none, or was cut and holds no picture."""
+    text = "".join(text.split()).translate(URL_SAFE)
+    missing = -len(text) % 4
+    data = base64.b64decode(text + "=" * missing, validate=True)
+    if missing and not ENCODED_PICTURE.match(data):
+        raise binascii.Error("Incorrect padding")
+    return data
+
+
 def _open_bytes(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ValueError(f"Picture {name} is empty. Pass the bytes of an encoded picture (PNG, JPEG, ...).")
     return _decode(io.BytesIO(data), name)
 
 
-def _data_uri_bytes(uri: str) -> bytes:
+def _decode(file: Any, name: str) -> Image.Image:
+    with open_encoded(file, name) as image:
+        return read_rgb(image, name)
+
+
+def data_uri_bytes(uri: str) -> bytes:
+    """What a `data:` URI holds; a `ValueError` if it is none, or one that takes much more memory than it holds."""
     head, comma, payload = uri.partition(",")
     name = f"<data URI of {len(uri)} characters>"
     if not comma:
         raise ValueError(f"Picture {name} has no comma. Expected data:image/png;base64,<base64 text>.")
-    data = unquote_to_bytes(payload)
-    if not head.lower().rstrip().endswith(";base64"):
-        return data
+    if payload.count("%") > MAX_ESCAPES:
+        raise ValueError(f"Picture {name} has more than {MAX_ESCAPES:,} percent signs. Encode it as base64.")
+    is_base64 = head.lower().rstrip().endswith(";base64")
     try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"Picture {name} is broken base64: {error}. Encode the picture again.") from error
-
-
-def _decode(file: Any, name: str) -> Image.Image:
-    Image.init()  # makes all plugins known; naming an unknown one below would be a KeyError
-    try:
-        image = Image.open(file, formats=[each for each in FORMATS if each in Image.OPEN])
-    except TOO_LARGE_FOR_PIL as error:
-        raise ValueError(f"Picture {name} is too large: {error} Make it smaller.") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(
-            f"Picture {name} is not a picture, is damaged, or has a format other than {', '.join(FORMATS)}."
-            " Convert it to PNG or JPEG."
-        ) from error
-    except DECODE_ERRORS as error:
-        raise _damaged(name, error) from error
-    with image:
-        return _to_rgb(image, name)
-
-
-def _damaged(name: str, error: Exception) -> ValueError:
-    reason = str(error) or type(error).__name__
-    return ValueError(
-        f"Picture {name} cannot be read, it may be damaged or truncated: {reason}. Copy or export it again."
-    )
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    if width < 1 or height < 1:
-        raise ValueError(f"Picture {name} has no pixels: {width} x {height}. Pass one of at least 1 x 1.")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(
-            f"Picture {name} is too large: {width} x {height} pixels, at most {MAX_PIXELS:,} in all and {MAX_SIDE:,}"
-            " a side are read. Make it smaller; the model sees 224 x 224."
-        )
-
-
-def _load(image: Image.Image, name: str) -> None:
-    _check_size(image.width, image.height, name)
-    try:
-        image.load()
-    except DECODE_ERRORS as error:
-        raise _damaged(name, error) from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    _load(image, name)
-    orientation = _orientation(image)  # after loading: PNG may hold it behind the pixels, TIFF applies it itself
-    rgb = _convert(image, name)
-    if orientation in TO_UPRIGHT:
-        rgb = rgb.transpose(TO_UPRIGHT[orientation])
-    rgb.info = {}  # the copy would keep the EXIF orientation, and a second to_rgb would turn it again
-    return rgb
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except EXIF_ERRORS:  # broken metadata does not spoil a readable picture
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _convert(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _grey_to_rgb(np.asarray(image), (65_535,), name)
-    if image.mode == "I":
-        return _grey_to_rgb(np.asarray(image), (255, 65_535), name)
-    if image.mode == "F":
-        return _grey_to_rgb(np.asarray(image), (1, 255, 65_535), name)
-    if image.mode in ("La", "RGBa"):  # premultiplied alpha; PIL knows no direct way
-        return image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode]).convert("RGB")
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.copy()  # PIL would warn that alpha is lost, which is what we want
-        del image.info["transparency"]
-    return image.convert("RGB")
-
-
-def _grey_to_rgb(values: np.ndarray, tops: Sequence[int], name: str) -> Image.Image:
-    values = values.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f"Picture {name} has values that are not finite. Replace NaN and infinity.")
-    peak = values.max()
-    top = next((top for top in tops if peak <= top), peak)
-    grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+        data = unquote_to_bytes(payload)
+        return _decode_base64(data.decode("latin-1")) if is_base64 else data
+    except ValueError as error:  # binascii.Error is one; so is what characters outside ASCII and half ones raise
+        kind = "base64" if is_base64 else "text"
+        raise ValueError(f"Picture {name} is broken {kind}: {error}. Encode the picture again.") from error
 
 
 def _from_array(source: Any) -> Image.Image:
@@ -271,7 +222,7 @@ def _from_array(source: Any) -> Image.Image:
         array = array[:, :, 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
         raise ValueError(f"Picture {name} has a wrong shape, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].")
-    _check_size(array.shape[1], array.shape[0], name)
+    check_size(array.shape[1], array.shape[0], name)
     return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
 
 
@@ -284,14 +235,17 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(f"Picture {name} has values that are not finite. Replace NaN and infinity.")
     low, high = array.min(), array.max()
     if low < 0 or high > 1:
-        raise ValueError(
-            f"Picture {name} has floats from {low:g} to {high:g}, expected 0..1. Divide by 255, or pass uint8."
-        )
+        remedy = "Divide by 255, or pass uint8" if low >= 0 else "Pass the picture itself: pixel_values are generate's"
+        raise ValueError(f"Picture {name} has floats from {low:g} to {high:g}, expected 0..1. {remedy}.")
     return np.rint(array * 255.0).astype(np.uint8)
 
 
-class VisualGLMImageProcessorKwargs(TypedDict, total=False):
-    """What `VisualGLMImageProcessor` takes for one call; None means the processor's own value."""
+class VisualGLMImageProcessorKwargs:
+    """What `VisualGLMImageProcessor` takes for one call; None means the processor's own value.
+
+    A plain class where transformers has a `TypedDict`: that one holds frozensets, whose order differs from process to
+    process, and with it the fingerprint that datasets computes of a processor whose code came with the checkpoint.
+    """
 
     do_convert_rgb: bool | None
     do_resize: bool | None
@@ -356,6 +310,11 @@ class VisualGLMImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = _per_channel(image_mean, "image_mean")
         self.image_std = _per_channel(image_std, "image_std")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
+        """Save it as [`BaseImageProcessor.save_pretrained`] does, with the code that loads it."""
+        self.register_for_auto_class()
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @auto_docstring(
         custom_intro="""
@@ -441,7 +400,7 @@ def _as_it_is(source: Any) -> Image.Image:
         return open_picture(source)
     if source.mode != "RGB":
         raise ValueError(f"Picture {_name_of(source)} is not RGB. Leave `do_convert_rgb` on, or convert it yourself.")
-    _load(source, _name_of(source))
+    load(source, _name_of(source))
     return source
 
 

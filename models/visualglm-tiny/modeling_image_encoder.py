@@ -110,6 +110,31 @@ class VisualGLMImageMLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states)))  # exact GELU, not the decoder's tanh
 
 
+class OwnVectors(nn.Parameter):
+    """Vectors of an encoder's own, which the original called word_embeddings, as those of the decoder's tokens.
+
+    PEFT's `trainable_token_indices` finds all modules whose names end like that of the decoder's, and would train these
+    under the numbers of tokens.
+    """
+
+    def __getitem__(self, index):
+        if isinstance(index, list):  # of tokens
+            raise ValueError(
+                "The image encoder's word_embeddings have no tokens. trainable_token_indices finds them by the end of "
+                "their name: train tokens with PEFT's TrainableTokensConfig, which takes the decoder's alone."
+            )
+        return super().__getitem__(index)
+
+
+class VisualGLMVectors(nn.Embedding):
+    """The class token or the learned queries: an embedding that is asked for all its rows, in order."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if type(param) is nn.Parameter:
+            param.__class__ = OwnVectors
+
+
 class VisualGLMVisionLayer(GradientCheckpointingLayer):
     """x = x + attention(LN(x)); x = x + mlp(LN(x))."""
 
@@ -183,7 +208,7 @@ class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
         )
         self.transformer = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(1, config.hidden_size),  # its only row is the class token
+                "word_embeddings": VisualGLMVectors(1, config.hidden_size),  # its only row is the class token
                 "position_embeddings": nn.Embedding(config.num_positions, config.hidden_size),
                 "layers": nn.ModuleList(VisualGLMVisionLayer(config) for _ in range(config.num_hidden_layers)),
             }
@@ -191,13 +216,17 @@ class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Conv2d:
+        """What turns patches into tokens; with checkpointed layers, `enable_input_require_grads` hooks into it."""
+        return self.mixins["patch_embedding"]["proj"]
+
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, 3, height, width] -> [B, 1 + patches, C]"""
         proj = self.mixins["patch_embedding"]["proj"]
         patches = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)
         # Asked by index, not for their weights, which are elsewhere while they are offloaded.
         index = torch.arange(self.config.num_positions, device=patches.device)
-        class_token = self.transformer["word_embeddings"](index[:1]).expand(len(patches), -1, -1)
+        class_token = self.transformer["word_embeddings"](index[:1]).expand(patches.shape[0], -1, -1)
         return torch.cat((class_token, patches), dim=1) + self.transformer["position_embeddings"](index)
 
     @merge_with_config_defaults
@@ -218,13 +247,17 @@ class VisualGLMQFormer(VisualGLMImagePreTrainedModel):
         super().__init__(config)
         self.transformer = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(config.num_query_tokens, config.hidden_size),  # the learned queries
+                "word_embeddings": VisualGLMVectors(config.num_query_tokens, config.hidden_size),  # the learned queries
                 "layers": nn.ModuleList(VisualGLMQFormerLayer(config, i) for i in range(config.num_hidden_layers)),
                 "final_layernorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
             }
         )
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The learned queries."""
+        return self.transformer["word_embeddings"]
 
     @auto_docstring
     def forward(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
@@ -234,7 +267,7 @@ class VisualGLMQFormer(VisualGLMImagePreTrainedModel):
         """
         index = torch.arange(self.config.num_query_tokens, device=encoder_hidden_states.device)
         queries = self.transformer["word_embeddings"](index)
-        hidden_states = self.dropout(queries.expand(len(encoder_hidden_states), -1, -1))
+        hidden_states = self.dropout(queries.expand(encoder_hidden_states.shape[0], -1, -1))
         for layer in self.transformer["layers"]:
             hidden_states = layer(hidden_states, encoder_hidden_states)
         return self.transformer["final_layernorm"](hidden_states)

@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""VisualGLM: tensors to tensors. The ChatGLM-6B decoder with soft prompts of pictures, and its hooks for `generate`.
+"""VisualGLM: tensors to tensors. The ChatGLM-6B decoder with soft prompts of pictures.
 
-Not here: text, pictures and prompts (`chat.py`, `processing_visualglm.py`), the ViT (`modeling_image_encoder.py`).
+Not here: text, pictures and prompts (`chat.py`, `processing_visualglm.py`), the ViT (`modeling_image_encoder.py`), and
+what `generate` asks of the model (`generation_visualglm.py`).
 Module names are the key names of the original checkpoint. Source: GLM (arXiv:2103.10360), `modeling_chatglm.py` of the
 original.
 
@@ -23,14 +24,11 @@ Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidd
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache, StaticCache
-from transformers.configuration_utils import PretrainedConfig
-from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -39,91 +37,49 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
 from .chat import ChatMixin
-from .compilation import GRAPHS_ALONE, bucket_length, compile_call, resolve_compile_config
-from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
-from .cpu_attention import CPU_ATTENTION, is_single_query, single_query_attention
-from .cpu_decoder import CpuDecoder
+from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig, check_tensor_parallel
+from .cpu_attention import query_obstacle, single_query_attention
+from .cpu_decoder import RECORDED, CpuDecoder
 from .feature_cache import FeatureCache
-from .growing_cache import lengthen, make_cache
+from .generation_visualglm import VisualGLMGenerationMixin
+from .glm_positions import (
+    ONE_ROW_EACH,
+    build_attention_mask,
+    build_glm_position_ids,
+    can_ask,
+    find_answers,
+    prepend_virtual_tokens,
+    shift_left,
+)
+from .glm_prompts import PromptMixin, two_rows
+from .growing_cache import make_cache
+from .kernel_report import KernelReport, report_kernels
+from .model_weights import WeightsMixin
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
-from .quantization import CPU_PRODUCTS, HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
+from .prefix_encoder import VisualGLMPrefixEncoder, prepend_prefix
+from .quantization import HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
+from .soft_prompts import SoftPromptMixin
 
 
-PREFIX_DROPOUT = 0.1  # the original's, in training
-DEFAULT_NEW_TOKENS = 20  # of `generate`
-RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
+logger = logging.get_logger(__name__)
+
+LOSS_ELSEWHERE = (
+    "The loss is computed outside of the model. If that is by label_smoothing_factor of transformers' Trainer: it does "
+    "not shift the labels for a class that it does not know by name, so the model would learn to repeat its input. "
+    "Leave it out, or use TRL's SFTTrainer, which shifts them."
+)
 
 
-def find_setting(config: GenerationConfig | PretrainedConfig, options: dict, name: str) -> Any:
-    """A setting of a call: of its `options`, else of the config."""
-    value = options.get(name)
-    return getattr(config, name, None) if value is None else value
-
-
-def build_glm_position_ids(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: VisualGLMTextConfig
-) -> torch.Tensor:
-    """The two position rows of GLM: the place in the context, and the place in the answer.
-
-    The context counts 0, 1, 2, … in the first row and is 0 in the second. From `<sop>` on, the first row stays at the
-    position of [gMASK] (of [MASK] where there is none) and the second counts 1, 2, 3, …
-
-    Args:
-        input_ids: [B, S], the whole sequence.
-        attention_mask: [B, >= S], 0 for padding, of which the last S columns count; None for no padding.
-
-    Returns:
-        [B, 2, S] integers; both rows are 0 on left padding.
-    """
-    is_start = input_ids == config.bos_token_id
-    is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
-    is_slot = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
-    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    padding = torch.zeros_like(input_ids[:, :1])
-    if attention_mask is not None:
-        visible = attention_mask[:, -input_ids.shape[1] :] != 0
-        padding = (visible.cumsum(-1) == 0).sum(-1, keepdim=True)
-    start = is_start.int().argmax(-1, keepdim=True)
-    slot = is_slot.int().argmax(-1, keepdim=True)
-    position = torch.where(index < start, index, slot) - padding
-    block_position = index - start + 1
-    return torch.stack((position, block_position), dim=1).clamp(min=0)
-
-
-def build_attention_mask(
-    glm_position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int, key_length: int
-) -> torch.Tensor | None:
-    """The prefix-LM mask: the context sees all of itself, the answer sees the context and what was said before.
-
-    Args:
-        glm_position_ids: [B, 2, S] of the queries.
-        attention_mask: [B, <= T], 0 for padding; None for no padding.
-        past_length: keys that the cache held before these queries.
-        key_length: T, with a static cache its whole length.
-
-    Returns:
-        [B, 1, S, T] boolean, True where a query may look; None when it may look everywhere. Padding looks at the
-        context too, so its states are finite; nobody reads them.
-    """
-    batch_size, _, query_length = glm_position_ids.shape
-    if query_length == 1 and attention_mask is None and key_length == past_length + 1:
-        return None
-    block_position = glm_position_ids[:, 1]
-    key_index = torch.arange(key_length, device=block_position.device)
-    query_index = torch.arange(query_length, device=block_position.device) + past_length
-    # Equal to the first query's rather than equal to 0: prefix tuning shifts all positions.
-    in_context = F.pad(block_position == block_position[:, :1], (past_length, key_length - past_length - query_length))
-    mask = (key_index <= query_index[:, None]) | in_context[:, None]  # [B, S, T]
-    if attention_mask is not None:
-        visible = F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))[:, None]
-        mask = mask & visible
-    return mask[:, None]
+def replace_columns(states: torch.Tensor, start: int, new: torch.Tensor) -> torch.Tensor:
+    """`states` [B, S, C] with `new` [B, N, C] in the place of those from column `start` on."""
+    states = states.to(new)
+    return torch.cat((states[:, :start], new, states[:, start + new.shape[1] :]), dim=1)
 
 
 def inverse_frequencies(config: VisualGLMTextConfig, device: torch.device | None = None) -> torch.Tensor:
@@ -160,41 +116,6 @@ def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return rotated.flatten(-3).to(states.dtype)
 
 
-class VisualGLMPrefixEncoder(nn.Module):
-    """P-tuning v2: keys and values that every query of a layer sees before all others, at no position of their own."""
-
-    def __init__(self, config: VisualGLMTextConfig):
-        super().__init__()
-        self.config = config
-        width = config.num_hidden_layers * 2 * config.hidden_size
-        # CODEPATH: P-tuning with and without --prefix_projection, both of the original's.
-        self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size if config.prefix_projection else width)
-        self.trans = nn.ModuleDict()
-        # CODEPATH: as above.
-        if config.prefix_projection:  # the original's names: a tanh is between them
-            self.trans["0"] = nn.Linear(config.hidden_size, config.hidden_size)
-            self.trans["2"] = nn.Linear(config.hidden_size, width)
-        self.dropout = nn.Dropout(PREFIX_DROPOUT)
-
-    def compute_table(self, device: torch.device | None = None) -> torch.Tensor:
-        """The prefixes of all layers, [P, layers * 2 (key, value) * C]."""
-        table = self.embedding(torch.arange(self.config.pre_seq_len, device=device))
-        return self.trans["2"](torch.tanh(self.trans["0"](table))) if self.trans else table
-
-    def forward(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Keys and values [2, H, P, D] for each layer, P prefix positions."""
-        config = self.config
-        shape = (config.num_hidden_layers, 2, config.num_attention_heads, config.head_dim)
-        table = self.dropout(self.compute_table(device)).unflatten(1, shape)  # [P, layers, 2, H, D]
-        return table.permute(1, 2, 3, 0, 4).unbind()
-
-
-def prepend_prefix(prefix: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the prefix [2, H, P, D] of a layer before its keys and values [B, H, T, D]."""
-    prefix = prefix.to(key)[:, None].expand(-1, len(key), -1, -1, -1)
-    return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
-
-
 class VisualGLMAttention(nn.Module):
     is_causal = False  # the mask says it all; sdpa must not add a causal one when there is none
 
@@ -227,7 +148,7 @@ class VisualGLMAttention(nn.Module):
         if prefix is not None:  # not in the cache, whose length is then that of the text
             key, value = prepend_prefix(prefix, key, value)
         implementation, scaling = self.config._attn_implementation, float(self.layer_idx + 1)
-        if implementation == "sdpa" and is_single_query(query, attention_mask):
+        if query_obstacle(implementation, query, attention_mask) is None:
             attended, weights = single_query_attention(query, key, value, attention_mask, scaling), None
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -350,11 +271,9 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             is_visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
-        hidden_states = None
-        if prefix_key_values is None and not any(find_setting(self.config, kwargs, name) for name in RECORDED):
-            hidden_states = CPU_DECODER.step(self, inputs_embeds, attention_mask, rotary, cache, **kwargs)
-        if hidden_states is None:
-            hidden_states = self.run_layers(inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
+        hidden_states = CPU_DECODER.run_layers(
+            self, inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs
+        )
         return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
 
     def run_layers(
@@ -366,7 +285,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         prefix_key_values: tuple[torch.Tensor, ...] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One layer after the other, [B, S, C] -> [B, S, C]."""
+        """One layer after the other, [B, S, C] -> [B, S, C]: what `CPU_DECODER` does, faster where it can."""
         for layer_idx, layer in enumerate(self.layers):
             prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
             hidden_states = layer(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
@@ -389,8 +308,6 @@ def make_example() -> VisualGLMTextModel:
 
 # What the layers do in a decode step on a CPU, in one call.
 CPU_DECODER = CpuDecoder(
-    CPU_PRODUCTS,
-    CPU_ATTENTION,
     (VisualGLMBlock, VisualGLMAttention, VisualGLMMLP, nn.Linear, QuantizedLinear, nn.LayerNorm),
     make_example,
 )
@@ -419,30 +336,6 @@ class VisualGLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
-def count_processes(config: VisualGLMConfig) -> int:
-    """How many processes share a model, as `from_pretrained` was told."""
-    return getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
-
-
-def check_tensor_parallel(config: VisualGLMConfig) -> None:
-    """Raise a `ValueError` if the processes that are to share this model cannot."""
-    num_processes = count_processes(config)
-    if num_processes == 1:
-        return
-    num_heads = config.text_config.num_attention_heads
-    if num_heads % num_processes:
-        raise ValueError(
-            f"{num_processes} processes cannot share {num_heads} attention heads evenly. Start a number that divides "
-            f'{num_heads}, or use device_map="auto" in one process.'
-        )
-    undivided = {"pre_seq_len": config.text_config.pre_seq_len, "quantization_bit": config.quantization_bit}
-    if any(undivided.values()):
-        raise ValueError(
-            f"A model with {' and '.join(name for name, value in undivided.items() if value)} cannot be divided among "
-            'processes. Use device_map="auto" in one process.'
-        )
-
-
 class VisualGLMBackbone:
     """Ids and pictures to hidden states, for trainers that apply the head themselves, to a few tokens at a time.
 
@@ -460,7 +353,9 @@ class VisualGLMBackbone:
 
 
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
-class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, GenerationMixin):
+class VisualGLMForConditionalGeneration(
+    WeightsMixin, VisualGLMPreTrainedModel, SoftPromptMixin, PromptMixin, ChatMixin, VisualGLMGenerationMixin
+):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -471,6 +366,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
         self.image_cache = FeatureCache()
+        self.adapters: dict | None = None  # PEFT's configs, by name
+        self.accepted_adapters: list[str] = []
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).
         if config.quantization_bit:
             prepare_model(self)
@@ -492,6 +389,11 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        if type(new_embeddings) is nn.Linear:  # as resizing makes it
+            with torch.device("meta"):
+                head = HalfLinear(new_embeddings.in_features, new_embeddings.out_features, bias=False)
+            head.weight = new_embeddings.weight
+            new_embeddings = head
         self.lm_head = new_embeddings
 
     def get_decoder(self) -> VisualGLMTextModel:
@@ -521,6 +423,10 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         """
         return quantize_model(self, bits, group_size, lm_head)
 
+    def kernel_report(self) -> KernelReport:
+        """Find out which way products, attention and decode steps go on this machine, and why not a faster one."""
+        return report_kernels(self, CPU_DECODER)
+
     @can_return_tuple
     @auto_docstring(
         custom_intro="""
@@ -538,121 +444,27 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             attentions=vision_output.attentions,
         )
 
-    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        """Raise a `ValueError` unless `pixel_values` are [images, 3, image_size, image_size]."""
-        vision = self.config.vision_config
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values must be [images, {expected}], found {tuple(pixel_values.shape)}.")
+    def __call__(self, *args, compiled_call: Callable | None = None, guide: Callable | None = None, **kwargs):
+        """Call the model as always, or a compiled call of it, and guide its logits; `generate` says for each step.
 
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The soft prompts of pictures, of which the last few are remembered in evaluation without gradients.
-
-        `image_cache.clear()` forgets them, `image_cache.capacity` is how many they are (0: none). They are forgotten by
-        themselves when the weights or the adapters of the image encoder change. `get_image_features` always encodes.
-
-        Args:
-            pixel_values: [images, 3, image_size, image_size]
-
-        Returns:
-            [images, num_query_tokens, C]
-
-        Raises:
-            ValueError: another shape.
+        A `forward` that a trainer has put in the place of ours, as TRL does, gets the labels of answers alone, too.
         """
-        self.check_pixel_values(pixel_values)
-        return self.image_cache.encode(
-            self.image_encoder,
-            pixel_values,
-            lambda pixels: self.get_image_features(pixels, return_dict=True).pooler_output,
-        )
-
-    def embed(
-        self,
-        input_ids: torch.Tensor | None,
-        image_embeds: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embed a prompt with the soft prompts of its pictures in the places of its image tokens.
-
-        Args:
-            input_ids: [B, S] with `num_query_tokens` times `config.image_token_id` for each picture.
-            image_embeds: [images, num_query_tokens, C], in the order of their places, row by row; None for no picture.
-            inputs_embeds: [B, S, C], the prompt with its image tokens embedded like all others, instead of `input_ids`.
-
-        Returns:
-            [B, S, C]
-
-        Raises:
-            ValueError: the pictures do not fill the places.
-        """
-        is_image = None if image_embeds is None else self.find_places(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_embeds is None:
-            return inputs_embeds
-        self.check_places(is_image, len(image_embeds))
-        is_image = is_image[..., None].to(inputs_embeds.device)
-        return inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds.device, inputs_embeds.dtype))
-
-    def find_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the image tokens are, [B, S] boolean; without ids, by the embedding of the image token."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds)).all(-1)
-
-    def check_places(self, is_image: torch.Tensor, num_images: int) -> None:
-        """Raise a `ValueError` unless the places `is_image` [B, S] are as many as the images fill."""
-        places = is_image.sum().item()
-        needed = num_images * self.config.qformer_config.num_query_tokens
-        if places != needed:
-            raise ValueError(
-                f"The prompt has {places} image tokens (id {self.config.image_token_id}) for {num_images} "
-                f"image(s), which fill {needed}. Use the processor, which puts them where each image belongs."
-            )
-
-    def encode_images(
-        self,
-        input_ids: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None = None,
-        **recorded: bool,
-    ) -> BaseModelOutputWithPooling:
-        """The soft prompts of a prompt's pictures, `pooler_output`, however they were given.
-
-        Args:
-            input_ids: [B, S]
-            pixel_values: [images, 3, image_size, image_size]
-            image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            inputs_embeds: [B, S, C], instead of `input_ids`.
-            recorded: what else of `get_image_features` is wanted, such as `output_hidden_states`; pictures are then not
-                remembered.
-
-        Raises:
-            ValueError: the prompt has no places for them, or they were given twice.
-        """
-        if pixel_values is None:
-            return BaseModelOutputWithPooling(pooler_output=image_embeds)
-        if image_embeds is not None:
-            raise ValueError("Give pixel_values or image_embeds, not both: they are the same pictures.")
-        self.check_places(self.find_places(input_ids, inputs_embeds), len(pixel_values))
-        if recorded:
-            return self.get_image_features(pixel_values, return_dict=True, **recorded)
-        return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values))
-
-    def __call__(self, *args, compiled_call: Callable | None = None, **kwargs):
-        """Call the model as always, or through a compiled call of it; `generate` says which for each step."""
-        return super().__call__(*args, **kwargs) if compiled_call is None else compiled_call(self, *args, **kwargs)
+        if "forward" in vars(self) and (kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None):
+            kwargs |= self.keep_answer_labels(*args[:1], **kwargs, is_ours=False)
+        call = super().__call__ if compiled_call is None else partial(compiled_call, self)
+        outputs = call(*args, **kwargs)
+        if guide is not None:
+            outputs.logits = guide(outputs.logits)
+        return outputs
 
     @takes_cache
     @can_return_tuple
     @auto_docstring(
         custom_intro="""
-        Compute the logits of the next tokens. Each row of `input_ids` has [gMASK] and `<sop>`; of `inputs_embeds` alone
-        the last two positions are taken for them. A cached context can be continued by an answer, not by more context.
-        Raises a `ValueError` for pictures without places, places without pictures, and a context that is too long.
+        Compute the logits of the next tokens. Each row of `input_ids` has [gMASK] and `<sop>`; in `inputs_embeds` alone
+        they are found by their embeddings. A cached context can be continued by an answer, not by more context.
+        Raises a `ValueError` for pictures without places, places without pictures, a row whose answer begins nowhere or
+        more than once, labels of which none is an answer's, and a context that is too long.
         """
     )
     def forward(
@@ -675,7 +487,7 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         r"""
         position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
             The two rows of GLM. One-dimensional positions, which libraries make up from the mask, say nothing to this
-            model: the true ones are then derived from `input_ids`.
+            model: the true ones are then derived from `input_ids` or `inputs_embeds`.
         cache (`Cache`, *optional*):
             The keys and values of what came before, also by the older name `past_key_values`.
         image_embeds (`torch.FloatTensor` of shape `(images, num_query_tokens, hidden_size)`, *optional*):
@@ -683,11 +495,22 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, hidden_size)`, *optional*):
             What `input_ids` begins with, embedded and with its pictures in place, instead of these.
         glm_position_ids (`torch.LongTensor` of shape `(batch_size, 2, sequence_length)`, *optional*):
-            The same as `position_ids` under a name that no library rewrites.
+            The same as `position_ids` under a name that no library rewrites. What `inputs_embeds` have more than that
+            are virtual tokens of PEFT before the prompt.
         prefix_key_values (`tuple(torch.Tensor)` of shape `(2, num_heads, pre_seq_len, head_dim)`, *optional*):
             The prefix of each layer, if it was computed already; `generate` does so once.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The ids to learn, each at its own place, or -100. A context sees itself, so labels before `<sop>` do not
+            count, nor does padding; and a `num_items_in_batch` that counted them shrinks by their part in this call.
         """
-        outputs, image_outputs = self.compute_states(
+        if labels is not None:
+            kept = self.keep_answer_labels(
+                input_ids, labels, inputs_embeds, attention_mask, position_ids, glm_position_ids, **kwargs
+            )
+            labels, kwargs = kept.pop("labels"), {**kwargs, **kept}
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            logger.warning_once(LOSS_ELSEWHERE)
+        outputs, image_outputs, is_learned = self.compute_states(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -705,6 +528,8 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
         # The strides of a slice, which `contiguous()` overlooks, make torch's half-precision `linear` copy the lm_head.
         kept_states = outputs.last_hidden_state[:, kept].clone(memory_format=torch.contiguous_format)
         logits = self.lm_head(kept_states)
+        if labels is None and is_learned is not None and can_ask() and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * is_learned[:, kept].to(gradient))  # for the head
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
@@ -719,300 +544,82 @@ class VisualGLMForConditionalGeneration(VisualGLMPreTrainedModel, ChatMixin, Gen
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    @takes_cache
     def compute_states(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_embeds: torch.FloatTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
         glm_position_ids: torch.LongTensor | None = None,
         **kwargs,
-    ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None]:
+    ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None, torch.Tensor | None]:
         """What `forward` does before the head; arguments and errors are its own.
 
         Returns:
-            The decoder's output with `last_hidden_state` [B, S, C], and that of the pictures; see `encode_images`.
+            The decoder's output with `last_hidden_state` [B, S, C]; that of the pictures, see `encode_images`; and, in
+            training, which positions predict an answer, [B, S, 1] boolean. Only these pass gradients on, whoever
+            computes a loss: the context sees what it would predict.
         """
+        if self.adapters is not None and list(self.adapters) != self.accepted_adapters:
+            self.accept_adapters(self.adapters)  # PEFT has told of the first alone
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
-        has_pictures = pixel_values is not None or image_embeds is not None
-        if has_pictures and prompt_embeds is not None:
+        num_images = self.count_images(pixel_values, image_embeds)
+        if num_images is not None and prompt_embeds is not None:
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
-        self.check_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
-        if glm_position_ids is None and position_ids is not None and position_ids.dim() == 3:
-            glm_position_ids = position_ids
-        if glm_position_ids is None:
-            glm_position_ids = self.derive_positions(input_ids, inputs_embeds, attention_mask)
+        if kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
+            raise ValueError("cu_seq_lens_q names several sequences in a row." + ONE_ROW_EACH)
+        is_growing = cache is not None and not cache.is_compileable and can_ask()
+        num_cached = cache.get_seq_length() if is_growing else 0
+        self.check_shapes(input_ids, inputs_embeds, attention_mask, num_cached)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        self.check_length(length)
+        glm_position_ids = two_rows(position_ids, glm_position_ids)
+        is_prompt = can_ask() and length > 1 and (cache is None or not cache.get_seq_length())
+        if glm_position_ids is None or is_prompt:
+            glm_position_ids = self.read_prompt(
+                input_ids, inputs_embeds, attention_mask, position_ids, glm_position_ids, num_images, prompt_embeds
+            )
         image_outputs = None
-        if has_pictures:
+        if num_images is not None:
             vision_config = self.config.vision_config
             recorded = {name: True for name in RECORDED if kwargs.get(name, getattr(vision_config, name, False))}
-            image_outputs = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds, **recorded)
+            image_outputs = self.encode_images(pixel_values, image_embeds, **recorded)
             image_embeds = image_outputs.pooler_output
-        if prompt_embeds is not None:
-            rest = self.embed(input_ids[:, prompt_embeds.shape[1] :])
-            inputs_embeds = torch.cat((prompt_embeds, rest.to(prompt_embeds)), dim=1)
-        elif has_pictures or inputs_embeds is None:
+        if num_images is not None or inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)
-        glm_position_ids = glm_position_ids[..., -inputs_embeds.shape[1] :]  # prefix tuning may cut the ids alone
+        num_virtual = max(length - glm_position_ids.shape[-1], 0)  # tokens that PEFT puts before a prompt
+        if prompt_embeds is not None:
+            inputs_embeds = replace_columns(inputs_embeds, num_virtual, prompt_embeds)
+        if num_virtual:
+            glm_position_ids = prepend_virtual_tokens(glm_position_ids, num_virtual)
+        glm_position_ids = glm_position_ids[..., -length:]  # prefix tuning may cut the ids alone
 
         outputs = self.transformer(
-            inputs_embeds=inputs_embeds, glm_position_ids=glm_position_ids, attention_mask=attention_mask, **kwargs
-        )
-        return outputs, image_outputs
-
-    def check_length(self, length: int) -> None:
-        """Raise a `ValueError` for more tokens than the model was made for."""
-        limit = self.config.text_config.max_position_embeddings
-        if length > limit:
-            raise ValueError(
-                f"The context is {length} tokens long, the model takes {limit}. Shorten the history or the question."
-            )
-
-    def check_prompt(self, input_ids: torch.Tensor) -> None:
-        """Raise a `ValueError` if a row of `input_ids` [B, S] cannot have positions.
-
-        Asks the device, so once per prompt, not per token.
-        """
-        config = self.config.text_config
-        has_slot = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
-        if not (has_slot.any(-1) & (input_ids == config.bos_token_id).any(-1)).all():
-            raise ValueError(
-                f"Every sequence needs [gMASK] ({config.gmask_token_id}) or [MASK] ({config.mask_token_id}) and then "
-                f"<sop> ({config.bos_token_id}). The tokenizer adds them unless add_special_tokens=False; when you "
-                "continue from a cache yourself, pass position_ids."
-            )
-
-    def derive_positions(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """GLM's positions [B, 2, S] of `input_ids` [B, S], or of `inputs_embeds` [B, S, C] without them."""
-        if input_ids is None:
-            input_ids = self.presumed_input_ids(inputs_embeds)
-        elif not torch.compiler.is_compiling():
-            self.check_prompt(input_ids)
-        return build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
-
-    def presumed_input_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Ids with the same positions as a prompt of which only the embeddings [B, S, C] are known."""
-        config = self.config.text_config
-        ids = torch.full(inputs_embeds.shape[:2], config.pad_token_id, device=inputs_embeds.device)
-        ids[:, -2], ids[:, -1] = config.gmask_token_id, config.bos_token_id
-        return ids
-
-    @takes_cache
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        *args,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        cache: Cache | None = None,
-        compile: bool | CompileConfig = False,
-        **kwargs,
-    ):
-        """[`GenerationMixin.generate`] after the pictures are in place.
-
-        The pictures are encoded once, whatever the number of beams and return sequences, and travel as `prompt_embeds`,
-        which `generate` repeats row by row: a row with two pictures stays right.
-
-        Args:
-            inputs: [B, S], the same as `input_ids`.
-            input_ids: [B, S], left-padded.
-            pixel_values: [images, 3, image_size, image_size]
-            image_embeds: [images, num_query_tokens, C], instead of `pixel_values`.
-            inputs_embeds: [B, S, C], instead of `input_ids`; pictures replace what equals the image token's embedding.
-            cache: of a context that was processed before, by this or its older name, past_key_values.
-            compile: True to compile the step from token to token, with CUDA graphs on CUDA, on a CPU with its C++
-                compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
-                the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs. The backend
-                "cudagraphs" only records, and its cache grows with the answer.
-
-        Raises:
-            ValueError: as in `forward`; also if the prompt is to be processed in chunks, which would hide later parts
-                of the context from earlier ones, and if the step cannot be compiled here or with the other options.
-        """
-        input_ids = inputs if input_ids is None else input_ids
-        if kwargs.get("assistant_pixel_values") is not None:  # this is an assistant: it sees the pictures its own way
-            pixel_values = kwargs.pop("assistant_pixel_values")
-            kwargs.pop("prompt_embeds")
-        elif kwargs.get("assistant_model") is not None:
-            self.check_assistant(kwargs["assistant_model"], image_embeds, inputs_embeds)
-            kwargs["assistant_pixel_values"] = pixel_values
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None):
-            raise ValueError("prefill_chunk_size cannot be used: the context of a prefix-LM must be seen as a whole.")
-        if cache is None and not compile and self.wants_dynamic_cache(generation_config, kwargs):
-            cache = make_cache(self.config.text_config, self.input_device)
-        if cache is not None:
-            kwargs[CACHE_NAME] = cache
-        if compile:
-            prompt = inputs_embeds if input_ids is None else input_ids
-            prompt_length = 0 if prompt is None else prompt.shape[1]
-            kwargs |= self.compile_options(compile, prompt_length, generation_config, kwargs)
-        if input_ids is not None:
-            self.check_length(input_ids.shape[1])
-            self.check_prompt(input_ids)
-            kwargs["input_ids"] = input_ids = input_ids.to(self.input_device)
-        elif inputs_embeds is not None:
-            kwargs["num_prompt_embeds"] = inputs_embeds.shape[1]
-        if pixel_values is not None or image_embeds is not None:
-            if input_ids is None and inputs_embeds is None:
-                raise ValueError("Pictures need input_ids or inputs_embeds that say where they belong.")
-            name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
-            with torch.no_grad():
-                image_embeds = self.encode_images(input_ids, pixel_values, image_embeds, inputs_embeds).pooler_output
-                kwargs[name] = self.embed(input_ids, image_embeds, inputs_embeds)
-        elif inputs_embeds is not None:
-            kwargs["inputs_embeds"] = inputs_embeds
-        with torch.no_grad():
-            prefix_key_values = self.transformer.compute_prefix(self.input_device)
-        kwargs["prefix_key_values"] = prefix_key_values  # in an assistant, instead of the other model's
-        return super().generate(None, *args, **kwargs)
-
-    def wants_dynamic_cache(self, generation_config: GenerationConfig, options: dict) -> bool:
-        """Whether `generate` with these `options` would make a dynamic cache that nobody but it knows of."""
-        setting = partial(find_setting, generation_config, options)
-        return (
-            setting("use_cache") is not False
-            and setting("cache_implementation") is None
-            and not setting("is_assistant")
-        )
-
-    def check_assistant(
-        self, assistant: PreTrainedModel, image_embeds: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> None:
-        """Raise a `ValueError` if a model cannot draft answers to a prompt that is embedded already."""
-        width, other = (model.config.get_text_config().hidden_size for model in (self, assistant))
-        if width != other and (image_embeds is not None or inputs_embeds is not None):
-            raise ValueError(
-                f"The assistant model is {other} wide and cannot read embeddings of {width}. Give generate() the "
-                "prompt as input_ids and pixel_values, or an assistant of the same width, such as a quantized copy."
-            )
-
-    def compile_options(
-        self, compile: bool | CompileConfig, prompt_length: int, generation_config: GenerationConfig, options: dict
-    ) -> dict:
-        """What to add to the `options` of `generate` for a compiled decode step.
-
-        Args:
-            compile, generation_config, options: `generate`'s.
-            prompt_length: in tokens.
-
-        Raises:
-            ValueError: no compiler, weights that come and go, or options that the cache of a compiled step contradicts.
-        """
-
-        setting = partial(find_setting, generation_config, options)
-        places = {str(place) for place in getattr(self, "hf_device_map", {}).values()}
-        if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise ValueError("A model that is partly offloaded cannot be compiled. Leave compile out.")
-        compile_config = resolve_compile_config(compile, self.device)
-        for name in ("assistant_model", "prompt_lookup_num_tokens", CACHE_NAME):
-            if setting(name) is not None:
-                raise ValueError(f"compile has a cache of its own and steps of one token: leave it or {name} out.")
-        if setting("use_cache") is False or setting("cache_implementation") not in (None, "static"):
-            raise ValueError("compile needs the static cache: leave use_cache and cache_implementation out.")
-        length = prompt_length + (setting("max_new_tokens") or DEFAULT_NEW_TOKENS)
-        if setting("max_new_tokens") is None:
-            length = setting("max_length") or length
-        # If nothing is compiled for its length, it begins short, and `prepare_inputs_for_generation` lengthens it.
-        grows = compile_config.backend == GRAPHS_ALONE and setting("cache_implementation") is None
-        limit = self.config.text_config.max_position_embeddings
-        length = max(bucket_length(prompt_length + 1 if grows else length, limit), setting("max_cache_len") or 0)
-        cache = {"cache_implementation": "static", "max_cache_len": length}
-        if grows:
-            cache = {CACHE_NAME: StaticCache(config=self.config.text_config, max_cache_len=length)}
-        is_divided = len(places) > 1 or count_processes(self.config) > 1
-        return {
-            **cache,
-            "compiled_call": compile_call(compile_config, self.device, is_divided),
-            "disable_compile": True,  # transformers' own way, which there is on CUDA alone
-        }
-
-    @takes_cache
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        num_prompt_embeds: int = 0,
-        is_first_iteration: bool | None = False,
-        compiled_call: Callable | None = None,
-        assistant_pixel_values: torch.Tensor | None = None,
-        **kwargs,
-    ) -> dict:
-        """Derive the positions from the whole sequence at every step.
-
-        They are no state of `generate`, which would add 1 to both rows and repeat them along the wrong dimension; so
-        beams, rollbacks and continued caches are right by construction. An assistant has seen its pictures,
-        `assistant_pixel_values` [images, 3, image_size, image_size], when its `generate` began.
-        """
-        length = num_prompt_embeds + input_ids.shape[1]
-        if compiled_call is not None and length > cache.layers[0].max_cache_len:
-            lengthen(cache, bucket_length(length, self.config.text_config.max_position_embeddings))
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
+            glm_position_ids=glm_position_ids,
+            attention_mask=attention_mask,
             **{CACHE_NAME: cache},
             **kwargs,
         )
-        if CACHE_NAME in model_inputs:  # PEFT looks for the prefix of prefix tuning under the older name
-            model_inputs[OLD_NAME] = model_inputs.pop(CACHE_NAME)
-        if num_prompt_embeds:
-            prompt_ids = self.presumed_input_ids(inputs_embeds[:, :num_prompt_embeds])
-            input_ids = torch.cat((prompt_ids, input_ids), dim=1)
-        current = model_inputs.get("inputs_embeds")
-        current = model_inputs["input_ids"] if current is None else current
-        glm_position_ids = build_glm_position_ids(input_ids, attention_mask, self.config.text_config)
-        model_inputs["glm_position_ids"] = glm_position_ids[..., -current.shape[1] :].contiguous()
-        if prompt_embeds is not None:
-            model_inputs |= self.place_prompt(prompt_embeds, input_ids.shape[1] - current.shape[1], cache)
-        is_static = cache is not None and cache.is_compileable
-        if compiled_call is not None and is_static and not is_first_iteration:  # prompts have all lengths
-            model_inputs["compiled_call"] = compiled_call
-        return model_inputs
-
-    def place_prompt(self, prompt_embeds: torch.Tensor, start: int, cache: Cache | None) -> dict:
-        """What of `prompt_embeds` [B, S, C] belongs to the tokens from `start` on."""
-        if start >= prompt_embeds.shape[1]:
-            return {}
-        # Prefix tuning keeps its cache where none was wanted, and will cut the input down to its last token.
-        is_cached = start == 0 and cache is not None and cache.get_seq_length() > 0
-        return {} if is_cached else {"prompt_embeds": prompt_embeds[:, start:]}
-
-    @staticmethod
-    @takes_cache
-    def create_masks_for_generate(
-        config: VisualGLMConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-        **kwargs,
-    ) -> torch.Tensor | None:
-        """The mask of a step with a static cache. `generate`'s own would make the context causal.
-
-        A prompt keeps its two-dimensional mask, to which `forward` adds the context; one token gets a ready mask
-        [B, 1, 1, T] of constant shape, so that a compiled step is compiled once.
-        """
-        batch_size, query_length = inputs_embeds.shape[:2]
-        if query_length > 1:
-            return attention_mask
-        past_length, key_length = cache.get_seq_length(), cache.layers[0].max_cache_len
-        mask = torch.arange(key_length, device=inputs_embeds.device).expand(batch_size, -1) <= past_length
-        if attention_mask is not None:
-            mask = mask & F.pad(attention_mask != 0, (0, key_length - attention_mask.shape[1]))
-        return mask[:, None, None]
+        is_learned = None
+        if self.training and torch.is_grad_enabled():
+            is_answer = find_answers(glm_position_ids, attention_mask)
+            # With the last token, which predicts nothing, but whose state is what the head of a reward model reads.
+            is_learned = (is_answer | shift_left(is_answer))[..., None]
+            states = outputs.last_hidden_state
+            outputs.last_hidden_state = torch.where(is_learned.to(states.device), states, states.detach())
+        return outputs, image_outputs, is_learned
 
 
-__all__ = ["VisualGLMForConditionalGeneration", "VisualGLMPreTrainedModel", "VisualGLMTextModel"]
+__all__ = [
+    "VisualGLMForConditionalGeneration",
+    "VisualGLMPreTrainedModel",
+    "VisualGLMTextModel",
+    "build_glm_position_ids",  # for those who know it from here
+]

@@ -17,13 +17,14 @@ The prompt grammar, the chat template included, is `conversation.py`'s.
 """
 
 from collections.abc import Container, Sequence
+from os import PathLike
 
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import TextKwargs
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, to_py_obj
 
-from .conversation import CHAT_TEMPLATE, IMAGE_MARK, clean_response, expand_images
+from .conversation import CHAT_TEMPLATE, IMAGE_MARK, brief, clean_response, expand_images
 from .fetching import fetch_picture
 
 
@@ -34,17 +35,18 @@ def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
     """Flatten `images` and count them per text.
 
     Args:
-        images: None, one picture, a flat list of pictures for all texts in the order of their places, or one list of
-            pictures per text.
+        images: None, one picture, an array [B, H, W, C] of pictures, a flat list of pictures for all texts in the order
+            of their places, or one list of pictures per text, None for one without.
 
     Raises:
         ValueError: lists that are not one per text.
     """
     if images is None:
         return [], [0] * len(texts)
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    if any(isinstance(row, (list, tuple)) for row in images):
-        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    is_several = isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4
+    images = list(images) if is_several else [images]
+    if any(row is None or isinstance(row, (list, tuple)) for row in images):
+        rows = [list(row or ()) if row is None or isinstance(row, (list, tuple)) else [row] for row in images]
         if texts and len(rows) != len(texts):
             raise ValueError(f"images has {len(rows)} lists of pictures for {len(texts)} text(s); give one per text.")
         return [image for row in rows for image in row], [len(row) for row in rows]
@@ -54,6 +56,17 @@ def group_images(images, texts: list[str]) -> tuple[list, list[int]]:
     if texts and sum(wanted) != len(images):
         raise ValueError(f"The texts have {wanted} image placeholders for {len(images)} image(s) in all.")
     return images, wanted
+
+
+def list_texts(text) -> list[str]:
+    """A text as a list of one, None as a list of none; a `ValueError` for what is no text and no list of texts."""
+    texts = [] if text is None else [text] if isinstance(text, str) else text
+    if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
+        raise ValueError(
+            f"text must be a string or a list of strings, found {brief(text)}. Messages go to "
+            "apply_chat_template; words that are split already must be joined."
+        )
+    return list(texts)
 
 
 def split_options(options: dict, image_options: Container[str]) -> tuple[dict, dict, str | None]:
@@ -77,6 +90,12 @@ def split_options(options: dict, image_options: Container[str]) -> tuple[dict, d
     return images_kwargs, text_kwargs, tensors[0] or tensors[1]
 
 
+def split_answer(token_ids: list[int], start: int) -> tuple[list[int], list[int]]:
+    """The ids of a prompt up to `start`, the id of `<sop>`, and those of its answer; without `start` all are answer."""
+    length = token_ids.index(start) + 1 if start in token_ids else 0
+    return token_ids[:length], token_ids[length:]
+
+
 @auto_docstring(custom_intro="Makes `input_ids`, `attention_mask` and `pixel_values` of texts and pictures.")
 class VisualGLMProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_query_tokens: int = 32, **kwargs):
@@ -91,11 +110,18 @@ class VisualGLMProcessor(ProcessorMixin):
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = self.chat_template
 
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> list[str]:
+        """Save all parts as [`ProcessorMixin.save_pretrained`] does, with the code that loads them."""
+        for part in (self, self.image_processor):
+            part.register_for_auto_class()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @auto_docstring(
         custom_intro="""
         Prepare a batch: `input_ids` and `attention_mask` [B, S] with each placeholder expanded, and `pixel_values`
-        [images, 3, 224, 224] if there are pictures. Text is text: `<sop>` typed by a user is no special token. Raises a
-        `ValueError` for neither text nor pictures, for placeholders that do not match them, and for bad pictures.
+        [images, 3, 224, 224] if there are pictures; without `return_tensors` they are lists of B rows, of one row for
+        a single text. Text is text: `<sop>` typed by a user is no special token. Raises a `ValueError` for neither text
+        nor pictures, for placeholders that do not match them, and for bad pictures.
         """
     )
     def __call__(
@@ -109,13 +135,11 @@ class VisualGLMProcessor(ProcessorMixin):
         images_kwargs, text_kwargs, return_tensors = split_options(
             kwargs, self.image_processor.valid_kwargs.__annotations__
         )
-        texts = [text] if isinstance(text, str) else list(text or ())
+        texts = list_texts(text)
         flat_images, counts = group_images(images, texts)
         data = {}
         if texts:
-            encoded = self.tokenize(texts, counts, **text_kwargs)
-            is_single = isinstance(text, str) and return_tensors is None
-            data.update({name: rows[0] for name, rows in encoded.items()} if is_single else encoded)
+            data.update(self.tokenize(texts, counts, **text_kwargs))
         if flat_images:
             pictures = [fetch_picture(image) for image in flat_images]
             data.update(self.image_processor(pictures, return_tensors=return_tensors, **images_kwargs))
@@ -142,9 +166,16 @@ class VisualGLMProcessor(ProcessorMixin):
     def post_process_image_text_to_text(
         self, generated_outputs, skip_special_tokens: bool = True, **kwargs
     ) -> list[str]:
-        """Decode generated ids [B, S] and finish the answers as the original did."""
-        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-        return [clean_response(text) for text in texts]
+        """Decode generated ids [B, S], or one row [S], and finish the answers as the original did.
+
+        Ids that begin with the prompt give its text and, right behind it, the answer as it is without the prompt.
+        """
+        rows = to_py_obj(generated_outputs)
+        if rows and isinstance(rows[0], int):
+            rows = [rows]
+        parts = [split_answer(row, self.tokenizer.bos_token_id) for row in rows]
+        options = {"skip_special_tokens": skip_special_tokens, **kwargs}
+        return ["".join(clean_response(self.tokenizer.decode(part, **options)) for part in row) for row in parts]
 
     @property
     def model_input_names(self) -> list[str]:

@@ -1,20 +1,8 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Low-bit linear layers: choosing the codes, the layer, and putting it in the place of `nn.Linear`, in any module.
 
-Not here: the format's bytes and how to multiply with them (`quantization_kernels.py`). Weights are quantized once and
-never trained; gradients flow through the layer to whatever is before it.
+Not here: the format's bytes (`lowbit_format.py`) and how to multiply with them (`lowbit_products.py`). Weights are
+quantized once and never trained; gradients flow through the layer to whatever is before it.
 
 Two ways lead here, and the results are alike: `quantize_model` on a model in memory, and
 `from_pretrained(folder, quantization_config=LowBitConfig(...))`, which never holds more than one full matrix.
@@ -34,17 +22,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .cpu_kernels import CpuProducts
-from .cuda_kernels import CudaMultiply
-from .quantization_kernels import (
-    dequantize,
+from .adapters import find_adapted, record_untied, unwrap
+from .lowbit_format import dequantize_naive, pack_int4
+from .lowbit_products import (
+    Product,
+    Tell,
+    choose_half_way,
+    choose_lowbit_way,
     half_linear,
-    multiply_by_rows,
-    multiply_on_cpu,
-    pack_int4,
+    half_obstacle,
     packed_matrices,
     quantized_linear,
-    register_device,
 )
 
 
@@ -57,6 +45,20 @@ DIVISORS = (7.0, 7.6, 8.2, 9.0, 10.0)
 SMALLEST_SCALE = 2.0**-24  # of float16
 CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
 DEVICE_CHUNK = 2**24  # elements
+PRODUCTS = (torch.ops.visualglm.quantized_matmul, torch.ops.visualglm.quantized_matmul.default)
+# What is refused of codes even among integers: arithmetic, and rows that would be a token's.
+REFUSED = {"add", "radd", "sub", "rsub", "mul", "rmul", "mm", "matmul", "linear", "getitem"}
+REFUSED |= {"norm", "linalg_norm", "linalg_vector_norm"}
+# PEFT's methods that change what goes into a layer or comes out of it, and of the layer itself read its sizes alone;
+OVERLAYS = {"LORA", "ADALORA", "VERA", "PVERA", "VBLORA", "RANDLORA", "GRALORA", "LILY", "MISS"}
+OVERLAYS |= {"IA3", "BEFT", "BOFT", "OFT", "ROAD", "FOURIERFT", "WAVEFT", "C3A"}
+# or the shape of the stored weight, too, which with 8 bits is the matrix's.
+OVERLAYS_OF_THE_SHAPE = {"LOHA", "LOKR"}
+CODES_ARE_NO_NUMBERS = (
+    "The codes of quantized weights are no numbers to calculate with: an adapter that reads or changes weights, or is "
+    "merged into them, and a layer that is trained itself need them in full. Load the model without quantization, "
+    "train or merge there, and quantize the result; or keep an adapter such as LoRA beside the quantized model."
+)
 MADV_PAGEOUT = 21  # Linux 5.4: "reclaim these pages"; clean pages of a file are dropped, nothing is ever lost
 
 
@@ -180,6 +182,53 @@ def nonzero(divisor: torch.Tensor) -> torch.Tensor:
     return torch.where(divisor == 0, 1, divisor)
 
 
+class LowBitCodes(nn.Parameter):
+    """The codes of a low-bit matrix, which nobody takes for its numbers.
+
+    They are moved, copied, compared, written and saved like any other parameter. To calculate with them is refused:
+    PEFT knows our layer as an `nn.Linear`, would add to the codes or multiply by them, and round the result to codes.
+    `detach()` gives the bare tensor.
+
+    Raises:
+        ValueError: in any operation with floating-point numbers among its arguments or results, and in arithmetic.
+    """
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> "LowBitCodes":
+        return memo.setdefault(id(self), LowBitCodes(self.detach().clone()))
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter, (self.detach(), False)  # a file of weights names no class of ours
+
+    def requires_grad_(self, requires_grad: bool = True) -> "LowBitCodes":
+        if requires_grad:
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func.__name__.strip("_") in REFUSED or any(map(is_float, (*args, *kwargs.values()))):
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if is_float(result):
+            raise ValueError(CODES_ARE_NO_NUMBERS)
+        is_codes = isinstance(result, torch.Tensor) and result.dtype == torch.int8 and func is not torch.Tensor.detach
+        return LowBitCodes(result) if is_codes and type(result) is torch.Tensor else result
+
+
+def is_float(value) -> bool:
+    """Whether a value is a tensor of floating-point numbers, or the name of their format."""
+    if isinstance(value, LowBitCodes):
+        return False
+    dtype = value.dtype if isinstance(value, torch.Tensor) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
 class QuantizedLinear(nn.Linear):
     """A linear layer with a 4- or 8-bit matrix. Its bias, its output and its gradients keep the activations' dtype.
 
@@ -237,12 +286,39 @@ class QuantizedLinear(nn.Linear):
         quantized.bias = linear.bias
         return quantized.train(linear.training)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._protect_codes()
+
+    def _protect_codes(self) -> None:
+        weight = self._parameters["weight"]
+        if type(weight) is nn.Parameter and weight.dtype == torch.int8:  # not while full weights are on their way here
+            weight.__class__ = LowBitCodes  # in place, as torch turns its parameters without a size into others
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._protect_codes()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return quantized_linear(x, self.weight, self.weight_scale, self.bits, self.in_features, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Compute the matrix [N, K] that this layer multiplies with."""
-        return dequantize(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
+        return dequantize_naive(self.weight, self.weight_scale, self.bits, self.in_features, dtype)
+
+    def find_way(self, dtype: torch.dtype, rows: int, tell: Tell) -> str:
+        """Say which way a product with so many rows of activations goes, and `tell` why not each faster one."""
+        product = Product(dtype, rows, self.weight, self.weight_scale, self.bits, self.in_features)
+        return choose_lowbit_way(product, tell).name
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take full weights, too: PEFT saves those below an adapter of the head with it."""
+        key = f"{prefix}weight"
+        if key in state_dict and state_dict[key].is_floating_point():
+            group_size = self.group_size or PER_ROW
+            state_dict[key], state_dict[f"{key}_scale"] = quantize_tensor(state_dict[key], self.bits, group_size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """Do nothing: codes come from weights, not from chance."""
@@ -250,7 +326,10 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn, recurse: bool = True):
         scale = self.weight_scale
         packed_matrices.forget(self.weight)
+        if type(self.weight) is LowBitCodes:
+            self.weight.__class__ = nn.Parameter  # of which `nn.Module` makes new ones
         super()._apply(fn, recurse)
+        self._protect_codes()
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
@@ -268,10 +347,22 @@ class HalfLinear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_plain = type(self.weight) is nn.Parameter and self.weight.dtype == x.dtype and x.device.type == "cpu"
-        if is_plain and x.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
+        if half_obstacle(x.dtype, self.weight) is None:
             return half_linear(x, self.weight, self.bias)
         return super().forward(x)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take 8-bit weights, too, which PEFT saved with an adapter of a low-bit head."""
+        key = f"{prefix}weight"
+        if key in state_dict and state_dict[key].dtype == torch.int8:
+            scale = state_dict.pop(f"{key}_scale")
+            state_dict[key] = dequantize_naive(state_dict[key], scale, 8, self.in_features, self.weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def find_way(self, dtype: torch.dtype, rows: int, tell: Tell) -> str:
+        """Say which way a product goes, as [`QuantizedLinear`] does."""
+        product = Product(dtype, rows, self.weight, None, self.weight.dtype, self.in_features)
+        return choose_half_way(product, tell).name
 
 
 def find_linears(module: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
@@ -352,6 +443,23 @@ def check_mergeable(module: nn.Module) -> None:
         )
 
 
+def check_adapters(module: nn.Module, methods: Collection[str]) -> None:
+    """Raise a `ValueError` if adapters of these methods of PEFT stand on low-bit layers and count on full weights.
+
+    Some of them would notice the codes themselves; others take the codes' shape or number format for the weights', and
+    compute nonsense or nothing.
+    """
+    for name, layer in find_adapted(module).items():
+        bits = getattr(unwrap(layer), "bits", None) if isinstance(unwrap(layer), QuantizedLinear) else None
+        known = OVERLAYS if bits != 8 else OVERLAYS | OVERLAYS_OF_THE_SHAPE
+        counting = [str(getattr(method, "value", method)) for method in methods if bits and method not in known]
+        if counting:
+            raise ValueError(
+                f"{counting[0]} is not known to work beside weights of {bits} bits ({name}): it may read them. Take "
+                "LoRA (without DoRA) or another method that leaves them alone, or load the model without quantization."
+            )
+
+
 # Whole models: a decoder, an output layer, and a config that remembers
 
 
@@ -363,9 +471,8 @@ def check_unquantized(model: nn.Module) -> None:
         raise ValueError(f"The weights have {bits or 'few'} bits already. Load the full weights to quantize them anew.")
     if method not in (None, QUANT_METHOD):
         raise ValueError(f"The model was quantized with {method} while loading. Load it without quantization_config.")
-    adapted = next((name for name, child in model.named_modules() if hasattr(child, "base_layer")), None)
-    if adapted is not None:
-        raise ValueError(f"{adapted} has an adapter. Merge or remove it first, or quantize before you add it.")
+    for name in find_adapted(model):
+        raise ValueError(f"{name} has an adapter. Merge or remove it first, or quantize before you add it.")
 
 
 def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, lm_head: bool = False) -> nn.Module:
@@ -384,9 +491,7 @@ def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, l
 def quantize_output_embeddings_(model: nn.Module) -> None:
     """Quantize the output layer to 8 bits, and so untie it from the input embeddings."""
     model.set_output_embeddings(QuantizedLinear.from_linear(model.get_output_embeddings(), bits=8))
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    record_untied(model)
 
 
 def record(config, bits: int, group_size: int | None, lm_head: bool) -> None:
@@ -493,11 +598,6 @@ class LowBitQuantizer(HfQuantizer):
         record(model.config, config.bits, config.group_size, config.lm_head)
         self.remove_quantization_config(model)  # the fields just recorded say it all, and are what is saved
 
-
-register_device("quantized_matmul", "CUDA", CudaMultiply(multiply_by_rows))
-CPU_PRODUCTS = CpuProducts(multiply_on_cpu, nn.functional.linear)
-register_device("quantized_matmul", "CPU", CPU_PRODUCTS.multiply)
-register_device("half_matmul", "CPU", CPU_PRODUCTS.multiply_half)
 
 # Plain assignment: the registering functions refuse a second import of this file, one for each checkpoint folder.
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowBitConfig

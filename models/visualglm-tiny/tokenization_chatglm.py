@@ -1,16 +1,4 @@
-# Copyright 2026 The visualglm-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Text <-> token ids: the sentencepiece tokenizer of ChatGLM-6B and VisualGLM-6B (`ice_text.model`).
 
 It makes ids, padding on the left and a plain attention mask. It does not make position ids (the model derives them),
@@ -103,7 +91,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     The characters of `conversation.MARKS` stand for tokens wherever they occur in a text: `IMAGE_MARK` for `<unk>`
     (the place of one picture embedding), `ANSWER_MARK` for `[gMASK]<sop>`, `END_MARK` for `<eop>`. The texts between
     them are encoded each on its own. Of typed tokens, `<sop>`, `<eop>`, `<unk>`, `<pad>` and `[MASK]` become control
-    tokens, as in the original; with `split_special_tokens=True` none does, which is the choice for untrusted text.
+    tokens, as in the original; with `split_special_tokens=True` none does, which is the choice for untrusted text, what
+    `apply_chat_template` chooses for messages, and what is chosen for a text with marks where nobody chooses.
 
     Args:
         vocab_file: path of `ice_text.model`.
@@ -172,8 +161,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             added_tokens_decoder={**self._stripping(special), **kwargs.pop("added_tokens_decoder", {})},
             **kwargs,
         )
+        if "split_special_tokens" not in kwargs:
+            self.split_special_tokens = None  # see `tokenize`
         self.init_kwargs.pop("model_specific_special_tokens")
         self.init_kwargs.update(end_token=self.end_token, gmask_token=self.gmask_token)  # what save_pretrained writes
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> tuple[str, ...]:
+        """Save it as [`PreTrainedTokenizer.save_pretrained`] does, with the code that loads it."""
+        self.register_for_auto_class()
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _stripping(self, tokens) -> dict[int, AddedToken]:
         """Special tokens of the vocabulary that eat the whitespace beside them, as all did in transformers 4.x."""
@@ -217,7 +213,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Args:
             text: any text, with the characters of `conversation.MARKS` where tokens that are no text belong.
-            kwargs: `split_special_tokens=True` treats typed special tokens as text.
+            kwargs: `split_special_tokens=True` treats typed special tokens as text. None, the default, does so in a
+                text with marks, whose writer had them for what is no text, but for an `<eop>` at the end of an answer,
+                which is how trainers end it.
 
         Raises:
             ValueError: the text has half of a surrogate pair, so it has no UTF-8 form.
@@ -228,10 +226,34 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             ANSWER_MARK: [self.gmask_token, self.bos_token],
             END_MARK: [self.eos_token],
         }
+        if kwargs.setdefault("split_special_tokens", self.split_special_tokens) is None:
+            kwargs["split_special_tokens"] = MARK.search(text) is not None
+            if ANSWER_MARK in text and text.endswith(self.eos_token):
+                text = text.removesuffix(self.eos_token).removesuffix(END_MARK) + END_MARK
         tokens = []
         for segment in MARK.split(text):
             tokens += marked[segment] if segment in marked else super().tokenize(segment, **kwargs)
         return tokens
+
+    def apply_chat_template(self, conversation, *args, tokenizer_kwargs: dict | None = None, **kwargs):
+        """transformers' `apply_chat_template`, for which special tokens typed in a message are text.
+
+        Args:
+            conversation: a list of messages, or a list of such lists.
+            tokenizer_kwargs: for the call of the tokenizer; `{"split_special_tokens": False}` makes control tokens of
+                what is typed, where the rendered text has no mark.
+            args, kwargs: as in transformers.
+
+        Raises:
+            ValueError: `return_assistant_tokens_mask`, which needs the offsets of a fast tokenizer.
+        """
+        if kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError(
+                "return_assistant_tokens_mask needs a fast tokenizer, and this one is sentencepiece. An answer begins "
+                "behind [gMASK]<sop> and ends with <eop>: look for bos_token_id and eos_token_id in the input_ids."
+            )
+        tokenizer_kwargs = {"split_special_tokens": True, **(tokenizer_kwargs or {})}
+        return super().apply_chat_template(conversation, *args, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
 
     def prepare_for_tokenization(self, text: str, is_split_into_words: bool = False, **kwargs) -> tuple[str, dict]:
         """Lower-case `text`, if that is asked for, before special tokens are looked for in it.
