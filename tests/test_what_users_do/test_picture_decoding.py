@@ -80,7 +80,8 @@ def apart(pool: PicturePool, data: bytes, size=SIZE, resample=Image.Resampling.B
 
 @pytest.mark.parametrize(("kind", "mode"), writable())
 def test_every_format_and_mode_is_decoded_bit_by_bit_as_in_this_process(pool, kind, mode):
-    data = encoded(drawing(mode), kind)
+    # Two that write nearly every mode do it larger than what is converted at a time.
+    data = encoded(drawing(mode, (613, 467) if kind in ("PNG", "TIFF") else (307, 233)), kind)
     assert apart(pool, data) == in_this_process(data)
     assert features.check("avif") or kind != "AVIF"
 
