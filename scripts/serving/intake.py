@@ -120,6 +120,7 @@ class Held:
             return
         self.intake.make_room(more)
         if more > self.intake.free_bytes:
+            self.release()  # at once, or all that are on their way might be refused together
             message = "Other requests take all the room there is for large ones. Try again in a second."
             raise ApiError(429, message, code="too_many_bytes", retry_after=1)
         self.intake.free_bytes -= more

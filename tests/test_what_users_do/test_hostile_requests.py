@@ -297,6 +297,30 @@ def test_bodies_that_stop_halfway_make_room_for_others(monkeypatch, undisturbed,
     assert asyncio.run(take_in_all()) == [next_one, stalled, *[200] * (intake.BODIES_HELD - 1)]
 
 
+def test_of_bodies_that_grow_together_some_arrive():
+    chunks = [b'{"text": "' + b"a" * (MIB // 4 - 12), *[b"a" * (MIB // 4)] * 3, b'"}']
+
+    async def take_in_all() -> list[int]:
+        taking = intake.Intake(2 * MIB)
+
+        async def status_of_one() -> int:
+            async def stream():
+                for chunk in chunks:
+                    yield chunk
+                    await asyncio.sleep(0)  # all others get as far
+
+            try:
+                async with taking.read(SimpleNamespace(headers={}, stream=stream), LegacyRequest):
+                    return 200
+            except ApiError as error:
+                return error.status_code
+
+        return await asyncio.gather(*(status_of_one() for _ in range(12)))
+
+    statuses = asyncio.run(take_in_all())
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 3
+
+
 def test_a_body_that_never_ends_holds_nobody_up(server):
     url, _ = server
     neighbour, is_done = Neighbour(url), threading.Event()
