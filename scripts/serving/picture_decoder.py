@@ -37,6 +37,8 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print shall not be taken for an answer
     os.chdir("/")
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever asked for pictures ends this process, and not before
+        signal.signal(number, signal.SIG_IGN)
     warm_up()
     send(answers, READY, "; ".join(confine(memory, cpu_seconds)).encode())
     while head := requests.read(REQUEST.size):

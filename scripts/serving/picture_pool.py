@@ -230,12 +230,13 @@ class LaneWorkers:
             raise ValueError(f"Picture {name} cannot be decoded: {reason}. Save it as JPEG or PNG.") from error
         finally:
             if decoder.pictures_left == 0:
-                self.own.decoder = None
-                self.decoders.discard(decoder)
-                decoder.end()
+                self.drop(decoder)
 
     def decoder(self) -> Decoder:
-        """That of this thread."""
+        """That of this thread, which may have been killed since its last picture."""
+        found = getattr(self.own, "decoder", None)
+        if found is not None and found.process.poll() is not None:
+            self.drop(found)
         if getattr(self.own, "decoder", None) is None:
             self.own.decoder = Decoder(self.lane, self.program)
             self.decoders.add(self.own.decoder)
@@ -243,6 +244,11 @@ class LaneWorkers:
                 self.own.decoder.process.kill()
             report(self.own.decoder.confinement)
         return self.own.decoder
+
+    def drop(self, decoder: Decoder) -> None:
+        self.own.decoder = None
+        self.decoders.discard(decoder)
+        decoder.end()
 
     def start(self) -> None:
         for _ in range(self.lane.decoders):

@@ -74,7 +74,7 @@ class Uploads:
     def find(self, path: str) -> Upload:
         """The picture at a path that a browser names; a `ValueError` for all that is not in the folder."""
         file = Path(path).resolve()
-        if not file.is_relative_to(self.folder) or not file.is_file():
+        if not file.is_relative_to(self.folder) or not file.is_file() or file.name == LOCK:
             raise ValueError("The picture is not here. Upload it; nothing else is opened.")
         return Upload(file, file.stat().st_mtime_ns, file in self.ours)
 

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import io
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -267,6 +268,23 @@ def test_a_closed_pool_refuses_and_leaves_no_process():
     assert process.returncode is not None  # waited for: no zombie
     with pytest.raises(PoolClosed):
         pool.decode(encoded(drawing()), SIZE)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_no_picture_is_refused_because_a_decoder_was_told_to_end_or_was_killed():
+    """Ctrl-C and systemd ask all processes of a server, which completes its requests first; Linux may kill any."""
+    with PicturePool([replace(USUAL, decoders=1)]) as pool:
+        pool.decode(encoded(drawing()), SIZE)
+        [asked] = [decoder.process for decoder in pool.workers[0].decoders]
+        asked.send_signal(signal.SIGINT)
+        asked.send_signal(signal.SIGTERM)
+        pool.decode(encoded(drawing()), SIZE)
+        assert asked.poll() is None
+        asked.kill()
+        os.waitid(os.P_PID, asked.pid, os.WEXITED | os.WNOWAIT)
+        assert pool.decode(encoded(drawing()), SIZE) == in_this_process(encoded(drawing()))
+        [other] = [decoder.process for decoder in pool.workers[0].decoders]
+        assert other.pid != asked.pid
 
 
 def test_a_decoder_is_replaced_after_many_pictures():

@@ -431,7 +431,7 @@ def test_gradio_is_given_uploads_alone_to_delete_in_the_end():
     uploads = own_uploads()
     with gradio.Blocks():
         picture = web.add_picture(uploads)
-    for path in (uploads.folder, uploads.folder / "none.png", CIRCLES):
+    for path in (uploads.folder, uploads.folder / "none.png", uploads.folder / LOCK, CIRCLES):
         with pytest.raises(gradio.Error, match="is not here"):
             asyncio.run(picture.async_move_resource_to_block_cache(str(path)))
     assert not picture.temp_files
