@@ -473,7 +473,7 @@ def test_a_folder_that_takes_no_files_is_one_line(door, monkeypatch):
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_many_are_there_and_goes_on(number, expected, door, monkeypatch):
-    source = write("in.jsonl", *questions(60))
+    source, handler = write("in.jsonl", *questions(60)), signal.getsignal(signal.SIGTERM)
     draw, drawn = batch_infer.draw, []
 
     def draw_and_stop(progress, problem):
@@ -488,7 +488,7 @@ def test_a_stopped_run_says_how_many_are_there_and_goes_on(number, expected, doo
     there = len(objects("out.jsonl"))
     assert code == expected and 3 <= there < 60
     assert f"Stopped: {there} of 60 rows are answered. The same command goes on from here." in said
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     code, _, said = door(source, "out.jsonl")
     assert code == 0 and f"/{60 - there} " in said
 
