@@ -171,3 +171,9 @@ def test_responses_are_cleaned_as_the_original_cleaned_them(golden):
 def test_cleaning_a_clean_response_changes_nothing(text):
     once = clean_response(text)
     assert clean_response(once) == once or "[[训练时间]]" in text
+
+
+@pytest.mark.parametrize("english", ["maybe", 7, "zh"])
+def test_a_language_that_is_none_of_the_two_is_refused(english):
+    with pytest.raises(ValueError, match="english must be True, False or None"):
+        build_prompt("你好", english=english)

@@ -96,10 +96,12 @@ def build_prompt(
         The prompt with one `IMAGE_MARK` for each picture, ending in `ANSWER_MARK`.
 
     Raises:
-        ValueError: an empty query, a history of the wrong shape, a reserved character in a text.
+        ValueError: an empty query, a history of the wrong shape, a reserved character in a text, another `english`.
     """
     check_query(query)
     turns = check_history(history)
+    if english not in (None, True, False):
+        raise ValueError(f"english must be True, False or None for the language of the query, found {brief(english)}.")
     question, answer = ENGLISH if (is_english(query) if english is None else english) else CHINESE
     prompt = ""
     for index, (asked, answered) in enumerate([*turns, (query, None)]):

@@ -109,6 +109,8 @@ def of_validation(error: ValidationError | RequestValidationError) -> ApiError:
     where = ".".join(str(each) for each in first["loc"] if each != "body")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     found = first.get("input")
+    if first["type"] == "too_long" and not first["ctx"]["max_length"]:
+        message = "this model cannot do that; leave the field out, or empty"
     if first["type"] != "value_error" and isinstance(found, (str, int, float)) and len(repr(found)) <= LONGEST_VALUE:
         message += f", found {found!r}"
     return ApiError(422, f"{where or 'The body'}: {message}", param=where or None, code=first["type"])
