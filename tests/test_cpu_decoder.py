@@ -275,6 +275,18 @@ def test_hidden_states_and_attentions_are_recorded_after_programs(model, runs):
     assert not runs
 
 
+@torch.no_grad()
+def test_a_prefix_of_p_tuning_is_seen_in_every_step(runs):
+    config = copy.deepcopy(SMALL_CONFIG)
+    config["text_config"] |= {"pre_seq_len": 4}
+    torch.manual_seed(0)
+    own = VisualGLMForConditionalGeneration(VisualGLMConfig(**config)).eval().bfloat16()
+    own.transformer.prefix_encoder.embedding.weight.mul_(4)
+    ids, _ = make_ids()
+    assert are_close(decode(own, ids)[0], own(ids).logits[:, PROMPT:])
+    assert not runs
+
+
 def decode_last(model, ids):
     """The output for the last token."""
     positions = build_glm_position_ids(ids, None, model.config.text_config)
