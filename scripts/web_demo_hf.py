@@ -6,6 +6,7 @@ This door parses options, loads the model and serves the page; the page is in `s
 """
 
 import argparse
+import importlib
 import signal
 import socket
 import sys
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads would stay
     own_uploads()  # before gradio is imported, or it makes a folder of its own
+    importlib.import_module("gradio")  # or that it is missing would be said when the model is loaded
     from serving.engine import Engine, Limits
     from serving.web import create_page, launch
     from transformers.utils import logging

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import web_demo_hf
 from PIL import Image
 from serving.engine import Engine
 from serving.loading import load_model
@@ -588,3 +589,16 @@ def test_the_first_question_is_asked_in_the_browsers_language(open_tab, language
     tab = open_tab(language)
     tab.click_example(CIRCLES)
     tab.wait_for(question, "")
+
+
+def test_a_missing_package_is_said_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr("serving.uploads.own_uploads", lambda: None)
+    monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sys, "argv", ["web_demo_hf.py", "--port", str(free_port())])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert web_demo_hf.main() == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "gradio is missing: pip install" in capsys.readouterr().err
