@@ -76,36 +76,8 @@ CHAT_KEYWORDS = {
     "custom_generate",
     "trust_remote_code",
 }
-# What a server's requests choose themselves, or what holds for each row alone, whatever runs beside it.
-SERVED = {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "suppress_tokens",
-    "bad_words_ids",
-    "sequence_bias",
-    "disable_compile",
-}
 # The values that change nothing, where that is not 0 or False.
-NEUTRAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "num_beam_groups": 1,
-    "use_cache": True,
-    "length_penalty": 1.0,
-    "typical_p": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "guidance_scale": 1.0,
-    "cache_implementation": "dynamic",
-}
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1}
 
 
 def options_of(config: GenerationConfig) -> dict[str, Any]:
@@ -273,31 +245,6 @@ def check_chat_options(options: dict[str, Any], defaults: GenerationConfig) -> N
         if options.get(name) is not None and options[name].get_seq_length():
             raise ValueError(f"chat() reads its whole prompt anew: {name} must be empty. Leave it out.")
     check_options(options)
-
-
-def check_generation_config(config: GenerationConfig, eos_token_id: int | None) -> None:
-    """Raise a `ValueError` for a generation_config.json that a server of this model could not keep.
-
-    A server has several requests in one call of `generate`, and each chooses its own settings.
-
-    Args:
-        config: `model.generation_config`.
-        eos_token_id: what ends the server's answers; None if only their length does.
-    """
-    options = options_of(config)
-    ends = options.get("eos_token_id", eos_token_id)
-    if ends not in (eos_token_id, [eos_token_id]):
-        raise ValueError(
-            f"generation_config.json has eos_token_id={ends!r}, and config.json {eos_token_id!r}, which ends the "
-            "answers here. Let both say the same."
-        )
-    check_options(options | {"tokenizer": "the server's"})
-    unknown = [name for name in options if name not in SERVED and is_on(options, name)]
-    if unknown:
-        raise ValueError(
-            f"generation_config.json sets {unknown[0]}={options[unknown[0]]!r}, which requests that are answered "
-            "together cannot keep. Take it out of the file; clients send the settings of their answers themselves."
-        )
 
 
 class SuppressUnknown(LogitsProcessor):

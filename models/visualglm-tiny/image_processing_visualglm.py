@@ -76,7 +76,7 @@ def open_picture(source: Any) -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _open_bytes(bytes(source), f"<{len(source)} bytes>")
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _open_bytes(data_uri_bytes(source), f"<data URI of {len(source)} characters>")
+        return _open_bytes(data_uri_bytes(source), name_of_uri(source))
     if isinstance(source, str) and URL.match(source):
         raise ValueError(
             f"Picture {_name(source)} is a URL, and nothing is fetched here. Fetch it first and pass its bytes."
@@ -193,10 +193,15 @@ def _decode(file: Any, name: str) -> Image.Image:
         return read_rgb(image, name)
 
 
+def name_of_uri(uri: str) -> str:
+    """What an error calls a `data:` URI, which may have megabytes."""
+    return f"<data URI of {len(uri)} characters>"
+
+
 def data_uri_bytes(uri: str) -> bytes:
     """What a `data:` URI holds; a `ValueError` if it is none, or one that takes much more memory than it holds."""
     head, comma, payload = uri.partition(",")
-    name = f"<data URI of {len(uri)} characters>"
+    name = name_of_uri(uri)
     if not comma:
         raise ValueError(f"Picture {name} has no comma. Expected data:image/png;base64,<base64 text>.")
     if payload.count("%") > MAX_ESCAPES:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
 from visualglm_hf.conversation import is_english
-from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
+from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
 from visualglm_hf.tokenization_chatglm import MAX_BLANKS
 
 from .picture_pool import PicturePool
@@ -141,7 +141,7 @@ class PromptBuilder:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
         refuse_path(picture)
         if isinstance(picture, str):
-            return self.decode(self.uri_bytes(picture), name_of(picture))
+            return self.decode(self.uri_bytes(picture), name_of_uri(picture))
         return self.decode(picture) if isinstance(picture, bytes) else open_picture(picture)
 
     async def open_async(self, picture, fetch: Callable[[str], Awaitable[bytes]] | None) -> Image.Image:
@@ -150,7 +150,7 @@ class PromptBuilder:
         if isinstance(picture, str) and fetch is not None and picture[:8].lower().startswith(("http://", "https://")):
             picture = await fetch(picture)
         elif isinstance(picture, str):
-            name = name_of(picture)
+            name = name_of_uri(picture)
             picture = await asyncio.get_running_loop().run_in_executor(self.long_ones, self.uri_bytes, picture)
         if not isinstance(picture, bytes):
             return await asyncio.get_running_loop().run_in_executor(self.long_ones, open_picture, picture)
@@ -181,10 +181,6 @@ def refuse_path(picture) -> None:
     """Raise a `ValueError` for what names a file in another way than text does."""
     if isinstance(picture, (os.PathLike, Mapping)):
         raise ValueError(NO_PATH)
-
-
-def name_of(uri: str) -> str:
-    return f"<data URI of {len(uri)} characters>"
 
 
 def conversation_messages(turns: Iterable[Sequence[str]], question: str, picture=None) -> list[dict]:

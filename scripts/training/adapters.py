@@ -24,7 +24,6 @@ from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 DECODER_LINEARS = "query_key_value|dense"  # as in the original; the MLP stays as it is
 QFORMER_LINEARS = "query_key_value|dense|query|key_value"
-BACKENDS = ("lowbit", "nf4")
 
 
 def load_processor(folder: Path, config: VisualGLMConfig) -> VisualGLMProcessor:

@@ -12,7 +12,7 @@ from transformers.generation import BaseStreamer, StopStringCriteria, Watermarki
 
 from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
 from visualglm_hf.cache_naming import CACHE_NAME
-from visualglm_hf.generation_options import ORIGINAL_OPTIONS, check_generation_config
+from visualglm_hf.generation_options import ORIGINAL_OPTIONS
 
 
 QUERY = "你好"
@@ -538,40 +538,3 @@ def test_checkpoints_say_how_many_tokens_they_have(folder, pytestconfig):
     model = VisualGLMForConditionalGeneration.from_pretrained(pytestconfig.rootpath / folder)
     tokenizer = ChatGLMTokenizer.from_pretrained(pytestconfig.rootpath / folder)
     assert model.config.text_config.num_tokens == len(tokenizer) < model.config.text_config.vocab_size
-
-
-# What a server can keep
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
-        ({"stop_strings": ["a"]}, r"stop_strings=\['a'\]"),
-        ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences=2"),
-        ({"num_beams": 4}, "num_beams=4"),
-        ({"use_cache": False}, "use_cache=False"),
-        ({"guidance_scale": 0}, "guidance_scale=0"),
-        ({"min_new_tokens": 5}, "min_new_tokens=5"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
-        ({"prefill_chunk_size": 4}, "seen as a whole"),
-        ({"eos_token_id": [1105, 20]}, "Let both say the same"),
-        ({"a_later_option": 3}, "no option .a_later_option."),
-    ],
-)
-def test_a_generation_config_that_a_server_cannot_keep_is_refused(options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        check_generation_config(GenerationConfig(**options), 1105)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"do_sample": True, "temperature": 0.5, "top_p": 0.7, "max_length": 2048, "eos_token_id": 1105},
-        {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "output_scores": False, "eos_token_id": [1105]},
-        {"suppress_tokens": [7], "bad_words_ids": [[8]]},
-    ],
-)
-def test_a_generation_config_that_a_server_can_keep_passes(options):
-    check_generation_config(GenerationConfig(**options), 1105)
