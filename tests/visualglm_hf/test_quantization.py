@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.commands import quantize
 from tests.helpers import HALF_LOGITS_TOLERANCE, difference, seeded
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration
@@ -51,13 +52,7 @@ def assert_same_state(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.fixture
-def door():
-    """The command's module."""
-    return importlib.import_module("visualglm_tools.commands.quantize")
-
-
-@pytest.fixture
-def on_disk(door):
+def on_disk():
     """The module that does its work."""
     return importlib.import_module("visualglm_tools.checkpoints.quantizing")
 
@@ -577,12 +572,10 @@ def test_bitsandbytes_quantizes_the_model_too(tiny_original, options):
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (4, -1)])
-def test_checkpoint_quantized_on_disk_equals_the_model_quantized_in_memory(
-    door, tiny_original, tmp_path, bits, group_size
-):
+def test_checkpoint_quantized_on_disk_equals_the_model_quantized_in_memory(tiny_original, tmp_path, bits, group_size):
     options = [] if group_size is None else ["--group-size", str(group_size)]
     target = tmp_path / "out"
-    assert door.main([str(tiny_original), str(target), "--bits", str(bits), *options]) == 0
+    assert quantize(str(tiny_original), str(target), "--bits", str(bits), *options) == 0
     loaded, info = VisualGLMForConditionalGeneration.from_pretrained(target, output_loading_info=True)
     assert not any(info.values())
     assert_same_state(loaded, load(tiny_original).quantize(bits, group_size))
@@ -595,29 +588,29 @@ def test_original_per_row_checkpoint_is_reproduced(on_disk, tiny_original, tiny_
     assert_same_state(load(tmp_path / "out"), load(tiny_int4))
 
 
-def refused(door, capsys, *arguments) -> str:
-    assert door.main([str(argument) for argument in arguments]) == 2
+def refused(capsys, *arguments) -> str:
+    assert quantize(*arguments) == 2
     return capsys.readouterr().err
 
 
-def test_door_overwrites_nothing(door, tiny_original, tmp_path, capsys):
+def test_door_overwrites_nothing(tiny_original, tmp_path, capsys):
     (tmp_path / "precious").touch()
-    assert "not an empty folder" in refused(door, capsys, tiny_original, tmp_path, "--bits", 4)
+    assert "not an empty folder" in refused(capsys, tiny_original, tmp_path, "--bits", 4)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_door_refuses_what_it_cannot_quantize(door, tiny_original, tiny_int4, tmp_path, capsys):
+def test_door_refuses_what_it_cannot_quantize(tiny_original, tiny_int4, tmp_path, capsys):
     out = tmp_path / "out"
-    assert "cannot be divided" in refused(door, capsys, tiny_original, out, "--bits", 4, "--group-size", 48)
-    message = refused(door, capsys, tiny_int4, out, "--bits", 8, "--tokenizer", tiny_original)
+    assert "cannot be divided" in refused(capsys, tiny_original, out, "--bits", 4, "--group-size", 48)
+    message = refused(capsys, tiny_int4, out, "--bits", 8, "--tokenizer", tiny_original)
     assert "4 bits already" in message
     assert not list(tmp_path.iterdir())
 
 
-def test_door_looks_at_the_disk_before_it_writes(door, tiny_original, tmp_path, capsys, monkeypatch):
+def test_door_looks_at_the_disk_before_it_writes(tiny_original, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 0, 10**6))
-    assert "the disk has" in refused(door, capsys, tiny_original, tmp_path / "out", "--bits", 4)
+    assert "the disk has" in refused(capsys, tiny_original, tmp_path / "out", "--bits", 4)
     assert not list(tmp_path.iterdir())
 
 
@@ -634,9 +627,9 @@ def test_door_holds_one_shard_at_a_time(on_disk, tiny_original, tmp_path, monkey
     assert len(set(mapped)) == 3
 
 
-def test_door_explains_itself(door, capsys):
+def test_door_explains_itself(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        door.main(["-h"])
+        quantize("-h")
     assert exit_info.value.code == 0
     assert "--group-size" in capsys.readouterr().out
     assert sys.exc_info() == (None, None, None)

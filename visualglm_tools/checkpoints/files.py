@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,15 @@ ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")  # in the complaint of torch's unpick
 MAX_LISTED = 4  # keys per kind in one message, which is to be a line
 
 AGAIN = "Copy or download it again."
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What safetensors says of a damaged file is a `ValueError`, as everything is that is said of one here."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)

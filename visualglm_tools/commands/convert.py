@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Prepare a checkpoint of the original VisualGLM-6B for today's transformers, or bring one from or to SAT.
 
     visualglm convert SRC DST
@@ -16,15 +15,19 @@ complete or not at all.
 import argparse
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.printing import one_line, report
+from visualglm_tools.commands.options import READY, target_argument, tokenizer_option
+from visualglm_tools.options import argument, option
+from visualglm_tools.printing import one_line
 
 
-# torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.
+# torch, transformers and what is built on them are imported in `run`: `-h` and typing errors shall not wait for them.
 
 SAT_VERSION = re.compile(r"0\.(\d+)(\.\d+)?")
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?[KMGT]?B", re.IGNORECASE)
+FORMATS = ("hf", "sat")
 
 
 def shard_size(text: str) -> str:
@@ -39,69 +42,56 @@ def sat_version(text: str) -> str:
     return "0.3" if int(match[1]) < 4 else "0.4"
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder of the original checkpoint")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; must not exist, or be empty")
-    parser.add_argument(
-        "--tokenizer", metavar="FOLDER_OR_FILE", type=Path, help="where ice_text.model is, if it is not in SRC"
-    )
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", type=shard_size, help="of the safetensors files; default: 5GB"
-    )
-    parser.add_argument("--link", action="store_true", help="link SRC's weight files instead of writing new ones")
-    formats = {"choices": ("hf", "sat"), "metavar": "hf|sat"}
-    parser.add_argument("--from", dest="origin", **formats, help="what SRC is; default: what it looks like")
-    parser.add_argument("--to", dest="destination", **formats, default="hf", help="what DST will be; default: hf")
-    parser.add_argument(
-        "--sat-version",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    source: Path = argument("folder of the original checkpoint", metavar="SRC")
+    target: Path = target_argument()
+    tokenizer: Path | None = tokenizer_option()
+    max_shard_size: str | None = option("of the safetensors files", None, parse=shard_size, metavar="SIZE", unset="5GB")
+    link: bool = option("link SRC's weight files instead of writing new ones", False)
+    origin: str | None = option("what SRC is", None, name="from", choices=FORMATS, unset="what it looks like")
+    destination: str = option("what DST will be", "hf", name="to", choices=FORMATS)
+    sat_version: str | None = option(
+        "SAT's side: 0.3 (rows of query_key_value per head) or 0.4 (in blocks)",
+        None,
+        parse=sat_version,
         metavar="VERSION",
-        type=sat_version,
-        help="SAT's side: 0.3 (rows of query_key_value per head) or 0.4 (in blocks); default: found out, or 0.4",
+        unset="found out, or 0.4",
     )
-    parser.add_argument(
-        "--lora",
+    lora: str | None = option(
+        "a LoRA in a SAT checkpoint becomes a PEFT adapter in DST/adapter, is merged, or is all of DST",
+        None,
         choices=("adapter", "merge", "only"),
-        help="a LoRA in a SAT checkpoint becomes a PEFT adapter in DST/adapter (default), is merged, or is all of DST",
+        unset="adapter",
     )
-    return parser.parse_args(argv)
 
 
-def describe_use(arguments: argparse.Namespace) -> str:
-    if arguments.destination == "sat":
-        return "load it with SwissArmyTransformer."
-    if arguments.lora == "only":
-        return "load it with peft, on the weights that it was trained on."
-    return "load it with trust_remote_code=True, check it with visualglm check."
+def describe_use(options: Options) -> str:
+    """What DST is good for, in a sentence."""
+    if options.destination == "sat":
+        return f"{options.target} is ready: load it with SwissArmyTransformer."
+    if options.lora == "only":
+        return f"{options.target} is ready: load it with peft, on the weights that it was trained on."
+    return READY.format(options.target)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    arguments = parse_arguments(argv)
-    from safetensors import SafetensorError
-
+def run(options: Options) -> None:
+    """Write DST; a `ValueError` says why it cannot be written."""
     from visualglm_tools.checkpoints.conversion import convert
+    from visualglm_tools.checkpoints.files import readable
 
-    try:
+    with readable():
         notes = convert(
-            arguments.source,
-            arguments.target,
-            arguments.tokenizer,
-            arguments.max_shard_size,
-            arguments.link,
-            arguments.origin,
-            arguments.destination,
-            arguments.sat_version,
-            arguments.lora,
+            options.source,
+            options.target,
+            options.tokenizer,
+            options.max_shard_size,
+            options.link,
+            options.origin,
+            options.destination,
+            options.sat_version,
+            options.lora,
         )
-    except (ValueError, OSError, SafetensorError) as error:
-        report(error)
-        return 2
     for note in notes:
         print(one_line(note), file=sys.stderr)
-    print(f"{arguments.target} is ready: {describe_use(arguments)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print(describe_use(options))

@@ -2,7 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from visualglm_tools.options import argument, option
 
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "models" / "visualglm-tiny"
@@ -44,3 +48,38 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def loading_options(arguments: argparse.Namespace) -> dict:
     """The keywords of `load_model`, as `add_model_options` has read them."""
     return {name: getattr(arguments, name) for name in ("device", "dtype", "quant", "adapter")}
+
+
+READY = "{} is ready: load it with trust_remote_code=True, check it with visualglm check."
+
+
+def target_argument() -> Any:
+    """The folder that a command writes."""
+    return argument("folder to write; must not exist, or be empty", metavar="DST")
+
+
+def tokenizer_option(source: str = "SRC") -> Any:
+    """Where the vocabulary is, if not beside the weights."""
+    return option(f"where ice_text.model is, if it is not in {source}", None, metavar="FOLDER_OR_FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What the commands that answer questions load."""
+
+    model: Path = option(
+        "checkpoint folder", DEFAULT_MODEL, metavar="FOLDER", names=("from_pretrained",), group="model"
+    )
+    adapter: Path | None = option("what visualglm finetune has trained on it", None, metavar="FOLDER", group="model")
+    quant: int | None = option("quantize the language model to 8 or 4 bits", None, choices=(8, 4), group="model")
+    device: str = option("auto, cuda, cuda:1, mps or cpu", "auto", group="model")
+    dtype: str = option(
+        "number format; auto: float16, on a CPU float32 if it fits, else bfloat16",
+        "auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        group="model",
+    )
+
+    def loading(self) -> dict[str, Any]:
+        """The keywords of `load_model`."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "quant", "adapter")}

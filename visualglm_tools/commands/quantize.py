@@ -1,52 +1,39 @@
-#!/usr/bin/env python
 """Quantize a checkpoint to 4 or 8 bits on disk, shard by shard.
 
     visualglm quantize SRC DST --bits 4
 
-SRC is a folder that convert_checkpoint.py made, or an original one. DST will be the same model with the decoder's
-linear layers in low bits, ready to load with `trust_remote_code=True`; the full weights are never built. Each of SRC's
-weight files becomes one of DST, so that one of them is in memory at a time. Everything is checked before anything is
-written, and DST appears when it is complete or not at all.
+SRC is a folder that `visualglm convert` made, or an original one. DST will be the same model with the decoder's linear
+layers in low bits, ready to load with `trust_remote_code=True`; the full weights are never built. Each of SRC's weight
+files becomes one of DST, so that one of them is in memory at a time. Everything is checked before anything is written,
+and DST appears when it is complete or not at all.
 """
 
-import argparse
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.printing import report
+from visualglm_tools.commands.options import READY, target_argument, tokenizer_option
+from visualglm_tools.options import argument, option
 
 
-# torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.
+# torch, transformers and what is built on them are imported in `run`: `-h` and typing errors shall not wait for them.
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("source", metavar="SRC", type=Path, help="folder with the full weights")
-    add("target", metavar="DST", type=Path, help="folder to write; must not exist, or be empty")
-    add("--bits", type=int, choices=(4, 8), required=True, help="bits per weight")
-    add("--group-size", metavar="N", type=int, help="columns that share a scale (4 bits; default 64; -1: per row)")
-    add("--tokenizer", metavar="FOLDER_OR_FILE", type=Path, help="where ice_text.model is, if it is not in SRC")
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    source: Path = argument("folder with the full weights", metavar="SRC")
+    target: Path = target_argument()
+    bits: int = option("bits per weight", choices=(4, 8))
+    group_size: int | None = option(
+        "columns that share a scale, of 4 bits; -1: per row", None, metavar="N", unset="64 for 4 bits"
+    )
+    tokenizer: Path | None = tokenizer_option()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    arguments = parse_arguments(argv)
-    from safetensors import SafetensorError
-
+def run(options: Options) -> None:
+    """Write DST; a `ValueError` says why it cannot be written."""
+    from visualglm_tools.checkpoints.files import readable
     from visualglm_tools.checkpoints.quantizing import quantize_checkpoint
 
-    try:
-        quantize_checkpoint(
-            arguments.source, arguments.target, arguments.bits, arguments.group_size, arguments.tokenizer
-        )
-    except (ValueError, OSError, SafetensorError) as error:
-        report(error)
-        return 2
-    print(f"{arguments.target} is ready: load it with trust_remote_code=True, check it with visualglm check.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with readable():
+        quantize_checkpoint(options.source, options.target, options.bits, options.group_size, options.tokenizer)
+    print(READY.format(options.target))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.commands import check
 from tests.paths import ROOT
 
 
@@ -18,16 +19,10 @@ EMBEDDINGS = "transformer.word_embeddings.weight"
 NUM_CHECKS = 10
 
 
-@pytest.fixture(scope="module")
-def door():
-    """The command's module."""
-    from visualglm_tools.commands import check
-
-    return check
 
 
 @pytest.fixture(scope="module")
-def checks(door):
+def checks():
     """The module with the checks."""
     return importlib.import_module("visualglm_tools.checkpoints.checks")
 
@@ -77,8 +72,8 @@ def verdicts(output: str) -> dict[str, str]:
     return {line[:17].strip(): line[17:26].strip() for line in rows}
 
 
-def test_whole_checkpoint_passes(door, tiny_original, capsys):
-    assert door.main([str(tiny_original)]) == 0
+def test_whole_checkpoint_passes(tiny_original, capsys):
+    assert check(str(tiny_original)) == 0
     output = capsys.readouterr().out
     assert set(verdicts(output).values()) == {"ok"}
     assert f"All {NUM_CHECKS} checks passed." in output
@@ -92,13 +87,13 @@ def test_script_runs_by_itself_and_answers(tiny_original):
     assert verdicts(result.stdout)["answer"] == "ok"
 
 
-def test_kernels_are_reported_when_asked_for(door, tiny_original, folder, capsys):
-    assert door.main([str(tiny_original), "--kernels"]) == 0
+def test_kernels_are_reported_when_asked_for(tiny_original, folder, capsys):
+    assert check(str(tiny_original), "--kernels") == 0
     output = capsys.readouterr().out
     assert verdicts(output)["kernels"] == "ok"
     assert "\ndecode step " in output
     (folder / "config.json").unlink()
-    assert door.main([str(folder), "--kernels"]) == 1
+    assert check(str(folder), "--kernels") == 1
     assert verdicts(capsys.readouterr().out)["kernels"] == "skipped"
 
 
@@ -179,36 +174,34 @@ def name_missing_code(folder):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_damage_is_found_by_its_check(door, folder, capsys, damage, failed, message):
+def test_damage_is_found_by_its_check(folder, capsys, damage, failed, message):
     damage(folder)
-    assert door.main([str(folder)]) == 1
+    assert check(str(folder)) == 1
     output = capsys.readouterr().out
     assert verdicts(output)[failed] == "FAILED"
     assert message in output
     assert "checks FAILED." in output
 
 
-def test_checks_that_cannot_run_are_skipped_and_the_others_still_run(door, folder, capsys):
+def test_checks_that_cannot_run_are_skipped_and_the_others_still_run(folder, capsys):
     remove_shard(folder)
-    assert door.main([str(folder)]) == 1
+    assert check(str(folder)) == 1
     found = verdicts(capsys.readouterr().out)
     assert found["values"] == found["keys and shapes"] == "skipped"
     assert found["vocabulary"] == "ok"
     assert len(found) == NUM_CHECKS
 
 
-def test_nan_in_the_weights_is_also_seen_in_the_answer(door, folder, capsys):
+def test_nan_in_the_weights_is_also_seen_in_the_answer(folder, capsys):
     put_nan(folder)
     change_shard(folder, FIRST, lambda tensors: tensors[EMBEDDINGS].fill_(float("nan")))
     change_shard(folder, LAST, lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
-    assert door.main([str(folder), "--generate"]) == 1
+    assert check(str(folder), "--generate") == 1
     assert verdicts(capsys.readouterr().out)["answer"] == "FAILED"
 
 
-def test_missing_folder_is_a_usage_error(door, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        door.main([str(tmp_path / "nowhere")])
-    assert stop.value.code == 2
+def test_missing_folder_is_a_usage_error(tmp_path, capsys):
+    assert check(tmp_path / "nowhere") == 2
     assert "is no folder" in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from tests.commands import convert
 from tests.paths import ROOT
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,12 +71,6 @@ print(json.dumps(answers))
 """
 
 
-@pytest.fixture(scope="module")
-def door():
-    """The command's module."""
-    from visualglm_tools.commands import convert
-
-    return convert
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,10 +83,10 @@ def unregistered():
 
 
 @pytest.fixture(scope="module")
-def converted(door, tiny_original, tmp_path_factory) -> Path:
+def converted(tiny_original, tmp_path_factory) -> Path:
     """The tiny original, converted; not to be changed."""
     folder = tmp_path_factory.mktemp("converted") / "visualglm"
-    assert door.main([str(tiny_original), str(folder)]) == 0
+    assert convert(str(tiny_original), str(folder)) == 0
     return folder
 
 
@@ -166,10 +161,10 @@ def quantize(tensors: dict[str, torch.Tensor], bits: int) -> None:
         tensors |= {key: packed, f"{key}_scale": scale}
 
 
-def refuse(door, capsys, source: Path, target: Path, *options: str) -> str:
+def refuse(capsys, source: Path, target: Path, *options: str) -> str:
     """Run the script, which must fail, print one line and leave nothing; returns the line."""
     before = sorted(target.parent.iterdir())
-    assert door.main([str(source), str(target), *options]) == 2
+    assert convert(str(source), str(target), *options) == 2
     assert sorted(target.parent.iterdir()) == before
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
@@ -207,8 +202,8 @@ def test_weights_are_those_of_the_original_without_its_copies(converted, tiny_or
     assert json.loads((converted / "config.json").read_text())["tie_word_embeddings"] is True
 
 
-def test_weights_are_split_into_shards_of_the_wished_size(door, tiny_original, tmp_path):
-    assert door.main([str(tiny_original), str(tmp_path / "out"), "--max-shard-size", "200kb"]) == 0
+def test_weights_are_split_into_shards_of_the_wished_size(tiny_original, tmp_path):
+    assert convert(str(tiny_original), str(tmp_path / "out"), "--max-shard-size", "200kb") == 0
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     tensors = tensors_of(tmp_path / "out")
@@ -270,34 +265,34 @@ def test_no_path_of_this_machine_is_written(converted, tiny_original):
 # ---- what it reads
 
 
-def test_single_file_is_read(door, source, tmp_path, tiny_original):
+def test_single_file_is_read(source, tmp_path, tiny_original):
     make_single(source)
-    assert door.main([str(source), str(tmp_path / "out")]) == 0
+    assert convert(str(source), str(tmp_path / "out")) == 0
     assert_same(tensors_of(tmp_path / "out"), kept(tensors_of(tiny_original)))
 
 
-def test_safetensors_are_read(door, source, tmp_path, tiny_original):
+def test_safetensors_are_read(source, tmp_path, tiny_original):
     make_single(source, name="model.safetensors")
-    assert door.main([str(source), str(tmp_path / "out")]) == 0
+    assert convert(str(source), str(tmp_path / "out")) == 0
     assert_same(tensors_of(tmp_path / "out"), kept(tensors_of(tiny_original)))
 
 
-def test_converted_folder_can_be_converted_again(door, converted, tmp_path):
-    assert door.main([str(converted), str(tmp_path / "out"), "--max-shard-size", "300KB"]) == 0
+def test_converted_folder_can_be_converted_again(converted, tmp_path):
+    assert convert(str(converted), str(tmp_path / "out"), "--max-shard-size", "300KB") == 0
     assert_same(tensors_of(tmp_path / "out"), tensors_of(converted))
 
 
-def test_files_from_before_pytorch_1_6_are_read(door, source, tmp_path, tiny_original):
+def test_files_from_before_pytorch_1_6_are_read(source, tmp_path, tiny_original):
     for name in (FIRST, LAST):
         tensors = torch.load(source / name, weights_only=True)
         torch.save(tensors, source / name, _use_new_zipfile_serialization=False)
-    assert door.main([str(source), str(tmp_path / "out")]) == 0
+    assert convert(str(source), str(tmp_path / "out")) == 0
     assert_same(tensors_of(tmp_path / "out"), kept(tensors_of(tiny_original)))
 
 
-def test_different_head_is_kept_with_a_warning(door, source, tmp_path, capsys):
+def test_different_head_is_kept_with_a_warning(source, tmp_path, capsys):
     change_shard(source, FIRST, lambda tensors: tensors.update({EMBEDDINGS: tensors[EMBEDDINGS] * 2}))
-    assert door.main([str(source), str(tmp_path / "out")]) == 0
+    assert convert(str(source), str(tmp_path / "out")) == 0
     assert "warning: lm_head and the word embeddings differ" in capsys.readouterr().err
     model, info = VisualGLMForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
@@ -306,11 +301,11 @@ def test_different_head_is_kept_with_a_warning(door, source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_weights_stay_as_they_are(door, source, tmp_path, bits):
+def test_quantized_weights_stay_as_they_are(source, tmp_path, bits):
     key = "transformer.layers.0.mlp.dense_h_to_4h.weight"
     make_single(source, lambda tensors: quantize(tensors, bits))
     change_json(source / "config.json", quantization_bit=bits)
-    assert door.main([str(source), str(tmp_path / "out")]) == 0
+    assert convert(str(source), str(tmp_path / "out")) == 0
     tensors = tensors_of(tmp_path / "out")
     assert_same(tensors, kept(tensors_of(source)))
     assert sum(tensor.dtype == torch.int8 for tensor in tensors.values()) == 16
@@ -320,37 +315,37 @@ def test_quantized_weights_stay_as_they_are(door, source, tmp_path, bits):
     assert torch.equal(model.state_dict()[key], tensors[key])
 
 
-def test_checkpoint_that_the_original_quantized_is_converted(door, golden_dir, tiny_original, tmp_path):
+def test_checkpoint_that_the_original_quantized_is_converted(golden_dir, tiny_original, tmp_path):
     source = golden_dir / "tiny-original-int4"  # without a tokenizer, as it was saved
-    assert door.main([str(source), str(tmp_path / "out"), "--tokenizer", str(tiny_original)]) == 0
+    assert convert(str(source), str(tmp_path / "out"), "--tokenizer", str(tiny_original)) == 0
     assert_same(tensors_of(tmp_path / "out"), kept(tensors_of(source)))
     _, info = VisualGLMForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
 
 
-def test_head_quantized_by_this_project_is_kept_without_a_warning(door, tiny_original, tmp_path, capsys):
+def test_head_quantized_by_this_project_is_kept_without_a_warning(tiny_original, tmp_path, capsys):
     VisualGLMForConditionalGeneration.from_pretrained(tiny_original).quantize(4, lm_head=True).save_pretrained(
         tmp_path / "source"
     )
     options = ["--tokenizer", str(tiny_original)]
-    assert door.main([str(tmp_path / "source"), str(tmp_path / "out"), *options]) == 0
+    assert convert(str(tmp_path / "source"), str(tmp_path / "out"), *options) == 0
     assert "warning" not in capsys.readouterr().err
     assert_same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "source"))
 
 
 @pytest.mark.parametrize("is_file", [True, False], ids=["file", "folder"])
-def test_tokenizer_may_be_elsewhere(door, source, tmp_path, tiny_original, is_file):
+def test_tokenizer_may_be_elsewhere(source, tmp_path, tiny_original, is_file):
     (source / "ice_text.model").unlink()
     place = tiny_original / "ice_text.model" if is_file else tiny_original
-    assert door.main([str(source), str(tmp_path / "out"), "--tokenizer", str(place)]) == 0
+    assert convert(str(source), str(tmp_path / "out"), "--tokenizer", str(place)) == 0
     assert (tmp_path / "out" / "ice_text.model").is_file()
 
 
 # ---- --link
 
 
-def test_links_share_the_weights_of_the_source(door, source, tmp_path):
-    assert door.main([str(source), str(tmp_path / "out"), "--link"]) == 0
+def test_links_share_the_weights_of_the_source(source, tmp_path):
+    assert convert(str(source), str(tmp_path / "out"), "--link") == 0
     for name in (FIRST, LAST):
         assert (tmp_path / "out" / name).samefile(source / name)
         assert not (tmp_path / "out" / name).is_symlink()
@@ -360,40 +355,40 @@ def test_links_share_the_weights_of_the_source(door, source, tmp_path):
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
 
 
-def test_links_are_symbolic_where_hard_ones_are_impossible(door, source, tmp_path, monkeypatch):
+def test_links_are_symbolic_where_hard_ones_are_impossible(source, tmp_path, monkeypatch):
     def fail(self, target):
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(Path, "hardlink_to", fail)
-    assert door.main([str(source), str(tmp_path / "out"), "--link"]) == 0
+    assert convert(str(source), str(tmp_path / "out"), "--link") == 0
     assert (tmp_path / "out" / FIRST).is_symlink()
     assert_same(tensors_of(tmp_path / "out"), tensors_of(source))
 
 
-def test_links_need_no_space(door, source, tmp_path, monkeypatch):
+def test_links_need_no_space(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, SPARE_BYTES))
-    assert door.main([str(source), str(tmp_path / "out"), "--link"]) == 0
+    assert convert(str(source), str(tmp_path / "out"), "--link") == 0
 
 
 # ---- what it refuses
 
 
-def test_target_with_content_is_not_touched(door, tiny_original, tmp_path, capsys):
+def test_target_with_content_is_not_touched(tiny_original, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert "not an empty folder" in refuse(door, capsys, tiny_original, tmp_path / "out")
+    assert "not an empty folder" in refuse(capsys, tiny_original, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
-def test_empty_target_is_filled(door, tiny_original, tmp_path):
+def test_empty_target_is_filled(tiny_original, tmp_path):
     (tmp_path / "out").mkdir()
-    assert door.main([str(tiny_original), str(tmp_path / "out")]) == 0
+    assert convert(str(tiny_original), str(tmp_path / "out")) == 0
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_missing_source_is_refused(door, tmp_path, capsys):
-    assert "is no folder" in refuse(door, capsys, tmp_path / "nowhere", tmp_path / "out")
+def test_missing_source_is_refused(tmp_path, capsys):
+    assert "is no folder" in refuse(capsys, tmp_path / "nowhere", tmp_path / "out")
 
 
 def remove_config(folder):
@@ -519,59 +514,58 @@ def exchange_tokenizer(folder):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("option", [(), ("--link",)], ids=["write", "link"])
-def test_unusable_source_is_refused_before_anything_is_written(door, source, tmp_path, capsys, damage, message, option):
+def test_unusable_source_is_refused_before_anything_is_written(source, tmp_path, capsys, damage, message, option):
     damage(source)
     (tmp_path / "place").mkdir()
-    error = refuse(door, capsys, source, tmp_path / "place" / "out", *option)
+    error = refuse(capsys, source, tmp_path / "place" / "out", *option)
     assert re.search(message, error), error
 
 
-def test_all_wrong_keys_are_listed_at_once(door, source, tmp_path, capsys):
+def test_all_wrong_keys_are_listed_at_once(source, tmp_path, capsys):
     def change(tensors):
         tensors["transformer.final_layernorm.weights"] = tensors.pop("transformer.final_layernorm.weight")
         tensors["image_encoder.glm_proj.bias"] = torch.zeros(3)
 
     make_single(source, change)
-    error = refuse(door, capsys, source, tmp_path / "out")
+    error = refuse(capsys, source, tmp_path / "out")
     assert "1 keys are missing: transformer.final_layernorm.weight;" in error
     assert "1 keys are unexpected: transformer.final_layernorm.weights;" in error
     assert "image_encoder.glm_proj.bias is [3] float32 instead of [64]" in error
 
 
-def test_full_disk_is_noticed_before_anything_is_written(door, tiny_original, tmp_path, capsys, monkeypatch):
+def test_full_disk_is_noticed_before_anything_is_written(tiny_original, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, SPARE_BYTES))
-    assert "--link" in refuse(door, capsys, tiny_original, tmp_path / "out")
+    assert "--link" in refuse(capsys, tiny_original, tmp_path / "out")
 
 
-def test_nothing_is_left_when_writing_fails(door, tiny_original, tmp_path, capsys, monkeypatch):
+def test_nothing_is_left_when_writing_fails(tiny_original, tmp_path, capsys, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("visualglm_tools.checkpoints.conversion.write_description", fail)
-    assert "No space left" in refuse(door, capsys, tiny_original, tmp_path / "out")
+    assert "No space left" in refuse(capsys, tiny_original, tmp_path / "out")
 
 
-def test_nothing_is_left_when_the_user_interrupts(door, tiny_original, tmp_path, monkeypatch):
+def test_nothing_is_left_when_the_user_interrupts(tiny_original, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("visualglm_tools.checkpoints.prepared.save_safetensors", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        door.main([str(tiny_original), str(tmp_path / "out")])
+    assert convert(tiny_original, tmp_path / "out") == 130
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", ["5", "big", "-1GB"])
-def test_shard_size_without_meaning_is_refused(door, tiny_original, tmp_path, size):
+def test_shard_size_without_meaning_is_refused(tiny_original, tmp_path, size):
     with pytest.raises(SystemExit) as stop:
-        door.main([str(tiny_original), str(tmp_path / "out"), f"--max-shard-size={size}"])
+        convert(str(tiny_original), str(tmp_path / "out"), f"--max-shard-size={size}")
     assert stop.value.code == 2
 
 
-def test_help_is_printed(door, capsys):
+def test_help_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
-        door.main(["--help"])
+        convert("--help")
     assert stop.value.code == 0
     assert "--link" in capsys.readouterr().out
 

@@ -14,24 +14,20 @@ from safetensors.torch import load_file, save_file
 from visualglm_hf import VisualGLMForConditionalGeneration
 from tests.paths import ROOT
 from visualglm_tools.checkpoints import adapters
-from visualglm_tools.commands import convert, merge, quantize
+from tests.commands import convert, merge, quantize
 
 
 peft = pytest.importorskip("peft")
 DECODER = r"transformer\.layers\.(0|2)\.attention\.(query_key_value|dense)"
 
 
-@pytest.fixture(scope="module")
-def door():
-    """The command's module."""
-    return merge
 
 
 @pytest.fixture(scope="module")
 def base(tiny_original, tmp_path_factory) -> Path:
     """The tiny original in float32, so that merging rounds as little as adapting does."""
     folder = tmp_path_factory.mktemp("merge") / "base"
-    assert convert.main([str(tiny_original), str(folder)]) == 0
+    assert convert(str(tiny_original), str(folder)) == 0
     weights = load_file(folder / "model.safetensors")
     save_file({key: tensor.float() for key, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -63,9 +59,9 @@ def adapter(base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged(door, base, adapter, tmp_path_factory) -> Path:
+def merged(base, adapter, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("merge") / "merged"
-    assert door.main([str(base), str(adapter), str(target)]) == 0
+    assert merge(str(base), str(adapter), str(target)) == 0
     return target
 
 
@@ -80,11 +76,11 @@ def logits(model, inputs) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def refuse(door, capsys, base: Path, adapter: Path, target: Path) -> str:
+def refuse(capsys, base: Path, adapter: Path, target: Path) -> str:
     """Run the door; returns its one line of complaint after checking that it left nothing behind."""
     before = sorted(target.parent.iterdir())
     capsys.readouterr()
-    assert door.main([str(base), str(adapter), str(target)]) == 2
+    assert merge(str(base), str(adapter), str(target)) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert sorted(target.parent.iterdir()) == before
@@ -132,18 +128,18 @@ def test_merged_logits_equal_the_adapters(base, adapter, merged, inputs):
         "projected prefix",
     ],
 )
-def test_every_kind_of_adapter_is_merged(door, base, inputs, tmp_path, options):
+def test_every_kind_of_adapter_is_merged(base, inputs, tmp_path, options):
     adapter = train_nothing(tmp_path / "adapter", base, **options)
     expected = logits(peft.PeftModel.from_pretrained(load(base), adapter).eval(), inputs)
-    assert door.main([str(base), str(adapter), str(tmp_path / "merged")]) == 0
+    assert merge(str(base), str(adapter), str(tmp_path / "merged")) == 0
     assert relative_error(logits(load(tmp_path / "merged"), inputs), expected.numpy()) < FLOAT32_TOLERANCE
     assert (expected - logits(load(base), inputs)).abs().max() > 1e-3
 
 
-def test_a_head_of_its_own_is_written_and_said_so(door, base, tmp_path):
+def test_a_head_of_its_own_is_written_and_said_so(base, tmp_path):
     """The base ties it to the embeddings, of which it then no longer is one."""
     adapter = train_nothing(tmp_path / "adapter", base, target_modules=["lm_head"])
-    assert door.main([str(base), str(adapter), str(tmp_path / "merged")]) == 0
+    assert merge(str(base), str(adapter), str(tmp_path / "merged")) == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     assert after.keys() - before.keys() == {"lm_head.weight"}
     assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
@@ -163,9 +159,9 @@ def test_a_head_of_its_own_is_written_and_said_so(door, base, tmp_path):
     ],
     ids=["prompt", "lily", "whole layers beside layer norms"],
 )
-def test_what_peft_cannot_fold_is_refused(door, base, tmp_path, capsys, options, message):
+def test_what_peft_cannot_fold_is_refused(base, tmp_path, capsys, options, message):
     adapter = train_nothing(tmp_path / "adapter", base, **options)
-    assert message in refuse(door, capsys, base, adapter, tmp_path / "merged")
+    assert message in refuse(capsys, base, adapter, tmp_path / "merged")
 
 
 def test_merged_folder_loads_without_peft(merged, inputs, monkeypatch):
@@ -184,41 +180,41 @@ def test_only_what_the_adapter_touches_changes(base, merged):
     assert changed == {f"transformer.layers.{layer}.attention.{name}" for layer in (0, 2) for name in names}
 
 
-def test_half_precision_is_rounded_once(door, tiny_original, base, adapter, merged, tmp_path):
+def test_half_precision_is_rounded_once(tiny_original, base, adapter, merged, tmp_path):
     """The tiny original has the same numbers as the base, in float16."""
-    assert door.main([str(tiny_original), str(adapter), str(tmp_path / "half")]) == 0
+    assert merge(str(tiny_original), str(adapter), str(tmp_path / "half")) == 0
     half, full = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", merged))
     assert all(torch.equal(half[key], full[key].half()) for key in full)
 
 
 def test_merged_weights_can_be_quantized(base, adapter, merged, inputs, tmp_path):
     arguments = [str(merged), str(tmp_path / "int4"), "--bits", "4", "--group-size", "16"]
-    assert quantize.main(arguments) == 0
+    assert quantize(*arguments) == 0
     expected = load(merged).quantize(4, group_size=16)
     assert torch.equal(logits(load(tmp_path / "int4"), inputs), logits(expected, inputs))
 
 
-def test_quantized_weights_are_refused_with_the_remedy(door, base, adapter, tmp_path, capsys):
+def test_quantized_weights_are_refused_with_the_remedy(base, adapter, tmp_path, capsys):
     arguments = [str(base), str(tmp_path / "int8"), "--bits", "8"]
-    assert quantize.main(arguments) == 0
-    error = refuse(door, capsys, tmp_path / "int8", adapter, tmp_path / "merged")
+    assert quantize(*arguments) == 0
+    error = refuse(capsys, tmp_path / "int8", adapter, tmp_path / "merged")
     assert "quantized weights" in error and "merge there, and quantize the result" in error
 
 
-def test_adapter_of_a_model_of_another_size_is_refused(door, adapter, tmp_path, capsys):
-    error = refuse(door, capsys, ROOT / "models" / "visualglm-tiny", adapter, tmp_path / "merged")
+def test_adapter_of_a_model_of_another_size_is_refused(adapter, tmp_path, capsys):
+    error = refuse(capsys, ROOT / "models" / "visualglm-tiny", adapter, tmp_path / "merged")
     assert "does not fit this model" in error
 
 
-def test_adapter_of_other_weights_of_the_same_size_is_refused(door, base, adapter, tmp_path, capsys):
+def test_adapter_of_other_weights_of_the_same_size_is_refused(base, adapter, tmp_path, capsys):
     files = adapters
     adapter = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     other = load(base)
     files.write_fingerprint(adapter, files.fingerprint(other))
-    assert door.main([str(base), str(adapter), str(tmp_path / "same")]) == 0
+    assert merge(str(base), str(adapter), str(tmp_path / "same")) == 0
     torch.nn.init.normal_(other.transformer.word_embeddings.weight)
     files.write_fingerprint(adapter, files.fingerprint(other))
-    assert "another base model" in refuse(door, capsys, base, adapter, tmp_path / "merged")
+    assert "another base model" in refuse(capsys, base, adapter, tmp_path / "merged")
 
 
 def lose_weights(folder: Path) -> None:
@@ -243,34 +239,34 @@ def break_numbers(folder: Path) -> None:
     ],
     ids=["config", "weights", "JSON", "cut", "missing", "NaN"],
 )
-def test_unusable_adapter_is_refused(door, base, adapter, tmp_path, capsys, damage, message):
+def test_unusable_adapter_is_refused(base, adapter, tmp_path, capsys, damage, message):
     adapter = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     damage(adapter)
-    assert message in refuse(door, capsys, base, adapter, tmp_path / "merged")
+    assert message in refuse(capsys, base, adapter, tmp_path / "merged")
 
 
-def test_target_with_content_is_not_touched(door, base, adapter, tmp_path, capsys):
+def test_target_with_content_is_not_touched(base, adapter, tmp_path, capsys):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine").touch()
-    assert "nothing is overwritten" in refuse(door, capsys, base, adapter, tmp_path / "merged")
+    assert "nothing is overwritten" in refuse(capsys, base, adapter, tmp_path / "merged")
 
 
-def test_sat_adapter_is_merged_as_sat_merges_it(door, golden_dir, tiny_original, tmp_path):
+def test_sat_adapter_is_merged_as_sat_merges_it(golden_dir, tiny_original, tmp_path):
     tokenizer = ["--tokenizer", str(tiny_original)]
     source = str(golden_dir / "sat_lora")
-    assert convert.main([source, str(tmp_path / "kept"), *tokenizer]) == 0
-    assert convert.main([source, str(tmp_path / "expected"), "--lora", "merge", *tokenizer]) == 0
+    assert convert(source, str(tmp_path / "kept"), *tokenizer) == 0
+    assert convert(source, str(tmp_path / "expected"), "--lora", "merge", *tokenizer) == 0
     kept = tmp_path / "kept"
-    assert door.main([str(kept), str(kept / "adapter"), str(tmp_path / "merged")]) == 0
+    assert merge(str(kept), str(kept / "adapter"), str(tmp_path / "merged")) == 0
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
     assert found.keys() == expected.keys()
     # Here three products are summed in one, in another order: at most the last bit of a half differs.
     assert all((found[key] - tensor).abs().max() <= tensor.abs().max() * 2**-10 for key, tensor in expected.items())
 
 
-def test_generation_defaults_are_kept(base, door, adapter, tmp_path):
+def test_generation_defaults_are_kept(base, adapter, tmp_path):
     source = Path(shutil.copytree(base, tmp_path / "source"))
     fields = json.loads((source / "generation_config.json").read_text()) | {"temperature": 0.5, "do_sample": True}
     (source / "generation_config.json").write_text(json.dumps(fields))
-    assert door.main([str(source), str(adapter), str(tmp_path / "merged")]) == 0
+    assert merge(str(source), str(adapter), str(tmp_path / "merged")) == 0
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text()) == fields

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.commands import convert as run_convert
 from tests.helpers import FLOAT32_TOLERANCE, relative_error
 from safetensors.torch import load_file
 
@@ -26,12 +27,6 @@ BOTH_VERSIONS = pytest.mark.parametrize("version", ["0.3", "0.4"])
 LAST = 8  # positions of a case's logits that were kept
 
 
-@pytest.fixture(scope="module")
-def door():
-    """The command's module."""
-    from visualglm_tools.commands import convert
-
-    return convert
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +41,12 @@ def sat_arrays(golden_dir):
 
 
 @pytest.fixture(scope="module")
-def convert(door, tiny_original, tmp_path_factory):
+def convert(tiny_original, tmp_path_factory):
     """Convert with the golden tokenizer; returns the new folder."""
 
     def convert(source: Path, *options: str) -> Path:
         target = tmp_path_factory.mktemp("sat") / "converted"
-        assert door.main([str(source), str(target), "--tokenizer", str(tiny_original), *options]) == 0
+        assert run_convert(str(source), str(target), "--tokenizer", str(tiny_original), *options) == 0
         return target
 
     return convert
@@ -109,12 +104,12 @@ def assert_computes(model, cases: list[dict], arrays, name: str, pixel_values) -
         assert relative_error(logits_of(model, case, pixel_values), arrays[f"{name}.{number}"]) < FLOAT32_TOLERANCE
 
 
-def refuse(door, capsys, *arguments: object) -> str:
-    """Run the door; returns its one line of complaint after checking that it left nothing behind."""
+def refuse(capsys, *arguments: object) -> str:
+    """Run the command; returns its one line of complaint after checking that it left nothing behind."""
     *_, target = (argument for argument in arguments if isinstance(argument, Path))
     before = sorted(target.parent.iterdir())
     capsys.readouterr()
-    assert door.main([str(argument) for argument in arguments]) == 2
+    assert run_convert(*arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert sorted(target.parent.iterdir()) == before
@@ -146,9 +141,9 @@ def test_residual_factor_is_sats(from_sat):
     assert math.isclose(config.residual_alpha, math.sqrt(2 * config.num_hidden_layers))
 
 
-def test_what_is_dropped_is_named(door, golden_dir, tiny_original, tmp_path, capsys):
+def test_what_is_dropped_is_named(golden_dir, tiny_original, tmp_path, capsys):
     arguments = [golden_dir / "sat", tmp_path / "new", "--tokenizer", tiny_original, "--sat-version", "0.4"]
-    assert door.main([str(argument) for argument in arguments]) == 0
+    assert run_convert(*arguments) == 0
     assert "transformer.position_embeddings.weight is dropped" in capsys.readouterr().err
 
 
@@ -169,8 +164,8 @@ def test_row_order_of_trained_weights_is_found_out(convert, tiny_original, versi
     assert_same(load_file(back / "model.safetensors"), load_file(TINY / "model.safetensors"))
 
 
-def test_row_order_that_cannot_be_known_is_asked_for(door, golden_dir, tiny_original, tmp_path, capsys):
-    error = refuse(door, capsys, "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new")
+def test_row_order_that_cannot_be_known_is_asked_for(golden_dir, tiny_original, tmp_path, capsys):
+    error = refuse(capsys, "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new")
     assert "--sat-version" in error and "0.3" in error and "0.4" in error
 
 
@@ -179,9 +174,9 @@ def test_lora_of_sat_0_4_tells_the_row_order(convert, golden_dir, capsys):
     assert "as SAT 0.4 has them" in capsys.readouterr().err
 
 
-def test_version_that_sat_never_had_is_refused(door, golden_dir, tmp_path, capsys):
+def test_version_that_sat_never_had_is_refused(golden_dir, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        door.main([str(golden_dir / "sat"), str(tmp_path / "new"), "--sat-version", "four"])
+        run_convert(str(golden_dir / "sat"), str(tmp_path / "new"), "--sat-version", "four")
     assert "0.3 or 0.4" in capsys.readouterr().err
 
 
@@ -223,9 +218,9 @@ def test_scratch_files_are_gone(to_sat):
     }
 
 
-def test_low_bits_are_not_given_to_sat(door, golden_dir, tiny_original, tmp_path, capsys):
+def test_low_bits_are_not_given_to_sat(golden_dir, tiny_original, tmp_path, capsys):
     arguments = ["--to", "sat", "--tokenizer", tiny_original, golden_dir / "tiny-original-int4", tmp_path / "new"]
-    assert "4 bits" in refuse(door, capsys, *arguments)
+    assert "4 bits" in refuse(capsys, *arguments)
 
 
 def test_different_head_survives_the_way_there_and_back(convert, tiny_original, tmp_path):
@@ -267,18 +262,18 @@ def test_model_parallel_parts_are_joined(convert, tiny_original, tmp_path, versi
     assert_same(load_file(converted / "model.safetensors"), load_file(convert(tiny_original) / "model.safetensors"))
 
 
-def test_missing_part_is_named(door, source, tiny_original, tmp_path, capsys):
+def test_missing_part_is_named(source, tiny_original, tmp_path, capsys):
     config = json.loads((source / "model_config.json").read_text())
     (source / "model_config.json").write_text(json.dumps(config | {"model_parallel_size": 2}))
-    error = refuse(door, capsys, "--tokenizer", tiny_original, source, tmp_path / "new")
+    error = refuse(capsys, "--tokenizer", tiny_original, source, tmp_path / "new")
     assert "lacks mp_rank_01_model_states.pt" in error
 
 
-def test_parts_of_different_checkpoints_are_refused(door, source, tiny_original, tmp_path, capsys):
+def test_parts_of_different_checkpoints_are_refused(source, tiny_original, tmp_path, capsys):
     module = read_part(source)
     other = {key: tensor + 1 for key, tensor in module.items()}
     write_parts(source, module, other)
-    error = refuse(door, capsys, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new")
+    error = refuse(capsys, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new")
     assert "not the same in all parts" in error
 
 
@@ -341,7 +336,7 @@ def test_lora_of_sat_0_3_becomes_the_same(convert, golden_dir, tmp_path, capsys,
         assert_same(load_file(old / path.relative_to(new)), load_file(path))
 
 
-def test_only_the_lora_of_4_bit_weights_is_taken(door, golden_dir, tiny_original, tmp_path, capsys):
+def test_only_the_lora_of_4_bit_weights_is_taken(golden_dir, tiny_original, tmp_path, capsys):
     pytest.importorskip("peft")
     folder = Path(shutil.copytree(golden_dir / "sat_lora", tmp_path / "qlora"))
     module = torch.load(folder / "8" / PART, weights_only=False)["module"]
@@ -350,19 +345,19 @@ def test_only_the_lora_of_4_bit_weights_is_taken(door, golden_dir, tiny_original
     module[key.replace("weight", "quant_state")] = [torch.ones(64), [64, 64], torch.float16, 64, None, "nf4"]
     torch.save({"module": module}, folder / "8" / PART)
     arguments = ["--tokenizer", tiny_original, folder, tmp_path / "new"]
-    assert "--lora only" in refuse(door, capsys, *arguments)
-    assert door.main([str(argument) for argument in ("--lora", "only", *arguments)]) == 0
+    assert "--lora only" in refuse(capsys, *arguments)
+    assert run_convert("--lora", "only", *arguments) == 0
 
 
-def test_missing_peft_is_noticed_before_anything_is_written(door, golden_dir, tmp_path, capsys, monkeypatch):
+def test_missing_peft_is_noticed_before_anything_is_written(golden_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("visualglm_tools.checkpoints.sat.is_peft_available", lambda: False)
     arguments = ["--tokenizer", golden_dir / "tiny-original", golden_dir / "sat_lora", tmp_path / "new"]
-    error = refuse(door, capsys, *arguments)
+    error = refuse(capsys, *arguments)
     assert "pip install" in error and "--lora merge" in error
 
 
-def test_lora_only_without_a_lora_is_refused(door, golden_dir, tiny_original, tmp_path, capsys):
-    error = refuse(door, capsys, "--lora", "only", "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new")
+def test_lora_only_without_a_lora_is_refused(golden_dir, tiny_original, tmp_path, capsys):
+    error = refuse(capsys, "--lora", "only", "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new")
     assert "has none" in error
 
 
@@ -415,7 +410,7 @@ class Malicious:
 
 @pytest.mark.parametrize("function", [os.mkdir, subprocess.check_call, eval, exec], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("place", ["beside", "inside"])
-def test_code_in_a_file_is_not_executed(door, source, tiny_original, tmp_path, capsys, function, place):
+def test_code_in_a_file_is_not_executed(source, tiny_original, tmp_path, capsys, function, place):
     mark = tmp_path / "executed"
     argument = {
         os.mkdir: str(mark),
@@ -426,7 +421,7 @@ def test_code_in_a_file_is_not_executed(door, source, tiny_original, tmp_path, c
     module, bad = read_part(source), Malicious(function, argument)
     content = {"module": module, "rng": bad} if place == "beside" else {"module": module | {"more": bad}}
     torch.save(content, source / "1" / PART)
-    error = refuse(door, capsys, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new")
+    error = refuse(capsys, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new")
     assert not mark.exists()
     assert "loading it would run" in error and function.__name__ in error
 
@@ -481,14 +476,14 @@ def test_random_states_of_deepspeed_are_passed_over(golden_dir, convert):
         "half a LoRA",
     ],
 )
-def test_unusable_source_is_refused(door, source, tiny_original, tmp_path, capsys, damage, message):
+def test_unusable_source_is_refused(source, tiny_original, tmp_path, capsys, damage, message):
     damage(source)
     arguments = ["--from", "sat", "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new"]
-    assert message in refuse(door, capsys, *arguments)
+    assert message in refuse(capsys, *arguments)
 
 
-def test_missing_tokenizer_is_asked_for(door, source, tmp_path, capsys):
-    error = refuse(door, capsys, "--sat-version", "0.4", source, tmp_path / "new")
+def test_missing_tokenizer_is_asked_for(source, tmp_path, capsys):
+    error = refuse(capsys, "--sat-version", "0.4", source, tmp_path / "new")
     assert "ice_text.model" in error and "--tokenizer" in error
 
 
@@ -505,8 +500,8 @@ def test_missing_tokenizer_is_asked_for(door, source, tmp_path, capsys):
     ],
     ids=" ".join,
 )
-def test_options_that_contradict_each_other_are_refused(door, source, tmp_path, capsys, options, message):
-    assert message in refuse(door, capsys, *options, source, tmp_path / "new")
+def test_options_that_contradict_each_other_are_refused(source, tmp_path, capsys, options, message):
+    assert message in refuse(capsys, *options, source, tmp_path / "new")
 
 
 def test_sat_folder_is_written_anew_in_another_shape(convert, golden_dir):
@@ -516,8 +511,8 @@ def test_sat_folder_is_written_anew_in_another_shape(convert, golden_dir):
     assert_same(load_file(back / "model.safetensors"), load_file(merged / "model.safetensors"))
 
 
-def test_full_disk_is_noticed_before_anything_is_written_for_sat(door, tiny_original, tmp_path, capsys, monkeypatch):
+def test_full_disk_is_noticed_before_anything_is_written_for_sat(tiny_original, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=16 * 1024**2)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
-    error = refuse(door, capsys, "--to", "sat", tiny_original, tmp_path / "new")
+    error = refuse(capsys, "--to", "sat", tiny_original, tmp_path / "new")
     assert "GB left" in error
