@@ -8,9 +8,10 @@
 
     options = parse(Options, argv, prog="visualglm quantize", description="…")
 
-Parsers (`build_parser`), the tables of the documentation (`describe`) and what a run writes down come from there. An
-option is called as its field is, with `-` or with `_`. It is argparse underneath: what typer, tyro and jsonargparse
-offer beyond it is not needed here, each takes a tenth of a second and more to import, and their errors fill a screen.
+Parsers (`build_parser`), the tables of the documentation (`describe`), options as names and values (`from_values`) and
+what a run writes down come from there. An option is called as its field is, with `-` or with `_`. It is argparse
+underneath: what typer, tyro and jsonargparse offer beyond it is not needed here, each takes a tenth of a second and
+more to import, and their errors fill a screen.
 
 Not here: what the options mean (the commands), and which commands there are (`__main__.py`).
 """
@@ -21,12 +22,19 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any, NoReturn
+
+from visualglm_tools.printing import one_line, shortened
 
 
 KEY = "option"  # of a field's metadata
+HOUSE = Path(__file__).resolve().parents[1]  # defaults in it are shown as seen from there
+LONGEST_VALUE, LONGEST_ERROR = 60, 400  # characters
+TOO_LARGE = 2**63  # for the integers of torch
+TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,13 @@ class Option:
         help: the rest of a sentence; the default is added to it.
         name: what it is called, without the dashes; as its field, if that is not said.
         names: other names, such as the original's.
-        parse: text to value; a `ValueError` says what was expected. None: by the field's type.
+        parse: text to value; an `argparse.ArgumentTypeError` says what was expected. None: by the field's type.
         choices: the values there are.
         metavar: what stands for the value in the help.
         group: the title under which it is listed.
         flags: for a field that is set by one of several flags: their names, the value of each, and its help.
         is_positional: whether its place tells what it is, and not a name.
+        is_repeated: of a field with several values: whether each has the option's name before it, not all of them once.
         unset: what the help says where the default is None.
     """
 
@@ -55,6 +64,7 @@ class Option:
     group: str | None = None
     flags: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     is_positional: bool = False
+    is_repeated: bool = False
     unset: str = ""
 
 
@@ -85,14 +95,14 @@ def number(kind: type, is_valid: Callable[[Any], bool], expected: str) -> Callab
         except ValueError:
             value = None
         if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, found {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {expected}, found {shortened(text, LONGEST_VALUE)!r}")
         return value
 
     return parse
 
 
-COUNT = number(int, lambda value: value >= 1, "a whole number, 1 or more")
-COUNT_OR_NONE = number(int, lambda value: value >= 0, "a whole number, 0 or more")
+COUNT = number(int, lambda value: 1 <= value < TOO_LARGE, "a whole number, 1 or more, below 2**63")
+COUNT_OR_NONE = number(int, lambda value: 0 <= value < TOO_LARGE, "a whole number, 0 or more, below 2**63")
 PROBABILITY = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
 SHARE = number(float, lambda value: 0 <= value < 1, "from 0 to below 1")
 AMOUNT = number(float, lambda value: 0 <= value < math.inf, "0 or more")
@@ -107,18 +117,18 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line, and whose options may be spelled with `_`."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        return super().parse_known_args(
-            [with_dashes(word) for word in (sys.argv[1:] if args is None else args)], namespace
-        )
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)  # no word after it is an option
+        return super().parse_known_args([*map(self.with_dashes, words[:end]), *words[end:]], namespace)
+
+    def with_dashes(self, word: str) -> str:
+        """The name of one of our options with `-` in it instead of `_`; anything else, such as a value, as it is."""
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        return name + equals + value if name in self._option_string_actions else word  # argparse has no public list
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} ({self.prog} -h lists the options)\n")
-
-
-def with_dashes(word: str) -> str:
-    """An option's name with `-` in it instead of `_`; anything else as it is."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+        self.exit(2, f"error: {shortened(one_line(message), LONGEST_ERROR)} ({self.prog} -h lists the options)\n")
 
 
 def build_parser(options: type, prog: str, description: str, usage: str | None = None) -> Parser:
@@ -126,7 +136,7 @@ def build_parser(options: type, prog: str, description: str, usage: str | None =
     parser = Parser(
         prog=prog,
         description=description,
-        usage=usage,
+        usage=escaped(usage or usage_of(options, prog)),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -156,6 +166,54 @@ def fields_of(options: type) -> Iterator[tuple[dataclasses.Field, Option]]:
             yield field, field.metadata[KEY]
 
 
+def from_values(options: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass of names and values, which may be texts; several are one text with commas.
+
+    Raises:
+        ValueError: a name that is no option's, one that is missing, or a value that it cannot have.
+    """
+    fields = {field.name: (field, details) for field, details in fields_of(options)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"there is no option {unknown[0]!r}; there are {', '.join(fields)}.")
+    needed = {name for name, (field, _) in fields.items() if field.default is MISSING}
+    if missing := sorted(needed - values.keys()):
+        raise ValueError(f"the option {missing[0]!r} is missing.")
+    read = {}
+    for name, value in values.items():
+        try:
+            read[name] = read_value(options, *fields[name], value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+    return options(**read)
+
+
+def read_value(options: type, field: dataclasses.Field, details: Option, value: Any) -> Any:
+    """One value of `from_values`; a `ValueError` says what was expected."""
+    if value is None and field.default is None:
+        return None
+    kind, is_several = kind_of(options, field)
+    if is_several:
+        texts = value.split(",") if isinstance(value, str) else map(str, value)
+        return tuple(read_text(kind, details, text) for text in texts if text)
+    return read_text(kind, details, str(value))
+
+
+def read_text(kind: type, details: Option, text: str) -> Any:
+    """A text as one value of a field."""
+    if kind is bool or details.flags:
+        known = TRUTHS if kind is bool else {name: value for name, (value, _) in details.flags.items()}
+        return known[checked(text.lower(), known)]
+    value = (details.parse or kind)(text)
+    return checked(value, details.choices) if details.choices else value
+
+
+def checked(value: Any, choices: Collection) -> Any:
+    """`value`, if it is one of these."""
+    if value not in choices:
+        raise ValueError(f"must be one of {', '.join(map(str, choices))}, found {value!r}")
+    return value
+
+
 def kind_of(options: type, field: dataclasses.Field) -> tuple[type, bool]:
     """The type of one value of a field, and whether it has several: `tuple[Path, ...]` is (Path, True)."""
     hint = typing.get_type_hints(options)[field.name] if isinstance(field.type, str) else field.type
@@ -177,12 +235,14 @@ def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type
         return
     keywords: dict[str, Any] = {"help": escaped(help_of(field, details))}
     if has_default:
-        keywords |= {"default": field.default}
+        keywords |= {"default": list(field.default) if details.is_repeated else field.default}
     if kind is bool:
         keywords |= {"action": "store_true"}
     else:
         keywords |= {"type": details.parse or kind, "metavar": details.metavar, "choices": details.choices or None}
-        if is_several:
+        if details.is_repeated:
+            keywords |= {"action": "append"}
+        elif is_several:
             keywords |= {"nargs": "+"}
     if details.is_positional:
         target.add_argument(field.name, **keywords, **({"nargs": "?"} if has_default else {}))
@@ -201,9 +261,9 @@ def help_of(field: dataclasses.Field, details: Option) -> str:
     return f"{details.help} (default: {default})".strip() if default else details.help
 
 
-def escaped(help: str) -> str:
-    """Help as argparse takes it, for which % is a placeholder's."""
-    return help.replace("%", "%%")
+def escaped(text: str) -> str:
+    """Text as argparse takes it, for which % is a placeholder's."""
+    return text.replace("%", "%%")
 
 
 def default_of(field: dataclasses.Field, details: Option) -> str:
@@ -212,7 +272,37 @@ def default_of(field: dataclasses.Field, details: Option) -> str:
         return ""
     if field.default is None:
         return details.unset
-    return " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    values = field.default if isinstance(field.default, tuple) else (field.default,)
+    return " ".join(map(shown, values))
+
+
+def shown(value: Any) -> str:
+    """A value in words; a path of the house wherever the house is."""
+    return str(value.relative_to(HOUSE) if isinstance(value, Path) and value.is_relative_to(HOUSE) else value)
+
+
+def usage_of(options: type, prog: str) -> str:
+    """What must be given, and that there is more: `visualglm quantize SRC DST --bits {4,8} [options]`."""
+    places, names = [], []
+    for field, details in fields_of(options):
+        is_needed = field.default is MISSING
+        value = placeholder(options, field, details)
+        if details.is_positional:
+            places.append(value if is_needed else f"[{value}]")
+        elif details.flags and is_needed:
+            names.append(f"({' | '.join('--' + name for name in details.flags)})")
+        elif is_needed:
+            names.append(f"{names_of(field, details)[0]} {value}")
+    return " ".join((prog, *places, *names, "[options]"))
+
+
+def placeholder(options: type, field: dataclasses.Field, details: Option) -> str:
+    """What stands for the value in a usage: `N`, `{4,8}`, `FILE …`; "" for a flag."""
+    kind, is_several = kind_of(options, field)
+    if kind is bool or details.flags:
+        return ""
+    of_choices = "{" + ",".join(map(str, details.choices)) + "}" if details.choices else field.name.upper()
+    return (details.metavar or of_choices) + " …" * is_several
 
 
 # ---------------------------------------------------------------- the documentation
@@ -225,9 +315,7 @@ def describe(options: type) -> list[tuple[str, str, str]]:
         if details.flags:
             rows += [(f"--{name}", "", help) for name, (_, help) in details.flags.items()]
             continue
-        kind, is_several = kind_of(options, field)
-        value = details.metavar or ("{" + ",".join(map(str, details.choices)) + "}" if details.choices else "")
-        value = "" if kind is bool else value or field.name.upper()
-        name = value if details.is_positional else " ".join(filter(None, (", ".join(names_of(field, details)), value)))
-        rows.append((f"{name} …" if is_several else name, default_of(field, details), details.help))
+        value = placeholder(options, field, details)
+        names = [] if details.is_positional else [", ".join(names_of(field, details))]
+        rows.append((" ".join(filter(None, (*names, value))), default_of(field, details), details.help))
     return rows

@@ -1,55 +1,18 @@
-"""Options that several doors have."""
+"""Options that several commands have: each is declared here, once.
 
-import argparse
-from collections.abc import Callable
+Not here: how options are declared (`../options.py`), and those that one command has for itself.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visualglm_tools.options import argument, option
+from visualglm_tools.checkpoints.folder import check_adapter, check_folder
+from visualglm_tools.options import COUNT, COUNT_OR_NONE, PORT, PROBABILITY, argument, option
+from visualglm_tools.options import number as number  # for finetune and bench, as long as they parse for themselves
 
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "models" / "visualglm-tiny"
-
-
-def number(kind: type, is_valid: Callable, expected: str) -> Callable:
-    """An argparse type: a `kind` that `is_valid`; the error names the value and what was `expected`."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, found {text!r}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, lambda value: value >= 1, "a whole number, 1 or more")
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What the doors that answer questions load."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default=DEFAULT_MODEL, type=Path, metavar="FOLDER", help="checkpoint folder")
-    model.add_argument("--adapter", type=Path, metavar="FOLDER", help="what finetune_visualglm.py has trained on it")
-    model.add_argument("--quant", type=int, choices=(8, 4), help="quantize the language model to 8 or 4 bits")
-    model.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    model.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        help="number format; auto: float16, on a CPU float32 if it fits, else bfloat16",
-    )
-
-
-def loading_options(arguments: argparse.Namespace) -> dict:
-    """The keywords of `load_model`, as `add_model_options` has read them."""
-    return {name: getattr(arguments, name) for name in ("device", "dtype", "quant", "adapter")}
-
-
 READY = "{} is ready: load it with trust_remote_code=True, check it with visualglm check."
 
 
@@ -80,6 +43,71 @@ class ModelOptions:
         group="model",
     )
 
+    def check(self) -> None:
+        """Raise a `ValueError` if these folders cannot be loaded: now, and not when libraries and weights are."""
+        check_folder(self.model)
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model`."""
         return {name: getattr(self, name) for name in ("device", "dtype", "quant", "adapter")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameOptions:
+    """Under which names a server may be reached."""
+
+    allowed_hosts: tuple[str, ...] = option(
+        "a name of this server beside --host, such as its proxy's, where there is no key; give it again for another",
+        (),
+        name="allowed_host",
+        metavar="NAME",
+        is_repeated=True,
+        group="server",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddressOptions:
+    """Where a server listens."""
+
+    host: str = option("address to listen at; 0.0.0.0 to be reachable from other machines", "127.0.0.1", group="server")
+    port: int = option("0 for any that is free", 8080, parse=PORT, group="server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiOptions:
+    """What clients of the API see of a server."""
+
+    served_model_name: str | None = option(
+        "what clients call the model", None, metavar="NAME", unset="the folder's name", group="server"
+    )
+    allow_urls: bool = option("fetch pictures from public http(s) addresses", False, group="server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """What an engine takes on."""
+
+    max_batch_size: int = option("answers generated at a time", 8, parse=COUNT, metavar="N", group="limits")
+    max_waiting: int = option("requests that may wait; more are refused", 64, parse=COUNT, metavar="N", group="limits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the tokens of an answer are chosen; the defaults are the original's."""
+
+    max_length: int = option(
+        "of the whole conversation and the answer, in tokens", 2048, parse=COUNT, metavar="N", group="answers"
+    )
+    top_p: float = option(
+        "choose among the likeliest tokens that together have this probability",
+        0.4,
+        parse=PROBABILITY,
+        metavar="P",
+        group="answers",
+    )
+    top_k: int = option(
+        "choose among this many likeliest tokens, 0 for all", 100, parse=COUNT_OR_NONE, metavar="K", group="answers"
+    )

@@ -20,6 +20,7 @@ from visualglm_hf.processing_visualglm import VisualGLMProcessor
 from visualglm_hf.quantization import LowBitConfig
 from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 from visualglm_tools.checkpoints.adapters import first_line
+from visualglm_tools.packages import install
 
 
 DECODER_LINEARS = "query_key_value|dense"  # as in the original; the MLP stays as it is
@@ -84,7 +85,7 @@ def quantization(dtype: torch.dtype, bits: int, backend: str) -> LowBitConfig | 
             llm_int8_skip_modules=["image_encoder", "lm_head"],
         )
     except ImportError as error:
-        raise ValueError("--qlora_backend nf4 needs bitsandbytes: pip install -e '.[train,quant]'") from error
+        raise ValueError(f"--qlora_backend nf4 needs bitsandbytes: {install('train', 'quant')}") from error
 
 
 def usual_layers(num_layers: int) -> tuple[str, ...]:

@@ -24,13 +24,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_tools.checkpoints.adapters import (
     BASE_FILE,
-    CONFIG_FILE,
-    WEIGHT_FILE,
     fingerprint,
     first_line,
     write_fingerprint,
 )
-from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.checkpoints.folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, check_folder
 from visualglm_tools.training.adapters import (
     add_adapter,
     count_targets,
@@ -532,7 +530,7 @@ def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
             return
         write_fingerprint(unfinished, samples)
         for path in unfinished.iterdir():
-            if path.name not in (CONFIG_FILE, WEIGHT_FILE, BASE_FILE):
+            if path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, BASE_FILE):
                 path.unlink()
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         unfinished.rename(folder / ADAPTER)
