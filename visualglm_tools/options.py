@@ -302,20 +302,25 @@ def placeholder(options: type, field: dataclasses.Field, details: Option) -> str
     if kind is bool or details.flags:
         return ""
     of_choices = "{" + ",".join(map(str, details.choices)) + "}" if details.choices else field.name.upper()
-    return (details.metavar or of_choices) + " …" * is_several
+    return (details.metavar or of_choices) + " …" * (is_several and not details.is_repeated)
 
 
 # ---------------------------------------------------------------- the documentation
 
 
 def describe(options: type) -> list[tuple[str, str, str]]:
-    """What a table of the options says, row by row: how one is called, its default, its help."""
+    """What a table of the options says, in the order of the help: how one is called, its default, its help."""
     rows = []
-    for field, details in fields_of(options):
+    groups = list(dict.fromkeys((None, *(details.group for _, details in fields_of(options)))))
+    for field, details in sorted(
+        fields_of(options), key=lambda each: (not each[1].is_positional, groups.index(each[1].group))
+    ):
         if details.flags:
             rows += [(f"--{name}", "", help) for name, (_, help) in details.flags.items()]
             continue
         value = placeholder(options, field, details)
         names = [] if details.is_positional else [", ".join(names_of(field, details))]
-        rows.append((" ".join(filter(None, (*names, value))), default_of(field, details), details.help))
+        is_needed = field.default is MISSING and not details.is_positional
+        default = "must be given" if is_needed else default_of(field, details)
+        rows.append((" ".join(filter(None, (*names, value))), default, details.help))
     return rows

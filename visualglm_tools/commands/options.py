@@ -59,7 +59,7 @@ class NameOptions:
     """Under which names a server may be reached."""
 
     allowed_hosts: tuple[str, ...] = option(
-        "a name of this server beside --host, such as its proxy's, where there is no key; give it again for another",
+        "another name of this server, such as its proxy's, where clients have no key; may be given several times",
         (),
         name="allowed_host",
         metavar="NAME",

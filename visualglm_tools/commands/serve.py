@@ -31,7 +31,7 @@ class Options(LimitOptions, ApiOptions, NameOptions, AddressOptions, ModelOption
         f"that clients must send; better set {KEY_VARIABLE}", None, metavar="KEY", group="server"
     )
     cors_origins: tuple[str, ...] = option(
-        "web page that may call; give it again for another",
+        "web page that may call; may be given several times",
         (),
         name="cors_origin",
         metavar="ORIGIN",

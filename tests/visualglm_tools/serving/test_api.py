@@ -22,10 +22,10 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.commands import serve as serve_command
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, health, open_door, serve, wait_until
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.commands import serve as api_hf
 from visualglm_tools.serving.engine.engine import Engine, Limits
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http import public_urls
@@ -601,9 +601,8 @@ def test_the_door_drains_on_sigterm(door):  # the last that uses it
         (["--device", "abacus"], "no device is called"),
     ],
 )
-def test_a_door_that_cannot_open_says_why_in_one_line(options, found, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["api_hf.py", "--port", str(free_port()), *options])
-    assert api_hf.main() == 2
+def test_a_door_that_cannot_open_says_why_in_one_line(options, found, capsys):
+    assert serve_command("--port", free_port(), *options) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert found in line
 
