@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.run(from_namespace(command.Options, parser.parse_args(words[1:]))) or 0
     except ImportError as error:
-        report(missing(str(error.name), *[command.EXTRA] * hasattr(command, "EXTRA")))
+        report(missing(str(error.name), *filter(None, [getattr(command, "EXTRA", None)])))
         return 2
     except BrokenPipeError:  # the reader of the output is gone: nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

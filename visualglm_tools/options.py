@@ -78,7 +78,7 @@ def argument(help: str, default: Any = MISSING, **details: Any) -> Any:
     return option(help, default, is_positional=True, **details)
 
 
-def one_of(flags: Mapping[str, tuple[Any, str]], default: Any, **details: Any) -> Any:
+def one_of(flags: Mapping[str, tuple[Any, str]], default: Any = MISSING, **details: Any) -> Any:
     """A field that is set by one of several flags that exclude each other: {name: (value, help)}."""
     return option("", default, flags=flags, **details)
 

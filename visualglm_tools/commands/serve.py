@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from visualglm_tools.commands.options import AddressOptions, ApiOptions, LimitOptions, ModelOptions, NameOptions
-from visualglm_tools.options import COUNT, POSITIVE, option
+from visualglm_tools.options import COUNT, POSITIVE, number, option
 from visualglm_tools.serving.http.api_key import KEY_VARIABLE, read_key
 from visualglm_tools.serving.listening import address_of, listen
 
@@ -22,6 +22,7 @@ from visualglm_tools.serving.listening import address_of, listen
 
 EXTRA = "api"
 MIB = 2**20
+SIZE = number(float, lambda value: 0 < value < 2**40, "above 0, below 2**40")
 SWITCH_SECONDS = 0.0005
 
 
@@ -43,8 +44,8 @@ class Options(LimitOptions, ApiOptions, NameOptions, AddressOptions, ModelOption
         "of an answer", None, parse=COUNT, metavar="N", unset="the context's", group="limits"
     )
     max_pictures: int = option("of a conversation", 8, parse=COUNT, metavar="N", group="limits")
-    max_picture_mib: float = option("of an encoded picture", 20, parse=POSITIVE, metavar="MIB", group="limits")
-    max_body_mib: float = option("of a request", 32, parse=POSITIVE, metavar="MIB", group="limits")
+    max_picture_mib: float = option("of an encoded picture", 20, parse=SIZE, metavar="MIB", group="limits")
+    max_body_mib: float = option("of a request", 32, parse=SIZE, metavar="MIB", group="limits")
     timeout: float = option("for an answer, waiting included", 300, parse=POSITIVE, metavar="S", group="limits")
 
 

@@ -614,7 +614,8 @@ def test_help_is_quick_and_names_the_options():
 
 
 @pytest.mark.parametrize(
-    "options", [["--port", "x"], ["--max-batch-size", "0"], ["--timeout", "inf"], ["--quant", "3"]]
+    "options",
+    [["--port", "x"], ["--max-batch-size", "0"], ["--timeout", "inf"], ["--max-body-mib", "1e308"], ["--quant", "3"]],
 )
 def test_bad_options_are_refused_at_once(options):
     command = [sys.executable, str(ROOT / "scripts" / "api_hf.py"), *options]
