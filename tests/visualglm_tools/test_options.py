@@ -233,9 +233,8 @@ def test_names_and_values_are_read_as_a_command_line_is():
     ],
 )
 def test_a_name_or_a_value_that_cannot_be_is_refused(changed, complaint):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=f"^{complaint}"):
         from_values(Options, {"source": "here", "bits": 4, **changed})
-    assert str(refused.value).startswith(complaint)
 
 
 def test_a_missing_value_is_refused():
