@@ -306,6 +306,13 @@ def test_the_originals_spellings_are_understood_and_values_left_as_they_are(cli)
         assert options_of(cli, "--query", value).query == value
 
 
+def test_only_a_model_of_its_size_is_called_6b(cli, model):
+    from visualglm_hf import VisualGLMConfig
+
+    assert cli.name_of(SimpleNamespace(config=VisualGLMConfig())) == "VisualGLM-6B"
+    assert cli.name_of(model) == "VisualGLM"
+
+
 def test_help_comes_at_once_and_without_torch():
     before = time.monotonic()
     help_text = run_apart("-h").stdout
