@@ -8,9 +8,10 @@
 
     options = parse(Options, argv, prog="visualglm quantize", description="…")
 
-Parsers (`build_parser`), the tables of the documentation (`describe`) and what a run writes down come from there. An
-option is called as its field is, with `-` or with `_`. It is argparse underneath: what typer, tyro and jsonargparse
-offer beyond it is not needed here, each takes a tenth of a second and more to import, and their errors fill a screen.
+Parsers (`build_parser`), the tables of the documentation (`describe`, `table`), the command lines of child processes
+(`words`) and what a run writes down come from there. An option is called as its field is, with `-` or with `_`. It is
+argparse underneath: what typer, tyro and jsonargparse offer beyond it is not needed here, each takes a tenth of a
+second and more to import, and their errors fill a screen.
 
 Not here: what the options mean (the commands), and which commands there are (`__main__.py`).
 """
@@ -43,7 +44,9 @@ class Option:
         group: the title under which it is listed.
         flags: for a field that is set by one of several flags: their names, the value of each, and its help.
         is_positional: whether its place tells what it is, and not a name.
-        unset: what the help says where the default is None.
+        is_repeated: whether it is given once for each of its values, and not once with all of them.
+        is_obsolete: whether it is taken for the sake of old command lines alone; the help is why it has no effect.
+        unset: what the help says of the default where that is None, or would say too little or too much.
     """
 
     help: str
@@ -55,6 +58,8 @@ class Option:
     group: str | None = None
     flags: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     is_positional: bool = False
+    is_repeated: bool = False
+    is_obsolete: bool = False
     unset: str = ""
 
 
@@ -71,6 +76,11 @@ def argument(help: str, default: Any = MISSING, **details: Any) -> Any:
 def one_of(flags: Mapping[str, tuple[Any, str]], default: Any, **details: Any) -> Any:
     """A field that is set by one of several flags that exclude each other: {name: (value, help)}."""
     return option("", default, flags=flags, **details)
+
+
+def obsolete(reason: str, default: Any = None, **details: Any) -> Any:
+    """A field for an option that is taken and has no effect, for a reason that `describe_obsolete` tells."""
+    return option(reason, default, is_obsolete=True, **details)
 
 
 # ---------------------------------------------------------------- values
@@ -126,7 +136,7 @@ def build_parser(options: type, prog: str, description: str, usage: str | None =
     parser = Parser(
         prog=prog,
         description=description,
-        usage=usage,
+        usage=usage or f"%(prog)s {' '.join(needed_words(options))}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -136,6 +146,19 @@ def build_parser(options: type, prog: str, description: str, usage: str | None =
             groups[details.group] = parser.add_argument_group(details.group)
         add_field(groups[details.group], field, details, *kind_of(options, field))
     return parser
+
+
+def needed_words(options: type) -> list[str]:
+    """What a command line has at least, in the help's first line: each option is listed below it."""
+    found = []
+    for field, details in fields_of(options):
+        value = escaped(value_of(field, details))
+        if details.is_positional:
+            found.append(value if field.default is MISSING else f"[{value}]")
+        elif field.default is MISSING:
+            flags = " | ".join(map(dashed, details.flags))
+            found.append(f"({flags})" if flags else f"{names_of(field, details)[0]} {value}")
+    return [*found, "[options]"]
 
 
 def parse(options: type, argv: Sequence[str] | None, prog: str, description: str, usage: str | None = None) -> Any:
@@ -173,16 +196,18 @@ def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type
         exclusive = target.add_mutually_exclusive_group(required=not has_default)
         for name, (value, help) in details.flags.items():
             keywords = {"dest": field.name, "action": "store_const", "const": value, "help": escaped(help)}
-            exclusive.add_argument(f"--{name}", **keywords, **({"default": field.default} if has_default else {}))
+            exclusive.add_argument(dashed(name), **keywords, **({"default": field.default} if has_default else {}))
         return
-    keywords: dict[str, Any] = {"help": escaped(help_of(field, details))}
+    keywords: dict[str, Any] = {"help": argparse.SUPPRESS if details.is_obsolete else escaped(help_of(field, details))}
     if has_default:
         keywords |= {"default": field.default}
     if kind is bool:
         keywords |= {"action": "store_true"}
     else:
         keywords |= {"type": details.parse or kind, "metavar": details.metavar, "choices": details.choices or None}
-        if is_several:
+        if details.is_repeated:
+            keywords |= {"action": "append", "default": list(field.default)}
+        elif is_several:
             keywords |= {"nargs": "+"}
     if details.is_positional:
         target.add_argument(field.name, **keywords, **({"nargs": "?"} if has_default else {}))
@@ -192,7 +217,19 @@ def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type
 
 def names_of(field: dataclasses.Field, details: Option) -> list[str]:
     """What an option is called, its own name first."""
-    return ["--" + name.replace("_", "-") for name in (details.name or field.name, *details.names)]
+    return [dashed(name) for name in (details.name or field.name, *details.names)]
+
+
+def value_of(field: dataclasses.Field, details: Option) -> str:
+    """What stands for the value, where there is one."""
+    return details.metavar or (
+        "{" + ",".join(map(str, details.choices)) + "}" if details.choices else field.name.upper()
+    )
+
+
+def dashed(name: str) -> str:
+    """A name as the command line has it."""
+    return "--" + name.replace("_", "-")
 
 
 def help_of(field: dataclasses.Field, details: Option) -> str:
@@ -210,7 +247,7 @@ def default_of(field: dataclasses.Field, details: Option) -> str:
     """The default in words; "" where there is none, or where it is that nothing is done."""
     if field.default is MISSING or field.default is False or field.default == ():
         return ""
-    if field.default is None:
+    if field.default is None or details.unset:
         return details.unset
     return " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
 
@@ -222,12 +259,76 @@ def describe(options: type) -> list[tuple[str, str, str]]:
     """What a table of the options says, row by row: how one is called, its default, its help."""
     rows = []
     for field, details in fields_of(options):
+        if details.is_obsolete:
+            continue
         if details.flags:
-            rows += [(f"--{name}", "", help) for name, (_, help) in details.flags.items()]
+            rows += [(dashed(name), "", help) for name, (_, help) in details.flags.items()]
             continue
         kind, is_several = kind_of(options, field)
-        value = details.metavar or ("{" + ",".join(map(str, details.choices)) + "}" if details.choices else "")
-        value = "" if kind is bool else value or field.name.upper()
+        value = "" if kind is bool else value_of(field, details)
         name = value if details.is_positional else " ".join(filter(None, (", ".join(names_of(field, details)), value)))
         rows.append((f"{name} …" if is_several else name, default_of(field, details), details.help))
     return rows
+
+
+def table(options: type) -> str:
+    """The options as the documentation shows them, in Markdown."""
+    rows = [(f"`{name}`", default and f"`{default}`", help) for name, default, help in describe(options)]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in [("option", "default", ""), ("---",) * 3, *rows]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+# ---------------------------------------------------------------- what has been read
+
+
+def part(options: Any, kind: type) -> Any:
+    """What a dataclass has of one that it is built on, such as the options that a child process shares."""
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+
+
+def is_given(options: Any, name: str) -> bool:
+    """Whether an option has another value than its default."""
+    return getattr(options, name) != type(options).__dataclass_fields__[name].default
+
+
+def describe_obsolete(options: Any) -> list[str]:
+    """A line for each option that was given and has no effect any more."""
+    return [
+        f"{names_of(field, details)[0]} has no effect: {details.help}."
+        for field, details in fields_of(type(options))
+        if details.is_obsolete and is_given(options, field.name)
+    ]
+
+
+def words(options: Any) -> list[str]:
+    """The command line that is read as these options; what is as by default is not in it.
+
+    Raises:
+        ValueError: a value that no command line has, such as None where the default is a number.
+    """
+    positional: list[str] = []
+    named: list[str] = []
+    for field, details in fields_of(type(options)):
+        if not is_given(options, field.name):
+            continue
+        value = getattr(options, field.name)
+        if details.is_positional:
+            positional += map(str, value if isinstance(value, tuple) else (value,))
+        else:
+            named += words_of(field, details, value)
+    return [*positional, *named]
+
+
+def words_of(field: dataclasses.Field, details: Option, value: Any) -> list[str]:
+    """The command line's words for one option."""
+    flags = [name for name, (stored, _) in details.flags.items() if stored == value]
+    if flags or value is True:
+        return [dashed(flags[0]) if flags else names_of(field, details)[0]]
+    if details.flags or value is None or value is False or value == ():
+        raise ValueError(f"No command line has the value {value!r} of {names_of(field, details)[0]}.")
+    name, values = names_of(field, details)[0], list(map(str, value)) if isinstance(value, tuple) else [str(value)]
+    if details.is_repeated or not isinstance(value, tuple):
+        return [word for each in values for word in ([f"{name}={each}"] if each.startswith("-") else [name, each])]
+    if any(each.startswith("-") for each in values):
+        raise ValueError(f"No command line has values of {name} that begin with a dash, as in {' '.join(values)!r}.")
+    return [name, *values]
