@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete()
     if not words or words[0] not in COMMANDS:
         list_parser().parse_args(words)  # -h, --version, or an error
-    if words[0] in ("chat", "serve", "web", "batch", "bench"):
+    if words[0] in ("chat", "serve", "web", "batch"):
         return importlib.import_module(f"visualglm_tools.commands.{words[0]}").main(words[1:])
     command, parser = open_command(words[0])
     try:
