@@ -156,8 +156,8 @@ def needed_words(options: type) -> list[str]:
         if details.is_positional:
             found.append(value if field.default is MISSING else f"[{value}]")
         elif field.default is MISSING:
-            flags = " | ".join(map(dashed, details.flags))
-            found.append(f"({flags})" if flags else f"{names_of(field, details)[0]} {value}")
+            names = names_of(field, details)
+            found.append(f"({' | '.join(names)})" if details.flags else f"{names[0]} {value}")
     return [*found, "[options]"]
 
 
@@ -216,8 +216,8 @@ def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type
 
 
 def names_of(field: dataclasses.Field, details: Option) -> list[str]:
-    """What an option is called, its own name first."""
-    return [dashed(name) for name in (details.name or field.name, *details.names)]
+    """What an option is called, its own name first; the flags of a field that has several."""
+    return [dashed(name) for name in details.flags or (details.name or field.name, *details.names)]
 
 
 def value_of(field: dataclasses.Field, details: Option) -> str:
