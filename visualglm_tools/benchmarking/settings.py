@@ -34,7 +34,7 @@ class Settings:
     attn: str = option("attention implementation", "sdpa", choices=("sdpa", "eager"), **SUBJECT)
     cache: tuple[str, ...] = option("in `generate`", ("dynamic",), choices=CACHES, **SUBJECT)
 
-    parts: tuple[str, ...] = option("the model is always loaded", PARTS, choices=PARTS, unset="all", **HOW)
+    parts: tuple[str, ...] = option("the model is always loaded", PARTS, choices=PARTS, **HOW)
     contexts: tuple[int, ...] = option("tokens", (64, 1024), parse=COUNT, metavar="N", **HOW)
     batch: tuple[int, ...] = option("rows, each with a picture", (1,), parse=COUNT, metavar="B", **HOW)
     new_tokens: int = option("decode samples per context", 16, parse=COUNT, metavar="N", **HOW)

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from visualglm_tools.commands.options import DEFAULT_MODEL
 from visualglm_tools.options import AMOUNT, COUNT, COUNT_OR_NONE, POSITIVE, SHARE, is_given, one_of, option
+from visualglm_tools.shipped import DEFAULT_MODEL
 
 
 # torch, transformers and PEFT are not imported: `-h` and typing errors shall not wait for them.
@@ -49,21 +49,14 @@ class Settings:
 
     method: str | None = one_of(
         {
-            "use_lora": ("lora", "train low-rank additions to the attention of --layer-range"),
-            "use_qlora": ("qlora", "the same on a decoder of 4 bits (or --bits 8)"),
-            "use_ptuning": ("ptuning", "train --pre-seq-len keys and values before the prompt, in each layer"),
+            "use-lora": ("lora", "train low-rank additions to the attention of --layer-range"),
+            "use-qlora": ("qlora", "the same on a decoder of 4 bits (or --bits 8)"),
+            "use-ptuning": ("ptuning", "train --pre-seq-len keys and values before the prompt, in each layer"),
         },
         None,
         **WHAT,
     )
-    model: Path = option(
-        "checkpoint to train on",
-        DEFAULT_MODEL,
-        names=("from_pretrained",),
-        metavar="FOLDER",
-        unset=DEFAULT_MODEL.name,
-        **WHAT,
-    )
+    model: Path = option("checkpoint to train on", DEFAULT_MODEL, names=("from_pretrained",), metavar="FOLDER", **WHAT)
     lora_rank: int = option("columns of the additions' matrices", 10, metavar="R", **WHAT)
     lora_alpha: float = option("additions are scaled by A / R", 1.0, parse=POSITIVE, metavar="A", **WHAT)
     lora_dropout: float = option("of the additions' inputs", 0.0, parse=SHARE, metavar="P", **WHAT)
