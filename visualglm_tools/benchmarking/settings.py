@@ -35,18 +35,22 @@ class Settings:
     cache: tuple[str, ...] = option("in `generate`", ("dynamic",), choices=CACHES, **SUBJECT)
 
     parts: tuple[str, ...] = option("the model is always loaded", PARTS, choices=PARTS, **HOW)
-    contexts: tuple[int, ...] = option("tokens", (64, 1024), parse=COUNT, metavar="N", **HOW)
+    contexts: tuple[int, ...] = option(
+        "of prompts and before decode steps, in tokens", (64, 1024), parse=COUNT, metavar="N", **HOW
+    )
     batch: tuple[int, ...] = option("rows, each with a picture", (1,), parse=COUNT, metavar="B", **HOW)
     new_tokens: int = option("decode samples per context", 16, parse=COUNT, metavar="N", **HOW)
     repeats: int = option("encode and prefill samples", 3, parse=COUNT, metavar="N", **HOW)
-    row_seconds: float = option("for one measurement", 600.0, parse=POSITIVE, metavar="S", **HOW)
+    row_seconds: float = option("that one measurement may take", 600.0, parse=POSITIVE, metavar="S", **HOW)
     threads: int | None = option("CPU threads", None, parse=COUNT, metavar="N", unset="torch's choice", **HOW)
     bandwidth_gib: float = option("buffer that is read for the limit", 1.25, parse=POSITIVE, metavar="GIB", **HOW)
     bandwidth_repeats: int = option("how often it is read", 5, parse=COUNT, metavar="N", **HOW)
 
     against: str | None = option("the original's way on the same weights", None, choices=("formulation",), **ORIGINAL)
     reference: Path | None = option("the folder of the original's code", None, metavar="PATH", **ORIGINAL)
-    reference_python: str | None = option("the interpreter that can import it", None, unset="this one", **ORIGINAL)
+    reference_python: str | None = option(
+        "the interpreter that can import it", None, metavar="PYTHON", unset="this one", **ORIGINAL
+    )
     layers: int = option("blocks compared with --reference", 4, parse=COUNT, metavar="N", **ORIGINAL)
 
     def check(self) -> None:
@@ -62,9 +66,15 @@ class RunSettings(Settings):
     The original's code is beside the first variant alone.
     """
 
-    variants: tuple[str, ...] = option("such as bf16 int8 int4 int4-torch", (), metavar="WEIGHTS", **TURNS)
+    variants: tuple[str, ...] = option(
+        "weights to measure in turns, such as bf16 int8 int4 int4-torch", (), metavar="WEIGHTS", **TURNS
+    )
     peer: tuple[str, ...] = option(
-        "prints llama-bench's JSON; may be given several times", (), is_repeated=True, metavar="NAME=COMMAND", **TURNS
+        "another program, which prints llama-bench's JSON; may be given several times",
+        (),
+        is_repeated=True,
+        metavar="NAME=COMMAND",
+        **TURNS,
     )
     rounds: int = option("how often each has its turn", 1, parse=COUNT, metavar="N", **TURNS)
     save: Path | None = option("write the report there, too", None, metavar="FILE", **TURNS)

@@ -59,7 +59,9 @@ class Settings:
     model: Path = option("checkpoint to train on", DEFAULT_MODEL, names=("from_pretrained",), metavar="FOLDER", **WHAT)
     lora_rank: int = option("columns of the additions' matrices", 10, metavar="R", **WHAT)
     lora_alpha: float = option("additions are scaled by A / R", 1.0, parse=POSITIVE, metavar="A", **WHAT)
-    lora_dropout: float = option("of the additions' inputs", 0.0, parse=SHARE, metavar="P", **WHAT)
+    lora_dropout: float = option(
+        "part of the additions' inputs that is left out", 0.0, parse=SHARE, metavar="P", **WHAT
+    )
     layer_range: tuple[str, ...] | None = option(
         "indices of the decoder's layers, no range; or 'all'",
         None,
@@ -69,11 +71,11 @@ class Settings:
     )
     train_qformer: bool = option("LoRA on the Q-Former too", False, **WHAT)
     train_projection: bool = option("LoRA on the projection to the decoder too", False, **WHAT)
-    bits: int | None = option("of --use-qlora", None, choices=(4, 8), unset="4", **WHAT)
+    bits: int | None = option("bits per weight, of --use-qlora", None, choices=(4, 8), unset="4", **WHAT)
     qlora_backend: str = option(
         "this package's linear layers, or those of bitsandbytes", "lowbit", choices=("lowbit", "nf4"), **WHAT
     )
-    pre_seq_len: int = option("of --use-ptuning", 4, metavar="N", **WHAT)
+    pre_seq_len: int = option("keys and values in each layer, of --use-ptuning", 4, metavar="N", **WHAT)
 
     train_data: tuple[Path, ...] = option(".json or .jsonl; see docs/finetuning.md", (), metavar="FILE", **DATA)
     valid_data: tuple[Path, ...] = option("rows to evaluate on", (), metavar="FILE", **DATA)
@@ -90,11 +92,17 @@ class Settings:
 
     train_iters: int = option("steps of the optimizer", 300, parse=COUNT, metavar="N", **HOW)
     lr: float = option("learning rate", 1e-4, parse=POSITIVE, metavar="RATE", **HOW)
-    lr_decay_style: str = option("of the learning rate", "cosine", choices=("constant", "linear", "cosine"), **HOW)
-    warmup: float = option("of the steps", 0.02, parse=SHARE, metavar="SHARE", **HOW)
+    lr_decay_style: str = option(
+        "how the learning rate falls", "cosine", choices=("constant", "linear", "cosine"), **HOW
+    )
+    warmup: float = option(
+        "part of the steps in which the learning rate rises", 0.02, parse=SHARE, metavar="SHARE", **HOW
+    )
     weight_decay: float = option("of AdamW", 0.01, parse=AMOUNT, metavar="W", **HOW)
     clip_grad: float = option("the gradient's largest norm", 1.0, parse=AMOUNT, metavar="NORM", **HOW)
-    batch_size: int | None = option("per process", None, parse=COUNT, metavar="N", unset="4; QLoRA 1", **HOW)
+    batch_size: int | None = option(
+        "rows at once, per process", None, parse=COUNT, metavar="N", unset="4; QLoRA 1", **HOW
+    )
     gradient_accumulation_steps: int | None = option(
         "batches per step", None, parse=COUNT, metavar="N", unset="1; QLoRA 4", **HOW
     )
@@ -106,16 +114,20 @@ class Settings:
     seed: int = option("of the order of the rows, and of what is random", 1234, parse=COUNT_OR_NONE, metavar="N", **HOW)
     num_workers: int = option("processes that open pictures", 0, parse=COUNT_OR_NONE, metavar="N", **HOW)
 
-    save: Path = option("where they go", Path("checkpoints"), metavar="FOLDER", **RESULTS)
+    save: Path = option("folder of the results", Path("checkpoints"), metavar="FOLDER", **RESULTS)
     resume: bool = option("go on from the last complete checkpoint in --save", False, **RESULTS)
-    save_interval: int = option("steps", 300, parse=COUNT, metavar="N", **RESULTS)
+    save_interval: int = option("steps between checkpoints", 300, parse=COUNT, metavar="N", **RESULTS)
     eval_interval: int = option(
-        "steps; more than the run has: ten times in it", 10000, parse=COUNT, metavar="N", **RESULTS
+        "steps between evaluations; more than the run has: ten of them in it",
+        10000,
+        parse=COUNT,
+        metavar="N",
+        **RESULTS,
     )
     eval_iters: int | None = option("batches to evaluate on", None, parse=COUNT, metavar="N", unset="all", **RESULTS)
-    eval_batch_size: int = option("rows at once", 8, parse=COUNT, metavar="N", **RESULTS)
-    log_interval: int = option("steps", 10, parse=COUNT, metavar="N", **RESULTS)
-    keep: int = option("checkpoints", 3, parse=COUNT, metavar="N", **RESULTS)
+    eval_batch_size: int = option("rows at once in an evaluation", 8, parse=COUNT, metavar="N", **RESULTS)
+    log_interval: int = option("steps between lines of the log", 10, parse=COUNT, metavar="N", **RESULTS)
+    keep: int = option("checkpoints that stay, the last ones", 3, parse=COUNT, metavar="N", **RESULTS)
     answers: int = option(
         "rows to count right answers on, before and after", 100, parse=COUNT_OR_NONE, metavar="N", **RESULTS
     )
