@@ -44,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete(os.environ.get("COMP_LINE", "").split())
     if not words or words[0] not in COMMANDS:
         list_parser().parse_args(words)  # -h, --version, or an error
-    if words[0] in ("finetune", "bench"):
-        return importlib.import_module(f"visualglm_tools.commands.{words[0]}").main(words[1:])
     command, parser = open_command(words[0])
     try:
         return command.run(from_namespace(command.Options, parser.parse_args(words[1:]))) or 0

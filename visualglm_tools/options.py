@@ -8,10 +8,10 @@
 
     options = parse(Options, argv, prog="visualglm quantize", description="…")
 
-Parsers (`build_parser`), the tables of the documentation (`describe`), options as names and values (`from_values`) and
-what a run writes down come from there. An option is called as its field is, with `-` or with `_`. It is argparse
-underneath: what typer, tyro and jsonargparse offer beyond it is not needed here, each takes a tenth of a second and
-more to import, and their errors fill a screen.
+Parsers (`build_parser`), the tables of the documentation (`describe`), options as names and values (`from_values`),
+the command lines of child processes (`words`) and what a run writes down come from there. An option is called as its
+field is, with `-` or with `_`. It is argparse underneath: what typer, tyro and jsonargparse offer beyond it is not
+needed here, each takes a tenth of a second and more to import, and their errors fill a screen.
 
 Not here: what the options mean (the commands), and which commands there are (`__main__.py`).
 """
@@ -52,6 +52,7 @@ class Option:
         flags: for a field that is set by one of several flags: their names, the value of each, and its help.
         is_positional: whether its place tells what it is, and not a name.
         is_repeated: of a field with several values: whether each has the option's name before it, not all of them once.
+        is_obsolete: whether it is taken for the sake of old command lines alone; the help is why it has no effect.
         unset: what the help says where the default is None.
     """
 
@@ -65,6 +66,7 @@ class Option:
     flags: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     is_positional: bool = False
     is_repeated: bool = False
+    is_obsolete: bool = False
     unset: str = ""
 
 
@@ -81,6 +83,11 @@ def argument(help: str, default: Any = MISSING, **details: Any) -> Any:
 def one_of(flags: Mapping[str, tuple[Any, str]], default: Any = MISSING, **details: Any) -> Any:
     """A field that is set by one of several flags that exclude each other: {name: (value, help)}."""
     return option("", default, flags=flags, **details)
+
+
+def obsolete(reason: str, default: Any = None, **details: Any) -> Any:
+    """A field for an option that is taken and has no effect, for a reason that `describe_obsolete` tells."""
+    return option(reason, default, is_obsolete=True, **details)
 
 
 # ---------------------------------------------------------------- values
@@ -233,7 +240,7 @@ def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type
             keywords = {"dest": field.name, "action": "store_const", "const": value, "help": escaped(help)}
             exclusive.add_argument(f"--{name}", **keywords, **({"default": field.default} if has_default else {}))
         return
-    keywords: dict[str, Any] = {"help": escaped(help_of(field, details))}
+    keywords: dict[str, Any] = {"help": argparse.SUPPRESS if details.is_obsolete else escaped(help_of(field, details))}
     if has_default:
         keywords |= {"default": list(field.default) if details.is_repeated else field.default}
     if kind is bool:
@@ -251,8 +258,8 @@ def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type
 
 
 def names_of(field: dataclasses.Field, details: Option) -> list[str]:
-    """What an option is called, its own name first."""
-    return ["--" + name.replace("_", "-") for name in (details.name or field.name, *details.names)]
+    """What an option is called, its own name first; of one that is set by flags, these."""
+    return ["--" + name.replace("_", "-") for name in details.flags or (details.name or field.name, *details.names)]
 
 
 def help_of(field: dataclasses.Field, details: Option) -> str:
@@ -315,6 +322,8 @@ def describe(options: type) -> list[tuple[str, str, str]]:
     for field, details in sorted(
         fields_of(options), key=lambda each: (not each[1].is_positional, groups.index(each[1].group))
     ):
+        if details.is_obsolete:
+            continue
         if details.flags:
             rows += [(f"--{name}", "", help) for name, (_, help) in details.flags.items()]
             continue
@@ -324,3 +333,66 @@ def describe(options: type) -> list[tuple[str, str, str]]:
         default = "must be given" if is_needed else default_of(field, details)
         rows.append((" ".join(filter(None, (*names, value))), default, details.help))
     return rows
+
+
+# ---------------------------------------------------------------- what has been read
+
+
+def part(options: Any, kind: type) -> Any:
+    """What a dataclass has of one that it is built on, such as the options that a child process shares."""
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+
+
+def is_given(options: Any, name: str) -> bool:
+    """Whether an option has another value than its default."""
+    return getattr(options, name) != type(options).__dataclass_fields__[name].default
+
+
+def describe_obsolete(options: Any) -> list[str]:
+    """A line for each option that was given and has no effect any more."""
+    return [
+        f"{names_of(field, details)[0]} has no effect: {details.help}."
+        for field, details in fields_of(type(options))
+        if details.is_obsolete and is_given(options, field.name)
+    ]
+
+
+def words(options: Any) -> list[str]:
+    """The command line that is read as these options; what is as by default is not in it.
+
+    Raises:
+        ValueError: a value that no command line has, such as None where the default is a number.
+    """
+    places, named = [], []
+    for field, details in fields_of(type(options)):
+        if is_given(options, field.name):
+            value = getattr(options, field.name)
+            if details.is_positional:
+                places.append(str(value))
+            else:
+                named += words_of(field, details, value)
+    return [*named, "--", *places] if any(word.startswith("-") for word in places) else [*places, *named]
+
+
+def words_of(field: dataclasses.Field, details: Option, value: Any) -> list[str]:
+    """The command line's words for one option."""
+    names = names_of(field, details)
+    if details.flags:
+        names = [name for name, (stored, _) in zip(names, details.flags.values(), strict=True) if stored == value]
+    if names and (details.flags or value is True):
+        return names[:1]
+    values = list(map(str, value)) if isinstance(value, tuple) else [str(value)]
+    is_apart = details.is_repeated or not isinstance(value, tuple)  # each value has the name before it
+    begins_with_dash = any(each.startswith("-") for each in values)
+    if (
+        not names
+        or value is None
+        or value is False
+        or not values
+        or "--" in values  # argparse drops that
+        or (begins_with_dash and not is_apart)
+    ):
+        raise ValueError(f"No command line has the value {value!r} of {field.name}.")
+    if is_apart:
+        return [word for each in values for word in ([f"{names[0]}={each}"] if each[:1] == "-" else [names[0], each])]
+    return [names[0], *values]

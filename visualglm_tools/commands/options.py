@@ -9,10 +9,9 @@ from typing import Any
 
 from visualglm_tools.checkpoints.folder import check_adapter, check_folder
 from visualglm_tools.options import COUNT, COUNT_OR_NONE, PORT, PROBABILITY, argument, option
-from visualglm_tools.options import number as number  # for finetune and bench, as long as they parse for themselves
+from visualglm_tools.shipped import DEFAULT_MODEL
 
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "models" / "visualglm-tiny"
 READY = "{} is ready: load it with trust_remote_code=True, check it with visualglm check."
 
 

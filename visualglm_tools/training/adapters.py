@@ -88,11 +88,6 @@ def quantization(dtype: torch.dtype, bits: int, backend: str) -> LowBitConfig | 
         raise ValueError(f"--qlora_backend nf4 needs bitsandbytes: {install('train', 'quant')}") from error
 
 
-def usual_layers(num_layers: int) -> tuple[str, ...]:
-    """Where the original puts its LoRA: the first layer and the middle one, 0 and 14 of its 28."""
-    return tuple(dict.fromkeys(("0", str(num_layers // 2))))
-
-
 def resolve_layers(layer_range: Sequence[str], num_layers: int) -> list[int]:
     """The indices of the layers to adapt, in order.
 
