@@ -12,14 +12,12 @@ from tempfile import TemporaryDirectory
 
 from transformers import GenerationConfig
 
-import visualglm_hf
 from visualglm_hf import ChatGLMTokenizer, VisualGLMConfig
 from visualglm_tools.checkpoints.prepared import write_description
+from visualglm_tools.checkpoints.remote_code import LINKED_CODE, PACKAGE
 
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PACKAGE = Path(visualglm_hf.__file__).resolve().parent
-LINKED_CODE = "linked_code.py"
 NAMED_FIRST = {  # what transformers opens first, whatever it is asked for
     "config.json": {"AutoConfig"},
     "preprocessor_config.json": {"AutoImageProcessor"},

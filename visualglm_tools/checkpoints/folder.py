@@ -1,14 +1,16 @@
-"""Whether a folder holds a VisualGLM: doors ask before they wait for any library.
+"""Whether a folder holds a VisualGLM: commands ask before they wait for any library.
 
-Not here: what is in its files (`checkpoint_files.py`), and loading them (`serving/loading.py`).
+Not here: what is in its files (`files.py`), and loading them (`loading.py`).
 """
 
 import json
 from pathlib import Path
 
+from visualglm_tools.checkpoints.remote_code import check_code
+
 
 def check_folder(folder: Path) -> None:
-    """Raise a `ValueError` unless the folder says that it holds a VisualGLM."""
+    """Raise a `ValueError` unless the folder says that it holds a VisualGLM, and has the code it once had."""
     config_file = folder.expanduser() / "config.json"
     if not config_file.is_file():
         found = "it has no config.json" if config_file.parent.is_dir() else "there is no such folder"
@@ -20,3 +22,4 @@ def check_folder(folder: Path) -> None:
     # The other ChatGLMs have the same model_type; loading one would leave most weights random.
     if not isinstance(config, dict) or not ({"eva_config", "vision_config"} & config.keys()):
         raise ValueError(f"{str(config_file)!r} is not of a VisualGLM: it has neither vision_config nor eva_config.")
+    check_code(config_file.parent)

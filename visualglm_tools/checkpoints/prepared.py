@@ -166,9 +166,6 @@ def keep_generation_config(source: Path, folder: Path) -> None:
 
 def write_description(folder: Path, config: VisualGLMConfig, tokenizer: ChatGLMTokenizer) -> None:
     """Write everything but the weights: code, configuration, token ids, tokenizer, processor."""
-    for link in folder.glob("*.py"):
-        if link.is_symlink():
-            link.unlink()  # or what it leads to would be written
     # Makes `save_pretrained` write the auto_map and copy the code with all that it imports.
     for cls in (VisualGLMConfig, ChatGLMTokenizer, VisualGLMImageProcessor, VisualGLMProcessor):
         cls.register_for_auto_class()

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from visualglm_tools.options import argument, option
-
-
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "models" / "visualglm-tiny"
+from visualglm_tools.shipped import DEFAULT_MODEL
 
 
 def number(kind: type, is_valid: Callable, expected: str) -> Callable:
