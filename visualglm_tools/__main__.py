@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from visualglm_tools.options import Parser, build_parser, from_namespace
@@ -72,8 +72,15 @@ def list_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=version("visualglm-hf"))
+    parser.add_argument("--version", action="version", version=own_version())
     return parser
+
+
+def own_version() -> str:
+    try:
+        return version("visualglm-hf")
+    except PackageNotFoundError:  # a checkout that is on the path, and not installed
+        return "not installed"
 
 
 def complete() -> None:
