@@ -1,6 +1,7 @@
 """The commands that make the tiny model and its drawings, under today's names and under those that they had."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ SCRIPTS = {  # the name that it had: the module
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
     """Run a command without the checkout on the path."""
     words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": ""})
+    environment = {**os.environ, "PYTHONPATH": ""}
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
 
 
 @pytest.mark.parametrize(("script", "module"), SCRIPTS.items(), ids=list(SCRIPTS))
