@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.paths import COMMAND, ROOT
-from visualglm_tools.__main__ import main
+from visualglm_tools.__main__ import main, open_command
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +49,13 @@ def test_the_first_command_describes_the_picture():
     command = shlex.split(SHELL_BLOCKS[0].splitlines()[1])
     answer = run([*COMMAND, *command[1:]])
     assert "红色" in answer and "圆形" in answer
+
+
+def test_the_command_for_where_links_cannot_be_made_is_one_of_check():
+    (command,) = re.findall(r"`visualglm (check models/visualglm-tiny --copy-code)`", README)
+    _, parser = open_command("check")
+    options = parser.parse_args(command.split()[1:])
+    assert options.copy_code and (ROOT / options.folder / "config.json").is_file()
 
 
 def test_the_snippets_run_from_top_to_bottom_and_answer_rightly(tiny_original):

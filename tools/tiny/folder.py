@@ -51,7 +51,7 @@ def write_files(output: Path, config: VisualGLMConfig, tokenizer: ChatGLMTokeniz
             for name in code:
                 (folder / name).unlink()
         for file in folder.iterdir():
-            write_if_changed(output / file.name, file.read_bytes())
+            renew(output / file.name, file)
 
 
 def refresh(output: Path) -> None:
@@ -88,18 +88,21 @@ def name_linked_code(settings: Path, classes: set[str]) -> None:
     settings.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_if_changed(path: Path, content: bytes) -> None:
-    """Write a file unless it says the same already. What was a link becomes a file; nothing is written through it."""
+def renew(path: Path, fresh: Path) -> None:
+    """Write what `fresh` says to `path`, unless it says that already; a link becomes a file."""
     if path.is_symlink():
         path.unlink()
-    if not path.is_file() or without_traces(path.name, path.read_bytes()) != without_traces(path.name, content):
-        path.write_bytes(content)
+    if not path.is_file() or meaning_of(path) != meaning_of(fresh):
+        path.write_bytes(fresh.read_bytes())
 
 
-def without_traces(name: str, content: bytes) -> object:
+def meaning_of(file: Path) -> object:
     """What a file says; of settings, without what they say of the one who wrote them."""
+    content = file.read_bytes()
     try:
-        settings = json.loads(content) if name.endswith(".json") else None
+        settings = json.loads(content) if file.suffix == ".json" else None
     except ValueError:
         return content
+    if file.name == "config.json":
+        settings = VisualGLMConfig.from_dict(settings).to_dict()  # some versions leave out what is usual
     return {key: settings[key] for key in settings if key not in TRACES} if isinstance(settings, dict) else content
