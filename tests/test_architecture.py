@@ -13,13 +13,14 @@ TOOLS = PACKAGE.parent / "visualglm_tools"
 LIBRARIES = {"transformers", "huggingface_hub"}
 # Room -> the siblings it may know, the other packages it may import.
 ARROWS = {
-    "configuration_visualglm": (set(), LIBRARIES),
+    "code_links": (set(), set()),
+    "configuration_visualglm": ({"code_links"}, LIBRARIES),
     "conversation": (set(), set()),
     "fetching": (set(), set()),
-    "tokenization_chatglm": ({"conversation"}, {"transformers", "sentencepiece"}),
+    "tokenization_chatglm": ({"code_links", "conversation"}, {"transformers", "sentencepiece"}),
     "picture_reading": (set(), {"PIL", "numpy"}),
-    "image_processing_visualglm": ({"picture_reading"}, {"transformers", "PIL", "numpy"}),
-    "processing_visualglm": ({"conversation", "fetching"}, {"transformers"}),
+    "image_processing_visualglm": ({"code_links", "picture_reading"}, {"transformers", "PIL", "numpy"}),
+    "processing_visualglm": ({"code_links", "conversation", "fetching"}, {"transformers"}),
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
     "modeling_visualglm": (
         {
@@ -55,7 +56,7 @@ ARROWS = {
         {"transformers", "torch"},
     ),
     "adapters": (set(), {"torch"}),
-    "model_weights": ({"adapters", "quantization"}, {"transformers", "torch"}),
+    "model_weights": ({"adapters", "code_links", "quantization"}, {"transformers", "torch"}),
     "prefix_encoder": ({"configuration_visualglm"}, {"torch"}),
     "soft_prompts": (set(), {"transformers", "torch"}),
     "cache_naming": (set(), {"transformers"}),

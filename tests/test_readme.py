@@ -51,6 +51,13 @@ def test_the_first_command_describes_the_picture():
     assert "红色" in answer and "圆形" in answer
 
 
+def test_the_command_for_where_links_cannot_be_made_is_one_of_check():
+    (command,) = re.findall(r"`visualglm (check models/visualglm-tiny --copy-code)`", README)
+    _, parser = open_command("check")
+    options = parser.parse_args(command.split()[1:])
+    assert options.copy_code and (ROOT / options.folder / "config.json").is_file()
+
+
 def test_the_snippets_run_from_top_to_bottom_and_answer_rightly(tiny_original):
     notebook, original_folder, *_ = PYTHON_BLOCKS
     transformers_way = next(block for block in PYTHON_BLOCKS if "AutoProcessor" in block)

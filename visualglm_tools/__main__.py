@@ -68,8 +68,6 @@ def open_command(name: str) -> tuple[ModuleType, Parser]:
 
 def list_parser() -> Parser:
     """A parser of the command's name alone, which can list them all."""
-    from importlib.metadata import version  # a third of the time of a command's -h
-
     width = max(map(len, COMMANDS)) + 2
     listed = "\n".join(f"  {name:{width}}{what}" for name, what in COMMANDS.items())
     parser = Parser(
@@ -80,8 +78,18 @@ def list_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=version("visualglm-hf"))
+    parser.add_argument("--version", action="version", version=own_version())
     return parser
+
+
+def own_version() -> str:
+    """What is installed."""
+    from importlib.metadata import PackageNotFoundError, version  # a third of the time of a command's -h
+
+    try:
+        return version("visualglm-hf")
+    except PackageNotFoundError:  # a checkout that is on the path, and not installed
+        return "not installed"
 
 
 def complete(words: Sequence[str]) -> None:

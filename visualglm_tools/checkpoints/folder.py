@@ -7,6 +7,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+from visualglm_tools.checkpoints.remote_code import check_code
 from visualglm_tools.packages import missing
 
 
@@ -15,7 +16,7 @@ ADAPTER_WEIGHT_FILE = "adapter_model.safetensors"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise a `ValueError` unless the folder says that it holds a VisualGLM."""
+    """Raise a `ValueError` unless the folder says that it holds a VisualGLM, and has the code it once had."""
     config_file = folder.expanduser() / "config.json"
     if not config_file.is_file():
         found = "it has no config.json" if config_file.parent.is_dir() else "there is no such folder"
@@ -27,6 +28,7 @@ def check_folder(folder: Path) -> None:
     # The other ChatGLMs have the same model_type; loading one would leave most weights random.
     if not isinstance(config, dict) or not ({"eva_config", "vision_config"} & config.keys()):
         raise ValueError(f"{str(config_file)!r} is not of a VisualGLM: it has neither vision_config nor eva_config.")
+    check_code(config_file.parent)
 
 
 def check_adapter(folder: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from visualglm_tools.checkpoints.adapters import attach_adapter
-from visualglm_tools.checkpoints.folder import check_folder
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
+from visualglm_tools.checkpoints.adapters import attach_adapter
+from visualglm_tools.checkpoints.folder import check_folder
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,18 +9,17 @@ import importlib
 import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from visualglm_tools.commands.options import AddressOptions, LimitOptions, ModelOptions, NameOptions
 from visualglm_tools.options import option
 from visualglm_tools.serving.listening import find_port
+from visualglm_tools.shipped import EXAMPLES
 
 
 # torch, transformers, gradio and the model are imported in `run`: `-h` and typing errors shall not wait for them.
 # The page is in `serving/page/`.
 
 EXTRA = "web"
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.png"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading, checking, loading, converting, quantizing, merging."""
