@@ -35,6 +35,7 @@ from visualglm_hf import (
     register,
 )
 from visualglm_hf.conversation import END_MARK, build_prompt, clean_response, expand_images
+from visualglm_tools.checkpoints.loading import load_weights
 from visualglm_tools.checkpoints.prepared import write_description
 
 
@@ -562,7 +563,7 @@ def answer_all(
 
 def evaluate(options: argparse.Namespace) -> dict:
     """Return exact-match accuracy per split, language and kind of question on pictures not seen in training."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(options.output, dtype=torch.float32).eval()
+    model = load_weights(Path(options.output), torch.float32).eval()
     register()  # the processor looks its parts up by name; the folder's own code is the same
     processor = VisualGLMProcessor.from_pretrained(options.output)
     results: dict = {"pictures": options.pictures, "seed": options.seed}
@@ -679,7 +680,7 @@ def write_card(options: argparse.Namespace, results: dict) -> None:
     """Write the model card, README.md, from the model, the record of its training and the measured accuracy."""
     output = Path(options.output)
     record = json.loads((output / "training.json").read_text(encoding="utf-8"))
-    model = VisualGLMForConditionalGeneration.from_pretrained(output)
+    model = load_weights(output, torch.float16)
     config = model.config
     names = ("seed", "steps", "vision_steps", "batch_size", "threads")
     command = "python -m tools.tiny --output models/visualglm-tiny " + " ".join(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder
+from visualglm_tools.printing import first_line
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -137,8 +138,3 @@ def attach_layers(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     if differing:
         raise ValueError(f"{differing[0]} and {len(differing) - 1} more are in the adapter or in the model alone")
     return adapted
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without its paragraphs of advice."""
-    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])

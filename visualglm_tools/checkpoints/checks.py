@@ -1,6 +1,6 @@
 """What is checked in a checkpoint: each check reads one thing and says what it found, or what is wrong and what to do.
 
-`selftest.py` is the command.
+`visualglm check` is the command.
 """
 
 import json
@@ -24,14 +24,15 @@ from visualglm_tools.checkpoints.files import (
     some,
     survey,
 )
+from visualglm_tools.checkpoints.loading import load_weights
 from PIL import Image, ImageDraw
 from visualglm_tools.printing import one_line, printable
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
 from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
@@ -199,13 +200,13 @@ def check_values(subject: Subject) -> str:
     return "no NaN, no infinity"
 
 
-def load_model(folder: Path) -> VisualGLMForConditionalGeneration:
+def load(folder: Path) -> PreTrainedModel:
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return load_weights(folder, dtype).to(device).eval()
 
 
 def check_answer(subject: Subject) -> str:
-    model = load_model(subject.folder)
+    model = load(subject.folder)
     picture = draw_picture()
     options = {"do_sample": False, "min_length": 0, "max_length": ANSWER_LENGTH}
     answer, _ = model.chat(subject.tokenizer, picture, QUESTION, history=[], **options)
@@ -215,7 +216,7 @@ def check_answer(subject: Subject) -> str:
 
 
 def report_kernels(subject: Subject) -> str:
-    return str(load_model(subject.folder).kernel_report())
+    return str(load(subject.folder).kernel_report())
 
 
 def draw_picture() -> Image.Image:

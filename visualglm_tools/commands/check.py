@@ -10,7 +10,7 @@ and why not a faster one. Exit code 0 if all is well, 1 if not, with what to do 
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.commands.options import DEFAULT_MODEL
+from visualglm_tools.checkpoints.folder import DEFAULT_MODEL
 from visualglm_tools.options import argument, option
 
 

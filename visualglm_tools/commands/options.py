@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visualglm_tools.checkpoints.folder import DEFAULT_MODEL
 from visualglm_tools.options import argument, option
-
-
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "models" / "visualglm-tiny"
 
 
 def number(kind: type, is_valid: Callable, expected: str) -> Callable:

@@ -27,15 +27,15 @@ from visualglm_tools.checkpoints.adapters import (
     CONFIG_FILE,
     WEIGHT_FILE,
     fingerprint,
-    first_line,
     write_fingerprint,
 )
 from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.checkpoints.loading import load_processor
+from visualglm_tools.printing import first_line
 from visualglm_tools.training.adapters import (
     add_adapter,
     count_targets,
     load_base,
-    load_processor,
     lora_config,
     prefix_config,
     resolve_layers,

@@ -30,7 +30,8 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf.chat import check_tokenizer
-from visualglm_tools.checkpoints.loading import first_line, load_model
+from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, prefill
 from visualglm_tools.serving.engine.metrics import Metrics
 from visualglm_tools.serving.engine.prompts import Prompt, PromptBuilder

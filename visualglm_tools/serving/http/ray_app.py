@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from visualglm_tools.commands.options import DEFAULT_MODEL
+from visualglm_tools.checkpoints.folder import DEFAULT_MODEL
 from visualglm_tools.serving.engine.engine import Engine, Limits
 from visualglm_tools.serving.http.api_key import read_key
 from visualglm_tools.serving.http.app import ApiOptions, create_app
