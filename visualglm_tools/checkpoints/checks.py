@@ -9,6 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import check_imports, get_relative_import_files
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 from visualglm_tools.checkpoints.files import (
     LM_HEAD,
     Entry,
@@ -25,15 +33,7 @@ from visualglm_tools.checkpoints.files import (
     survey,
 )
 from visualglm_tools.checkpoints.loading import load_weights
-from PIL import Image, ImageDraw
 from visualglm_tools.printing import one_line, printable
-from safetensors import SafetensorError
-from tqdm import tqdm
-from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import check_imports, get_relative_import_files
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 KNOWN_IDS = Path(__file__).parent / "real_tokenizer_vectors.json"

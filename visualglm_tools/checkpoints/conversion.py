@@ -21,7 +21,15 @@ from visualglm_tools.checkpoints.prepared import (
     write_weights,
     written_whole,
 )
-from visualglm_tools.checkpoints.sat import MODEL_CONFIG, TRACKER, check_writable, describe_written, read_sat, write_adapter, write_sat
+from visualglm_tools.checkpoints.sat import (
+    MODEL_CONFIG,
+    TRACKER,
+    check_writable,
+    describe_written,
+    read_sat,
+    write_adapter,
+    write_sat,
+)
 from visualglm_tools.checkpoints.sat_layout import BLOCKS, LoraPair
 
 

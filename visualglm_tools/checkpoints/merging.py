@@ -7,6 +7,10 @@ import warnings
 from pathlib import Path
 
 import torch
+
+from visualglm_hf.adapters import check_plain, is_tied, record_untied
+from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
+from visualglm_hf.quantization import check_mergeable
 from visualglm_tools.checkpoints.adapters import load_adapter
 from visualglm_tools.checkpoints.files import LM_HEAD, Entry, read_tensors
 from visualglm_tools.checkpoints.prepared import (
@@ -22,10 +26,6 @@ from visualglm_tools.checkpoints.prepared import (
     write_weights,
     written_whole,
 )
-
-from visualglm_hf.adapters import check_plain, is_tied, record_untied
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
-from visualglm_hf.quantization import check_mergeable
 
 
 def map_model(checkpoint: Checkpoint) -> VisualGLMForConditionalGeneration:

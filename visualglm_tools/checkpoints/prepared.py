@@ -13,6 +13,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
+from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
+from visualglm_hf.processing_visualglm import VisualGLMProcessor
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 from visualglm_tools.checkpoints.files import (
     IGNORED,
     LM_HEAD,
@@ -28,16 +38,6 @@ from visualglm_tools.checkpoints.files import (
     read_tokenizer,
     survey,
 )
-from huggingface_hub import split_state_dict_into_shards_factory
-from tqdm import tqdm
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
-from visualglm_hf.processing_visualglm import VisualGLMProcessor
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 MODEL = "modeling_visualglm.VisualGLMForConditionalGeneration"

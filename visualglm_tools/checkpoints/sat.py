@@ -14,6 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers.utils import is_peft_available
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
+from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder, inverse_frequencies
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 from visualglm_tools.checkpoints.files import (
     EMBEDDINGS,
     LM_HEAD,
@@ -56,11 +61,6 @@ from visualglm_tools.checkpoints.sat_layout import (
     to_prefix_embedding,
     write_model_config,
 )
-from transformers.utils import is_peft_available
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
-from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder, inverse_frequencies
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 MODEL_CONFIG, TRACKER = "model_config.json", "latest"

@@ -26,7 +26,8 @@ from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, health, open_door, serve, wait_until
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.commands import serve as api_hf
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http import public_urls
 

@@ -14,7 +14,8 @@ from ray import serve
 from ray.serve import Application
 
 from visualglm_tools.checkpoints.folder import DEFAULT_MODEL
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.http.api_key import read_key
 from visualglm_tools.serving.http.app import ApiOptions, create_app
 

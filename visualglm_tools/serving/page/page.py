@@ -17,7 +17,8 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
-from visualglm_tools.serving.engine.engine import Answer, Engine, EngineError, QueueFull
+from visualglm_tools.serving.engine.answers import Answer, EngineError, QueueFull
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import DecoderNotStarted, PoolClosed
 from visualglm_tools.serving.engine.prompts import QUESTIONS, Prompt, conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
