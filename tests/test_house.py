@@ -75,6 +75,18 @@ def test_the_tools_load_models_in_one_place_alone():
     assert loading == {"visualglm_tools.checkpoints.loading"}
 
 
+# Of the original's code, which is quoted but is not here.
+ORIGINAL = {"modeling_chatglm.py", "configuration_chatglm.py", "visual.py", "model/infer_util.py"}
+
+
+@each_file
+def test_a_file_that_is_named_is_there(path):
+    """Beside the one that names it, or from the top of the repository or of its package."""
+    named = set(re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8"))) - ORIGINAL
+    places = (path.parent, ROOT, ROOT / path.relative_to(ROOT).parts[0], ROOT / "scripts")
+    assert sorted(name for name in named if not any((place / name).is_file() for place in places)) == []
+
+
 def test_nothing_tampers_with_the_search_for_modules():
     """An installed package is found as it is; a script that is not must not need to know where it stands."""
     tampering = re.compile(r"\bsys\.path\b(?!_)|\bfrom sys import .*\bpath\b")

@@ -2,7 +2,7 @@
 
     visualglm web --model path/to/prepared        # then open http://127.0.0.1:8080
 
-This door parses options, loads the model and serves the page; the page is in `serving/web.py`.
+This door parses options, loads the model and serves the page; the page is in `serving/page/page.py`.
 """
 
 import argparse

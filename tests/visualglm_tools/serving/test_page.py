@@ -1,6 +1,6 @@
 """The web demo in a real browser.
 
-`PYTHONPATH=scripts python tests/test_web_demo.py docs/web_demo.png` renews the screenshot.
+`python -m tests.visualglm_tools.serving.test_page docs/web_demo.png` renews the screenshot.
 """
 
 import asyncio

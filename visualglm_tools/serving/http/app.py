@@ -1,4 +1,4 @@
-"""The HTTP application: every route on one engine. Doors put a server around it (`api_hf.py`, `ray_app.py`)."""
+"""The HTTP application: every route on one engine. Doors put a server around it (`commands/serve.py`, `ray_app.py`)."""
 
 import functools
 import threading
