@@ -30,7 +30,7 @@ def one_line(text: object) -> str:
 def first_line(error: Exception) -> str:
     """What an error of a library says, without its paragraphs of advice."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # a heading says nothing yet
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])  # a heading says nothing yet
 
 
 def report(error: object) -> None:

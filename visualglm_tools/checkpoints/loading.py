@@ -54,7 +54,8 @@ def load_model(
         device: "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first of them that is there.
         dtype: "float32", "float16" or "bfloat16"; "auto" takes float16 on an accelerator, and on a CPU float32 where
             it fits into the free memory, else bfloat16.
-        quant: 4 or 8 to quantize the language model to that many bits, before it moves to the device.
+        quant: 4 or 8 to quantize the language model to that many bits, before it moves to the device, unless it is
+            stored so.
         adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
 
     Raises:
@@ -62,6 +63,7 @@ def load_model(
     """
     folder = Path(folder).expanduser()
     check_folder(folder)
+    is_quantized = bool(quant) and is_stored_in(folder, quant)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, folder)
     bits = f", {quant} bits" if quant else ""
@@ -69,7 +71,7 @@ def load_model(
     own_code = (folder / OUR_CODE).is_file()
     tokenizer = load_tokenizer(folder, own_code)
     model = load_weights(folder, chosen_dtype, own_code=own_code)
-    if quant:
+    if quant and not is_quantized:
         model = model.quantize(quant)
     if adapter:
         attach_adapter(model, adapter)
@@ -136,7 +138,7 @@ def damage_refused(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- bits
 
 
-def is_stored_in(folder: Path, bits: int, backend: str) -> bool:
+def is_stored_in(folder: Path, bits: int, backend: str = "lowbit") -> bool:
     """Whether the weights have so many bits already; False for full ones, a `ValueError` for others."""
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_bit")
     if stored and (stored != bits or backend != "lowbit"):

@@ -94,8 +94,12 @@ def test_the_code_of_the_original_does_not_run(tiny_original):
 def test_weights_in_low_bits_are_equal_whether_stored_so_or_quantized_before_or_while_loading(tmp_path, bits):
     assert quantize(TINY, tmp_path / "stored", "--bits", bits) == 0
     expected = load_weights(TINY, torch.float16).quantize(bits).state_dict()
-    for folder, asked in ((TINY, bits), (tmp_path / "stored", bits), (tmp_path / "stored", None)):
-        found = load_weights(folder, torch.float16, asked).state_dict()
+    stored = tmp_path / "stored"
+    asked = ((TINY, bits), (stored, bits), (stored, None))
+    ways = [load_weights(folder, torch.float16, few) for folder, few in asked]
+    ways += [load_model(folder, "cpu", "float16", quant=bits)[0] for folder in (TINY, stored)]
+    for model in ways:
+        found = model.state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -105,6 +109,8 @@ def test_bits_that_contradict_those_of_the_weights_are_refused_before_anything_i
     (tmp_path / "stored" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has weights of 4 bits, not of 8"):
         load_weights(tmp_path / "stored", torch.float32, 8)
+    with pytest.raises(ValueError, match="has weights of 4 bits, not of 8"):
+        load_model(tmp_path / "stored", "cpu", quant=8)
     with pytest.raises(ValueError, match="has weights of 4 bits, not of 4 in nf4"):
         load_weights(tmp_path / "stored", torch.float32, 4, "nf4")
     with pytest.raises(ValueError, match="has weights of 4 bits, not of 8"):
