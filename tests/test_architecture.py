@@ -135,7 +135,7 @@ TOOL_ROOMS = {
         tools="benchmarking.peers benchmarking.report benchmarking.run "
         "checkpoints.checks checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading "
         "checkpoints.merging checkpoints.quantizing "
-        "options output_files printing "
+        "options output_files printing shipped "
         "serving.engine.engine serving.engine.sampling serving.engine.text serving.http.api_key serving.http.app "
         "serving.page.page serving.page.uploads serving.questions "
         "training.adapters training.memory training.run",
@@ -161,8 +161,7 @@ TOOL_ROOMS = {
         packages="PIL jinja2 numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(
-        tools="checkpoints.folder "
-        "serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling",
+        tools="serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling shipped",
         model="conversation fetching",
         packages="fastapi prometheus_client pydantic ray starlette",
     ),

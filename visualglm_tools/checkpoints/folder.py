@@ -1,13 +1,10 @@
-"""Whether a folder holds a VisualGLM: doors ask before they wait for any library.
+"""Whether a folder holds a VisualGLM: commands ask before they wait for any library.
 
 Not here: what is in its files (`files.py`), and loading them (`loading.py`).
 """
 
 import json
 from pathlib import Path
-
-
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "models" / "visualglm-tiny"  # where no folder is named
 
 
 def check_folder(folder: Path) -> None:

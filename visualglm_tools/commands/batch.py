@@ -9,7 +9,7 @@ looked up beside the file and in the working directory, and must be in one of th
 with `answer` and `finish_reason` added. Given the same command again, a run that was stopped goes on where it was; rows
 that cannot be answered are listed in OUTPUT.errors.jsonl.
 
-This door parses options and draws the progress; the work is in `serving/questions.py`.
+This door parses options and draws the progress; the work is in `serving/batch.py`.
 """
 
 import argparse

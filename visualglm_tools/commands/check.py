@@ -10,8 +10,8 @@ and why not a faster one. Exit code 0 if all is well, 1 if not, with what to do 
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.checkpoints.folder import DEFAULT_MODEL
 from visualglm_tools.options import argument, option
+from visualglm_tools.shipped import DEFAULT_MODEL
 
 
 # torch, transformers and what is built on them are imported in `run`: `-h` and typing errors shall not wait for them.

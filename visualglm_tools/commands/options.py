@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visualglm_tools.checkpoints.folder import DEFAULT_MODEL
 from visualglm_tools.options import argument, option
+from visualglm_tools.shipped import DEFAULT_MODEL
 
 
 def number(kind: type, is_valid: Callable, expected: str) -> Callable:

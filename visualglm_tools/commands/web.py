@@ -2,7 +2,7 @@
 
     visualglm web --model path/to/prepared        # then open http://127.0.0.1:8080
 
-This door parses options, loads the model and serves the page; the page is in `serving/page/page.py`.
+This door parses options, loads the model and serves the page; the page is in `serving/web.py`.
 """
 
 import argparse
@@ -10,16 +10,15 @@ import importlib
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from visualglm_tools.checkpoints.folder import check_folder
 from visualglm_tools.commands.options import COUNT, add_model_options, loading_options, number
 from visualglm_tools.printing import report
+from visualglm_tools.shipped import EXAMPLES
 
 
 # torch, transformers, gradio and the model are imported in `run`: `-h` and typing errors shall not wait for them.
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.png"))
 PORT = number(int, lambda value: 0 < value < 65536, "a port from 1 to 65535")
 
 

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from visualglm_tools.checkpoints.folder import DEFAULT_MODEL
 from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.http.api_key import read_key
 from visualglm_tools.serving.http.app import ApiOptions, create_app
+from visualglm_tools.shipped import DEFAULT_MODEL
 
 
 PACKAGES = Path(__file__).resolve().parents[3]  # on each machine of a cluster, at the same path
