@@ -4,7 +4,7 @@
 what it and all others load with, so that all refuse the same: a folder without a VisualGLM, damaged files, weights that
 are missing, bits that contradict.
 
-Not here: options and prompts of a door, and how quantization works (`model.quantize`).
+Not here: options and prompts of a door, and how quantization works.
 """
 
 import json
@@ -54,8 +54,7 @@ def load_model(
         device: "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first of them that is there.
         dtype: "float32", "float16" or "bfloat16"; "auto" takes float16 on an accelerator, and on a CPU float32 where
             it fits into the free memory, else bfloat16.
-        quant: 4 or 8 to quantize the language model to that many bits, before it moves to the device, unless it is
-            stored so.
+        quant: 4 or 8 to quantize the language model to that many bits while it is loaded, unless it is stored so.
         adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
 
     Raises:
@@ -63,16 +62,13 @@ def load_model(
     """
     folder = Path(folder).expanduser()
     check_folder(folder)
-    is_quantized = bool(quant) and is_stored_in(folder, quant)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, folder)
     bits = f", {quant} bits" if quant else ""
     print(f"Loading {folder} ({str(chosen_dtype).removeprefix('torch.')} on {chosen_device}{bits})", file=sys.stderr)
     own_code = (folder / OUR_CODE).is_file()
     tokenizer = load_tokenizer(folder, own_code)
-    model = load_weights(folder, chosen_dtype, own_code=own_code)
-    if quant and not is_quantized:
-        model = model.quantize(quant)
+    model = load_weights(folder, chosen_dtype, quant, own_code=own_code)
     if adapter:
         attach_adapter(model, adapter)
     return model.to(chosen_device).eval(), tokenizer
@@ -138,7 +134,7 @@ def damage_refused(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- bits
 
 
-def is_stored_in(folder: Path, bits: int, backend: str = "lowbit") -> bool:
+def is_stored_in(folder: Path, bits: int, backend: str) -> bool:
     """Whether the weights have so many bits already; False for full ones, a `ValueError` for others."""
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_bit")
     if stored and (stored != bits or backend != "lowbit"):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.commands import quantize
-from tests.paths import TINY
+from tests.paths import ROOT, TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.benchmarking.run import make_model
 from visualglm_tools.checkpoints import checks
@@ -77,11 +79,18 @@ def test_all_tools_refuse_a_folder_in_the_same_words(folder, fault):
 
 
 def test_only_answering_runs_the_code_beside_the_weights():
-    model, tokenizer = load_model(TINY, "cpu", "float32")
-    assert type(model).__module__.startswith("transformers_modules.")
-    assert type(tokenizer).__module__.startswith("transformers_modules.")
     for name in ("training", "measuring", "checking"):
         assert type(DOORS[name](TINY)) is VisualGLMForConditionalGeneration
+    code = f"""
+from visualglm_tools.checkpoints.loading import load_model
+
+for quant in (None, 4):
+    model, tokenizer = load_model({str(TINY)!r}, "cpu", quant=quant)
+    print(type(model).__module__, type(tokenizer).__module__)
+"""
+    # In a process of its own: once this one has called `register()`, the package's classes are taken for all.
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert [word.partition(".")[0] for word in output.split()] == ["transformers_modules"] * 4
 
 
 def test_the_code_of_the_original_does_not_run(tiny_original):
