@@ -26,7 +26,8 @@ from visualglm_tools.output_files import locked
 from visualglm_tools.printing import one_line
 from visualglm_tools.serving import json_lines
 from visualglm_tools.serving import questions as batch
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.questions import Output, Pictures, Problem, Row, answer_rows, read_rows
 

@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import torch
+
 from tools.tiny import world
-from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
+from visualglm_hf import ChatGLMTokenizer
+from visualglm_tools.checkpoints.loading import load_weights
 
 
 CARD = """---
@@ -84,7 +87,7 @@ def render_table(results: dict) -> str:
 def write_card(output: Path, results: dict) -> None:
     """Write the model card, README.md, from the model, the record of its training and the measured accuracy."""
     record = json.loads((output / "training.json").read_text(encoding="utf-8"))
-    model = VisualGLMForConditionalGeneration.from_pretrained(output)
+    model = load_weights(output, torch.float32)
     config = model.config
     names = ("seed", "steps", "vision_steps", "batch_size", "threads")
     command = "python -m tools.tiny --output models/visualglm-tiny " + " ".join(

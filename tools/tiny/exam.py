@@ -16,6 +16,7 @@ from tools.tiny.options import Options
 from tools.tiny.world import Scene
 from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMProcessor, register
 from visualglm_hf.conversation import clean_response
+from visualglm_tools.checkpoints.loading import load_weights
 
 
 MAX_NEW_TOKENS = 24  # the longest answer has 14
@@ -76,7 +77,7 @@ def answer_all(
 
 def evaluate(options: Options) -> dict:
     """Return exact-match accuracy per split, language and kind of question on pictures not seen in training."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(options.output, dtype=torch.float32).eval()
+    model = load_weights(options.output, torch.float32).eval()
     register()  # the processor looks its parts up by name; the folder's own code is the same
     processor = VisualGLMProcessor.from_pretrained(options.output)
     results: dict = {"pictures": options.pictures, "seed": options.seed}

@@ -82,12 +82,6 @@ def read_varint(message: bytes, position: int) -> tuple[int, int]:
     return number | message[position] << shift, position + 1
 
 
-def read_pieces(model: bytes) -> list[tuple[str, int]]:
-    """Return (piece, type) for each id of a serialized sentencepiece model."""
-    pieces = [dict(fields(value)) for number, value in fields(model) if number == 1]
-    return [(piece[1].decode(), piece.get(3, NORMAL)) for piece in pieces]
-
-
 def normalizer_spec() -> bytes:
     """Return sentencepiece's own normaliser message: NFKC, line ends to spaces, dummy prefix, single spaces."""
     trained = io.BytesIO()

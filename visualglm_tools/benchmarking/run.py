@@ -23,12 +23,12 @@ from visualglm_tools.benchmarking.growth import measure_growth
 from visualglm_tools.benchmarking.limits import add_rates, measure_limits
 from visualglm_tools.benchmarking.machine import describe_machine, describe_settings, describe_versions, public_command
 from visualglm_tools.benchmarking.measurements import STEPS, Bench, measure_all, warm_up
-from visualglm_tools.benchmarking.models import GEOMETRIES, build_model, load_model, model_figures
+from visualglm_tools.benchmarking.models import GEOMETRIES, build_model, model_figures
 from visualglm_tools.benchmarking.peers import Peer, parse_peer, run_peer
 from visualglm_tools.benchmarking.programs import run_program
 from visualglm_tools.benchmarking.settings import RunSettings, Settings
 from visualglm_tools.benchmarking.timing import Clock, announce, digits, memory_figures, summarise
-from visualglm_tools.checkpoints.loading import choose_device
+from visualglm_tools.checkpoints.loading import choose_device, load_weights
 from visualglm_tools.options import part, words
 
 
@@ -44,7 +44,7 @@ def make_model(settings: Settings, device: torch.device) -> VisualGLMForConditio
     """Build or load what the options ask for, on its device."""
     dtype = getattr(torch, settings.dtype)
     if settings.model:
-        model = load_model(settings.model, dtype, settings.quant)
+        model = load_weights(settings.model, dtype, settings.quant)
     else:
         model = build_model(GEOMETRIES[settings.geometry], dtype, device, settings.quant)
     model.set_attn_implementation(settings.attn)

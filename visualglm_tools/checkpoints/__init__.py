@@ -1,1 +1,1 @@
-"""Checkpoints on disk: reading, checking, loading, converting, quantizing, merging."""
+"""Folders with a checkpoint: what is in them, and turning one into another."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder
 from visualglm_tools.checkpoints.folder import ADAPTER_WEIGHT_FILE, read_adapter_config, read_object
 from visualglm_tools.packages import missing
+from visualglm_tools.printing import first_line
 
 
 BASE_FILE = "base_model.json"
@@ -116,8 +117,3 @@ def attach_layers(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     if differing:
         raise ValueError(f"{differing[0]} and {len(differing) - 1} more are in the adapter or in the model alone")
     return adapted
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without its paragraphs of advice."""
-    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])

@@ -1,6 +1,6 @@
 """What is checked in a checkpoint: each check reads one thing and says what it found, or what is wrong and what to do.
 
-`selftest.py` is the command.
+`visualglm check` is the command.
 """
 
 import json
@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
 from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 from visualglm_tools.checkpoints import remote_code
 from visualglm_tools.checkpoints.files import (
@@ -33,6 +33,7 @@ from visualglm_tools.checkpoints.files import (
     some,
     survey,
 )
+from visualglm_tools.checkpoints.loading import load_weights
 from visualglm_tools.printing import one_line, printable
 
 
@@ -207,13 +208,13 @@ def check_values(subject: Subject) -> str:
     return "no NaN, no infinity"
 
 
-def load_model(folder: Path) -> VisualGLMForConditionalGeneration:
+def load(folder: Path) -> PreTrainedModel:
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return load_weights(folder, dtype).to(device).eval()
 
 
 def check_answer(subject: Subject) -> str:
-    model = load_model(subject.folder)
+    model = load(subject.folder)
     picture = draw_picture()
     options = {"do_sample": False, "min_length": 0, "max_length": ANSWER_LENGTH}
     answer, _ = model.chat(subject.tokenizer, picture, QUESTION, history=[], **options)
@@ -223,7 +224,7 @@ def check_answer(subject: Subject) -> str:
 
 
 def report_kernels(subject: Subject) -> str:
-    return str(load_model(subject.folder).kernel_report())
+    return str(load(subject.folder).kernel_report())
 
 
 def draw_picture() -> Image.Image:

@@ -1,7 +1,6 @@
 """Checkpoints on the way between three layouts: the original's for Hugging Face, ours, and SwissArmyTransformer's.
 
-`convert_checkpoint.py` is the command. What a SAT checkpoint holds is known in `sat_checkpoint.py`, what ours does in
-`prepared_folder.py`.
+`visualglm convert` is the command. What a SAT checkpoint holds is known in `sat.py`, what ours does in `prepared.py`.
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """An adapter and the weights it was trained on -> a checkpoint of its own.
 
-`merge_lora.py` is the command; `adapter_files.py` knows adapters, `prepared_folder.py` what is written.
+`visualglm merge` is the command; `adapters.py` knows adapters, `prepared.py` what is written.
 """
 
 import warnings

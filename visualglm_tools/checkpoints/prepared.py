@@ -1,6 +1,6 @@
 """A prepared folder: what belongs in it, and how it appears whole or not at all.
 
-Shared by the doors that write one. `checkpoint_files.py` reads and checks what they start from.
+Shared by the doors that write one. `files.py` reads and checks what they start from.
 """
 
 import json

@@ -1,6 +1,6 @@
 """A checkpoint with full weights -> one in 4 or 8 bits, one weight file after the other.
 
-`quantize_checkpoint.py` is the command.
+`visualglm quantize` is the command.
 """
 
 from pathlib import Path

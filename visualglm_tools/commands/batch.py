@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from visualglm_tools.commands.options import ModelOptions, SamplingOptions
 from visualglm_tools.options import AMOUNT, COUNT, COUNT_OR_NONE, POSITIVE, argument, option
 from visualglm_tools.output_files import behind_links, is_stream, is_written_for, locked
 from visualglm_tools.printing import one_line
+from visualglm_tools.serving.options import ModelOptions, SamplingOptions
 
 
 # torch, transformers and the model are imported in `answer_file`: `-h` and typing errors shall not wait for them.

@@ -27,8 +27,8 @@ ratios to the original's code are taken pair by pair from alternating samples. P
 (Linux: VmHWM) or of CUDA's allocator. What does not fit into the memory or into --row-seconds is left out, with its
 reason.
 
-Not here: the original's way of computing (`original_formulation.py`), what is measured how (`benchmarking/`), and
-whether answers are right (the tests).
+Not here: what is measured how, and the original's way of computing (`benchmarking/`); and whether answers are right
+(the tests).
 """
 
 import json

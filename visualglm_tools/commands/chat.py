@@ -21,10 +21,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from visualglm_tools.commands.options import ModelOptions, SamplingOptions
 from visualglm_tools.options import COUNT_OR_NONE, number, one_of, option
 from visualglm_tools.printing import printable, report
 from visualglm_tools.serving.engine.text import stable_part
+from visualglm_tools.serving.options import ModelOptions, SamplingOptions
 
 
 # torch, transformers and the model are imported in `open_model`: `-h` and typing errors shall not wait for them.

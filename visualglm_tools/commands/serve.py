@@ -11,10 +11,10 @@ import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from visualglm_tools.commands.options import AddressOptions, ApiOptions, LimitOptions, ModelOptions, NameOptions
 from visualglm_tools.options import COUNT, POSITIVE, number, option
 from visualglm_tools.serving.http.api_key import KEY_VARIABLE, read_key
 from visualglm_tools.serving.listening import address_of, listen
+from visualglm_tools.serving.options import AddressOptions, ApiOptions, LimitOptions, ModelOptions, NameOptions
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.

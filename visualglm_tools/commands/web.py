@@ -10,9 +10,9 @@ import signal
 import sys
 from dataclasses import dataclass
 
-from visualglm_tools.commands.options import AddressOptions, LimitOptions, ModelOptions, NameOptions
 from visualglm_tools.options import option
 from visualglm_tools.serving.listening import find_port
+from visualglm_tools.serving.options import AddressOptions, LimitOptions, ModelOptions, NameOptions
 from visualglm_tools.shipped import EXAMPLES
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from visualglm_tools.checkpoints.adapters import first_line
+from visualglm_tools.printing import first_line
 from visualglm_tools.training.settings import in_todays_names
 from visualglm_tools.training.stopping import Stopped
 

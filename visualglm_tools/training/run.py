@@ -25,15 +25,15 @@ from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_tools.checkpoints.adapters import (
     BASE_FILE,
     fingerprint,
-    first_line,
     write_fingerprint,
 )
 from visualglm_tools.checkpoints.folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, check_folder
+from visualglm_tools.checkpoints.loading import load_processor
+from visualglm_tools.printing import first_line
 from visualglm_tools.training.adapters import (
     add_adapter,
     count_targets,
     load_base,
-    load_processor,
     lora_config,
     prefix_config,
     resolve_layers,

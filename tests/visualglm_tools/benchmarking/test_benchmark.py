@@ -255,7 +255,7 @@ def test_an_original_that_cannot_be_imported_is_one_clear_line(run_here, fake_or
     [
         (("--contexts", "4"), "contexts must be 12 or more"),
         (("--contexts", "16", "600"), "at most 506"),
-        (("--model", "nowhere"), "has no config.json"),
+        (("--model", "nowhere"), "no checkpoint in 'nowhere'"),
         (("--device", "abacus"), "no device is called 'abacus'"),
         (("--reference", "nowhere"), "has no modeling_chatglm.py"),
         (("--repeats", "0"), "must be a whole number, 1 or more"),

@@ -15,7 +15,8 @@ from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import wait_until
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.questions import Output, Pictures, Row, answer_rows, read_rows, seed_of

@@ -29,7 +29,8 @@ from tests.serving_helpers import free_port, health, open_door, serve, wait_unti
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.commands import serve as serve_options
 from visualglm_tools.options import from_values
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http import public_urls
 from visualglm_tools.serving.http.app import ApiOptions

@@ -1,6 +1,6 @@
 """The web demo in a real browser.
 
-`PYTHONPATH=scripts python tests/test_web_demo.py docs/web_demo.png` renews the screenshot.
+`python -m tests.visualglm_tools.serving.test_page docs/web_demo.png` renews the screenshot.
 """
 
 import asyncio
@@ -25,7 +25,8 @@ from tests.commands import web as web_command
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, open_door, wait_until
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.serving.engine.engine import Answer, Completion, Engine, QueueFull
+from visualglm_tools.serving.engine.answers import Answer, Completion, QueueFull
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import Prompt
 from visualglm_tools.serving.engine.sampling import Settings
 

@@ -15,12 +15,13 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from visualglm_tools.commands.options import ApiOptions as ServedOptions
-from visualglm_tools.commands.options import LimitOptions, ModelOptions, NameOptions
 from visualglm_tools.options import AMOUNT, COUNT, from_values, option
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.http.api_key import read_key
 from visualglm_tools.serving.http.app import ApiOptions, create_app
+from visualglm_tools.serving.options import ApiOptions as ServedOptions
+from visualglm_tools.serving.options import LimitOptions, ModelOptions, NameOptions
 
 
 PACKAGES = Path(__file__).resolve().parents[3]  # on each machine of a cluster, at the same path
