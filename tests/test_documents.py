@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from tests.commands import command
-from tests.paths import COMMAND, ROOT, TINY
+from tests.paths import COMMAND, PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, health, wait_until
-from visualglm_tools.__main__ import COMMANDS, main, open_command
+from visualglm_tools.__main__ import COMMANDS, list_parser, main, open_command
 
 
 def name_of(document: Path) -> str:
@@ -44,7 +44,9 @@ STARTS = (
     "eval ",
 )
 SETTING = re.compile(r"^[A-Z_]+=\S* ")  # of a variable, before a command
-REST = "…"  # more options, which the reader knows
+REST = ("…", "...")  # more options, which the reader knows
+NEEDED = {"finetune": ["--train-data", "dataset.json"], "batch": ["rows.jsonl", "answers.jsonl"]}  # among them
+PLACEHOLDER = re.compile(r"\[?[A-Z]{3,}\]?")  # of a usage, for what readers have
 
 # What runs until it is stopped, or measures for minutes, is read by its parser alone.
 READ_ONLY = {"serve", "web", "bench"}
@@ -55,25 +57,31 @@ LESS_WORK = {
     "finetune": ["--train-iters", "2", "--answers", "0"],
 }
 TYPED = "\n你好\nstop\n"  # no picture, a question, the end
+ADDRESS = "http://127.0.0.1:8080"  # of the server; what is sent there is sent by a test of its own
 # Commands that another test runs, by what they begin with: the test, and what in it shows that it does.
 ELSEWHERE = {
     "serve run visualglm_tools": ("tests/visualglm_tools/serving/test_ray_app.py", "http.ray_app:create_service"),
-    "curl -X POST": ("tests/test_documents.py", "def test_requests_of_the_readme_are_answered"),
-    "curl http://127.0.0.1:8080/": ("tests/test_documents.py", "def test_requests_of_the_readme_are_answered"),
     'eval "$(register-python-argcomplete': ("tests/test_documents.py", "def test_a_shell_learns_to_complete"),
 }
 NOT_OURS = ("curl http://localhost:8000/",)  # how transformers' own server fails
 
 
+def lines_of(document: Path) -> list[str]:
+    """The lines in a document's blocks for a shell, one for each command."""
+    blocks = FENCE.findall(document.read_text(encoding="utf-8"))
+    joined = "".join(block.replace("\\\n", " ") for language, block in blocks if language in SHELLS)
+    return [line.removeprefix("$ ") for line in joined.splitlines()]
+
+
+def requests_of(document: Path) -> list[str]:
+    """The lines that send something to the server, or write what is sent."""
+    lines = lines_of(document)
+    return [line for line in lines if line.startswith("echo ") or line.startswith("curl ") and ADDRESS in line]
+
+
 def commands_of(document: Path) -> list[str]:
     """The commands in a document's blocks, each in one line."""
-    lines = [
-        line.removeprefix("$ ")
-        for language, block in FENCE.findall(document.read_text(encoding="utf-8"))
-        if language in SHELLS
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
-    return [line for line in lines if SETTING.sub("", line).startswith(STARTS)]
+    return [line for line in lines_of(document) if SETTING.sub("", line).startswith(STARTS)]
 
 
 def words_of(line: str) -> list[str]:
@@ -91,8 +99,14 @@ def parser_of(name: str):
 
 def read(name: str, words: list[str]) -> None:
     """Let a command's parser read what comes after its name; an error ends the test."""
-    more = ["--train-data", "examples/background/dataset.json"] if REST in words else []
-    parser_of(name).parse_args([word for word in words if word != REST] + more)
+    more = NEEDED[name] if set(REST) & set(words) else []
+    parser_of(name).parse_args([word.strip("[]") for word in words if word not in REST] + more)
+
+
+def is_run(words: list[str]) -> bool:
+    """Whether a command of ours stands there as it can be run here."""
+    is_usage = any(word in REST or PLACEHOLDER.fullmatch(word) for word in words)
+    return words[1] not in READ_ONLY and not is_usage
 
 
 def read_launcher(words: list[str]) -> None:
@@ -157,6 +171,7 @@ def reader(tiny_original, golden_dir, adapter, tmp_path, monkeypatch) -> Path:
     (places / "adapter").symlink_to(adapter)
     shutil.copytree(TINY, places / "prepared")
     shutil.copytree(ROOT / "examples" / "background", tmp_path, dirs_exist_ok=True)  # their own rows and pictures
+    shutil.copy(PICTURES[0], tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -177,12 +192,13 @@ def test_commands_of_a_document_run_from_top_to_bottom(document, reader, monkeyp
             read(words[3], words[4:])
         elif words[0] == "python":
             read(OLD_NAMES[f"python {words[1]}"].removeprefix("visualglm "), words[2:])
-        elif words[0] == "visualglm" and (words[1] in READ_ONLY or REST in words):
-            read(words[1], words[2:])
-        elif words[0] == "visualglm":
+        elif words[0] == "visualglm" and is_run(words):
             run_here(words, monkeypatch)
+        elif words[0] == "visualglm":
+            read(words[1], words[2:])
         else:
-            assert line.startswith(NOT_OURS), f"{name_of(document)}: nobody runs {line!r}"
+            is_known = line in requests_of(document) or line.startswith(NOT_OURS)
+            assert is_known, f"{name_of(document)}: nobody runs {line!r}"
 
 
 def test_most_commands_are_seen():
@@ -193,34 +209,29 @@ def test_most_commands_are_seen():
     assert sum(found.values()) > 50
 
 
-def test_requests_of_the_readme_are_answered(reader):
-    """Its server on its folder, and its two requests, as they stand there but for the port."""
+def test_requests_of_the_documents_are_answered(reader):
+    """By the README's server, as they stand there but for the port."""
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
-    lines = commands_of(ROOT / "README.md")
-    server = words_of(next(line for line in lines if line.startswith("visualglm serve")))
-    blocks = [block for _, block in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "curl" in block]
+    server = words_of(next(line for line in commands_of(DOCUMENTS[0]) if line.startswith("visualglm serve")))
+    lines = [line for document in DOCUMENTS for line in requests_of(document)]
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with open("server.log", "w") as log:
         process = subprocess.Popen([*COMMAND, *server[1:], "--port", str(port)], stdout=log, stderr=log)
+    answers = []
     try:
         wait_until(lambda: health(url) == 200 or process.poll() is not None)
-        legacy, openai = (
-            subprocess.run(
-                ["bash", "-c", block.replace("http://127.0.0.1:8080", url).replace("curl", "curl -sS")],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=120,
-            ).stdout
-            for block in blocks
-        )
+        for line in lines:
+            shell = ["bash", "-c", line.replace(ADDRESS, url).replace("curl ", "curl -sS --fail ", 1)]
+            answers.append(subprocess.run(shell, capture_output=True, text=True, check=True, timeout=120).stdout)
     finally:
         process.terminate()
         process.wait()
+    _, legacy, stream, *others = answers
     assert "red" in json.loads(legacy)["result"].lower()
-    assert openai.startswith("data: {") and openai.endswith("data: [DONE]\n\n")
+    assert stream.startswith("data: {") and stream.endswith("data: [DONE]\n\n")
+    assert all(json.loads(answer)["choices"] for answer in others)
 
 
 def test_a_shell_learns_to_complete():
@@ -286,6 +297,29 @@ def test_a_command_in_a_sentence_is_one_with_options_that_it_has(document):
             assert options <= set(re.findall(r"--?[a-z][\w-]*", parser_of(name).format_help().replace("_", "-"))), span
 
 
+LAUNCHERS = {"config-file", "multi-gpu", "num-processes", "nproc-per-node", "trust-remote-code", "app-dir"}
+# Of the original's fine-tuning, which are taken and do nothing, so that no help lists them.
+OBSOLETE = {
+    "distributed-backend",
+    "experiment-name",
+    "local-rank",
+    "resume-dataloader",
+    "skip-init",
+    "split",
+    "zero-stage",
+}
+
+
+def test_options_in_the_documents_are_options_of_a_command():
+    helps = [list_parser().format_help(), *(parser_of(name).format_help() for name in COMMANDS)]
+    helps += [path.read_text(encoding="utf-8") for path in (ROOT / "tools").rglob("*.py")]
+    known = set(re.findall(r"[\" \[]--([a-z][\w-]+)", "\n".join(helps).replace("_", "-"))) | LAUNCHERS | OBSOLETE
+    for document in DOCUMENTS:
+        text = re.sub(r"--peer '[^']*'", "--peer", document.read_text(encoding="utf-8"))  # another program's options
+        named = {name.replace("_", "-") for name in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
+        assert named - known == set(), name_of(document)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_advice_to_install_is_the_same_everywhere(document):
     """Ours by its extras, from the checkout or as a package; others by their names."""
@@ -313,7 +347,7 @@ def test_messages_that_are_explained_are_those_of_the_code():
     code = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
     code = re.sub(r'"\s+f?"', "", code)  # texts over several lines
     code = code.replace("{VOCABULARY_FILE}", "ice_text.model")
-    foreign = {"out of memory"}  # torch's
+    foreign = {"out of memory", "pip install"}  # torch's, and made up of parts
     messages = {message for cell in table for message in re.findall(r"`([^`]+)`", cell)} - foreign
     assert len(messages) > 15
     assert {message for message in messages if message not in code} == set()
