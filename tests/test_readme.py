@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from tests.paths import COMMAND, ROOT
-from tools.notebooks import NOTEBOOKS, execute, shown_by
+from tools.notebooks import NOTEBOOKS, execute
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +73,13 @@ def test_the_front_page_leads_to_every_page():
     front = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert {name for name in pages if f"]({name})" not in front} == set()
+
+
+def shown_by(cell: nbformat.NotebookNode) -> tuple[str, int]:
+    """What a cell shows: its text, however it came in pieces, and how many pictures."""
+    text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+    pictures = sum(name.startswith("image/") for output in cell.outputs for name in output.get("data", {}))
+    return text, pictures
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

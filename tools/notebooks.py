@@ -52,13 +52,6 @@ def tidy_text(text: str) -> str:
     return ADDRESS.sub("", text.replace(str(ROOT), "visualglm-hf"))
 
 
-def shown_by(cell: NotebookNode) -> tuple[str, int]:
-    """What a cell shows: its text, however it came in pieces, and how many pictures."""
-    text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
-    pictures = sum(name.startswith("image/") for output in cell.outputs for name in output.get("data", {}))
-    return text, pictures
-
-
 def main() -> None:
     """Run and store all of them."""
     for path in NOTEBOOKS:
