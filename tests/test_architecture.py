@@ -185,7 +185,7 @@ TOOL_ROOMS = {
     "tools/tiny": Room(
         tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code options printing",
         model="conversation visualglm_hf",
-        packages="PIL numpy sentencepiece torch tqdm transformers",
+        packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
     ),
 }
 TOOL_FILES = sorted([*TOOLS.rglob("*.py"), *(PACKAGE.parent / "tools").rglob("*.py")])
