@@ -10,7 +10,6 @@ import pytest
 from tests.paths import ROOT, TINY
 from tools.tiny import folder
 from visualglm_hf import VisualGLMConfig
-from visualglm_tools.checkpoints.remote_code import PACKAGE
 
 
 CODE = sorted(path.name for path in (ROOT / "visualglm_hf").glob("[!_]*.py"))
@@ -89,7 +88,7 @@ def test_a_folder_where_no_links_can_be_made_gets_files(linked, monkeypatch):
     folder.refresh(linked)
     for name in CODE:
         assert not (linked / name).is_symlink()
-        assert (linked / name).read_bytes() == (PACKAGE / name).read_bytes()
+        assert (linked / name).read_bytes() == (ROOT / "visualglm_hf" / name).read_bytes()
 
 
 def test_a_folder_outside_of_the_checkout_gets_files_and_usual_settings(linked, tmp_path_factory):

@@ -14,10 +14,11 @@ from transformers import GenerationConfig
 
 from visualglm_hf import ChatGLMTokenizer, VisualGLMConfig
 from visualglm_tools.checkpoints.prepared import write_description
-from visualglm_tools.checkpoints.remote_code import LINKED_CODE, PACKAGE
+from visualglm_tools.checkpoints.remote_code import LINKED_CODE, package_folder
 
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE = package_folder()
 NAMED_FIRST = {  # what transformers opens first, whatever it is asked for
     "config.json": {"AutoConfig"},
     "preprocessor_config.json": {"AutoImageProcessor"},

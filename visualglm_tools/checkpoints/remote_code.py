@@ -7,12 +7,10 @@ instead, and a copied folder may have links that lead nowhere. Not here: loading
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
-import visualglm_hf
 
-
-PACKAGE = Path(visualglm_hf.__file__).resolve().parent
 LINKED_CODE = "linked_code.py"  # of models/visualglm-tiny: loads the others, or says what to do
 LONGEST_LINK = 1024  # bytes
 
@@ -48,7 +46,8 @@ def copy_code(folder: Path) -> int:
     Raises:
         ValueError: the folder is not loaded with this code.
     """
-    names = sorted(path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+    package = package_folder()
+    names = sorted(path.name for path in package.glob("*.py") if path.name != "__init__.py")
     known = {*names, LINKED_CODE}
     named = named_code(folder)
     if not named or not named <= known:
@@ -60,11 +59,16 @@ def copy_code(folder: Path) -> int:
     for name in names:
         fresh = folder / f".{name}.{os.getpid()}.new"
         try:
-            shutil.copyfile(PACKAGE / name, fresh)
+            shutil.copyfile(package / name, fresh)
             fresh.replace(folder / name)  # a link itself, not what it leads to
         finally:
             fresh.unlink(missing_ok=True)
     return len(names)
+
+
+def package_folder() -> Path:
+    """Where the model's package is; it is not imported, since commands ask before they wait for anything."""
+    return Path(find_spec("visualglm_hf").origin).resolve().parent
 
 
 def named_code(folder: Path) -> set[str]:
