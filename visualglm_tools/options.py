@@ -123,6 +123,8 @@ PORT = number(int, lambda value: 0 <= value <= 65_535, "a port, 0 to 65535")
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line, and whose options may be spelled with `_`."""
 
+    option_names: frozenset[str] = frozenset()  # with their dashes
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)  # no word after it is an option
@@ -132,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         """The name of one of our options with `-` in it instead of `_`; anything else, such as a value, as it is."""
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
-        return name + equals + value if name in self._option_string_actions else word  # argparse has no public list
+        return name + equals + value if name in self.option_names else word
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {shortened(one_line(message), LONGEST_ERROR)} ({self.prog} -h lists the options)\n")
@@ -147,6 +149,7 @@ def build_parser(options: type, prog: str, description: str, usage: str | None =
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.option_names = frozenset(name for each in fields_of(options) for name in names_of(*each))
     groups: dict[str | None, Any] = {None: parser}
     for field, details in fields_of(options):
         if details.group not in groups:
