@@ -95,6 +95,10 @@ ARROWS = {
     ),
     "cpu_language": (set(), {"torch"}),
     "cpu_layer": ({"cpu_language", "cpu_runtime"}, {"torch"}),
+    "cpu_many_rows": (
+        {"cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_format"},
+        {"torch"},
+    ),
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
     "kernel_choice": (set(), set()),
@@ -107,7 +111,7 @@ ARROWS = {
     "cuda_source": (set(), set()),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (
-        {"cpu_language", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
+        {"cpu_language", "cpu_many_rows", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
         {"torch"},
     ),
 }

@@ -377,6 +377,29 @@ def join(first: Value, second: Value) -> Value:
     return shuffle(first, second, range(2 * first.type.lanes))
 
 
+def vector_of(numbers: Iterable[Value]) -> Value:
+    """A vector of some numbers of one type."""
+    numbers = list(numbers)
+    type, kernel = numbers[0].type[len(numbers)], numbers[0].kernel
+    vector = Value(kernel, type, "poison")
+    for lane, number in enumerate(numbers):
+        vector = kernel.emit(type, f"insertelement {type} {vector}, {number.type} {number}, i64 {lane}")
+    return vector
+
+
+def transpose(rows: list[Value]) -> list[Value]:
+    """As many vectors as each has lanes, a power of two: the first lanes of all, then their second lanes, and so on."""
+    count = len(rows)
+    for step in (count >> shift for shift in range(1, count.bit_length())):
+        kept = [lane + (count - step if lane & step else 0) for lane in range(count)]
+        moved = [lane + (count if lane & step else step) for lane in range(count)]
+        for first in (row for row in range(count) if not row & step):
+            pair = rows[first], rows[first + step]
+            rows = [*rows]
+            rows[first], rows[first + step] = (shuffle(*pair, lanes) for lanes in (kept, moved))
+    return rows
+
+
 def where(condition: Value, then: Number, otherwise: Number) -> Value:
     """One of two numbers in each lane; at least one of them is a value."""
     known = then if isinstance(then, Value) else otherwise
@@ -503,6 +526,7 @@ class Fields:
             value = Pointer(kernel, f"%{name}", BYTES) if is_address else Value(kernel, FIELD_TYPES[kind], f"%{name}")
             setattr(self, name, value)
         self.chunk = Value(kernel, I64, "%chunk")
+        self.room = Pointer(kernel, "%room", BYTES)
 
 
 def write_kernel(
@@ -523,7 +547,8 @@ def write_kernel(
     work(inner, Fields(inner, task_class))
     types = FIELD_TYPES | {ctypes.c_void_p: "ptr noalias" if is_apart else "ptr"}
     parameters = "".join(f"{types[kind]} %{field}, " for field, kind in fields)
-    functions = [inner.finish(f"internal void @work({parameters}i64 %chunk) alwaysinline")]
+    room_type = types[ctypes.c_void_p]
+    functions = [inner.finish(f"internal void @work({parameters}{room_type} %room, i64 %chunk) alwaysinline")]
 
     outer = Kernel()
     task = Pointer(outer, "%task", BYTES)
@@ -534,10 +559,14 @@ def write_kernel(
 
     chunks, following = read("chunks", I64), task[task_class.next_chunk.offset]
     values = [read(field, FIELD_TYPES[kind]) for field, kind in fields]
+    room = Pointer(outer, "null", BYTES)
+    if hasattr(task_class, "next_room"):
+        room_bytes, following_room = read("room_bytes", I64), task[task_class.next_room.offset]
+        room = task[task_class.rooms.offset].follow(BYTES)[following_room.exchange_add(1, "monotonic") * room_bytes]
     with outer.repeat() as leave_when:
         chunk = following.exchange_add(1, "monotonic")
         leave_when(chunk.compare("", "uge", chunks))
-        outer.call(None, "work", *values, chunk)
+        outer.call(None, "work", *values, room, chunk)
     functions.append(outer.finish(f"void @{name}(ptr %task)"))
     return "\n".join([*inner.declarations.values(), *functions])
 

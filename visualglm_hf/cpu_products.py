@@ -588,16 +588,22 @@ def activations_obstacle(dtype: torch.dtype, rows: int, kind: Kind) -> str | Non
     return None
 
 
-def matrix_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> str | None:
-    """Why the kernels cannot read a matrix: whole lines, and whole scales in a line or whole lines in a scale."""
+def storage_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> str | None:
+    """Why kernels cannot read a matrix, whatever its groups are: it has to have whole lines."""
     if columns == 0 or columns % kind.columns or weight.shape[0] == 0:
         return f"a matrix [{weight.shape[0]}, {columns}], whose columns are no multiple of {kind.columns}"
     if not weight.is_contiguous():
         return "a matrix that is not contiguous"
-    if weight_scale is None:
-        return None
-    if weight_scale.dtype != torch.float16 or not weight_scale.is_contiguous():
+    if weight_scale is not None and (weight_scale.dtype != torch.float16 or not weight_scale.is_contiguous()):
         return "scales that are not float16 and contiguous"
+    return None
+
+
+def matrix_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> str | None:
+    """Why the kernels cannot read a matrix: whole lines, and whole scales in a line or whole lines in a scale."""
+    obstacle = storage_obstacle(weight, weight_scale, columns, kind)
+    if obstacle is not None or weight_scale is None:
+        return obstacle
     lines, groups = columns // kind.columns, count_groups(weight_scale)
     if lines % groups and (groups % lines or 16 % (groups // lines)):
         return f"groups of {columns // groups} columns"

@@ -1,0 +1,478 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of many rows of activations with low-bit matrices on a CPU, from the codes as they are stored.
+
+Not here: products of a few rows (`cpu_products.py`), the language (`cpu_language.py`), the compiler and the threads
+(`cpu_runtime.py`), and when which of them is used (`lowbit_products.py`).
+
+How it is fast: with many rows arithmetic is the limit, so each code is unpacked once for all of them. A thread takes a
+few rows of the matrix, 16 in the lanes of each vector, unpacks a part of their columns into memory that its core's
+cache holds, and multiplies that with one tile of activations after the other. The sums of a tile stay in registers
+until the scale changes. Activations are integers of 16 bits with a scale per 64 columns, as for a few rows; sums are
+exact in 32 bits, scaled in float32 and added up from the first column to the last, whatever instructions a processor
+has: so all processors compute the same bits, and no row depends on those beside it.
+
+Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A line is 64
+bytes of a row; a cell is the columns that have a scale of the matrix and one of the activations in common.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from .cpu_language import (
+    F16,
+    F32,
+    FLOATS32,
+    HALVES,
+    I16,
+    I32,
+    WORDS,
+    Fields,
+    Form,
+    Kernel,
+    Pointer,
+    Value,
+    fma,
+    minimum,
+    splat,
+    transpose,
+    vector_of,
+    where,
+    write_kernel,
+)
+from .cpu_products import (
+    ACTIVATIONS,
+    GROUP,
+    KINDS,
+    LARGEST_CODE,
+    SMALLEST_NORMAL,
+    dot,
+    quantize_group,
+    storage_obstacle,
+)
+from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Function, Kernels, Stage, Task
+from .kernel_choice import KernelError, name_of
+from .lowbit_format import count_groups, unpack_int4
+
+
+LINE_BYTES = 64  # of the matrix
+VECTOR_BYTES = 64  # of 16 lanes
+PART_COLUMNS = 2048  # of the matrix that are unpacked at a time
+MOST_ROWS = 512  # of activations at a time: their sums are in the cache beside the unpacked columns
+CELLS = (64, 32)  # columns that a cell can have
+INTEGERS32 = Form(I32)
+FORMS = {torch.float32: FLOATS32, **HALVES}  # of the activations and of the result
+CHECK_TOLERANCE = 2e-5  # relative error of the self-check: near ties of 16 bits may be rounded the other way
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How codes of so many bits are unpacked: each 16-bit word of them is made into `planes` words of one code each.
+
+    A vector of 16 rows' words then has two columns of each row, which a product of 16-bit integers adds up.
+    """
+
+    bits: int
+
+    @property
+    def planes(self) -> int:
+        return 16 // self.bits
+
+    @property
+    def columns(self) -> int:
+        """In a line."""
+        return LINE_BYTES * 8 // self.bits
+
+    @property
+    def groups(self) -> int:
+        """Groups of activations in a line."""
+        return self.columns // GROUP
+
+    def unpack(self, words: Value) -> list[Value]:
+        """The signed codes, from the low bits up."""
+        kept = 16 - self.bits
+        return [(words << (kept - plane * self.bits)).shift_signed(kept) for plane in range(self.planes)]
+
+    def order(self) -> list[int]:
+        """Which columns of a group the words of its unpacked vectors have, one after the other.
+
+        The two words of 32 bits of a row hold neighbouring bytes. In 4 bits the even column is in the high half.
+        """
+        per_word = self.planes
+        within = [plane ^ (self.bits == 4) for plane in range(per_word)]
+        return [
+            first + column + half * per_word
+            for first in range(0, GROUP, 2 * per_word)
+            for column in within
+            for half in (0, 1)
+        ]
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """What a processor's registers hold: the sums of `vectors` x 16 rows of the matrix and `rows` of activations."""
+
+    vectors: int
+    rows: int
+
+    @property
+    def outputs(self) -> int:
+        return self.vectors * LANES
+
+
+def choose_blocking(features: Mapping[str, bool]) -> Blocking:
+    """Choose for a processor: one with AVX-512 has 32 registers of 16 lanes, others the room of 8 or so."""
+    return Blocking(2, 12) if features.get("avx512bw") else Blocking(1, 6)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the code of a kernel depends on.
+
+    Args:
+        codes: of the matrix.
+        cell: columns that have a scale of the matrix in common, or a part of them.
+        blocking: of the processor.
+        rows: of activations in the large tiles.
+        has_smaller: whether there are tiles of one row less.
+    """
+
+    codes: Codes
+    cell: int
+    blocking: Blocking
+    rows: int
+    has_smaller: bool
+
+    @property
+    def name(self) -> str:
+        blocking = f"{self.blocking.vectors}_{self.rows}{'_less' if self.has_smaller else ''}"
+        return f"int{self.codes.bits}_{self.cell}_{blocking}"
+
+    @property
+    def part_lines(self) -> int:
+        """Lines that are unpacked at a time."""
+        return PART_COLUMNS // self.codes.columns
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.blocking.outputs * PART_COLUMNS * 2
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.blocking.outputs * PART_COLUMNS // self.cell * 4
+
+    def room_bytes(self, rows: int) -> int:
+        """Memory that a thread needs for the unpacked columns, their scales, and the sums of so many rows."""
+        return self.weight_bytes + self.scale_bytes + self.blocking.outputs * rows * 4
+
+
+class Tiling(NamedTuple):
+    """The rows of activations as tiles: `large` ones of `rows`, then those of one row less, `count` in all."""
+
+    rows: int
+    large: int
+    count: int
+
+
+def choose_tiling(rows: int, most: int) -> Tiling:
+    """Choose the fewest tiles that hold so many rows, of sizes as equal as can be."""
+    count = -(-rows // most)
+    small, large = divmod(rows, count)
+    return Tiling(small + 1, large, count) if large else Tiling(small, count, count)
+
+
+# Tasks
+
+
+class ManyRowsTask(Task):
+    """Addresses of a matrix and its scales, of quantized activations and their scales, and of the result.
+
+    `rooms` has `room_bytes` for each thread, of which `next_room` have been taken.
+    """
+
+    _fields_ = (
+        ("matrix", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("x_scales", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rooms", ctypes.c_void_p),
+        ("room_bytes", ctypes.c_int64),
+        ("next_room", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("pitch", ctypes.c_int64),  # numbers in a row of the result
+        ("lines", ctypes.c_int64),  # in a row of the matrix
+        ("groups", ctypes.c_int64),  # scales in a row of the matrix
+        ("cells_per_scale", ctypes.c_int64),
+        ("large_tiles", ctypes.c_int64),
+        ("tiles", ctypes.c_int64),
+    )
+
+
+class QuantizeRowsTask(Task):
+    """Addresses of activations, and of their codes and scales; a chunk is a tile."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("rows", ctypes.c_int64),  # in a large tile
+        ("large_tiles", ctypes.c_int64),
+    )
+
+
+# Kernels
+
+
+def find_tile(tile: Value, rows: Value, large: Value) -> tuple[Value, Value]:
+    """The first row of a tile, and how many it has; see `Tiling`."""
+    return tile * (rows - 1) + minimum(tile, large), where(tile < large, rows, rows - 1)
+
+
+def quantize_rows_naive(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes [M, K / 64, 64] of activations [M, K] and their scales [M, K / 64], both in float32."""
+    groups = x.float().unflatten(1, (-1, GROUP))
+    scales = groups.abs().amax(-1) * (1 / LARGEST_CODE)
+    return (groups * (1 / scales.clamp(min=SMALLEST_NORMAL))[..., None]).round(), scales
+
+
+def quantize_rows_kernel(k: Kernel, task: Fields, codes: Codes, form: Form) -> None:
+    """The rows of a tile: of each group in turn, its 64 columns and its scale in all rows."""
+    first, rows = find_tile(task.chunk, task.rows, task.large_tiles)
+    groups = task.columns // GROUP
+    with k.loop(groups) as group:
+        at = first * groups + group * rows
+        with k.loop(rows) as row:
+            words, scale = quantize_group(task.x.of(form)[(first + row) * task.columns + group * GROUP])
+            task.codes.of(WORDS)[(at + row) * GROUP].store(words.take(codes.order()))
+            task.scales.of(FLOATS32)[at + row].store(scale)
+
+
+class Room(NamedTuple):
+    """What a thread remembers: the unpacked columns of a part of the matrix, their scales, and the sums of all rows."""
+
+    weights: Pointer
+    scales: Pointer
+    sums: Pointer
+
+    @classmethod
+    def at(cls, start: Pointer, shape: Shape) -> "Room":
+        scales = start[shape.weight_bytes]
+        return cls(start.of(WORDS), scales.of(FLOATS32), scales[shape.scale_bytes].of(FLOATS32))
+
+
+def unpack_part(k: Kernel, task: Fields, shape: Shape, room: Room, first_line: Value, end: Value) -> None:
+    """Unpack some lines of the rows of a chunk; rows that the matrix does not have are its last one once more."""
+    codes, vectors, cells = shape.codes, shape.blocking.vectors, shape.codes.columns // shape.cell
+    for vector in range(vectors):
+        first = task.chunk * shape.blocking.outputs + vector * LANES
+        rows = [minimum(first + lane, task.outputs - 1) for lane in range(LANES)]
+        matrix = [task.matrix[row * task.lines * LINE_BYTES] for row in rows]
+        scales = [task.scales.of(WORDS)[row * task.groups] for row in rows]
+        with k.loop(end, start=first_line) as line:
+            at = line - first_line
+            fours = transpose([row[line * LINE_BYTES].of(INTEGERS32).load(LANES) for row in matrix])
+            unpacked = [plane for four in fours for plane in codes.unpack(four.bits(I16[2 * LANES]))]
+            weights = room.weights[at * (LINE_BYTES // 4 * codes.planes * vectors * 2 * LANES)]
+            for number, plane in enumerate(unpacked):
+                weights[(number * vectors + vector) * 2 * LANES].store(plane)
+            for cell in range(cells):
+                scale = (line * cells + cell) // task.cells_per_scale
+                halves = vector_of(row[scale].load() for row in scales)
+                room.scales[((at * cells + cell) * vectors + vector) * LANES].store(halves.bits(F16[LANES]).to(F32))
+
+
+def multiply_tile(
+    k: Kernel, task: Fields, shape: Shape, room: Room, rows: int, first_row: Value, first_line: Value, end: Value
+) -> None:
+    """Add the products of the unpacked part with a tile of activations to the sums."""
+    per_line, vectors = shape.codes.groups, shape.blocking.vectors
+    before = first_row * (task.lines * per_line) + first_line * (per_line * rows)  # groups of activations
+    x, x_scales = task.x.of(WORDS)[before * GROUP], task.x_scales.of(FLOATS32)[before]
+    sums = room.sums[first_row * shape.blocking.outputs]
+    with k.loop((end - first_line) * per_line) as group:
+        for cell in range(GROUP // shape.cell):
+            totals = [[k.variable(k.zero(I32[LANES])) for _ in range(vectors)] for _ in range(rows)]
+            with k.loop(shape.cell // 2, shape.codes.planes) as i:
+                for plane in range(shape.codes.planes):
+                    pair = i + (cell * shape.cell // 2 + plane)
+                    weights = room.weights[(group * (GROUP // 2) + pair) * (vectors * 2 * LANES)]
+                    columns = [weights[vector * 2 * LANES].load(2 * LANES) for vector in range(vectors)]
+                    for row in range(rows):
+                        two = x[(group * rows + row) * GROUP + pair * 2].of(INTEGERS32).load()
+                        both = splat(two, LANES).bits(I16[2 * LANES])
+                        for total, column in zip(totals[row], columns, strict=True):
+                            total.set(total.now + dot(column, both))
+            at = room.scales[(group * (GROUP // shape.cell) + cell) * shape.blocking.outputs]
+            scales = [at[vector * LANES].load(LANES) for vector in range(vectors)]
+            for row in range(rows):
+                x_scale = splat(x_scales[group * rows + row].load(), LANES)
+                for vector in range(vectors):
+                    so_far = sums[row * shape.blocking.outputs + vector * LANES]
+                    total = totals[row][vector].now.to(F32)
+                    so_far.store(fma(total, scales[vector] * x_scale, so_far.load(LANES)))
+
+
+def many_rows_naive(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Compute x @ W.T, [M, K] and [N, K] -> [M, N], in float32, cell after cell as the kernel does."""
+    cell = find_cell(x.shape[1] // count_groups(weight_scale))
+    cells = x.shape[1] // cell
+    codes, scales = quantize_rows_naive(x)
+    x_cells, x_scales = codes.reshape(len(x), cells, cell), scales.repeat_interleave(GROUP // cell, 1)
+    matrix = (unpack_int4(weight, x.shape[1]) if bits == 4 else weight).float().reshape(-1, cells, cell)
+    matrix_scales = weight_scale.float().reshape(len(weight), -1)
+    matrix_scales = matrix_scales.repeat_interleave(cells // matrix_scales.shape[1], 1)
+    total = torch.zeros(len(x), len(weight), **FLOATS)
+    for i in range(cells):
+        sums = (x_cells[:, i].double() @ matrix[:, i].double().T).float()
+        total = torch.addcmul(total.double(), sums.double(), torch.outer(x_scales[:, i], matrix_scales[:, i]).double())
+        total = total.float()  # rounded once
+    return total
+
+
+def many_rows_kernel(k: Kernel, task: Fields, shape: Shape, form: Form) -> None:
+    """Some rows of the matrix times all rows of activations."""
+    room, outputs = Room.at(task.room, shape), shape.blocking.outputs
+    small = shape.rows - shape.has_smaller
+    rows = task.tiles * small + (task.large_tiles if shape.has_smaller else 0)
+    with k.loop(rows * shape.blocking.vectors) as i:
+        room.sums[i * LANES].store(k.zero(F32[LANES]))
+    with k.loop(task.lines, shape.part_lines) as line:
+        end = minimum(line + shape.part_lines, task.lines)
+        unpack_part(k, task, shape, room, line, end)
+        with k.loop(task.large_tiles) as tile:
+            multiply_tile(k, task, shape, room, shape.rows, tile * shape.rows, line, end)
+        if shape.has_smaller:
+            with k.loop(task.tiles, start=task.large_tiles) as tile:
+                multiply_tile(k, task, shape, room, small, tile * small + task.large_tiles, line, end)
+    out = task.out.of(form)[task.chunk * outputs]
+    with k.loop(rows) as row:
+        for first in range(0, outputs, LANES):
+            out[row * task.pitch + first].store(room.sums[row * outputs + first].load(LANES))
+
+
+def write_many_rows(name: str, shape: Shape, dtype: torch.dtype) -> str:
+    """Write the code of a kernel that multiplies, with a result of this dtype."""
+    return write_kernel(name, ManyRowsTask, partial(many_rows_kernel, shape=shape, form=FORMS[dtype]))
+
+
+def write_row_quantization(name: str, codes: Codes, dtype: torch.dtype) -> str:
+    """Write the code of a kernel that quantizes activations of this dtype."""
+    return write_kernel(name, QuantizeRowsTask, partial(quantize_rows_kernel, codes=codes, form=FORMS[dtype]))
+
+
+# Launch
+
+
+class ManyRowsKernels(Kernels):
+    """The kernels that multiply many rows of activations."""
+
+    def __init__(self, llvm):
+        super().__init__(llvm)
+        self.blocking = choose_blocking(self.compiler.features)
+
+    def find_product(self, shape: Shape, dtype: torch.dtype) -> Function:
+        write = partial(write_many_rows, shape=shape, dtype=dtype)
+        return self.compiled(f"{shape.name}_{name_of(dtype)}", write)
+
+    def find_quantization(self, codes: Codes, dtype: torch.dtype) -> Function:
+        write = partial(write_row_quantization, codes=codes, dtype=dtype)
+        return self.compiled(f"int{codes.bits}_rows_{name_of(dtype)}", write)
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+        """Multiply activations [M, K] with a matrix of N rows in this many bits.
+
+        Returns:
+            [M, N], of the dtype of `x`.
+        """
+        outputs = len(weight)
+        pitch = -(-outputs // self.blocking.outputs) * self.blocking.outputs
+        out = torch.empty(len(x), pitch, dtype=x.dtype, device="cpu")
+        for some, its_out in zip(x.contiguous().split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
+            self.multiply_some(some, weight, weight_scale, bits, its_out)
+        return out[:, :outputs].contiguous()
+
+    def multiply_some(
+        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, out: torch.Tensor
+    ) -> None:
+        rows, columns = x.shape
+        tiling, codes = choose_tiling(rows, self.blocking.rows), Codes(bits)
+        groups = count_groups(weight_scale)
+        cell = find_cell(columns // groups)
+        shape = Shape(codes, cell, self.blocking, tiling.rows, tiling.large < tiling.count)
+        threads = torch.get_num_threads()
+        words = torch.empty(rows, columns, dtype=torch.int16, device="cpu")
+        x_scales = torch.empty(rows, columns // GROUP, **FLOATS)
+        rooms = torch.empty(threads, shape.room_bytes(rows), dtype=torch.uint8, device="cpu")
+        addresses = (x.data_ptr(), words.data_ptr(), x_scales.data_ptr())
+        quantize = QuantizeRowsTask(tiling.count, 0, *addresses, columns, tiling.rows, tiling.large)
+        product = ManyRowsTask(
+            out.shape[1] // self.blocking.outputs,
+            0,
+            weight.data_ptr(),
+            weight_scale.data_ptr(),
+            *addresses[1:],
+            out.data_ptr(),
+            rooms.data_ptr(),
+            rooms.shape[1],
+            0,
+            len(weight),
+            out.shape[1],
+            columns // codes.columns,
+            groups,
+            columns // groups // cell,
+            tiling.large,
+            tiling.count,
+        )
+        for stage in (
+            Stage(self.find_quantization(codes, x.dtype), quantize, min(threads, tiling.count)),
+            Stage(self.find_product(shape, x.dtype), product, threads),
+        ):
+            self.pool.run(*stage)
+
+
+def find_cell(group: int) -> int | None:
+    """The columns of a cell, for groups of the matrix of so many columns; None if the kernels cannot have them."""
+    return next((cell for cell in CELLS if group % cell == 0), None)
+
+
+def many_rows_obstacle(
+    dtype: torch.dtype, rows: int, weight: torch.Tensor, weight_scale: torch.Tensor, columns: int, bits: int
+) -> str | None:
+    """Why the kernels do not multiply activations [M, K] of this dtype with a matrix."""
+    if dtype not in ACTIVATIONS:
+        return f"{name_of(dtype)} activations"
+    if rows == 0:
+        return "no rows of activations"
+    obstacle = storage_obstacle(weight, weight_scale, columns, KINDS[bits])
+    if obstacle is not None:
+        return obstacle
+    group = columns // count_groups(weight_scale)
+    return None if find_cell(group) else f"groups of {group} columns, no multiple of {CELLS[-1]}"
+
+
+class CpuManyRows(CpuKernelUser):
+    """What multiplies many rows of activations on a CPU."""
+
+    kernels_class = ManyRowsKernels
+
+    def check(self, kernels: ManyRowsKernels) -> None:
+        random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
+        floats = {**random, **FLOATS}
+        x = torch.randn(2 * kernels.blocking.rows - 1, PART_COLUMNS + 128, **floats)
+        for bits, group in ((4, 64), (4, 32), (8, x.shape[1])):
+            groups = x.shape[1] // group
+            codes = torch.randint(-128, 128, (33, x.shape[1] * bits // 8), **random).to(torch.int8)
+            scale = torch.rand((33, groups) if groups > 1 else (33,), **floats).sub(0.5).half()
+            expected = many_rows_naive(x, codes, scale, bits)
+            error = ((kernels.multiply(x, codes, scale, bits) - expected).norm() / expected.norm()).item()
+            if not error < CHECK_TOLERANCE:
+                raise KernelError(f"int{bits} of many rows with {groups} scales is off by {error:.2g} of the result.")
+
+
+CPU_MANY_ROWS = CpuManyRows()
