@@ -176,8 +176,9 @@ class CpuKernelUser(KernelUser):
         """The kernels, or None for the torch way."""
         return self.find()
 
-    def make(self, device: None) -> Kernels:
+    def make(self, device: tuple | None) -> Kernels:
+        """Make the kernels, those of a tuple of what they are for, or all."""
         llvm = load_llvm()
         if llvm is None:
             raise NoKernelsError("llvmlite is not installed; get it with: pip install llvmlite")
-        return self.kernels_class(llvm)
+        return self.kernels_class(llvm, *(device or ()))

@@ -18,7 +18,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .cpu_language import HALVES
-from .cpu_many_rows import CPU_MANY_ROWS, many_rows_obstacle
+from .cpu_many_rows import many_rows_obstacle, multiply_many_rows
 from .cpu_products import CPU_PRODUCTS, KINDS, activations_obstacle, matrix_obstacle
 from .cuda_products import CUDA_PRODUCTS, reading_obstacle
 from .kernel_choice import KernelError, name_of
@@ -260,16 +260,14 @@ def multiply_with_cpu_kernel(x: torch.Tensor, product: Product) -> torch.Tensor:
 
 
 def cpu_many_rows_obstacle(product: Product) -> str | None:
-    """Why the kernels for many rows, of which even one is enough for them, do not multiply."""
     if product.transposed:
         return "a product for gradients"
-    return many_rows_obstacle(
-        product.dtype, product.rows, *product.arguments[:2], product.in_features, product.form
-    ) or (CPU_MANY_ROWS.obstacle())
+    matrix = (product.weight, product.weight_scale, product.in_features, product.form)
+    return many_rows_obstacle(product.dtype, product.rows, *matrix)
 
 
-def multiply_many_rows_with_cpu_kernel(x: torch.Tensor, product: Product) -> torch.Tensor:
-    return CPU_MANY_ROWS.kernels.multiply(x, product.weight, product.weight_scale, product.form)
+def multiply_many_rows_on_cpu(x: torch.Tensor, product: Product) -> torch.Tensor:
+    return multiply_many_rows(x, product.weight, product.weight_scale, product.form)
 
 
 def cpu_dequantize_obstacle(product: Product) -> str | None:
@@ -326,7 +324,7 @@ def multiply_dequantized_on_cuda(x: torch.Tensor, product: Product) -> torch.Ten
 WAYS = {  # by the type of the device, the fastest first
     "cpu": (
         Way("our kernel", cpu_kernel_obstacle, multiply_with_cpu_kernel),
-        Way("our kernel for many rows", cpu_many_rows_obstacle, multiply_many_rows_with_cpu_kernel),
+        Way("our kernel for many rows", cpu_many_rows_obstacle, multiply_many_rows_on_cpu),
         Way("torch's packed operator", packed_obstacle, multiply_packed),
         Way("torch, with the matrix of our kernel", cpu_dequantize_obstacle, multiply_dequantized_on_cpu),
         ANYWHERE,
