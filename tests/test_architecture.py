@@ -86,6 +86,7 @@ ARROWS = {
             "cpu_attention",
             "cpu_language",
             "cpu_layer",
+            "cpu_many_rows",
             "cpu_products",
             "cpu_runtime",
             "growing_cache",

@@ -518,7 +518,7 @@ FIELD_TYPES = {ctypes.c_void_p: ADDRESS, ctypes.c_int64: I64, ctypes.c_float: F3
 
 
 class Fields:
-    """The fields of a task by their names, and the number of a `chunk` of its work."""
+    """The fields of a task by their names, the number of a `chunk` of its work, and the `room` of the thread."""
 
     def __init__(self, kernel: Kernel, task_class: type[ctypes.Structure]):
         for name, kind in task_class._fields_:
@@ -529,6 +529,17 @@ class Fields:
         self.room = Pointer(kernel, "%room", BYTES)
 
 
+@contextmanager
+def take_room(k: Kernel, task: Pointer, task_class: type[ctypes.Structure], read: Callable) -> Iterator[Pointer]:
+    """Take a room for a thread, if the task has any; a thread for which none is left does nothing."""
+    if not hasattr(task_class, "next_room"):
+        yield Pointer(k, "null", BYTES)
+        return
+    number = task[task_class.next_room.offset].exchange_add(1, "monotonic")
+    with k.when(number < read("room_count", I64)):
+        yield task[task_class.rooms.offset].follow(BYTES)[number * read("room_bytes", I64)]
+
+
 def write_kernel(
     name: str, task_class: type[ctypes.Structure], work: Callable[[Kernel, Fields], None], is_apart: bool = True
 ) -> str:
@@ -537,7 +548,8 @@ def write_kernel(
     Args:
         name: of the function.
         task_class: what the function is given the address of: a subclass of `Task`, whose own fields are how many
-            chunks there are, and the next one.
+            chunks there are, and the next one. If it has `rooms`, each thread has one, its own: `room_count` of
+            `room_bytes` each, of which `next_room` is the first that no thread has taken.
         work: writes what is done with a chunk.
         is_apart: promise that what one address leads to is not reached from another, so that LLVM may read ahead of
             what is written.
@@ -559,11 +571,7 @@ def write_kernel(
 
     chunks, following = read("chunks", I64), task[task_class.next_chunk.offset]
     values = [read(field, FIELD_TYPES[kind]) for field, kind in fields]
-    room = Pointer(outer, "null", BYTES)
-    if hasattr(task_class, "next_room"):
-        room_bytes, following_room = read("room_bytes", I64), task[task_class.next_room.offset]
-        room = task[task_class.rooms.offset].follow(BYTES)[following_room.exchange_add(1, "monotonic") * room_bytes]
-    with outer.repeat() as leave_when:
+    with take_room(outer, task, task_class, read) as room, outer.repeat() as leave_when:
         chunk = following.exchange_add(1, "monotonic")
         leave_when(chunk.compare("", "uge", chunks))
         outer.call(None, "work", *values, room, chunk)

@@ -64,6 +64,7 @@ VECTOR_BYTES = 64  # of 16 lanes
 PART_COLUMNS = 4096  # of the matrix that are unpacked at a time
 MOST_ROWS = 512  # of activations at a time: their sums are in the cache beside the unpacked columns
 CELLS = (64, 32)  # columns that a cell can have
+MOST_OUTPUTS = 64  # of any blocking
 AHEAD = 256  # bytes of a row that are asked for before they are needed
 INTEGERS32 = Form(I32)
 FORMS = {torch.float32: FLOATS32, **HALVES}  # of the activations and of the result
@@ -189,7 +190,7 @@ def choose_tiling(rows: int, most: int) -> Tiling:
 class ManyRowsTask(Task):
     """Addresses of a matrix and its scales, of quantized activations and their scales, and of the result.
 
-    `rooms` has `room_bytes` for each thread, of which `next_room` have been taken.
+    `rooms` are what the threads remember, of which `next_room` is the first that no thread has taken.
     """
 
     _fields_ = (
@@ -200,6 +201,7 @@ class ManyRowsTask(Task):
         ("out", ctypes.c_void_p),
         ("rooms", ctypes.c_void_p),
         ("room_bytes", ctypes.c_int64),
+        ("room_count", ctypes.c_int64),
         ("next_room", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
         ("pitch", ctypes.c_int64),  # numbers in a row of the result
@@ -209,6 +211,10 @@ class ManyRowsTask(Task):
         ("large_tiles", ctypes.c_int64),
         ("tiles", ctypes.c_int64),
     )
+
+    def restart(self) -> None:
+        super().restart()
+        self.next_room = 0
 
 
 class QuantizeRowsTask(Task):
@@ -397,7 +403,7 @@ class ManyRowsPlan(NamedTuple):
         return self.code_bytes + self.scale_bytes + self.threads * self.shape.room_bytes(self.rows)
 
     def stages(
-        self, x: int, quantized: int, weight: torch.Tensor, weight_scale: torch.Tensor, out: int, pitch: int
+        self, x: int, quantized: int, weight: torch.Tensor, weight_scale: torch.Tensor, out: int, pitch: int = 0
     ) -> list[Stage]:
         """List what is to be done, one after the other.
 
@@ -406,14 +412,15 @@ class ManyRowsPlan(NamedTuple):
             quantized: the address of `quantized_bytes` bytes.
             weight, weight_scale: the matrix.
             out: the address of the result, [M, pitch].
-            pitch: N, or more than that, a multiple of the outputs in a chunk.
+            pitch: a multiple of the outputs in a chunk, at least N, which it is by default.
         """
+        pitch = pitch or len(weight)
         scales = quantized + self.code_bytes
         rooms = scales + self.scale_bytes
         groups, rows, large, tiles = count_groups(weight_scale), *self.tiling
         quantize = QuantizeRowsTask(tiles, 0, x, quantized, scales, self.columns, rows, large)
         addresses = (weight.data_ptr(), weight_scale.data_ptr(), quantized, scales, out)
-        room = (rooms, self.shape.room_bytes(self.rows), 0)
+        room = (rooms, self.shape.room_bytes(self.rows), self.threads, 0)
         sizes = (len(weight), pitch, self.columns // self.shape.codes.columns)
         scaling = (groups, self.columns // groups // self.shape.cell)
         product = ManyRowsTask(
@@ -476,14 +483,24 @@ def many_rows_obstacle(
     if obstacle is not None:
         return obstacle
     group = columns // count_groups(weight_scale)
-    cell = find_cell(group)
-    return CPU_MANY_ROWS.obstacle((bits, cell, dtype)) if cell else f"groups of {group} columns"
+    if find_cell(group) is None:
+        return f"groups of {group} columns"
+    return CPU_MANY_ROWS.obstacle((bits, find_cell(group), dtype))
+
+
+def find_kernels(bits: int, columns: int, weight_scale: torch.Tensor, dtype: torch.dtype) -> ManyRowsKernels:
+    """The kernels for activations of this dtype and a matrix that has no obstacle."""
+    return CPU_MANY_ROWS.find((bits, find_cell(columns // count_groups(weight_scale)), dtype))
+
+
+def plan_many_rows(rows: int, weight_scale: torch.Tensor, columns: int, bits: int) -> ManyRowsPlan:
+    """Plan a product of float32 activations [rows, columns] with a matrix that has no obstacle."""
+    return find_kernels(bits, columns, weight_scale, torch.float32).make_plan(rows, columns)
 
 
 def multiply_many_rows(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Multiply activations [M, K] with a matrix of N rows that has no obstacle; return [M, N], of the dtype of `x`."""
-    cell = find_cell(x.shape[1] // count_groups(weight_scale))
-    return CPU_MANY_ROWS.find((bits, cell, x.dtype)).multiply(x, weight, weight_scale)
+    return find_kernels(bits, x.shape[1], weight_scale, x.dtype).multiply(x, weight, weight_scale)
 
 
 class CpuManyRows(CpuKernelUser):

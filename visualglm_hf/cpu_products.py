@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with low-bit and half-precision matrices on a CPU: kernels, and how they are launched.
+"""Products of a few rows with low-bit and half-precision matrices on a CPU: kernels, and how they are launched.
 
-Not here: the language they are written in (`cpu_language.py`), the compiler and the threads (`cpu_runtime.py`), the
-format's bytes and the naive twins of the kernels (`lowbit_format.py`), and when they are used (`lowbit_products.py`).
+Not here: products of many rows (`cpu_many_rows.py`), the language (`cpu_language.py`), the compiler and the threads
+(`cpu_runtime.py`), the format's bytes and the naive twins of the kernels (`lowbit_format.py`), and when they are used
+(`lowbit_products.py`).
 
 How it is fast: a decoded token reads every matrix once, so memory is the limit, and the work per byte must hide behind
 it. Matrices are read as they are stored, from the first byte to the last: processors fetch ahead of a thread that reads
 one row after the other, and not of one that reads several at a time, which halves the speed on some. For integer codes
 the activations are quantized to 16 bits with a scale per 64 columns, which costs no measurable accuracy; sums are exact
-in 32 bits, and scaled in float32. Threads take rows of the matrix, a chunk at a time, without Python. For more
-activations than that pays for, the matrix is written out in float32, for torch to multiply.
+in 32 bits, and scaled in float32. Threads take rows of the matrix, a chunk at a time, without Python. For
+gradients, the matrix is written out in float32, some rows at a time, for torch to multiply.
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A line is 64
 bytes of a row; a cell is what has a scale of the matrix and one of the activations in common, some columns of a line.
@@ -223,7 +224,7 @@ class Kind:
         columns: of the matrix in a line.
         x_bytes: of the activations in a line.
         quantize_line: writes how a line of activations is quantized; None if they stay float32.
-        most_rows: M up to which the kernels are used; for more, torch has better ways.
+        most_rows: M up to which the kernels are used; for more, `cpu_many_rows.py` or torch has faster ways.
         values: writes how the matrix in a line is read, without its scales; None if it has none.
         is_offset: whether a line multiplies with 8 more than the codes. That adds 8 times the activations, which is
             taken off for each cell as a whole.
@@ -245,8 +246,8 @@ class Kind:
 
 
 KINDS = {
-    4: Kind("int4", add_line_int4, 128, 256, quantize_line_int4, 16, values_int4, True),
-    8: Kind("int8", add_line_int8, 64, 128, quantize_line_int8, 16, values_int8, False),
+    4: Kind("int4", add_line_int4, 128, 256, quantize_line_int4, 7, values_int4, True),
+    8: Kind("int8", add_line_int8, 64, 128, quantize_line_int8, 7, values_int8, False),
     **{
         dtype: Kind(str(dtype), partial(add_line_half, half=half), 32, 128, None, TILE_ROWS, None, False)
         for dtype, half in HALVES.items()

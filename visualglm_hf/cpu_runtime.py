@@ -97,6 +97,10 @@ class Task(ctypes.Structure):
         ("next_chunk", ctypes.c_int64),  # the first chunk that no thread has taken
     )
 
+    def restart(self) -> None:
+        """Let it be done once more."""
+        self.next_chunk = 0
+
 
 class Stage(NamedTuple):
     """A kernel, what it works on, and how many threads are worth it."""
