@@ -27,7 +27,6 @@ from visualglm_hf.lowbit_products import (
     WAYS,
     Product,
     choose_way,
-    multiply_by_rows,
     multiply_half_on_cpu,
     multiply_on_cpu,
 )
@@ -40,7 +39,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # 
 HALVES = [torch.float16, torch.bfloat16]
 
 
-KERNEL, PACKED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cpu"])
+KERNEL, MANY_ROWS, PACKED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cpu"])
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: tor
 def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, dtype):
     for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4), (7, 7), (19, 16)):
         arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
-        assert way_of(*arguments, bits, inputs) == KERNEL
+        assert way_of(*arguments, bits, inputs) == (KERNEL if rows <= 7 else MANY_ROWS)
         assert is_right(kernels.multiply(*arguments, bits), *arguments, bits)
 
 
@@ -109,7 +108,7 @@ def test_the_matrix_of_the_codes_is_the_references_to_the_bit(kernels, bits, inp
 
 
 @pytest.mark.usefixtures("several_threads")
-def test_many_activations_and_gradients_are_multiplied_with_the_matrix_of_the_kernels(kernels, monkeypatch):
+def test_gradients_are_multiplied_with_the_matrix_of_the_kernels(kernels, monkeypatch):
     calls = []
     original = kernels.dequantize
     monkeypatch.setattr(
@@ -117,14 +116,15 @@ def test_many_activations_and_gradients_are_multiplied_with_the_matrix_of_the_ke
     )
     for bits, groups in ((4, 16), (8, 1)):
         for dtype in TOLERANCE:
-            x, codes, scale = make_problem(bits, 1500, 1024, groups, 33, dtype)
+            _, codes, scale = make_problem(bits, 1500, 1024, groups, 33, dtype)
             gradient = torch.randn(33, 1500).to(dtype)
-            for activations, transposed in ((x, False), (gradient, True)):
-                out = multiply_on_cpu(activations, codes, scale, bits, 1024, transposed)
-                matrix = dequantize_naive(codes, scale, bits, 1024, torch.float64)
-                assert difference(out, activations.double() @ (matrix if transposed else matrix.T)) < TOLERANCE[dtype]
-                assert sum(calls) == 1500
-                calls.clear()
+            out = multiply_on_cpu(gradient, codes, scale, bits, 1024, True)
+            assert (
+                difference(out, gradient.double() @ dequantize_naive(codes, scale, bits, 1024, torch.float64))
+                < (TOLERANCE[dtype])
+            )
+            assert sum(calls) == 1500
+            calls.clear()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -351,7 +351,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_pro
     arguments = make_problem(4, 9, 256, 4, 1)
     with pytest.warns(RuntimeWarning, match="int8 with 1 scales is off by"):
         out = multiply_on_cpu(*arguments, 4, 256, False)
-    assert torch.equal(out, multiply_by_rows(*arguments, 4, 256, False))
+    assert is_right(out, *arguments, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the one warning was enough
         multiply_on_cpu(*arguments, 4, 256, False)

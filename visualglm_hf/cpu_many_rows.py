@@ -63,7 +63,7 @@ LINE_BYTES = 64  # of the matrix
 VECTOR_BYTES = 64  # of 16 lanes
 PART_COLUMNS = 4096  # of the matrix that are unpacked at a time
 MOST_ROWS = 512  # of activations at a time: their sums are in the cache beside the unpacked columns
-CELLS = (64, 32)  # columns that a cell can have
+CELLS = (64, 32, 16, 8)  # columns that a cell can have
 MOST_OUTPUTS = 64  # of any blocking
 AHEAD = 256  # bytes of a row that are asked for before they are needed
 INTEGERS32 = Form(I32)
@@ -509,6 +509,7 @@ class CpuManyRows(CpuKernelUser):
     They are made and checked when they are first needed, so that a first prompt does not wait for those of others.
     """
 
+    name = "CPU kernels for many rows"
     kernels_class = ManyRowsKernels
 
     def check(self, kernels: ManyRowsKernels) -> None:
