@@ -96,8 +96,9 @@ ARROWS = {
     ),
     "cpu_language": (set(), {"torch"}),
     "cpu_layer": ({"cpu_language", "cpu_runtime"}, {"torch"}),
+    "cpu_arithmetic": ({"cpu_language", "cpu_products", "cpu_runtime"}, set()),
     "cpu_many_rows": (
-        {"cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_format"},
+        {"cpu_arithmetic", "cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_format"},
         {"torch"},
     ),
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),

@@ -4,6 +4,7 @@ import math
 import platform
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visualglm_hf import cpu_many_rows, cpu_runtime
+from visualglm_hf.cpu_arithmetic import ARITHMETIC_OF_WORDS, ARITHMETICS, Arithmetic, choose_arithmetic
+from visualglm_hf.cpu_language import I8, I32
 from visualglm_hf.cpu_many_rows import (
     CELLS,
     CPU_MANY_ROWS,
     GROUP,
-    Codes,
-    CpuManyRows,
     Shape,
     choose_blocking,
     choose_tiling,
@@ -203,49 +204,72 @@ def test_tiles_hold_all_rows_and_are_as_equal_as_can_be(rows, most):
 
 
 BASIC = {"avx2": True, "f16c": True, "fma": True, "avx512f": False}
+AVX512 = dict.fromkeys((*BASIC, "avx512bw", "avx512dq", "avx512vl"), True)
 PROCESSORS = {
-    "haswell": BASIC,  # of 2013
-    "alderlake": {**BASIC, "avxvnni": True},
-    "skylake-avx512": {
-        **dict.fromkeys((*BASIC, "avx512bw", "avx512dq", "avx512vl"), True),
-        "avx512vnni": False,
-        "avxvnni": False,
-    },
-    "cascadelake": dict.fromkeys((*BASIC, "avx512bw", "avx512dq", "avx512vl", "avx512vnni"), True),
+    "haswell": (BASIC, "words"),  # of 2013
+    "alderlake": ({**BASIC, "avxvnni": True}, "avxvnni"),
+    "skylake-avx512": ({**AVX512, "avx512vnni": False, "avxvnni": False}, "words"),
+    "cascadelake": ({**AVX512, "avx512vnni": True}, "avx512vnni"),
 }
+PROBLEMS = ((4, 4224, 66), (4, 768, 24), (4, 768, 1), (8, 768, 1), (8, 576, 36))
+
+
+def check_the_bits(dtypes: tuple[torch.dtype, ...]) -> None:
+    for bits, inputs, groups in PROBLEMS:
+        for dtype in dtypes:
+            arguments = make_problem(bits, 70, inputs, groups, 23, dtype)
+            assert torch.equal(multiply_many_rows(*arguments, bits), many_rows_naive(*arguments, bits).to(dtype))
 
 
 @pytest.mark.skipif(not IS_X86, reason="for x86")
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_all_processors_compute_the_same_bits(monkeypatch, processor):
-    features, has = PROCESSORS[processor], load_llvm().get_host_cpu_features()
+def test_all_processors_compute_the_same_bits(monkeypatch, renew_products, processor):
+    features, arithmetic = PROCESSORS[processor]
+    has = load_llvm().get_host_cpu_features()
     if not all(has.get(feature) for feature, is_needed in features.items() if is_needed):
         pytest.skip("this processor has less")
     monkeypatch.setattr(cpu_runtime, "Compiler", partial(Compiler, processor=processor, features=features))
-    monkeypatch.setattr(cpu_many_rows, "CPU_MANY_ROWS", CpuManyRows())
-    for bits, inputs, groups in ((4, 4224, 66), (4, 768, 24), (8, 768, 1)):
-        for dtype in (torch.float32, torch.float16):
-            arguments = make_problem(bits, 70, inputs, groups, 23, dtype)
-            out = multiply_many_rows(*arguments, bits)
-            assert torch.equal(out, many_rows_naive(*arguments, bits).to(dtype))
+    renew_products()
+    assert choose_arithmetic(features).name == arithmetic
+    check_the_bits((torch.float32, torch.float16))
+
+
+def add_dot_of_bytes(total, a, b, signed):
+    """What the instructions of ARITHMETICS compute, for processors that lack them."""
+    products = a.bits(I8[64]).to(I32, signed=signed) * b.bits(I8[64]).to(I32)
+    first, second, third, fourth = (products.take(range(start, 64, 4)) for start in range(4))
+    return total + ((first + second) + (third + fourth))
+
+
+@pytest.mark.parametrize("name", [*ARITHMETICS, ARITHMETIC_OF_WORDS.name])
+def test_every_arithmetic_makes_the_same_sums(monkeypatch, renew_products, name):
+    arithmetic = ARITHMETICS.get(name, ARITHMETIC_OF_WORDS)
+    if arithmetic.element_bytes == 1:
+        arithmetic = replace(arithmetic, add_dot=partial(add_dot_of_bytes, signed=not arithmetic.is_offset))
+    monkeypatch.setattr(cpu_many_rows, "choose_arithmetic", lambda features: arithmetic)
+    renew_products()
+    check_the_bits((torch.float32,))
 
 
 @pytest.mark.parametrize(
     ("triple", "processor", "features", "instruction"),
     [
         ("x86_64-pc-linux-gnu", "haswell", (), "vpmaddwd"),
-        ("x86_64-pc-linux-gnu", "sapphirerapids", ("avx512bw",), "vpdpwssd"),
-        ("x86_64-pc-windows-msvc", "alderlake", (), "vpdpwssd"),
-        ("aarch64-linux-gnu", "neoverse-n1", (), "smull"),
-        ("arm64-apple-darwin", "apple-m1", (), "smull"),
+        ("x86_64-pc-linux-gnu", "skylake-avx512", ("avx512bw",), "vpmaddwd"),
+        ("x86_64-pc-linux-gnu", "sapphirerapids", ("avx512bw", "avx512vnni"), "vpdpbusd"),
+        ("x86_64-pc-windows-msvc", "alderlake", ("avxvnni",), "vpdpbusd"),
+        ("aarch64-linux-gnu", "cortex-a72", (), "smull"),
+        ("aarch64-linux-gnu", "neoverse-n1", ("dotprod",), "sdot"),
+        ("arm64-apple-darwin", "apple-m1", ("dotprod",), "sdot"),
     ],
 )
 def test_the_kernels_compile_for_other_processors(triple, processor, features, instruction):
-    blocking = choose_blocking(dict.fromkeys(features, True))
+    features = dict.fromkeys(features, True)
+    blocking = choose_blocking(features)
     for bits in (4, 8):
         for dtype in DTYPES:
-            quantization = assemble(write_row_quantization("kernel", Codes(bits), dtype), triple, processor)
-            shape = Shape(Codes(bits), CELLS[1], blocking, blocking.rows)
+            shape = Shape(bits, CELLS[1], choose_arithmetic(features), blocking, blocking.rows)
+            quantization = assemble(write_row_quantization("kernel", shape, dtype), triple, processor)
             assembly = assemble(write_many_rows("kernel", shape, dtype), triple, processor)
             assert instruction in assembly
             for code in (quantization, assembly):
@@ -256,8 +280,8 @@ def test_the_kernels_compile_for_other_processors(triple, processor, features, i
 
 
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_products):
-    unpack = Codes.unpack
-    monkeypatch.setattr(Codes, "unpack", lambda codes, words: unpack(codes, words)[::-1])
+    unpack = Arithmetic.unpack
+    monkeypatch.setattr(Arithmetic, "unpack", lambda *arguments: unpack(*arguments)[::-1])
     renew_products()
     x, codes, scale = make_problem(4, 9, 256, 4, 20)
     with pytest.warns(

@@ -451,7 +451,9 @@ def square_root(value: Value) -> Value:
 
 
 def total_of(vector: Value, start: Value | None = None) -> Value:
-    """The sum of all lanes, in any order, and of a number to begin with."""
+    """The sum of all lanes, in any order, and of a number to begin with, if they are floats."""
+    if not vector.type.is_float:
+        return vector.kernel.call(vector.type[0], f"llvm.vector.reduce.add.{suffix(vector.type)}", vector)
     start = start or vector.kernel.zero(vector.type[0])
     name = f"llvm.vector.reduce.fadd.{suffix(vector.type)}"
     return vector.kernel.call(vector.type[0], name, start, vector, flags="reassoc")

@@ -9,7 +9,7 @@ few rows of the matrix, 16 in the lanes of each vector, unpacks a part of their 
 cache holds, and multiplies that with one tile of activations after the other. The sums of a tile stay in registers
 until the scale changes. Activations are integers of 16 bits with a scale per 64 columns, as for a few rows; sums are
 exact in 32 bits, scaled in float32 and added up from the first column to the last, whatever instructions a processor
-has: so all processors compute the same bits, and no row depends on those beside it.
+has (`cpu_arithmetic.py`): so all processors compute the same bits, and no row depends on those beside it.
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A line is 64
 bytes of a row; a cell is the columns that have a scale of the matrix and one of the activations in common.
@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import torch
 
+from .cpu_arithmetic import Arithmetic, choose_arithmetic
 from .cpu_language import (
     F16,
     F32,
     FLOATS32,
     HALVES,
-    I16,
     I32,
     WORDS,
     Fields,
@@ -39,6 +39,7 @@ from .cpu_language import (
     fma,
     minimum,
     splat,
+    total_of,
     transpose,
     vector_of,
     where,
@@ -50,7 +51,6 @@ from .cpu_products import (
     KINDS,
     LARGEST_CODE,
     SMALLEST_NORMAL,
-    dot,
     quantize_group,
     storage_obstacle,
 )
@@ -60,7 +60,8 @@ from .lowbit_format import count_groups, unpack_int4
 
 
 LINE_BYTES = 64  # of the matrix
-VECTOR_BYTES = 64  # of 16 lanes
+GROUP_BYTES = 2 * GROUP  # of activations
+MOST_STEPS = 2  # vectors of columns at a time, 1 or 2: for more, LLVM runs out of registers
 PART_COLUMNS = 4096  # of the matrix that are unpacked at a time
 MOST_ROWS = 512  # of activations at a time: their sums are in the cache beside the unpacked columns
 CELLS = (64, 32, 16, 8)  # columns that a cell can have
@@ -69,49 +70,6 @@ AHEAD = 256  # bytes of a row that are asked for before they are needed
 INTEGERS32 = Form(I32)
 FORMS = {torch.float32: FLOATS32, **HALVES}  # of the activations and of the result
 CHECK_TOLERANCE = 1e-3  # relative error of the self-check: the same bits are expected, but for a tie of half precision
-
-
-@dataclass(frozen=True)
-class Codes:
-    """How codes of so many bits are unpacked: each 16-bit word of them is made into `planes` words of one code each.
-
-    A vector of 16 rows' words then has two columns of each row, which a product of 16-bit integers adds up.
-    """
-
-    bits: int
-
-    @property
-    def planes(self) -> int:
-        return 16 // self.bits
-
-    @property
-    def columns(self) -> int:
-        """In a line."""
-        return LINE_BYTES * 8 // self.bits
-
-    @property
-    def groups(self) -> int:
-        """Groups of activations in a line."""
-        return self.columns // GROUP
-
-    def unpack(self, words: Value) -> list[Value]:
-        """The signed codes, from the low bits up."""
-        kept = 16 - self.bits
-        return [(words << (kept - plane * self.bits)).shift_signed(kept) for plane in range(self.planes)]
-
-    def order(self) -> list[int]:
-        """Which columns of a group the words of its unpacked vectors have, one after the other.
-
-        The two words of 32 bits of a row hold neighbouring bytes. In 4 bits the even column is in the high half.
-        """
-        per_word = self.planes
-        within = [plane ^ (self.bits == 4) for plane in range(per_word)]
-        return [
-            first + column + half * per_word
-            for first in range(0, GROUP, 2 * per_word)
-            for column in within
-            for half in (0, 1)
-        ]
 
 
 @dataclass(frozen=True)
@@ -136,29 +94,45 @@ class Shape:
     """What the code of a kernel depends on.
 
     Args:
-        codes: of the matrix.
+        bits: of the matrix.
         cell: columns that have a scale of the matrix in common, or a part of them.
-        blocking: of the processor.
+        arithmetic, blocking: of the processor.
         rows: of activations in a large tile; there are tiles of one row less, too, if that is any.
     """
 
-    codes: Codes
+    bits: int
     cell: int
+    arithmetic: Arithmetic
     blocking: Blocking
     rows: int
 
     @property
     def name(self) -> str:
-        return f"int{self.codes.bits}_{self.cell}_{self.blocking.vectors}x{self.rows}"
+        return f"int{self.bits}_{self.cell}_{self.blocking.vectors}x{self.rows}"
+
+    @property
+    def columns(self) -> int:
+        """In a line."""
+        return LINE_BYTES * 8 // self.bits
 
     @property
     def part_lines(self) -> int:
         """Lines that are unpacked at a time."""
-        return PART_COLUMNS // self.codes.columns
+        return PART_COLUMNS // self.columns
+
+    @property
+    def cells(self) -> int:
+        """In a group."""
+        return GROUP // self.cell
+
+    @property
+    def group_vectors(self) -> int:
+        """In a group of columns of 16 rows of the matrix."""
+        return GROUP // self.arithmetic.columns
 
     @property
     def weight_bytes(self) -> int:
-        return self.blocking.outputs * PART_COLUMNS * 2
+        return self.blocking.outputs * PART_COLUMNS * self.arithmetic.element_bytes
 
     @property
     def scale_bytes(self) -> int:
@@ -198,6 +172,7 @@ class ManyRowsTask(Task):
         ("scales", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
         ("x_scales", ctypes.c_void_p),
+        ("x_corrections", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("rooms", ctypes.c_void_p),
         ("room_bytes", ctypes.c_int64),
@@ -224,6 +199,7 @@ class QuantizeRowsTask(Task):
         ("x", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("corrections", ctypes.c_void_p),
         ("columns", ctypes.c_int64),
         ("rows", ctypes.c_int64),  # in a large tile
         ("large_tiles", ctypes.c_int64),
@@ -246,16 +222,19 @@ def quantize_rows_naive(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (groups.double() * factors).round().float(), scales  # rounded once
 
 
-def quantize_rows_kernel(k: Kernel, task: Fields, codes: Codes, form: Form) -> None:
-    """The rows of a tile: of each group in turn, its 64 columns and its scale in all rows."""
+def quantize_rows_kernel(k: Kernel, task: Fields, shape: Shape, form: Form) -> None:
+    """The rows of a tile: of each group in turn, its 64 columns and its scale in all rows, and what is taken off."""
     first, rows = find_tile(task.chunk, task.rows, task.large_tiles)
     groups = task.columns // GROUP
-    with k.loop(groups) as group:
-        at = first * groups + group * rows
-        with k.loop(rows) as row:
-            words, scale = quantize_group(task.x.of(form)[(first + row) * task.columns + group * GROUP])
-            task.codes.of(WORDS)[(at + row) * GROUP].store(words.take(codes.order()))
-            task.scales.of(FLOATS32)[at + row].store(scale)
+    with k.loop(groups) as group, k.loop(rows) as row:
+        x, scale = quantize_group(task.x.of(form)[(first + row) * task.columns + group * GROUP])
+        at = first * groups + group * rows + row
+        shape.arithmetic.store(x, task.codes[at * GROUP_BYTES], shape.bits)
+        task.scales.of(FLOATS32)[at].store(scale)
+        if shape.arithmetic.is_offset:
+            for cell in range(shape.cells):
+                total = total_of(x.take(range(cell * shape.cell, (cell + 1) * shape.cell)).to(I32))
+                task.corrections.of(INTEGERS32)[at * shape.cells + cell].store(total * -(2 ** (shape.bits - 1)))
 
 
 class Room(NamedTuple):
@@ -268,13 +247,12 @@ class Room(NamedTuple):
     @classmethod
     def at(cls, start: Pointer, shape: Shape) -> "Room":
         scales = start[shape.weight_bytes]
-        return cls(start.of(WORDS), scales.of(FLOATS32), scales[shape.scale_bytes].of(FLOATS32))
+        return cls(start.of(INTEGERS32), scales.of(FLOATS32), scales[shape.scale_bytes].of(FLOATS32))
 
 
 def unpack_part(k: Kernel, task: Fields, shape: Shape, room: Room, first_line: Value, end: Value) -> None:
     """Unpack some lines of the rows of a chunk; rows that the matrix does not have are its last one once more."""
-    codes, vectors, cells = shape.codes, shape.blocking.vectors, shape.codes.columns // shape.cell
-    row_bytes = task.lines * LINE_BYTES
+    vectors, cells, row_bytes = shape.blocking.vectors, shape.columns // shape.cell, task.lines * LINE_BYTES
     with k.loop(vectors) as vector:
         first = task.chunk * shape.blocking.outputs + vector * LANES
         rows = [minimum(first + lane, task.outputs - 1) for lane in range(LANES)]
@@ -286,46 +264,71 @@ def unpack_part(k: Kernel, task: Fields, shape: Shape, room: Room, first_line: V
                 row[line * LINE_BYTES].prefetch(AHEAD)
                 row[line * LINE_BYTES + row_bytes * LANES].prefetch(0)
             fours = transpose([row[line * LINE_BYTES].of(INTEGERS32).load(LANES) for row in matrix])
-            unpacked = [plane for four in fours for plane in codes.unpack(four.bits(I16[2 * LANES]))]
-            weights = room.weights[(at * (len(unpacked) * vectors) + vector) * (2 * LANES)]
-            for number, plane in enumerate(unpacked):
-                weights[number * vectors * 2 * LANES].store(plane)
+            unpacked = [codes for four in fours for codes in shape.arithmetic.unpack(four, shape.bits)]
+            weights = room.weights[(at * (len(unpacked) * vectors) + vector) * LANES]
+            for number, codes in enumerate(unpacked):
+                weights[number * vectors * LANES].store(codes)
             for cell in range(cells):
                 scale = (line * cells + cell) // task.cells_per_scale
                 halves = vector_of(row[scale].load() for row in scales)
                 room.scales[((at * cells + cell) * vectors + vector) * LANES].store(halves.bits(F16[LANES]).to(F32))
 
 
-def multiply_tile(
-    k: Kernel, task: Fields, shape: Shape, room: Room, rows: int, first_row: Value, first_line: Value, end: Value
-) -> None:
-    """Add the products of the unpacked part with a tile of activations to the sums."""
-    per_line, vectors = shape.codes.groups, shape.blocking.vectors
-    before = first_row * (task.lines * per_line) + first_line * (per_line * rows)  # groups of activations
-    x, x_scales = task.x.of(WORDS)[before * GROUP], task.x_scales.of(FLOATS32)[before]
-    sums = room.sums[first_row * shape.blocking.outputs]
-    with k.loop((end - first_line) * per_line) as group:
-        for cell in range(GROUP // shape.cell):
-            totals = [[k.variable(k.zero(I32[LANES])) for _ in range(vectors)] for _ in range(rows)]
-            with k.loop(shape.cell // 2, shape.codes.planes) as i:
-                for plane in range(shape.codes.planes):
-                    pair = i + (cell * shape.cell // 2 + plane)
-                    weights = room.weights[(group * (GROUP // 2) + pair) * (vectors * 2 * LANES)]
-                    columns = [weights[vector * 2 * LANES].load(2 * LANES) for vector in range(vectors)]
-                    for row in range(rows):
-                        two = x[(group * rows + row) * GROUP + pair * 2].of(INTEGERS32).load()
-                        both = splat(two, LANES).bits(I16[2 * LANES])
-                        for total, column in zip(totals[row], columns, strict=True):
-                            total.set(total.now + dot(column, both))
-            at = room.scales[(group * (GROUP // shape.cell) + cell) * shape.blocking.outputs]
-            scales = [at[vector * LANES].load(LANES) for vector in range(vectors)]
-            for row in range(rows):
-                x_scale = splat(x_scales[group * rows + row].load(), LANES)
-                for vector in range(vectors):
-                    so_far = sums[row * shape.blocking.outputs + vector * LANES]
-                    total = totals[row][vector].now.to(F32)
-                    so_far.store(fma(total, scales[vector] * x_scale, so_far.load(LANES)))
-            k.remember(sums)  # registers are for the totals
+class Tile(NamedTuple):
+    """Some rows of activations, and their sums so far, at the part of the columns that is unpacked."""
+
+    rows: int
+    x: Pointer
+    scales: Pointer
+    corrections: Pointer
+    sums: Pointer
+
+    @classmethod
+    def at(cls, task: Fields, shape: Shape, room: Room, rows: int, first_row: Value, first_line: Value) -> "Tile":
+        per_line = shape.columns // GROUP
+        before = first_row * (task.lines * per_line) + first_line * (per_line * rows)  # groups of activations
+        scales, corrections = task.x_scales.of(FLOATS32), task.x_corrections.of(INTEGERS32)
+        sums = room.sums[first_row * shape.blocking.outputs]
+        return cls(rows, task.x[before * GROUP_BYTES], scales[before], corrections[before * shape.cells], sums)
+
+
+def add_cell(k: Kernel, shape: Shape, room: Room, tile: Tile, group: Value, cell: int) -> list[list[Value]]:
+    """The sums of a cell, exact, of each row of a tile with each vector of rows of the matrix."""
+    arithmetic, vectors, steps = shape.arithmetic, shape.blocking.vectors, shape.cell // shape.arithmetic.columns
+    totals = [[k.variable(k.zero(I32[LANES])) for _ in range(vectors)] for _ in range(tile.rows)]
+    for part in arithmetic.parts:
+        for row in range(tile.rows if part else 0):
+            correction = k.zero(I32)
+            if arithmetic.is_offset:
+                correction = tile.corrections[(group * tile.rows + row) * shape.cells + cell].load()
+            for total in totals[row]:
+                total.set((total.now << 8) + correction)
+        unroll = min(MOST_STEPS, steps)
+        with k.loop(steps, unroll) as i:
+            for step in (i + (cell * steps + number) for number in range(unroll)):
+                weights = room.weights[(group * shape.group_vectors + step) * (vectors * LANES)]
+                columns = [weights[vector * LANES].load(LANES) for vector in range(vectors)]
+                for row in range(tile.rows):
+                    x = tile.x[(group * tile.rows + row) * GROUP_BYTES + step * 4 + part].of(INTEGERS32).load()
+                    for total, column in zip(totals[row], columns, strict=True):
+                        total.set(arithmetic.add_dot(total.now, column, splat(x, LANES)))
+    return [[total.now for total in row] for row in totals]
+
+
+def multiply_tile(k: Kernel, shape: Shape, room: Room, tile: Tile, groups: Value) -> None:
+    """Add the products of so many groups of unpacked columns with a tile of activations to the sums."""
+    outputs = shape.blocking.outputs
+    with k.loop(groups) as group:
+        for cell in range(shape.cells):
+            totals = add_cell(k, shape, room, tile, group, cell)
+            at = room.scales[(group * shape.cells + cell) * outputs]
+            scales = [at[first].load(LANES) for first in range(0, outputs, LANES)]
+            for row in range(tile.rows):
+                x_scale = splat(tile.scales[group * tile.rows + row].load(), LANES)
+                for vector, total in enumerate(totals[row]):
+                    so_far = tile.sums[row * outputs + vector * LANES]
+                    so_far.store(fma(total.to(F32), scales[vector] * x_scale, so_far.load(LANES)))
+            k.remember(tile.sums)  # registers are for the totals
 
 
 def many_rows_naive(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -353,12 +356,14 @@ def many_rows_kernel(k: Kernel, task: Fields, shape: Shape, form: Form) -> None:
         room.sums[i * LANES].store(k.zero(F32[LANES]))
     with k.loop(task.lines, shape.part_lines) as line:
         end = minimum(line + shape.part_lines, task.lines)
+        groups = (end - line) * (shape.columns // GROUP)
         unpack_part(k, task, shape, room, line, end)
-        with k.loop(task.large_tiles) as tile:
-            multiply_tile(k, task, shape, room, shape.rows, tile * shape.rows, line, end)
+        with k.loop(task.large_tiles) as i:
+            multiply_tile(k, shape, room, Tile.at(task, shape, room, shape.rows, i * shape.rows, line), groups)
         if small:
-            with k.when(task.large_tiles < task.tiles), k.loop(task.tiles, start=task.large_tiles) as tile:
-                multiply_tile(k, task, shape, room, small, tile * small + task.large_tiles, line, end)
+            with k.when(task.large_tiles < task.tiles), k.loop(task.tiles, start=task.large_tiles) as i:
+                first = i * small + task.large_tiles
+                multiply_tile(k, shape, room, Tile.at(task, shape, room, small, first, line), groups)
     out = task.out.of(form)[task.chunk * outputs]
     with k.loop(rows) as row:
         for first in range(0, outputs, LANES):
@@ -370,9 +375,9 @@ def write_many_rows(name: str, shape: Shape, dtype: torch.dtype) -> str:
     return write_kernel(name, ManyRowsTask, partial(many_rows_kernel, shape=shape, form=FORMS[dtype]))
 
 
-def write_row_quantization(name: str, codes: Codes, dtype: torch.dtype) -> str:
+def write_row_quantization(name: str, shape: Shape, dtype: torch.dtype) -> str:
     """Write the code of a kernel that quantizes activations of this dtype."""
-    return write_kernel(name, QuantizeRowsTask, partial(quantize_rows_kernel, codes=codes, form=FORMS[dtype]))
+    return write_kernel(name, QuantizeRowsTask, partial(quantize_rows_kernel, shape=shape, form=FORMS[dtype]))
 
 
 # Launch
@@ -398,9 +403,15 @@ class ManyRowsPlan(NamedTuple):
         return self.rows * self.columns // GROUP * 4
 
     @property
+    def correction_bytes(self) -> int:
+        return self.rows * self.columns // self.shape.cell * 4 if self.shape.arithmetic.is_offset else 0
+
+    @property
     def quantized_bytes(self) -> int:
-        """Of the codes of the activations, their scales, and what the threads remember."""
-        return self.code_bytes + self.scale_bytes + self.threads * self.shape.room_bytes(self.rows)
+        """Of what is known of the activations, and of what the threads remember."""
+        return (
+            self.code_bytes + self.scale_bytes + self.correction_bytes + self.threads * self.shape.room_bytes(self.rows)
+        )
 
     def stages(
         self, x: int, quantized: int, weight: torch.Tensor, weight_scale: torch.Tensor, out: int, pitch: int = 0
@@ -416,12 +427,13 @@ class ManyRowsPlan(NamedTuple):
         """
         pitch = pitch or len(weight)
         scales = quantized + self.code_bytes
-        rooms = scales + self.scale_bytes
+        corrections = scales + self.scale_bytes
+        rooms = corrections + self.correction_bytes
         groups, rows, large, tiles = count_groups(weight_scale), *self.tiling
-        quantize = QuantizeRowsTask(tiles, 0, x, quantized, scales, self.columns, rows, large)
-        addresses = (weight.data_ptr(), weight_scale.data_ptr(), quantized, scales, out)
+        quantize = QuantizeRowsTask(tiles, 0, x, quantized, scales, corrections, self.columns, rows, large)
+        addresses = (weight.data_ptr(), weight_scale.data_ptr(), quantized, scales, corrections, out)
         room = (rooms, self.shape.room_bytes(self.rows), self.threads, 0)
-        sizes = (len(weight), pitch, self.columns // self.shape.codes.columns)
+        sizes = (len(weight), pitch, self.columns // self.shape.columns)
         scaling = (groups, self.columns // groups // self.shape.cell)
         product = ManyRowsTask(
             pitch // self.shape.blocking.outputs, 0, *addresses, *room, *sizes, *scaling, large, tiles
@@ -440,15 +452,16 @@ class ManyRowsKernels(Kernels):
 
     def __init__(self, llvm, bits: int, cell: int, dtype: torch.dtype):
         super().__init__(llvm)
+        self.arithmetic = choose_arithmetic(self.compiler.features)
         self.blocking = choose_blocking(self.compiler.features)
-        self.codes, self.cell, self.dtype = Codes(bits), cell, dtype
+        self.bits, self.cell, self.dtype = bits, cell, dtype
 
     def make_plan(self, rows: int, columns: int) -> ManyRowsPlan:
         """Plan a product of activations [rows, columns]."""
         tiling = choose_tiling(rows, self.blocking.rows)
-        shape = Shape(self.codes, self.cell, self.blocking, tiling.rows)
+        shape = Shape(self.bits, self.cell, self.arithmetic, self.blocking, tiling.rows)
         multiply = self.compiled(shape.name, partial(write_many_rows, shape=shape, dtype=self.dtype))
-        quantize = self.compiled("quantize", partial(write_row_quantization, codes=self.codes, dtype=self.dtype))
+        quantize = self.compiled("quantize", partial(write_row_quantization, shape=shape, dtype=self.dtype))
         return ManyRowsPlan(shape, tiling, quantize, multiply, rows, columns, torch.get_num_threads())
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
@@ -513,7 +526,7 @@ class CpuManyRows(CpuKernelUser):
     kernels_class = ManyRowsKernels
 
     def check(self, kernels: ManyRowsKernels) -> None:
-        bits, cell, random = kernels.codes.bits, kernels.cell, {"generator": torch.Generator("cpu").manual_seed(0)}
+        bits, cell, random = kernels.bits, kernels.cell, {"generator": torch.Generator("cpu").manual_seed(0)}
         rows, columns = 2 * kernels.blocking.rows - 1, PART_COLUMNS + 128  # tiles of both sizes, two parts
         x = torch.randn(rows, columns, **random, **FLOATS).to(kernels.dtype)
         codes = torch.randint(-128, 128, (33, columns * bits // 8), **random, device="cpu").to(torch.int8)
