@@ -85,7 +85,7 @@ def test_sixteen_bits_cost_less_than_half_precision_does_wherever_the_largest_nu
     ],
 )
 def test_products_are_their_naive_twins_to_the_bit(bits, inputs, groups, dtype):
-    for outputs, rows in ((1, 1), (5, 2), (65, 3), (16, 6), (33, 7), (64, 11), (130, 40)):
+    for outputs, rows in ((1, 1), (33, 6), (130, 41)):
         arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
         out = multiply_many_rows(*arguments, bits)
         assert out.dtype == dtype
