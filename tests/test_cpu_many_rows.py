@@ -1,5 +1,6 @@
 """Room: the kernels for many rows of activations, against their naive twins, on this processor and as if on others."""
 
+import ctypes
 import math
 import platform
 import warnings
@@ -13,13 +14,14 @@ from helpers import assemble, difference, skip_without_cpu_kernels, torch_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visualglm_hf import cpu_many_rows, cpu_runtime
-from visualglm_hf.cpu_arithmetic import ARITHMETIC_OF_WORDS, ARITHMETICS, Arithmetic, choose_arithmetic
-from visualglm_hf.cpu_language import I8, I32
+from visualglm_hf import cpu_arithmetic, cpu_many_rows, cpu_runtime
+from visualglm_hf.cpu_arithmetic import AMX, ARITHMETIC_OF_WORDS, ARITHMETICS, Arithmetic, choose_arithmetic, make_trial
+from visualglm_hf.cpu_language import BYTES, I8, I32, Form, TileRegisters, splat
 from visualglm_hf.cpu_many_rows import (
     CELLS,
     CPU_MANY_ROWS,
     GROUP,
+    CpuManyRows,
     Shape,
     choose_blocking,
     choose_tiling,
@@ -206,10 +208,10 @@ def test_tiles_hold_all_rows_and_are_as_equal_as_can_be(rows, most):
 BASIC = {"avx2": True, "f16c": True, "fma": True, "avx512f": False}
 AVX512 = dict.fromkeys((*BASIC, "avx512bw", "avx512dq", "avx512vl"), True)
 PROCESSORS = {
-    "haswell": (BASIC, "words"),  # of 2013
-    "alderlake": ({**BASIC, "avxvnni": True}, "avxvnni"),
-    "skylake-avx512": ({**AVX512, "avx512vnni": False, "avxvnni": False}, "words"),
-    "cascadelake": ({**AVX512, "avx512vnni": True}, "avx512vnni"),
+    "haswell": (BASIC, "words of 16 bits"),  # of 2013
+    "alderlake": ({**BASIC, "avxvnni": True}, "AVX-VNNI"),
+    "skylake-avx512": ({**AVX512, "avx512vnni": False, "avxvnni": False}, "words of 16 bits"),
+    "cascadelake": ({**AVX512, "avx512vnni": True}, "AVX-512 VNNI"),
 }
 PROBLEMS = ((4, 4224, 66), (4, 768, 24), (4, 768, 1), (8, 768, 1), (8, 576, 36))
 
@@ -230,7 +232,7 @@ def test_all_processors_compute_the_same_bits(monkeypatch, renew_products, proce
         pytest.skip("this processor has less")
     monkeypatch.setattr(cpu_runtime, "Compiler", partial(Compiler, processor=processor, features=features))
     renew_products()
-    assert choose_arithmetic(features).name == arithmetic
+    assert choose_arithmetic(features, "none").name == arithmetic
     check_the_bits((torch.float32, torch.float16))
 
 
@@ -241,14 +243,79 @@ def add_dot_of_bytes(total, a, b, signed):
     return total + ((first + second) + (third + fourth))
 
 
-@pytest.mark.parametrize("name", [*ARITHMETICS, ARITHMETIC_OF_WORDS.name])
-def test_every_arithmetic_makes_the_same_sums(monkeypatch, renew_products, name):
-    arithmetic = ARITHMETICS.get(name, ARITHMETIC_OF_WORDS)
+@pytest.mark.parametrize("arithmetic", [*ARITHMETICS.values(), ARITHMETIC_OF_WORDS], ids=lambda way: way.name)
+def test_every_arithmetic_makes_the_same_sums(monkeypatch, renew_products, arithmetic):
     if arithmetic.element_bytes == 1:
         arithmetic = replace(arithmetic, add_dot=partial(add_dot_of_bytes, signed=not arithmetic.is_offset))
-    monkeypatch.setattr(cpu_many_rows, "choose_arithmetic", lambda features: arithmetic)
+    monkeypatch.setattr(cpu_many_rows, "choose_arithmetic", lambda *arguments: arithmetic)
     renew_products()
     check_the_bits((torch.float32,))
+
+
+class EmulatedTiles(TileRegisters):
+    """Tile registers in memory, for processors that lack them."""
+
+    def shape(self, shapes):
+        self.shapes = tuple(shapes)
+        self.memory = [self.kernel.room(1024, BYTES) for _ in self.shapes]
+
+    def clear(self, number):
+        self.memory[number].store(self.kernel.zero(I8[1024]))
+
+    def rows(self, number, at, pitch):
+        rows, columns = self.shapes[number]
+        return [(self.memory[number][64 * row], at.of(BYTES)[row * pitch], columns) for row in range(rows)]
+
+    def load(self, number, at, pitch):
+        for ours, theirs, columns in self.rows(number, at, pitch):
+            ours.store(theirs.load(columns))
+
+    def store(self, number, at, pitch):
+        for ours, theirs, columns in self.rows(number, at, pitch):
+            theirs.store(ours.load(columns))
+
+    def add_dot(self, total, a, b):
+        for row in range(self.shapes[total][0]):
+            at = self.memory[total][64 * row].of(Form(I32))
+            sums = at.load(16)
+            for step in range(self.shapes[b][0]):
+                fours = splat(self.memory[a][64 * row + 4 * step].of(Form(I32)).load(), 16)
+                sums = add_dot_of_bytes(sums, self.memory[b][64 * step].load(64), fours, signed=False)
+            at.store(sums)
+
+    def release(self):
+        self.memory.clear()
+
+
+def test_matrix_instructions_make_the_same_sums(monkeypatch, renew_products):
+    monkeypatch.setattr(cpu_many_rows, "choose_arithmetic", lambda *arguments: AMX)
+    monkeypatch.setattr(cpu_many_rows, "TileRegisters", EmulatedTiles)
+    monkeypatch.setattr(CpuManyRows, "check", lambda *arguments: None)  # of as many rows as a tile has: slow to compile
+    renew_products()
+    for bits, inputs, groups, rows in ((4, 256, 4, 5), (4, 128, 4, 1), (8, 64, 1, 3), (8, 128, 4, 2)):
+        arguments = make_problem(bits, 70, inputs, groups, rows)
+        assert torch.equal(multiply_many_rows(*arguments, bits), many_rows_naive(*arguments, bits))
+
+
+def test_the_trial_of_matrix_instructions_expects_what_they_compute(monkeypatch):
+    monkeypatch.setattr(cpu_arithmetic, "TileRegisters", EmulatedTiles)
+    trial = make_trial()
+    memory = ctypes.create_string_buffer(trial.memory, len(trial.memory))
+    compiler = Compiler(load_llvm())
+    compiler.compile(trial.function, trial.code).call(ctypes.addressof(memory))
+    assert memory.raw == trial.expected
+    assert memory.raw != trial.memory
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_matrix_instructions_are_what_the_kernel_is_made_of(cell):
+    shape = Shape(4, cell, AMX, choose_blocking({}, AMX), 16)
+    assembly = assemble(write_many_rows("kernel", shape, torch.bfloat16), "x86_64-pc-linux-gnu", "sapphirerapids")
+    instructions = ("ldtilecfg", "tilezero", "tileloadd", "tdpbsud", "tilestored", "tilerelease")
+    sizes, cells = 2, GROUP // cell  # of tiles
+    assert [assembly.count(name) for name in instructions] == [
+        sizes * count for count in (1, 4 * cells, 4 * cells, 4 * cells, 4 * cells, 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -265,10 +332,11 @@ def test_every_arithmetic_makes_the_same_sums(monkeypatch, renew_products, name)
 )
 def test_the_kernels_compile_for_other_processors(triple, processor, features, instruction):
     features = dict.fromkeys(features, True)
-    blocking = choose_blocking(features)
+    arithmetic = choose_arithmetic(features, "none")
+    blocking = choose_blocking(features, arithmetic)
     for bits in (4, 8):
         for dtype in DTYPES:
-            shape = Shape(bits, CELLS[1], choose_arithmetic(features), blocking, blocking.rows)
+            shape = Shape(bits, CELLS[1], arithmetic, blocking, blocking.rows)
             quantization = assemble(write_row_quantization("kernel", shape, dtype), triple, processor)
             assembly = assemble(write_many_rows("kernel", shape, dtype), triple, processor)
             assert instruction in assembly

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What processors multiply integers with: instructions, and the order in which codes and activations have to lie.
 
-Not here: the kernels that multiply many rows (`cpu_many_rows.py`), and the language (`cpu_language.py`).
+Not here: the kernels that multiply many rows (`cpu_many_rows.py`), the language (`cpu_language.py`), and how
+instructions are tried that may end a process (`instruction_trial.py`).
 
 Activations are integers of 16 bits. A processor that adds up products of words, two at a time, takes them as they are;
 one that adds up products of bytes, four at a time, takes their high bytes first and then their low ones, both signed.
@@ -9,12 +10,16 @@ That makes the same sums. Words or bytes, an *element* is what each product take
 of 16 rows of a matrix.
 """
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .cpu_language import I8, I16, I32, WORDS, Pointer, Value, join
+import torch
+
+from .cpu_language import I8, I16, I32, WORDS, Kernel, Pointer, TileRegisters, Value, join, write_function
 from .cpu_products import GROUP, add_dot_avx512vnni, add_dot_avxvnni, dot
 from .cpu_runtime import LANES
+from .instruction_trial import Trial, ask_permission, trial_obstacle
 
 
 OFFSETS = {4: 0x88888888, 8: 0x80808080}  # the highest bits of the codes in 32 bits
@@ -44,14 +49,19 @@ class Arithmetic:
         element_bytes: 2 for words, 1 for bytes.
         add_dot: writes how the products of a vector of the matrix and one of activations are added to 16 sums, all of
             32 bits.
+            32 bits; None for a processor that multiplies with tile registers.
         is_offset: whether the elements of the matrix are unsigned: 8, or 128, more than the codes. That adds as many
             times the activations, which is taken off for each cell as a whole.
     """
 
     name: str
     element_bytes: int
-    add_dot: Callable[[Value, Value, Value], Value]
+    add_dot: Callable[[Value, Value, Value], Value] | None
     is_offset: bool = False
+
+    @property
+    def has_tiles(self) -> bool:
+        return self.add_dot is None
 
     @property
     def columns(self) -> int:
@@ -91,14 +101,57 @@ class Arithmetic:
                 at[part].store(element.to(I8))
 
 
+AMX = Arithmetic("AMX", 1, None, True)
+AMX_FEATURES = ("amx-tile", "amx-int8", "avx512bw")
+AMX_PERMISSION = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, of the state of the tile registers
 ARITHMETICS = {  # by the feature of the processor that has the instruction, the fastest first
-    "avx512vnni": Arithmetic("avx512vnni", 1, add_dot_avx512vnni, True),
-    "avxvnni": Arithmetic("avxvnni", 1, add_dot_avxvnni, True),
-    "dotprod": Arithmetic("dotprod", 1, add_dot_dotprod),
+    "avx512vnni": Arithmetic("AVX-512 VNNI", 1, add_dot_avx512vnni, True),
+    "avxvnni": Arithmetic("AVX-VNNI", 1, add_dot_avxvnni, True),
+    "dotprod": Arithmetic("ARM dot products", 1, add_dot_dotprod),
 }
-ARITHMETIC_OF_WORDS = Arithmetic("words", 2, add_dot_of_words)
+ARITHMETIC_OF_WORDS = Arithmetic("words of 16 bits", 2, add_dot_of_words)
 
 
-def choose_arithmetic(features: Mapping[str, bool]) -> Arithmetic:
+def trial_kernel(k: Kernel, memory: Pointer) -> None:
+    """Add the products of the bytes [16, 64] in the second KiB and of those [16, 16, 4] in the third to the first."""
+    registers = TileRegisters(k)
+    registers.shape([(16, 64)] * 3)
+    for number in range(3):
+        registers.load(number, memory[1024 * number], 64)
+    registers.add_dot(0, 1, 2)
+    registers.store(0, memory, 64)
+    registers.release()
+
+
+def trial_naive(memory: torch.Tensor) -> torch.Tensor:
+    """The uint8 [3, 1024] as they are after `trial_kernel`."""
+    total = memory[0].view(torch.int32).view(16, 16)
+    a, b = memory[1].view(torch.int8).view(16, 64), memory[2].view(16, 16, 4).transpose(1, 2).reshape(64, 16)
+    total = (total + a.int() @ b.int()).view(torch.uint8).view(1, 1024)
+    return torch.cat((total, memory[1:]))
+
+
+def make_trial() -> Trial:
+    """What a child process has to compute before AMX is used."""
+    memory = (torch.arange(3 * 1024, device="cpu") * 167 % 251).to(torch.uint8).view(3, 1024)
+    contents = [bytes(some.flatten().tolist()) for some in (memory, trial_naive(memory))]
+    return Trial(AMX.name, write_function("trial", trial_kernel), "trial", *contents, AMX_PERMISSION)
+
+
+def amx_obstacle(processor: str, features: Mapping[str, bool]) -> str | None:
+    """Why a processor of this name and with these features does not multiply with tile registers."""
+    if not all(features.get(name) for name in AMX_FEATURES):
+        return "the processor has none"
+    if platform.system() != "Linux":
+        return f"it has not been tried on {platform.system()}"
+    obstacle = trial_obstacle(make_trial(), processor, features)
+    if obstacle is None and not ask_permission(AMX_PERMISSION):
+        return "the system does not permit it"
+    return obstacle
+
+
+def choose_arithmetic(features: Mapping[str, bool], amx_obstacle: str | None) -> Arithmetic:
     """Choose for a processor."""
+    if amx_obstacle is None:
+        return AMX
     return next((way for name, way in ARITHMETICS.items() if features.get(name)), ARITHMETIC_OF_WORDS)

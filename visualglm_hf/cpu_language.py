@@ -513,6 +513,50 @@ def exp(x: Value) -> Value:
     return (power.bits(integers) + (shifted.bits(integers) << 23)).bits(x.type)
 
 
+# Matrix instructions (AMX)
+
+
+class TileRegisters:
+    """A processor's eight registers of up to 16 rows of up to 64 bytes each, from `shape` to `release`."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel, self.shapes = kernel, ()
+
+    def call(self, name: str, *arguments: Number) -> None:
+        values = [
+            argument if isinstance(argument, Value) else self.kernel.constant(I8, argument) for argument in arguments
+        ]
+        self.kernel.call(None, f"llvm.x86.{name}", *values)
+
+    def shape(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Say how many rows of how many bytes each register has; what they had is lost."""
+        self.shapes = tuple(shapes)
+        settings = self.kernel.room(64, BYTES)
+        settings.store(self.kernel.zero(I8[64]))
+        settings.store(self.kernel.constant(I8, 1))
+        for number, (rows, columns) in enumerate(self.shapes):
+            settings[16 + 2 * number].store(self.kernel.constant(I8, columns))
+            settings[48 + number].store(self.kernel.constant(I8, rows))
+        self.call("ldtilecfg", settings)
+
+    def clear(self, number: int) -> None:
+        self.call("tilezero", number)
+
+    def load(self, number: int, at: Pointer, pitch: int) -> None:
+        """Read a register, whose rows are so many bytes apart."""
+        self.call("tileloadd64", number, at, self.kernel.integer(pitch))
+
+    def store(self, number: int, at: Pointer, pitch: int) -> None:
+        self.call("tilestored64", number, at, self.kernel.integer(pitch))
+
+    def add_dot(self, total: int, a: int, b: int) -> None:
+        """Add to 32-bit integers [M, N] the product of signed bytes [M, K, 4] and unsigned ones [K, N, 4]."""
+        self.call("tdpbsud", total, a, b)
+
+    def release(self) -> None:
+        self.call("tilerelease")
+
+
 # Kernels
 
 

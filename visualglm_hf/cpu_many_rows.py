@@ -16,15 +16,16 @@ bytes of a row; a cell is the columns that have a scale of the matrix and one of
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .cpu_arithmetic import Arithmetic, choose_arithmetic
+from .cpu_arithmetic import Arithmetic, amx_obstacle, choose_arithmetic
 from .cpu_language import (
+    BYTES,
     F16,
     F32,
     FLOATS32,
@@ -35,6 +36,7 @@ from .cpu_language import (
     Form,
     Kernel,
     Pointer,
+    TileRegisters,
     Value,
     fma,
     minimum,
@@ -61,6 +63,7 @@ from .lowbit_format import count_groups, unpack_int4
 
 LINE_BYTES = 64  # of the matrix
 GROUP_BYTES = 2 * GROUP  # of activations
+VECTOR_BYTES = 64  # of 16 lanes
 MOST_STEPS = 2  # vectors of columns at a time, 1 or 2: for more, LLVM runs out of registers
 PART_COLUMNS = 4096  # of the matrix that are unpacked at a time
 MOST_ROWS = 512  # of activations at a time: their sums are in the cache beside the unpacked columns
@@ -84,8 +87,10 @@ class Blocking:
         return self.vectors * LANES
 
 
-def choose_blocking(features: Mapping[str, bool]) -> Blocking:
+def choose_blocking(features: Mapping[str, bool], arithmetic: Arithmetic) -> Blocking:
     """Choose for a processor: one with AVX-512 has 32 registers of 16 lanes, others the room of 8 or so."""
+    if arithmetic.has_tiles:
+        return Blocking(2, 16)
     return Blocking(4, 6) if features.get("avx512bw") else Blocking(1, 6)
 
 
@@ -291,16 +296,21 @@ class Tile(NamedTuple):
         sums = room.sums[first_row * shape.blocking.outputs]
         return cls(rows, task.x[before * GROUP_BYTES], scales[before], corrections[before * shape.cells], sums)
 
+    def correction(self, shape: Shape, group: Value, cell: int, row: int) -> Value:
+        """What is taken off the sums of a row in a cell."""
+        return self.corrections[(group * self.rows + row) * shape.cells + cell].load()
 
-def add_cell(k: Kernel, shape: Shape, room: Room, tile: Tile, group: Value, cell: int) -> list[list[Value]]:
-    """The sums of a cell, exact, of each row of a tile with each vector of rows of the matrix."""
+
+Totals = Callable[[int, int], Value]  # the sums of a row of activations with a vector of rows of the matrix
+
+
+def add_cell(k: Kernel, shape: Shape, room: Room, tile: Tile, group: Value, cell: int) -> Totals:
+    """The sums of a cell, exact."""
     arithmetic, vectors, steps = shape.arithmetic, shape.blocking.vectors, shape.cell // shape.arithmetic.columns
     totals = [[k.variable(k.zero(I32[LANES])) for _ in range(vectors)] for _ in range(tile.rows)]
     for part in arithmetic.parts:
         for row in range(tile.rows if part else 0):
-            correction = k.zero(I32)
-            if arithmetic.is_offset:
-                correction = tile.corrections[(group * tile.rows + row) * shape.cells + cell].load()
+            correction = tile.correction(shape, group, cell, row) if arithmetic.is_offset else 0
             for total in totals[row]:
                 total.set((total.now << 8) + correction)
         unroll = min(MOST_STEPS, steps)
@@ -312,23 +322,66 @@ def add_cell(k: Kernel, shape: Shape, room: Room, tile: Tile, group: Value, cell
                     x = tile.x[(group * tile.rows + row) * GROUP_BYTES + step * 4 + part].of(INTEGERS32).load()
                     for total, column in zip(totals[row], columns, strict=True):
                         total.set(arithmetic.add_dot(total.now, column, splat(x, LANES)))
-    return [[total.now for total in row] for row in totals]
+    return lambda row, vector: totals[row][vector].now
+
+
+# Tile registers: the sums of the high bytes with two vectors, of the low bytes with two, these bytes, those vectors.
+HIGH_SUMS, LOW_SUMS, HIGH_BYTES, LOW_BYTES, VECTORS = (0, 1), (2, 3), 4, 5, (6, 7)
+TILE_BYTES = LANES * VECTOR_BYTES
+
+
+def shape_tiles(shape: Shape, rows: int) -> list[tuple[int, int]]:
+    """The rows and bytes of the tile registers."""
+    return [(rows, VECTOR_BYTES)] * 4 + [(rows, shape.cell)] * 2 + [(shape.cell // 4, VECTOR_BYTES)] * 2
+
+
+def add_cell_with_tiles(
+    registers: TileRegisters, shape: Shape, room: Room, sums: Pointer, tile: Tile, group: Value, cell: int
+) -> Totals:
+    """The same sums by matrix instructions, through memory for four registers."""
+    vectors = shape.blocking.vectors
+    x = tile.x[group * (tile.rows * GROUP_BYTES) + cell * shape.cell]
+    weights = room.weights[(group * shape.group_vectors + cell * shape.cell // 4) * (vectors * LANES)]
+    for number, part in zip((HIGH_BYTES, LOW_BYTES), shape.arithmetic.parts, strict=True):
+        registers.load(number, x[part], GROUP_BYTES)
+    for vector, number in enumerate(VECTORS):
+        registers.load(number, weights[vector * LANES], vectors * VECTOR_BYTES)
+    for totals, number in ((HIGH_SUMS, HIGH_BYTES), (LOW_SUMS, LOW_BYTES)):
+        for total, vector in zip(totals, VECTORS, strict=True):
+            registers.clear(total)
+            registers.add_dot(total, number, vector)
+            registers.store(total, sums[total * TILE_BYTES], VECTOR_BYTES)
+
+    def total_of_both(row: int, vector: int) -> Value:
+        high, low = (
+            sums[number * TILE_BYTES + row * VECTOR_BYTES].of(INTEGERS32).load(LANES)
+            for number in (HIGH_SUMS[vector], LOW_SUMS[vector])
+        )
+        return (high << 8) + low + tile.correction(shape, group, cell, row)
+
+    return total_of_both
 
 
 def multiply_tile(k: Kernel, shape: Shape, room: Room, tile: Tile, groups: Value) -> None:
     """Add the products of so many groups of unpacked columns with a tile of activations to the sums."""
-    outputs = shape.blocking.outputs
+    outputs, add = shape.blocking.outputs, partial(add_cell, k, shape, room)
+    if shape.arithmetic.has_tiles:
+        registers = TileRegisters(k)
+        registers.shape(shape_tiles(shape, tile.rows))
+        add = partial(add_cell_with_tiles, registers, shape, room, k.room(4 * TILE_BYTES, BYTES))
     with k.loop(groups) as group:
         for cell in range(shape.cells):
-            totals = add_cell(k, shape, room, tile, group, cell)
+            total = add(tile, group, cell)
             at = room.scales[(group * shape.cells + cell) * outputs]
             scales = [at[first].load(LANES) for first in range(0, outputs, LANES)]
             for row in range(tile.rows):
                 x_scale = splat(tile.scales[group * tile.rows + row].load(), LANES)
-                for vector, total in enumerate(totals[row]):
+                for vector, scale in enumerate(scales):
                     so_far = tile.sums[row * outputs + vector * LANES]
-                    so_far.store(fma(total.to(F32), scales[vector] * x_scale, so_far.load(LANES)))
+                    so_far.store(fma(total(row, vector).to(F32), scale * x_scale, so_far.load(LANES)))
             k.remember(tile.sums)  # registers are for the totals
+    if shape.arithmetic.has_tiles:
+        registers.release()
 
 
 def many_rows_naive(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -452,8 +505,10 @@ class ManyRowsKernels(Kernels):
 
     def __init__(self, llvm, bits: int, cell: int, dtype: torch.dtype):
         super().__init__(llvm)
-        self.arithmetic = choose_arithmetic(self.compiler.features)
-        self.blocking = choose_blocking(self.compiler.features)
+        processor, features = self.compiler.processor, self.compiler.features
+        self.amx_obstacle = amx_obstacle(processor, features)
+        self.arithmetic = choose_arithmetic(features, self.amx_obstacle)
+        self.blocking = choose_blocking(features, self.arithmetic)
         self.bits, self.cell, self.dtype = bits, cell, dtype
 
     def make_plan(self, rows: int, columns: int) -> ManyRowsPlan:
@@ -535,6 +590,11 @@ class CpuManyRows(CpuKernelUser):
         error = ((kernels.multiply(x, codes, scale).float() - expected).norm() / expected.norm()).item()
         if not error < CHECK_TOLERANCE:
             raise KernelError(f"int{bits} of many rows with groups of {cell} is off by {error:.2g} of the result.")
+
+    def instructions(self) -> tuple[str, str | None] | None:
+        """What the kernels that have been made multiply with, and why not with AMX; None if none have been made."""
+        kernels = next((kernels for kernels in self.found.values() if kernels is not None), None)
+        return kernels and (kernels.arithmetic.name, kernels.amx_obstacle)
 
 
 CPU_MANY_ROWS = CpuManyRows()
