@@ -11,10 +11,12 @@ from visualglm_hf import (
     VisualGLMConfig,
     VisualGLMForConditionalGeneration,
     cpu_decoder,
+    cpu_many_rows,
     kernel_report,
     lowbit_products,
     modeling_visualglm,
 )
+from visualglm_hf.cpu_arithmetic import AMX
 from visualglm_hf.cpu_attention import CpuAttention
 from visualglm_hf.cpu_decoder import CpuDecoder
 from visualglm_hf.cuda_products import CudaProducts
@@ -52,6 +54,15 @@ ALL = "products of 1, 4, 256 rows"
 TOO_MANY = {bits: f"256 rows of activations, not 1 to {most}" for bits, most in ((4, 5), (8, 6))}
 
 
+INSTRUCTIONS = "products of many rows, instructions"
+
+
+def find_instructions() -> tuple[str, list[str]]:
+    """What this processor multiplies with, and why not with matrix instructions."""
+    kernels = next(filter(None, cpu_many_rows.CPU_MANY_ROWS.found.values()))
+    return kernels.arithmetic.name, [kernels.amx_obstacle] if kernels.amx_obstacle else []
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.usefixtures("with_kernels")
 def test_a_model_of_few_bits_goes_the_fastest_way(bits):
@@ -61,6 +72,7 @@ def test_a_model_of_few_bits_goes_the_fastest_way(bits):
         f"{MANY}, layers 0-2": (MANY_ROWS, [TOO_MANY[bits]]),
         f"{FEW}, output layer": (KERNEL, []),
         f"{MANY}, output layer": ("torch", ["256 rows of activations, not 1 to 4"]),
+        INSTRUCTIONS: find_instructions(),
         "attention of 1 query, layers 0-2": (KERNEL, []),
         "decode step, layers 0-2": ("in one call", []),
     }
@@ -79,6 +91,18 @@ def test_full_weights_of_half_precision_have_kernels_in_a_program_alone():
     alone = "bfloat16 weights, which have one in the program of a decode step alone"
     assert rows[f"{ALL}, layers 0-2"] == ("torch", [alone])
     assert rows["decode step, layers 0-2"] == ("in one call", [])
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_the_instructions_are_named_with_what_keeps_a_processor_from_faster_ones(monkeypatch, renew):
+    obstacle = "a child process that tried AMX died of SIGILL"
+    monkeypatch.setattr(cpu_many_rows, "amx_obstacle", lambda processor, features: obstacle)
+    renew()
+    report = make_small_model().kernel_report()
+    name, obstacles = rows_of(report)[INSTRUCTIONS]
+    assert name != AMX.name
+    assert obstacles == [obstacle]
+    assert f"not AMX: {obstacle}" in str(report)
 
 
 @pytest.mark.usefixtures("with_kernels")

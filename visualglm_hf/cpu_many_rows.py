@@ -591,10 +591,11 @@ class CpuManyRows(CpuKernelUser):
         if not error < CHECK_TOLERANCE:
             raise KernelError(f"int{bits} of many rows with groups of {cell} is off by {error:.2g} of the result.")
 
-    def instructions(self) -> tuple[str, str | None] | None:
-        """What the kernels that have been made multiply with, and why not with AMX; None if none have been made."""
-        kernels = next((kernels for kernels in self.found.values() if kernels is not None), None)
-        return kernels and (kernels.arithmetic.name, kernels.amx_obstacle)
-
 
 CPU_MANY_ROWS = CpuManyRows()
+
+
+def find_instructions() -> tuple[str, str | None] | None:
+    """What the kernels that have been made multiply with, and why not with AMX; None if none have been made."""
+    kernels = next((kernels for kernels in CPU_MANY_ROWS.found.values() if kernels is not None), None)
+    return kernels and (kernels.arithmetic.name, kernels.amx_obstacle)
