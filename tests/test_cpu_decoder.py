@@ -112,7 +112,7 @@ def test_a_program_computes_what_the_layers_compute(runs, bits, quantization, dt
 
 @torch.no_grad()
 def test_many_sequences_are_several_tiles(model, runs):
-    for batch in (5, 6, 64):
+    for batch in (4, 5, 64):
         ids, mask = make_ids(batch=batch, padded=5)
         assert are_close(decode(model, ids, mask)[0], decode_by_layers(model, ids, mask)[0])
         assert runs == [batch] * 6

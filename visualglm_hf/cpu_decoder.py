@@ -34,7 +34,7 @@ from .cpu_attention import CPU_ATTENTION, AttentionKernels, AttentionTask
 from .cpu_language import BYTES, HALVES, I32, I64, INTEGERS, Kernel, Pointer, write_function
 from .cpu_layer import GeluTask, NarrowTask, NormTask, ResidualTask, RotateTask, write_stage
 from .cpu_many_rows import MOST_OUTPUTS, ManyRowsPlan, many_rows_obstacle, plan_many_rows
-from .cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, Plan, matrix_obstacle
+from .cpu_products import CPU_PRODUCTS, FEW_ROWS, KINDS, CpuKernels, Plan, matrix_obstacle
 from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Kernels, Stage, Task
 from .growing_cache import GrowingCache
 from .kernel_choice import KernelError, name_of
@@ -142,12 +142,12 @@ class Linear(NamedTuple):
         kind = KINDS.get(self.form)
         if kind is None:
             return f"{name_of(self.form)} weights"
-        most = MOST_SEQUENCES if self.has_low_bits else kind.most_rows
+        most = MOST_SEQUENCES if self.has_low_bits else FEW_ROWS
         if batch > most:
             return f"{batch} sequences, and {kind.name} weights take {most}"
         if not self.has_low_bits and (self.form != dtype or type(self.weight) is not nn.Parameter):
             return f"weights that are no plain parameter in {name_of(dtype)}"
-        if batch > kind.most_rows:
+        if batch > FEW_ROWS:
             return self.many_rows_obstacle(batch)
         return matrix_obstacle(self.weight, self.weight_scale, self.in_features, kind)
 
@@ -158,7 +158,7 @@ class Linear(NamedTuple):
 
     def plan(self, batch: int, products: CpuKernels) -> Plan | ManyRowsPlan:
         """Plan the product of so many rows of activations."""
-        if batch > KINDS[self.form].most_rows:
+        if batch > FEW_ROWS:
             return plan_many_rows(batch, self.weight_scale, self.in_features, self.form)
         return products.find_plan(self.form, batch, self.in_features, *self[:2])
 

@@ -55,7 +55,7 @@ from .kernel_choice import KernelError, name_of
 from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
 
-HALF_ROWS = 4  # of activations up to which a matrix of half precision is multiplied faster than by torch
+FEW_ROWS = 4  # of activations, whose sums registers hold; many are multiplied faster elsewhere
 MOST_LINES = 4  # at a time; 1, 2, 4 or 8
 LINE_BYTES = 64  # of the matrix
 AHEAD = 3072  # bytes that are asked for before they are needed
@@ -224,8 +224,6 @@ class Kind:
         columns: of the matrix in a line.
         x_bytes: of the activations in a line.
         quantize_line: writes how a line of activations is quantized; None if they stay float32.
-        most_rows: M up to which the kernels are used; for more, `cpu_many_rows.py` or torch has faster ways. Registers
-            hold the sums of so many.
         values: writes how the matrix in a line is read, without its scales; None if it has none.
         is_offset: whether a line multiplies with 8 more than the codes. That adds 8 times the activations, which is
             taken off for each cell as a whole.
@@ -236,7 +234,6 @@ class Kind:
     columns: int
     x_bytes: int
     quantize_line: Callable[..., tuple] | None
-    most_rows: int
     values: Callable[..., Value] | None
     is_offset: bool
 
@@ -247,10 +244,10 @@ class Kind:
 
 
 KINDS = {
-    4: Kind("int4", add_line_int4, 128, 256, quantize_line_int4, 5, values_int4, True),
-    8: Kind("int8", add_line_int8, 64, 128, quantize_line_int8, 6, values_int8, False),
+    4: Kind("int4", add_line_int4, 128, 256, quantize_line_int4, values_int4, True),
+    8: Kind("int8", add_line_int8, 64, 128, quantize_line_int8, values_int8, False),
     **{
-        dtype: Kind(str(dtype), partial(add_line_half, half=half), 32, 128, None, HALF_ROWS, None, False)
+        dtype: Kind(str(dtype), partial(add_line_half, half=half), 32, 128, None, None, False)
         for dtype, half in HALVES.items()
     },
 }
@@ -563,12 +560,12 @@ def divide(rows: int, nbytes: int) -> tuple[int, int, int]:
     return threads, -(-rows // chunk), chunk
 
 
-def activations_obstacle(dtype: torch.dtype, rows: int, kind: Kind) -> str | None:
+def activations_obstacle(dtype: torch.dtype, rows: int) -> str | None:
     """Why no kernel multiplies with activations [M, K]; float64 asks for more than they give."""
     if dtype not in ACTIVATIONS:
         return f"{name_of(dtype)} activations"
-    if not 0 < rows <= kind.most_rows:
-        return f"{rows} rows of activations, not 1 to {kind.most_rows}"
+    if not 0 < rows <= FEW_ROWS:
+        return f"{rows} rows of activations, not 1 to {FEW_ROWS}"
     return None
 
 
@@ -602,7 +599,7 @@ class CpuProducts(CpuKernelUser):
     def check(self, kernels: CpuKernels) -> None:
         random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
         floats = {**random, **FLOATS}
-        x = torch.randn(HALF_ROWS, 512, **floats)
+        x = torch.randn(FEW_ROWS, 512, **floats)
         matrices = [(torch.randn(33, 512, **floats).to(dtype), None, dtype) for dtype in HALVES]
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
             codes = torch.randint(-128, 128, (33, 512 * bits // 8), **random).to(torch.int8)

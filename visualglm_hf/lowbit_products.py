@@ -246,7 +246,7 @@ def cpu_kernel_obstacle(product: Product) -> str | None:
         return "a product for gradients"
     if product.form not in KINDS:
         return f"{name_of(product.form)} weights"
-    return activations_obstacle(product.dtype, product.rows, KINDS[product.form]) or cpu_matrix_obstacle(product)
+    return activations_obstacle(product.dtype, product.rows) or cpu_matrix_obstacle(product)
 
 
 def cpu_matrix_obstacle(product: Product) -> str | None:
