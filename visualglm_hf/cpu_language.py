@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small language for kernels on a CPU: Python expressions over numbers and vectors, written as LLVM code.
 
-Not here: kernels (`cpu_products.py`, `cpu_attention.py`, `cpu_layer.py`), and what compiles and runs them
-(`cpu_runtime.py`). No other file has LLVM code in it.
+Not here: kernels (`cpu_products.py`, `cpu_many_rows.py`, `cpu_attention.py`, `cpu_layer.py`), and what compiles and
+runs them (`cpu_runtime.py`). No other file has LLVM code in it.
 
 A kernel is a Python function that is called once, to write the code. What it computes with are a `Value`, of a `Type`
 such as `F32` or `F32[16]`, and a `Pointer`, to memory in a `Form`. Each operator on them writes one instruction:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code for this CPU: LLVM compiles it, and several threads run it.
 
-Not here: how the code is written (`cpu_language.py`), what it computes (`cpu_products.py`, `cpu_attention.py`,
-`cpu_layer.py`), and whether it is used (`kernel_choice.py`).
+Not here: how the code is written (`cpu_language.py`), what it computes (`cpu_products.py`, `cpu_many_rows.py`,
+`cpu_attention.py`, `cpu_layer.py`), and whether it is used (`kernel_choice.py`).
 
 The code is compiled for the CPU that runs it, when it is first needed, by the LLVM inside the Python package llvmlite:
 `pip install llvmlite` is all there is to install.
