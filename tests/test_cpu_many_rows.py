@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assemble, difference, skip_without_cpu_kernels, torch_threads
+from helpers import assemble, default_dtype, difference, skip_without_cpu_kernels, torch_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -191,6 +191,15 @@ def test_threads_for_which_no_room_is_left_do_nothing():
             kernels.pool.run(kernel, task, 4)
         assert torch.equal(out, many_rows_naive(x, codes, scale, 4))
         assert memory[-4096:].eq(7).all()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_other_defaults_of_torch_change_nothing(renew_products, default):
+    arguments = make_problem(4, 33, 768, 12, 5, torch.bfloat16)
+    expected = multiply_many_rows(*arguments, 4)
+    with default_dtype(default), torch.device("meta"):
+        renew_products()
+        assert torch.equal(multiply_many_rows(*arguments, 4), expected)
 
 
 @given(st.integers(1, 3000), st.integers(1, 12))
