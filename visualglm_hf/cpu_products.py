@@ -9,8 +9,8 @@ How it is fast: a decoded token reads every matrix once, so memory is the limit,
 it. Matrices are read as they are stored, from the first byte to the last: processors fetch ahead of a thread that reads
 one row after the other, and not of one that reads several at a time, which halves the speed on some. For integer codes
 the activations are quantized to 16 bits with a scale per 64 columns, which costs no measurable accuracy; sums are exact
-in 32 bits, and scaled in float32. Threads take rows of the matrix, a chunk at a time, without Python. For
-gradients, the matrix is written out in float32, some rows at a time, for torch to multiply.
+in 32 bits, and scaled in float32. Threads take rows of the matrix, a chunk at a time, without Python. For gradients,
+the matrix is written out in float32, some rows at a time, for torch to multiply.
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A line is 64
 bytes of a row; a cell is what has a scale of the matrix and one of the activations in common, some columns of a line.

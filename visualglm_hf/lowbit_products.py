@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with low-bit matrices: torch's ways, the operators, and the one place that chooses a way.
 
-Not here: the bytes (`lowbit_format.py`), kernels (`cpu_products.py`, `cuda_products.py`), modules (`quantization.py`).
+Not here: the bytes (`lowbit_format.py`), kernels (`cpu_products.py`, `cpu_many_rows.py`, `cuda_products.py`),
+modules (`quantization.py`).
 
 Each kind of device has its ways to compute a product, the fastest first, in `WAYS`. Each tells its obstacle, if it has
 any, and the first without one is taken: by the operator `visualglm::quantized_matmul`, which has an implementation for
