@@ -89,6 +89,7 @@ ARROWS = {
             "cpu_attention",
             "cpu_language",
             "cpu_layer",
+            "cpu_many_rows",
             "cpu_products",
             "cpu_runtime",
             "growing_cache",
@@ -98,11 +99,26 @@ ARROWS = {
     ),
     "cpu_language": (set(), {"torch"}),
     "cpu_layer": ({"cpu_language", "cpu_runtime"}, {"torch"}),
+    "cpu_arithmetic": ({"cpu_language", "cpu_products", "cpu_runtime", "instruction_trial"}, {"torch"}),
+    "cpu_many_rows": (
+        {"cpu_arithmetic", "cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_format"},
+        {"torch"},
+    ),
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
+    "instruction_trial": (set(), set()),
     "kernel_choice": (set(), set()),
     "kernel_report": (
-        {"adapters", "cpu_attention", "cpu_decoder", "cpu_language", "growing_cache", "kernel_choice"},
+        {
+            "adapters",
+            "cpu_arithmetic",
+            "cpu_attention",
+            "cpu_decoder",
+            "cpu_language",
+            "cpu_many_rows",
+            "growing_cache",
+            "kernel_choice",
+        },
         {"torch"},
     ),
     "cuda_products": ({"cuda_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
@@ -110,7 +126,7 @@ ARROWS = {
     "cuda_source": (set(), set()),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (
-        {"cpu_language", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
+        {"cpu_language", "cpu_many_rows", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
         {"torch"},
     ),
 }
@@ -230,7 +246,7 @@ def test_arrows_have_no_circle():
 
 
 def is_in_basement(room: str) -> bool:
-    return room.startswith(("cpu_", "cuda_", "kernel_choice", "lowbit_"))
+    return room.startswith(("cpu_", "cuda_", "instruction_trial", "kernel_choice", "lowbit_"))
 
 
 @pytest.mark.parametrize("room", ROOMS)

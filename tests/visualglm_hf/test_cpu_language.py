@@ -32,6 +32,8 @@ from visualglm_hf.cpu_language import (
     splat,
     square_root,
     total_of,
+    transpose,
+    vector_of,
     where,
     write_function,
     write_kernel,
@@ -250,3 +252,53 @@ def test_room_in_memory_and_addresses_that_lie_there_are_followed():
 def test_an_operation_that_a_type_lacks_is_refused_while_writing():
     with pytest.raises(TypeError, match="no such operation for <16 x float>"):
         write_kernel("wrong", ArrayTask, lambda k, t: t.a.of(FLOATS32).load(16) % 2)
+
+
+@pytest.mark.parametrize("lanes", [2, 4, 16])
+def test_vectors_are_transposed(lanes):
+    square = torch.arange(lanes * lanes, dtype=torch.int32).view(lanes, lanes)
+    out = torch.empty_like(square)
+
+    def work(k, task):
+        rows = [task.a.of(INTS32)[row * lanes].load(lanes) for row in range(lanes)]
+        for row, column in enumerate(transpose(rows)):
+            task.out.of(INTS32)[row * lanes].store(column)
+
+    run(work, square, square, out)
+    assert torch.equal(out, square.T)
+
+
+def test_a_vector_of_numbers_and_the_total_of_integers():
+    numbers, out = torch.tensor([3, -8, 5, 2], dtype=torch.int32), torch.empty(5, dtype=torch.int32)
+
+    def work(k, task):
+        vector = vector_of(task.a.of(INTS32)[lane].load() for lane in (3, 2, 1, 0))
+        task.out.of(INTS32).store(vector)
+        task.out.of(INTS32)[4].store(total_of(vector))
+
+    run(work, numbers, numbers, out)
+    assert out.tolist() == [2, 5, -8, 3, 2]
+
+
+def test_each_run_of_a_kernel_has_a_room_of_its_own_while_there_are_any():
+    class RoomTask(Task):
+        _fields_ = (
+            ("out", ctypes.c_void_p),
+            ("rooms", ctypes.c_void_p),
+            ("room_bytes", ctypes.c_int64),
+            ("room_count", ctypes.c_int64),
+            ("next_room", ctypes.c_int64),
+        )
+
+    def work(k, task):
+        task.room.of(INTEGERS).store(task.chunk + 5)
+        task.out.of(INTEGERS)[task.chunk].store(task.chunk + 1)
+
+    kernel = COMPILER.compile("rooms", write_kernel("rooms", RoomTask, work))
+    out, rooms = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64)
+    task = RoomTask(1, 0, out.data_ptr(), rooms.data_ptr(), 16, 2, 0)
+    for number in range(3):
+        task.next_chunk, task.chunks = number, number + 1
+        kernel.call(ctypes.byref(task))
+    assert rooms.tolist() == [[5, 0], [6, 0], [0, 0]]
+    assert out.tolist() == [1, 2, 0]  # for the third there was no room
