@@ -78,7 +78,10 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
-    "quantization": ({"adapters", "lowbit_format", "lowbit_products"}, {"transformers", "torch"}),
+    "quantization": (
+        {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products"},
+        {"transformers", "torch"},
+    ),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
         {
@@ -96,6 +99,10 @@ ARROWS = {
     "cpu_language": (set(), {"torch"}),
     "cpu_layer": ({"cpu_language", "cpu_runtime"}, {"torch"}),
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
+    "cpu_quantizing": (
+        {"cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_codes"},
+        {"torch"},
+    ),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
     "kernel_choice": (set(), set()),
     "kernel_report": (
@@ -105,6 +112,7 @@ ARROWS = {
     "cuda_products": ({"cuda_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cuda_runtime": ({"cuda_source", "kernel_choice"}, {"torch"}),
     "cuda_source": (set(), set()),
+    "lowbit_codes": ({"lowbit_format"}, {"torch"}),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (
         {"cpu_language", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
@@ -173,11 +181,11 @@ def functions_of(room: str) -> set[str]:
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("cpu_")])
 def test_every_kernel_has_a_naive_twin_of_its_name(room):
-    """In torch, beside it or, of the low-bit format, there. A program has none: it runs kernels."""
+    """In torch, beside it or, of low bits, with their definition. A program has none: it runs kernels."""
     kernels = {
         name.removesuffix("_kernel") for name in functions_of(room) if re.fullmatch(r"(?!write_)\w+_kernel", name)
     }
-    twins = functions_of(room) | functions_of("lowbit_format")
+    twins = functions_of(room) | functions_of("lowbit_format") | functions_of("lowbit_codes")
     assert {name for name in kernels - {"program"} if f"{name}_naive" not in twins} == set()
 
 

@@ -377,6 +377,20 @@ def join(first: Value, second: Value) -> Value:
     return shuffle(first, second, range(2 * first.type.lanes))
 
 
+def transpose(rows: list[Value]) -> list[Value]:
+    """The columns of as many vectors as each has lanes, a power of two: lane i of row j becomes lane j of row i."""
+    count, distance = len(rows), len(rows) // 2
+    while distance:  # change places between the vectors that are so far apart
+        first = [lane + (count - distance if lane & distance else 0) for lane in range(count)]
+        second = [lane + (count if lane & distance else distance) for lane in range(count)]
+        moved = list(rows)
+        for row in (row for row in range(count) if not row & distance):
+            pair = rows[row], rows[row + distance]
+            moved[row], moved[row + distance] = (shuffle(*pair, lanes) for lanes in (first, second))
+        rows, distance = moved, distance // 2
+    return rows
+
+
 def where(condition: Value, then: Number, otherwise: Number) -> Value:
     """One of two numbers in each lane; at least one of them is a value."""
     known = then if isinstance(then, Value) else otherwise
@@ -421,6 +435,12 @@ def maximum(a: Value, b: Number) -> Value:
 def minimum(a: Value, b: Number) -> Value:
     """The smaller of two unsigned integers."""
     return call_for("umin", a, b)
+
+
+def clamp(value: Value, low: float, high: float) -> Value:
+    """The nearest number that is neither below `low` nor above `high`; NaN stays NaN."""
+    value = where(value < low, low, value)
+    return where(value.compare("ogt", "ugt", high), high, value)
 
 
 def square_root(value: Value) -> Value:
