@@ -24,6 +24,7 @@ ARROWS = {
     "modeling_visualglm": (
         {
             "cache_naming",
+            "calibration",
             "chat",
             "configuration_visualglm",
             "cpu_attention",
@@ -82,6 +83,7 @@ ARROWS = {
         {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products"},
         {"transformers", "torch"},
     ),
+    "calibration": ({"lowbit_codes", "lowbit_format", "quantization"}, {"torch"}),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
         {

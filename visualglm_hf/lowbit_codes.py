@@ -88,7 +88,7 @@ def search_naive(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, t
     return pack_int4(round_to_codes(groups, scale).flatten(1)), scale.squeeze(-1).half()
 
 
-def search_scales(groups: torch.Tensor) -> torch.Tensor:
+def search_scales(groups: torch.Tensor, costs: torch.Tensor | None = None) -> torch.Tensor:
     """Find the scale of each group, positive or negative, with the smallest squared error of a few candidates.
 
     Each candidate maps the group's largest weight, the first of equals, to a number near the smallest code, -8; is
@@ -97,6 +97,7 @@ def search_scales(groups: torch.Tensor) -> torch.Tensor:
 
     Args:
         groups: [..., G], float32.
+        costs: [G], float32, of a unit of squared error of each column; None for 1.
 
     Returns:
         [..., 1], float32 numbers that are float16's.
@@ -107,14 +108,18 @@ def search_scales(groups: torch.Tensor) -> torch.Tensor:
     for divisor in DIVISORS:
         # A tensor on the device: torch multiplies by the reciprocal of a number on some.
         codes = round_to_codes(groups, peak / peak.new_full((), -divisor))
-        norm = codes.square().sum(-1, keepdim=True)  # exact in any order
-        scale = (add_in_order(groups * codes) / nonzero(norm)).half().float()
+        norm = weigh(codes.square(), costs).sum(-1, keepdim=True)  # without costs exact in any order
+        scale = (add_in_order(weigh(groups * codes, costs)) / nonzero(norm)).half().float()
         codes = round_to_codes(groups, scale)
-        error = add_in_order((groups - codes * scale).square())
+        error = add_in_order(weigh((groups - codes * scale).square(), costs))
         is_better = ~(error >= best_error)  # NaN is better, so that it is found
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
     return best_scale
+
+
+def weigh(numbers: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+    return numbers if costs is None else numbers * costs
 
 
 def round_to_codes(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,18 @@ class QuantizedLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> "QuantizedLinear":
         """Quantize `linear`; the new layer shares its bias."""
-        weight, weight_scale = quantize_tensor(linear.weight, bits, group_size)
+        return cls.from_codes(linear, *quantize_tensor(linear.weight, bits, group_size), bits, group_size)
+
+    @classmethod
+    def from_codes(
+        cls,
+        linear: nn.Linear,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bits: int,
+        group_size: int | None = None,
+    ) -> "QuantizedLinear":
+        """Make a layer of codes and scales for the weights of `linear`, whose bias it shares."""
         with torch.device("meta"):
             quantized = cls(linear.in_features, linear.out_features, bits, group_size, bias=False)
         quantized.weight = nn.Parameter(weight, requires_grad=False)
