@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from checkpoint_calibration import Calibration, Codes
 from checkpoint_files import Entry, expected_tensors, map_tensors
 from prepared_folder import (
     SPARE_BYTES,
@@ -43,11 +44,15 @@ def plan(checkpoint: Checkpoint, bits: int, group_size: int | None) -> dict[str,
     return expected_tensors(config)
 
 
-def quantize_shard(entries: dict[str, Entry], file: Path, planned: dict[str, Entry], config: VisualGLMConfig) -> dict:
-    """Map one weight file and quantize what is planned; the rest stays as it is."""
+def quantize_shard(
+    entries: dict[str, Entry], file: Path, planned: dict[str, Entry], config: VisualGLMConfig, codes: Codes
+) -> dict:
+    """Map one weight file and quantize what is planned, if there are no codes for it; the rest stays as it is."""
     mapped, tensors = map_tensors(file), {}
     for key in (key for key, entry in entries.items() if entry.file == file):
-        if f"{key}_scale" in planned:
+        if key in codes:
+            tensors[key], tensors[f"{key}_scale"] = codes[key]
+        elif f"{key}_scale" in planned:
             group_size = config.quantization_group_size or -1
             tensors[key], tensors[f"{key}_scale"] = quantize_tensor(
                 mapped.pop(key), config.quantization_bit, group_size
@@ -57,7 +62,9 @@ def quantize_shard(entries: dict[str, Entry], file: Path, planned: dict[str, Ent
     return tensors
 
 
-def write_shards(folder: Path, entries: dict[str, Entry], planned: dict[str, Entry], config: VisualGLMConfig) -> None:
+def write_shards(
+    folder: Path, entries: dict[str, Entry], planned: dict[str, Entry], config: VisualGLMConfig, codes: Codes
+) -> None:
     """Write one file for each file of the source."""
     files = list(dict.fromkeys(entry.file for entry in entries.values()))
     weight_map, total = {}, 0
@@ -66,7 +73,7 @@ def write_shards(folder: Path, entries: dict[str, Entry], planned: dict[str, Ent
             suffix = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
             name = WEIGHT_FILE.format(suffix=suffix)
             progress.set_description(name)
-            tensors = quantize_shard(entries, file, planned, config)
+            tensors = quantize_shard(entries, file, planned, config, codes)
             save_safetensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -83,8 +90,21 @@ def planned_bytes(entries: dict[str, Entry], planned: dict[str, Entry]) -> int:
     return sum(entry.num_bytes for entry in (*kept, *(planned[key] for key in scales)))
 
 
+def check_calibration(bits: int, prompts: Path | None, is_measured: bool) -> None:
+    if prompts is not None and bits == 8:
+        raise ValueError("8 bits gain nothing from calibration: their error is small. Leave out --calibrate.")
+    if is_measured and prompts is None:
+        raise ValueError("There are no prompts to measure with. Give some with --calibrate FOLDER_OR_JSONL.")
+
+
 def quantize_checkpoint(
-    source: Path, target: Path, bits: int, group_size: int | None = None, vocabulary: Path | None = None
+    source: Path,
+    target: Path,
+    bits: int,
+    group_size: int | None = None,
+    vocabulary: Path | None = None,
+    prompts: Path | None = None,
+    is_measured: bool = False,
 ) -> Checkpoint:
     """Quantize the checkpoint in `source` into the new folder `target`.
 
@@ -94,18 +114,27 @@ def quantize_checkpoint(
         bits: 4 or 8.
         group_size: columns that share a scale, for 4 bits; None for 64, -1 for one scale per row as in the original.
         vocabulary: an ice_text.model, or a folder that has it; `source` by default.
+        prompts: a folder of pictures, or JSON Lines of questions about them, to calibrate with.
+        is_measured: hold some of the prompts out, and say how large the error is after them.
 
     Raises:
         ValueError: something is missing or damaged, does not belong together, or cannot be quantized so.
     """
+    check_calibration(bits, prompts, is_measured)
     target = target.resolve()
     check_target(target)
     checkpoint = read_checkpoint(source, vocabulary)
     planned = plan(checkpoint, bits, group_size)
     entries = kept_entries(checkpoint)
     check_space(target, SPARE_BYTES + planned_bytes(entries, planned))
+    codes: Codes = {}
+    if prompts is not None:
+        calibration = Calibration(source, checkpoint.tokenizer, checkpoint.config, prompts, is_measured)
+        codes, errors = calibration.choose_codes(group_size)
+        if errors is not None:
+            print(errors)
     with written_whole(target) as folder:
-        write_shards(folder, entries, planned, checkpoint.config)
+        write_shards(folder, entries, planned, checkpoint.config, codes)
         write_description(folder, checkpoint.config, checkpoint.tokenizer)
         keep_generation_config(source, folder)
     return checkpoint
