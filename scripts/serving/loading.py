@@ -15,7 +15,7 @@ from model_folder import check_folder
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
+from visualglm_hf import ChatGLMTokenizer, LowBitConfig, VisualGLMForConditionalGeneration
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,7 +37,7 @@ def load_model(
         device: "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first of them that is there.
         dtype: "float32", "float16" or "bfloat16"; "auto" takes float16 on an accelerator, and on a CPU float32 where
             it fits into the free memory, else bfloat16.
-        quant: 4 or 8 to quantize the language model to that many bits, before it moves to the device.
+        quant: 4 or 8 to quantize the language model to that many bits while it is read, before it moves to the device.
         adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
 
     Raises:
@@ -51,24 +51,30 @@ def load_model(
     bits = f", {quant} bits" if quant else ""
     print(f"Loading {folder} ({str(chosen_dtype).removeprefix('torch.')} on {chosen_device}{bits})", file=sys.stderr)
     try:
-        model, tokenizer = load_checkpoint(folder, chosen_dtype)
+        model, tokenizer = load_checkpoint(folder, chosen_dtype, quant)
     except (OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
-    if quant:
-        model = model.quantize(quant)
     if adapter:
         attach_adapter(model, adapter)
     return model.to(chosen_device).eval(), tokenizer
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load with the folder's own code if that is ours; the original's does not run any more."""
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype, quant: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load with the folder's own code if that is ours; the original's does not run any more.
+
+    Matrices are quantized one by one as they are read: the full weights would take three times the memory.
+    """
+    options = {"dtype": dtype, "output_loading_info": True}
+    if quant:
+        options["quantization_config"] = LowBitConfig(quant)
     if (folder / OUR_CODE).is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype, output_loading_info=True)
+        model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
     else:
         tokenizer = ChatGLMTokenizer.from_pretrained(folder)
-        model, info = VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, info = VisualGLMForConditionalGeneration.from_pretrained(folder, **options)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
