@@ -70,8 +70,8 @@ def quantize_calibrated(
 ) -> nn.Module:
     """Quantize the linear layers of a transformers model's decoder to 4 bits, calibrated with prompts.
 
-    Memory: besides the model, X^T X of one layer and a factor of it at a time (1.2 and 1 GiB at full size), and the
-    hidden states of all prompts.
+    Memory: besides the model, X^T X of one layer and the factor of one matrix at a time (1.2 and 1 GiB at full size),
+    some rows of the matrix, and the hidden states of all prompts.
 
     Args:
         model: has a decoder with `layers`, each called with its hidden states first.
