@@ -194,8 +194,7 @@ def test_padding_is_no_input():
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
-def test_a_layer_that_follows_makes_up_for_those_before_it(monkeypatch):
-    """Its inputs are those of the quantized model: with inputs of the full one the error is larger."""
+def test_a_layer_is_calibrated_with_what_the_quantized_layers_before_it_give(monkeypatch):
     prompts, model = make_prompts(16, 40), make_small_model(torch.float32, bits=None)
     seen = []
     original = quantize_with_feedback
@@ -205,7 +204,6 @@ def test_a_layer_that_follows_makes_up_for_those_before_it(monkeypatch):
         return original(weight, hessian, group_size)
 
     monkeypatch.setattr("visualglm_hf.calibration.quantize_with_feedback", watched)
-    full = copy.deepcopy(model)
     model.quantize(4, calibration=prompts)
     inputs = []
     last = model.transformer.layers[-1].attention.query_key_value
@@ -215,7 +213,6 @@ def test_a_layer_that_follows_makes_up_for_those_before_it(monkeypatch):
         handle.remove()
     x = torch.cat(inputs)
     assert difference(seen[-4], x.T @ x) < 1e-4
-    assert type(full.transformer.layers[0].mlp.dense_h_to_4h) is nn.Linear
 
 
 def test_what_cannot_be_calibrated_is_refused_and_left_as_it_is():
