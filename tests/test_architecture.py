@@ -27,6 +27,7 @@ ARROWS = {
     "modeling_visualglm": (
         {
             "cache_naming",
+            "calibration",
             "chat",
             "configuration_visualglm",
             "cpu_attention",
@@ -81,7 +82,11 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
-    "quantization": ({"adapters", "lowbit_format", "lowbit_products"}, {"transformers", "torch"}),
+    "quantization": (
+        {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products"},
+        {"transformers", "torch"},
+    ),
+    "calibration": ({"lowbit_codes", "lowbit_format", "quantization"}, {"torch"}),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
         {
@@ -105,6 +110,10 @@ ARROWS = {
         {"torch"},
     ),
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
+    "cpu_quantizing": (
+        {"cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_codes"},
+        {"torch"},
+    ),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
     "instruction_trial": (set(), set()),
     "kernel_choice": (set(), set()),
@@ -124,6 +133,7 @@ ARROWS = {
     "cuda_products": ({"cuda_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cuda_runtime": ({"cuda_source", "kernel_choice"}, {"torch"}),
     "cuda_source": (set(), set()),
+    "lowbit_codes": ({"lowbit_format"}, {"torch"}),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (
         {"cpu_language", "cpu_many_rows", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
@@ -149,12 +159,12 @@ TOOL_ROOMS = {
         packages="argcomplete",
     ),
     "commands": Room(
-        tools="benchmarking.report benchmarking.run benchmarking.settings checkpoints.checks checkpoints.conversion "
-        "checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging checkpoints.quantizing "
-        "checkpoints.remote_code options output_files printing serving.engine.engine serving.engine.sampling "
-        "serving.engine.text serving.http.api_key serving.http.app serving.listening serving.options "
-        "serving.page.page serving.page.uploads serving.questions shipped training.memory training.run "
-        "training.settings",
+        tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
+        "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
+        "checkpoints.quantizing checkpoints.remote_code options output_files printing serving.engine.engine "
+        "serving.engine.sampling serving.engine.text serving.http.api_key serving.http.app serving.listening "
+        "serving.options serving.page.page serving.page.uploads serving.questions shipped training.memory "
+        "training.run training.settings",
         model="compilation fetching image_processing_visualglm",
         packages="accelerate torch tqdm transformers uvicorn",
     ),
@@ -192,6 +202,11 @@ TOOL_ROOMS = {
         tools="checkpoints.adapters checkpoints.folder checkpoints.loading options printing shipped",
         model="configuration_visualglm image_processing_visualglm modeling_visualglm processing_visualglm quantization",
         packages="filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
+    ),
+    "calibration": Room(
+        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing printing serving.questions",
+        model="quantization visualglm_hf",
+        packages="torch tqdm",
     ),
     "benchmarking": Room(
         tools="checkpoints.loading options packages",
@@ -263,11 +278,11 @@ def functions_of(room: str) -> set[str]:
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("cpu_")])
 def test_every_kernel_has_a_naive_twin_of_its_name(room):
-    """In torch, beside it or, of the low-bit format, there. A program has none: it runs kernels."""
+    """In torch, beside it or, of low bits, with their definition. A program has none: it runs kernels."""
     kernels = {
         name.removesuffix("_kernel") for name in functions_of(room) if re.fullmatch(r"(?!write_)\w+_kernel", name)
     }
-    twins = functions_of(room) | functions_of("lowbit_format")
+    twins = functions_of(room) | functions_of("lowbit_format") | functions_of("lowbit_codes")
     assert {name for name in kernels - {"program"} if f"{name}_naive" not in twins} == set()
 
 

@@ -388,15 +388,16 @@ def vector_of(numbers: Iterable[Value]) -> Value:
 
 
 def transpose(rows: list[Value]) -> list[Value]:
-    """As many vectors as each has lanes, a power of two: the first lanes of all, then their second lanes, and so on."""
-    count = len(rows)
-    for step in (count >> shift for shift in range(1, count.bit_length())):
-        kept = [lane + (count - step if lane & step else 0) for lane in range(count)]
-        moved = [lane + (count if lane & step else step) for lane in range(count)]
-        for first in (row for row in range(count) if not row & step):
-            pair = rows[first], rows[first + step]
-            rows = [*rows]
-            rows[first], rows[first + step] = (shuffle(*pair, lanes) for lanes in (kept, moved))
+    """The columns of as many vectors as each has lanes, a power of two: lane i of row j becomes lane j of row i."""
+    count, distance = len(rows), len(rows) // 2
+    while distance:  # change places between the vectors that are so far apart
+        first = [lane + (count - distance if lane & distance else 0) for lane in range(count)]
+        second = [lane + (count if lane & distance else distance) for lane in range(count)]
+        moved = list(rows)
+        for row in (row for row in range(count) if not row & distance):
+            pair = rows[row], rows[row + distance]
+            moved[row], moved[row + distance] = (shuffle(*pair, lanes) for lanes in (first, second))
+        rows, distance = moved, distance // 2
     return rows
 
 
@@ -444,6 +445,12 @@ def maximum(a: Value, b: Number) -> Value:
 def minimum(a: Value, b: Number) -> Value:
     """The smaller of two unsigned integers."""
     return call_for("umin", a, b)
+
+
+def clamp(value: Value, low: float, high: float) -> Value:
+    """The nearest number that is neither below `low` nor above `high`; NaN stays NaN."""
+    value = where(value < low, low, value)
+    return where(value.compare("ogt", "ugt", high), high, value)
 
 
 def square_root(value: Value) -> Value:

@@ -20,6 +20,7 @@ from visualglm_hf.cpu_language import (
     INTEGERS,
     Form,
     absolute,
+    clamp,
     exp,
     fma,
     join,
@@ -89,6 +90,7 @@ ON_FLOATS = {
     "absolute": (lambda a, b: absolute(a), A.abs()),
     "maximum": (lambda a, b: maximum(a, b), torch.maximum(A, B)),
     "maximum, constant": (lambda a, b: maximum(a, 0.5), A.clamp(min=0.5)),
+    "clamp": (lambda a, b: clamp(a, -1.5, 0.25), A.clamp(-1.5, 0.25)),
     "square root": (lambda a, b: square_root(absolute(a)), A.abs().sqrt()),
     "fma": (lambda a, b: fma(a, b, 1.0), (A.double() * B.double() + 1).float()),
     "multiply_add": (lambda a, b: multiply_add(a, b, a), A * B + A),
@@ -166,6 +168,26 @@ def test_the_exponential_ends_at_the_smallest_normal_number_and_keeps_nan():
     out = torch.empty(16)
     run(lambda k, t: t.out.of(FLOATS32).store(exp(t.a.of(FLOATS32).load(16))), x, out, out)
     assert torch.allclose(out, x.clamp(min=-87).exp(), rtol=3e-7, equal_nan=True)
+
+
+def test_what_is_no_number_is_not_clamped_to_one():
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1.0] * 4)
+    out = torch.empty(16)
+    run(lambda k, t: t.out.of(FLOATS32).store(clamp(t.a.of(FLOATS32).load(16), -8, 7)), x, out, out)
+    assert torch.equal(out.nan_to_num(100), torch.tensor([100.0, 7, -8, 1] * 4))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_rows_become_columns(count):
+    x, out = torch.arange(float(count * count)), torch.empty(count, count)
+
+    def turn(k, t):
+        rows = [t.a.of(FLOATS32)[row * count].load(count) for row in range(count)]
+        for column, values in enumerate(transpose(rows)):
+            t.out.of(FLOATS32)[column * count].store(values)
+
+    run(turn, x, out, out)
+    assert torch.equal(out, x.view(count, count).T)
 
 
 def test_loops_count_in_steps_from_a_start_and_run_at_least_once():
