@@ -136,8 +136,8 @@ TOOL_ROOMS = {
         tools="benchmarking.report benchmarking.run benchmarking.settings checkpoints.checks checkpoints.conversion "
         "checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging checkpoints.quantizing "
         "checkpoints.remote_code evaluation.chart evaluation.references evaluation.results evaluation.scoring "
-        "evaluation.tables options output_files printing serving.engine.engine serving.engine.sampling "
-        "serving.engine.text serving.http.api_key serving.http.app serving.listening serving.options "
+        "evaluation.tables options output_files printing serving.engine.engine serving.engine.text "
+        "serving.http.api_key serving.http.app serving.listening serving.options "
         "serving.page.page serving.page.uploads serving.runs shipped training.memory training.run "
         "training.settings",
         model="compilation fetching image_processing_visualglm",

@@ -7,20 +7,19 @@
 A row is one of visualglm batch with the right answer, or a list of such:
 `{"id": 1, "text": "图里有猫吗？", "image": "1.jpeg", "reference": "有", "kind": "presence"}`; POPE's files are read as
 they are published. Answers are written as visualglm batch writes them: a run that was stopped goes on where it was, and
-where ANSWERS has all of them, they are judged and no model is loaded. An exam is greedy and without a repetition penalty,
+where ANSWERS has all of them, they are judged and no model is loaded. An exam is greedy and has no repetition penalty
 unless options say otherwise. The table is Markdown on standard output.
 """
 
 import importlib
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from visualglm_tools.evaluation.scoring import MATCHES
 from visualglm_tools.options import argument, option
-from visualglm_tools.output_files import is_stream, is_written_for, replace_file
+from visualglm_tools.output_files import behind_links, is_same_file, is_stream, is_written_for, replace_file
 from visualglm_tools.serving import runs
 from visualglm_tools.serving.options import (
     FileOptions,
@@ -100,7 +99,7 @@ def check_files(options: Options) -> None:
     for path in written:
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {str(path.parent)!r} for {path.name!r}.")
-        is_stream(path)
+        behind_links(path)
     read = [options.input, *([options.against] if options.against else [])]
     for number, path in enumerate(written):
         for other in (*read, *written[:number]):
@@ -113,7 +112,7 @@ def check_files(options: Options) -> None:
 
 
 def check_other(path: Path, other: Path) -> None:
-    if path.resolve() == other.resolve():
+    if is_same_file(path, other):
         raise ValueError(f"{str(path)!r} would be written over {str(other)!r}. Give another name.")
 
 
@@ -139,19 +138,19 @@ def read_others(options: Options, questions: list) -> dict[str, dict]:
 
 
 def show(options: Options, results: list, others: list | None) -> None:
-    """Print the tables, and write what was asked for."""
+    """Write what was asked for, and print the tables: their reader may have enough of them before the end."""
     from visualglm_tools.evaluation.results import as_report, compare_all, tally_all
     from visualglm_tools.evaluation.tables import write_comparison, write_results
 
     groups = tally_all(results)
     tables = [write_results(groups), *([write_comparison(compare_all(results, others))] if others else [])]
-    sys.stdout.write("\n".join(tables))
     if options.report:
         files = {"questions": options.input, "answers": options.output, "against": options.against}
         head = {name: str(path) for name, path in files.items() if path} | {"match": options.match}
         content = head | as_report(results, others)
-        replace_file(options.report, [json.dumps(content, indent=2, ensure_ascii=False) + "\n"])
+        replace_file(behind_links(options.report), [json.dumps(content, indent=2, ensure_ascii=False) + "\n"])
     if options.chart:
         from visualglm_tools.evaluation.chart import draw_results
 
         draw_results(groups, options.chart)
+    print("\n".join(tables), end="", flush=True)

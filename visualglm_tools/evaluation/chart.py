@@ -39,6 +39,7 @@ def draw_results(groups: Sequence[tuple[str, str, Tally]], file: Path) -> None:
         axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, symbol=" %"))
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
-        figure.legend(loc="outside upper center", ncols=len(languages))
+        if languages:
+            figure.legend(loc="outside upper center", ncols=len(languages))
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
         pyplot.close(figure)

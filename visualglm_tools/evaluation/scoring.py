@@ -19,10 +19,10 @@ NO_WORDS = frozenset(
     {"no", "false", "否", "不", "不是", "没有", "没", "无", "不对", "不能", "不会", "不可以", "不存在", "错误"}
 )
 
-# How an answer begins that says it at once. After the words of Chinese come those that make something else of them.
+# How an answer begins that says it at once. "有一只狗" does not: it may have been asked about a cat.
 YES = re.compile(
     r"(?:(?:yes|yeah|yep|yup|true|correct|indeed|(?:certainly|of course)(?! not))(?![a-z])"
-    r"|没错|不错|正确|可以|存在|嗯|是(?!否|不是)|有(?!没有|无|可能|时)|对(?!不|于|面|比|称|应)|[能会](?!否|不))"
+    r"|是的|没错|不错|正确|嗯|(?:是|有|对|能|会|可以|存在)[的啊呀]?(?=\W|$))"
 )
 NO = re.compile(
     r"(?:(?:nope|nah|false|incorrect|wrong|never|neither|none|no(?! (?:doubt|problem|wonder|matter)(?![a-z]))"
