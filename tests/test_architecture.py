@@ -161,12 +161,13 @@ TOOL_ROOMS = {
     "commands": Room(
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
-        "checkpoints.quantizing checkpoints.remote_code options output_files printing serving.engine.engine "
-        "serving.engine.sampling serving.engine.text serving.http.api_key serving.http.app serving.listening "
-        "serving.options serving.page.page serving.page.uploads serving.questions shipped training.memory "
+        "checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.references "
+        "evaluation.results evaluation.scoring evaluation.tables options output_files printing "
+        "serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
+        "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",
         model="compilation fetching image_processing_visualglm",
-        packages="accelerate torch tqdm transformers uvicorn",
+        packages="torch transformers uvicorn",
     ),
     "checkpoints": Room(
         tools="packages printing",
@@ -178,7 +179,7 @@ TOOL_ROOMS = {
         tools="checkpoints.folder options output_files printing serving.engine.answers serving.engine.engine "
         "serving.engine.prompts serving.engine.sampling shipped",
         model="fetching image_processing_visualglm",
-        packages="PIL",
+        packages="PIL accelerate tqdm transformers",
     ),
     "serving/engine": Room(
         tools="checkpoints.loading printing",
@@ -197,6 +198,10 @@ TOOL_ROOMS = {
         "serving.engine.sampling serving.http.guards",
         model="picture_reading",
         packages="PIL anyio gradio starlette",
+    ),
+    "evaluation": Room(
+        tools="printing serving.questions",
+        packages="matplotlib",
     ),
     "training": Room(
         tools="checkpoints.adapters checkpoints.folder checkpoints.loading options printing shipped",

@@ -44,7 +44,8 @@ STARTS = (
 )
 SETTING = re.compile(r"^[A-Z_]+=\S* ")  # of a variable, before a command
 REST = ("…", "...")  # more options, which the reader knows
-NEEDED = {"finetune": ["--train-data", "dataset.json"], "batch": ["rows.jsonl", "answers.jsonl"]}  # among them
+NEEDED = {"finetune": ["--train-data", "dataset.json"], "batch": ["rows.jsonl", "answers.jsonl"]}
+NEEDED["evaluate"] = NEEDED["batch"]  # among them
 PLACEHOLDER = re.compile(r"\[?[A-Z]{3,}\]?")  # of a usage, for what readers have
 
 # What runs until it is stopped, or measures for minutes, is read by its parser alone.
@@ -53,6 +54,7 @@ READ_ONLY = {"serve", "web", "bench"}
 LESS_WORK = {
     "chat": ["--max-length", "128"],
     "batch": ["--max-new-tokens", "8"],
+    "evaluate": ["--max-new-tokens", "8"],
     "finetune": ["--train-iters", "2", "--answers", "0"],
 }
 TYPED = "\n你好\nstop\n"  # no picture, a question, the end

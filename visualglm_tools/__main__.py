@@ -30,6 +30,7 @@ COMMANDS = {
     "quantize": "write a checkpoint in 8 or 4 bits",
     "check": "check a checkpoint, and tell which kernels this machine uses",
     "bench": "measure speed and memory",
+    "evaluate": "ask an exam, and judge the answers",
 }
 INTERRUPTED = 130  # as shells say it
 

@@ -63,11 +63,14 @@ def is_same_file(one: Path, other: Path) -> bool:
 
 
 def is_written_for(path: Path, output: Path) -> bool:
-    """Whether a plain file is `output` or one that its writer keeps beside it, however it is called here."""
+    """Whether a plain file is `output` or one that its writer keeps beside it now or later, however it is called."""
     endings = (re.escape(ending) for ending in (ERRORS, LOCK, TEMPORARY))
     own = re.compile(rf"{re.escape(output.name)}({re.escape(PART)}\d+)?({'|'.join(endings)})*")
     neighbours = [each for each in output.parent.iterdir() if own.fullmatch(each.name)]
-    return any(is_same_file(path, each) for each in (output, *neighbours))
+    place = Path(os.path.realpath(path))
+    return (is_same_file(place.parent, output.parent) and own.fullmatch(place.name) is not None) or any(
+        is_same_file(path, each) for each in (output, *neighbours)
+    )
 
 
 @contextlib.contextmanager

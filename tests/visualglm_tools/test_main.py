@@ -60,8 +60,8 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == version("visualglm-hf") + "\n"
 
 
-def test_every_command_had_another_name():
-    assert SCRIPTS.keys() == COMMANDS.keys()
+def test_every_command_but_the_newest_had_another_name():
+    assert SCRIPTS.keys() == COMMANDS.keys() - {"evaluate"}
     scripts = (
         path for path in (ROOT / "scripts").glob("*.py") if "visualglm_tools" in path.read_text(encoding="utf-8")
     )
@@ -80,7 +80,7 @@ except SystemExit as end:
     assert not modules_after(code) & (HEAVY | {"numpy", "PIL", "importlib.metadata", "urllib.request"})
 
 
-@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("name", [name for name in DECLARED if name in SCRIPTS])
 def test_both_names_of_a_command_have_the_same_help(name):
     old = [sys.executable, str(ROOT / "scripts" / f"{SCRIPTS[name]}.py")]
     helps = [

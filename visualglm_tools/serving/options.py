@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visualglm_tools.checkpoints.folder import check_adapter, check_folder
-from visualglm_tools.options import COUNT, COUNT_OR_NONE, PORT, PROBABILITY, option
+from visualglm_tools.options import AMOUNT, COUNT, COUNT_OR_NONE, PORT, POSITIVE, PROBABILITY, argument, option
 from visualglm_tools.shipped import DEFAULT_MODEL
 
 
@@ -97,3 +97,42 @@ class SamplingOptions:
     top_k: int = option(
         "choose among this many likeliest tokens, 0 for all", 100, parse=COUNT_OR_NONE, metavar="K", group="answers"
     )
+
+
+def limit_option(default: int | None) -> Any:
+    """How long an answer may become."""
+    unset = "what the context leaves"
+    return option("of an answer", default, parse=COUNT, metavar="N", unset=unset, group="answers")
+
+
+def temperature_option(default: float) -> Any:
+    """How freely the tokens of an answer are chosen."""
+    return option("0: always the likeliest token", default, parse=AMOUNT, metavar="T", group="answers")
+
+
+def penalty_option(default: float) -> Any:
+    """How unlikely tokens become that were there before, those of the question among them."""
+    return option("1 for none", default, parse=POSITIVE, metavar="R", group="answers")
+
+
+def path_or_standard(text: str) -> Path | None:
+    """A path, or None for `-`, the standard stream."""
+    return None if text == "-" else Path(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(SamplingOptions, ModelOptions):
+    """What it takes to answer a file of questions."""
+
+    input: Path | None = argument(
+        'rows of {"id", "text", "image"}; -: standard input', parse=path_or_standard, metavar="INPUT"
+    )
+    output: Path | None = argument(
+        "where a run goes on if there are answers already; -: standard output", parse=path_or_standard, metavar="OUTPUT"
+    )
+    batch_size: int = option("rows answered at a time", 8, parse=COUNT, metavar="N")
+    allow_urls: bool = option("fetch pictures from http(s) addresses", False)
+    max_new_tokens: int | None = limit_option(None)
+    temperature: float = temperature_option(0.8)
+    repetition_penalty: float = penalty_option(1.2)
+    seed: int = option("from which each row has its own", 0, parse=COUNT_OR_NONE, metavar="N", group="answers")

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -100,8 +100,14 @@ def as_line(content: dict) -> str:
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def read_rows(path: Path | None) -> tuple[list[Row], list[Problem]]:
+def read_rows(
+    path: Path | None, translate: Callable[[Any], Any] = lambda content: content
+) -> tuple[list[Row], list[Problem]]:
     """The questions of a file, or of standard input, and the lines that are none. Blank lines do not count.
+
+    Args:
+        path: of the file; None for standard input.
+        translate: makes a row of what a line holds, where that has another layout.
 
     Raises:
         ValueError: the file cannot be read.
@@ -110,7 +116,7 @@ def read_rows(path: Path | None) -> tuple[list[Row], list[Problem]]:
     try:
         with open_input(path) as file:
             lines = ((number, line) for number, line in enumerate(read_lines(file), 1) if not is_blank(line))
-            read = [read_row(number, line, numbers) for number, line in lines]
+            read = [read_row(number, line, numbers, translate) for number, line in lines]
     except OSError as error:
         raise ValueError(f"cannot read {str(path or 'standard input')!r}: {error.strerror}") from error
     return [row for row in read if isinstance(row, Row)], [row for row in read if isinstance(row, Problem)]
@@ -120,12 +126,13 @@ def open_input(path: Path | None) -> BinaryIO:
     return open(os.dup(0) if path is None else path, "rb")
 
 
-def read_row(number: int, line: bytes, numbers: dict[str, int]) -> Row | Problem:
+def read_row(number: int, line: bytes, numbers: dict[str, int], translate: Callable[[Any], Any]) -> Row | Problem:
     """The question in a line, whose number is put among the `numbers` of the keys."""
     content = None
     try:
-        content, text = parse_line(line)
-        row = Row(number, check_content(content), text)
+        found, text = parse_line(line)
+        content = translate(found)
+        row = Row(number, check_content(content), text if content is found else None)
         if (first := numbers.setdefault(row.key, number)) != number:
             raise ValueError(f"The id {shortened(row.key)} is in line {first} already. Give each row its own.")
         return row

@@ -1,0 +1,1 @@
+"""Judging answers: questions with references, what is right, how sure that is."""

@@ -1,0 +1,110 @@
+"""Questions with their references: in this package's layout, or in POPE's as it is published.
+
+A row is one of `visualglm batch` with more in it:
+
+    {"id": 1, "text": "图里有猫吗？", "image": "1.jpeg", "reference": "有", "kind": "presence", "language": "zh"}
+
+`reference` is the right answer or a list of answers that all are; `kind` and `language` group the table, and may be
+missing. POPE's rows (Li et al., arXiv 2305.10355) have `question_id`, and `label`, which is "yes" or "no".
+Not here: what makes an answer right (`scoring.py`).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visualglm_tools.evaluation.scoring import HAN, verdict_of, way_of
+from visualglm_tools.serving.questions import Problem, Row, read_rows
+
+
+POPE = {"question_id": "id", "label": "reference"}
+SHOWN_COMPLAINTS = 4  # of a file; there may be one for each line
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of an exam.
+
+    Args:
+        row: what is asked.
+        references: the right answers, at least one.
+        kind: what its answer counts for.
+        language: of the question.
+    """
+
+    row: Row
+    references: tuple[str, ...]
+    kind: str
+    language: str
+
+
+def read_exam(path: Path, match: str) -> list[Question]:
+    """The questions of a file, all of whose lines must be right: an exam is not to become another one unnoticed.
+
+    Raises:
+        ValueError: it cannot be read, has no questions, or lines that are none, have no reference or one that cannot be
+            compared as `match` says.
+    """
+    rows, problems = read_rows(path, from_pope)
+    questions = [question_of(row, path.stem, match) for row in rows]
+    problems += [each for each in questions if isinstance(each, Problem)]
+    if problems:
+        raise ValueError(f"{str(path)!r} is no exam: {'; '.join(describe(problems))}")
+    if not questions:
+        raise ValueError(f'{str(path)!r} has no questions. Write rows of {{"id", "text", "image", "reference"}} to it.')
+    return questions
+
+
+def from_pope(content: Any) -> Any:
+    """A row of POPE's with this package's names beside its own; any other as it is."""
+    if not isinstance(content, dict) or not POPE.keys() <= content.keys() or "reference" in content:
+        return content
+    return {**{POPE.get(name, name): value for name, value in content.items()}, **content}
+
+
+def question_of(row: Row, name: str, match: str) -> Question | Problem:
+    """A row with what is said of its answer; the file's name is the kind of those that have none."""
+    content = row.content
+    try:
+        references = references_of(content)
+        way_of(references, match)
+        if "label" in content and verdict_of(references) is None:
+            raise ValueError(f'"label" must be "yes" or "no", found {content["label"]!r}.')
+        kind = text_of(content, "kind") or text_of(content, "category") or name
+        return Question(row, references, kind, text_of(content, "language") or language_of(content["text"]))
+    except ValueError as error:
+        return Problem.of(row, error)
+
+
+def references_of(content: dict) -> tuple[str, ...]:
+    """The right answers of a row, at least one."""
+    found = content.get("reference")
+    references = [found] if isinstance(found, str) else found
+    is_list = isinstance(references, list) and references
+    if not is_list or not all(isinstance(each, str) and each.strip() for each in references):
+        raise ValueError(f'"reference" must be the right answer, or a list of such, found {found!r}.')
+    return tuple(references)
+
+
+def text_of(content: dict, name: str) -> str:
+    """A field that is a text; "" if it is missing."""
+    value = content.get(name)
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(f'"{name}" must be a text, found {value!r}.')
+    return (value or "").strip()
+
+
+def language_of(text: str) -> str:
+    """ "zh" or "en", as a question is written."""
+    return "zh" if re.search(f"[{HAN}]", text) else "en"
+
+
+def describe(problems: Sequence[Problem]) -> Iterator[str]:
+    """What is wrong with the first few lines, and with how many more."""
+    in_order = sorted(problems, key=lambda problem: problem.number)
+    for problem in in_order[:SHOWN_COMPLAINTS]:
+        yield f"line {problem.number}: {problem.error}".rstrip(".")
+    if len(in_order) > SHOWN_COMPLAINTS:
+        yield f"and {len(in_order) - SHOWN_COMPLAINTS} more lines"

@@ -1,0 +1,194 @@
+"""A run over a file of questions, as a command does it: one at a time, alone or under a launcher, stopped and gone on.
+
+Here locks are taken, processes meet, and progress is drawn on standard error. Not here: what becomes of each question
+(`questions.py`), and what is made of the answers (the commands).
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from visualglm_tools.output_files import behind_links, is_stream, is_written_for, locked
+from visualglm_tools.printing import one_line
+from visualglm_tools.serving.options import FileOptions
+
+
+# torch, transformers and the model are imported in `answer_file`: `-h` and typing errors shall not wait for them.
+
+LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest one
+
+
+def run(options: FileOptions, read: Callable | None = None) -> int:
+    """Answer what is not answered yet; returns the exit code, 1 if rows could not be answered.
+
+    Args:
+        options: of the command.
+        read: gives the rows of the input and the problems with its other lines; by default as they stand there.
+
+    Raises:
+        ValueError: the input, the output or the model cannot be used; with how to go on where answers are kept.
+    """
+    try:
+        check_paths(options)
+        options.check()
+        # Standard output is for answers alone.
+        with termination_as_interrupt(), alone(options), contextlib.redirect_stdout(sys.stderr):
+            return answer_file(options, read)
+    except OSError as error:  # the disk is full, nobody reads the output any more, ...
+        where = str(error.filename or options.output or "standard output")
+        raise ValueError(
+            f"{error.strerror or error}: {where!r}. When that is mended, give the same command again."
+        ) from error
+    except KeyboardInterrupt as interrupt:
+        say("Stopped. Give the same command again to go on.")
+        return exit_code(interrupt)
+
+
+def answer_file(options: FileOptions, read: Callable | None = None) -> int:
+    """Answer what is not answered yet, alone or as one of several processes; returns the exit code."""
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from visualglm_tools.serving.questions import open_output, read_rows
+
+    logging.set_verbosity_error()
+    rows, unread = (read or read_rows)(options.input)
+    # accelerate's launcher says how many processes there are; without it, there is one.
+    state = PartialState(cpu=options.device == "cpu", timeout=LONGEST_WAIT)
+    with open_output(options.output, rows, len(unread)) as output:
+        try:
+            if state.is_main_process:
+                start(output, unread)
+            state.wait_for_everyone()
+            answer(options, rows, output, state)
+            state.wait_for_everyone()
+            return finish(output, len(rows) + len(unread)) if state.is_main_process else 0
+        except KeyboardInterrupt as interrupt:
+            if state.is_main_process:
+                say(f"Stopped: {output.count()} of {len(rows) + len(unread)} rows are answered. {output.how_to_go_on}")
+            return exit_code(interrupt)
+
+
+def start(output, unread: list) -> None:
+    """Take over what an earlier run has left, and say what is wrong with the input."""
+    outdated = output.start(unread)
+    if outdated:
+        say(f"{outdated} rows have changed since they were answered; they are asked again.")
+    for problem in unread:
+        say(describe(problem))
+
+
+def answer(options: FileOptions, rows: list, output, state) -> None:
+    """Answer this process's share of the rows that have no answer yet."""
+    from tqdm import tqdm
+
+    from visualglm_tools.serving.engine.engine import Engine, EngineError, Limits
+    from visualglm_tools.serving.engine.sampling import Settings
+    from visualglm_tools.serving.questions import MAX_PICTURE_BYTES, Pictures, answer_rows
+
+    names = ("max_length", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    done = output.read()
+    mine = [row for row in rows if row.key not in done][state.process_index :: state.num_processes]
+    if not mine:
+        return
+    loading = options.loading()
+    if state.num_processes > 1 and loading["device"] == "auto":
+        loading["device"] = str(state.device)
+    limits = Limits(options.batch_size, len(rows), max_picture_bytes=MAX_PICTURE_BYTES, timeout=math.inf)
+    folder = options.input.parent if options.input else Path()
+    try:
+        with (
+            Engine.load(options.model, limits, **loading) as engine,
+            tqdm(total=len(mine), unit="row", disable=not state.is_main_process) as progress,
+        ):
+            engine.start_decoders()
+            pictures = Pictures(folder, options.allow_urls, engine.decode_picture)
+            outcomes = answer_rows(engine, mine, pictures, settings, options.seed)
+            part = output.part(state.process_index, state.num_processes)
+            part.write(outcomes, lambda row, problem: draw(progress, problem))
+    except EngineError as error:
+        raise ValueError(f"{error} {output.how_to_go_on}") from error
+
+
+def finish(output, total: int) -> int:
+    """Put the output together and say what is in it; returns the exit code."""
+    problems = output.finish()
+    answered = output.count()
+    say(f"{answered} of {total} rows are answered.")
+    if problems:
+        say(f"The others are listed in {output.errors_path}." if output.errors_path else "The others are named above.")
+    missing = total - answered - problems
+    if missing > 0:
+        say(f"{missing} answers were taken out of the output while it was written. {output.how_to_go_on}")
+    return int(answered < total)
+
+
+def draw(progress, problem) -> None:
+    """Draw the progress; a row's problem stays above it."""
+    if problem is not None:
+        progress.write(describe(problem), file=sys.stderr)
+    progress.update()
+
+
+def describe(problem) -> str:
+    return f"line {problem.number}: {one_line(problem.error)}"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def writes_stream(options: FileOptions) -> bool:
+    return options.output is None or is_stream(options.output)
+
+
+def check_paths(options: FileOptions) -> None:
+    """Raise a `ValueError` for an input and an output that do not go together."""
+    source, output = options.input, options.output
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        check_shared(options)
+    if output is None:
+        return
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {str(output.parent)!r} for the output.")
+    if not is_stream(output) and source is not None and is_written_for(source, output):
+        raise ValueError(f"the output {str(output)!r} must be another file than the input, and than those beside it.")
+
+
+def check_shared(options: FileOptions) -> None:
+    if options.input is None or not options.input.is_file():
+        raise ValueError("several processes cannot share what can be read only once. Give a file as the input.")
+    if writes_stream(options):
+        raise ValueError("several processes cannot write to one stream. Give a file as the output.")
+
+
+def alone(options: FileOptions) -> contextlib.AbstractContextManager:
+    """Nobody else may write the output meanwhile; of several processes the first sees to that."""
+    if os.environ.get("RANK", "0") != "0" or writes_stream(options):
+        return contextlib.nullcontext()
+    return locked(behind_links(options.output))
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM be a `KeyboardInterrupt` that carries its number."""
+
+    def interrupt(number: int, frame) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """As shells say it."""
+    return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
