@@ -20,8 +20,9 @@ from helpers import assert_product_is_exact, seeded
 from visualglm_hf import cuda_products, cuda_runtime, lowbit_products
 from visualglm_hf.cuda_products import FUSED_ROWS, CudaProducts, DeviceKernels
 from visualglm_hf.cuda_runtime import Launch, compile_with, find_nvrtc
-from visualglm_hf.cuda_source import SOURCE
-from visualglm_hf.kernel_choice import KernelError
+from visualglm_hf.cuda_source import HELPERS, SOURCE
+from visualglm_hf.cuda_tiles import TileKernel, tile_source
+from visualglm_hf.kernel_choice import KernelError, name_of
 from visualglm_hf.lowbit_format import dequantize_naive
 from visualglm_hf.lowbit_products import (
     WAYS,
@@ -65,7 +66,8 @@ def fake_driver(tmp_path_factory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++, to run the kernels on the CPU")
     folder = tmp_path_factory.mktemp("simt")
-    (folder / "kernels.cu").write_text(SOURCE)
+    tiles = itertools.starmap(TileKernel, itertools.product((4, 8), map(name_of, DTYPES), (1, 2, 4), (1, 2, 4, 8), (256,)))
+    (folder / "kernels.cu").write_text(SOURCE + tile_source(tiles))
     library = folder / "libcuda.so"
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SIMT}", f'-DSOURCE="{folder / "kernels.cu"}"']
     subprocess.run(["g++", *options, "-o", str(library), str(SIMT / "driver.cpp")], check=True)
@@ -78,7 +80,7 @@ def fake_driver(tmp_path_factory) -> ctypes.CDLL:
 @pytest.fixture
 def fake_gpu(fake_driver, monkeypatch):
     """Let the launcher find the fake driver, and a device with compute capability 8.0 and few processors."""
-    state = types.SimpleNamespace(driver=fake_driver, capability=(8, 0), processors=2, capturing=False, entered=[])
+    state = types.SimpleNamespace(driver=fake_driver, capability=(8, 0), processors=2, capturing=False, entered=[], index=0)
     monkeypatch.setattr(cuda_runtime, "load_driver", lambda: fake_driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
     monkeypatch.setattr(
@@ -87,7 +89,8 @@ def fake_gpu(fake_driver, monkeypatch):
         lambda device: types.SimpleNamespace(multi_processor_count=state.processors),
     )
     monkeypatch.setattr(torch.cuda, "device", lambda device: state.entered.append(device) or contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=1234))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.index)
+    monkeypatch.setattr(cuda_runtime, "current_stream", lambda index: 1234)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.delenv("VISUALGLM_KERNELS", raising=False)
@@ -105,7 +108,7 @@ def fake_gpu(fake_driver, monkeypatch):
 
 @pytest.fixture
 def without_compiling(monkeypatch):
-    monkeypatch.setattr(cuda_products, "compile_kernels", lambda capability: b"\x7fELF")
+    monkeypatch.setattr(cuda_products, "compile_kernels", lambda capability, source: b"\x7fELF")
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def way_of(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int)
 def test_nvrtc_compiles_the_source_to_machine_code(nvrtc, architecture):
     if architecture not in cuda_runtime.supported_architectures(nvrtc):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
-    image = compile_with(nvrtc, divmod(architecture, 10))
+    image = compile_with(nvrtc, divmod(architecture, 10), SOURCE)
     assert image.startswith(b"\x7fELF")
     for dtype, bits in itertools.product(DTYPES, (4, 8)):
         for kind in ("multiply", "dequantize"):
@@ -137,13 +140,13 @@ def test_nvrtc_compiles_the_source_to_machine_code(nvrtc, architecture):
 
 def test_a_gpu_that_nvrtc_does_not_know_yet_gets_ptx_of_the_newest_that_it_does(nvrtc):
     newest = cuda_runtime.supported_architectures(nvrtc)[-1]
-    image = compile_with(nvrtc, (99, 0)).decode()
+    image = compile_with(nvrtc, (99, 0), SOURCE).decode()
     assert f".target sm_{newest}" in image
 
 
 def test_a_gpu_older_than_nvrtc_knows_is_refused(nvrtc):
     with pytest.raises(KernelError, match="sm_20"):
-        compile_with(nvrtc, (2, 0))
+        compile_with(nvrtc, (2, 0), SOURCE)
 
 
 def test_errors_of_the_compiler_come_with_its_log(nvrtc):
@@ -197,7 +200,7 @@ def test_hot_loop_converts_no_integers_and_is_short(nvrtc, tmp_path, architectur
     disassembler = find_disassembler()
     if disassembler is None:
         pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
-    (tmp_path / "kernels.cubin").write_bytes(compile_with(nvrtc, divmod(architecture, 10)))
+    (tmp_path / "kernels.cubin").write_bytes(compile_with(nvrtc, divmod(architecture, 10), SOURCE))
     command = [disassembler, "-c", str(tmp_path / "kernels.cubin")]
     assembly = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     for dtype in DTYPES:
@@ -465,17 +468,17 @@ def test_missing_libraries_give_one_warning_and_the_torch_way(fake_gpu, monkeypa
 
 
 def test_an_nvrtc_that_fails_makes_room_for_the_next(monkeypatch):
-    def compile_one(nvrtc, capability):
+    def compile_one(nvrtc, capability, source):
         if nvrtc == "broken":
             raise KernelError("NVRTC_ERROR_BUILTIN_OPERATION_FAILURE")
         return b"image"
 
     monkeypatch.setattr(cuda_runtime, "compile_with", compile_one)
     monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(("broken", "sound")))
-    assert cuda_runtime.compile_kernels((8, 0)) == b"image"
+    assert cuda_runtime.compile_kernels((8, 0), SOURCE) == b"image"
     monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(("broken",)))
     with pytest.raises(KernelError, match="BUILTIN"):
-        cuda_runtime.compile_kernels((8, 0))
+        cuda_runtime.compile_kernels((8, 0), SOURCE)
 
 
 @pytest.mark.parametrize("kind", ["multiply", "dequantize"])

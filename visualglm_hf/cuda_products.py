@@ -1,32 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with low-bit matrices on NVIDIA GPUs: which kernel is launched for which sizes.
 
-Not here: the kernels (`cuda_source.py`), the compiler and the driver (`cuda_runtime.py`), the format's bytes and the
+Not here: the kernels (`cuda_source.py`, `cuda_tiles.py`), the compiler and the driver (`cuda_runtime.py`), the format's bytes and the
 naive twins of the kernels (`lowbit_format.py`), and when they are used (`lowbit_products.py`).
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix.
 """
 
+import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 
 from .cuda_runtime import Driver, Launch, compile_kernels
+from .cuda_source import HELPERS, SOURCE
+from .cuda_tiles import PADDING, STAGES, STEP, TileKernel, tile_source
 from .kernel_choice import KernelError, KernelUser, NoKernelsError, name_of
 from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
 
-# M up to which the fused kernel is used: many rows are better dequantized once, for cuBLAS (on an H200 from 48 rows).
+# M up to which a kernel reads the codes where no tiles are planned: many rows are better dequantized once, for cuBLAS (on
+# an H200 from 48 rows).
 FUSED_ROWS = 32
-BLOCK_OUTPUTS = 32  # outputs of a block of the fused kernel
+BLOCK_OUTPUTS = 32  # outputs of a block of the kernel for a few rows
 LANE_BITS = 128  # bits of codes that a lane loads at once
-MIN_WARPS, MAX_WARPS = 8, 32  # of a block of the fused kernel; registers allow no more at a time
+MIN_WARPS, MAX_WARPS = 8, 32  # of a block of the kernel for a few rows; registers allow no more at a time
 WARP_MEMORY = (8 * (BLOCK_OUTPUTS + 1) + 1) * 4  # bytes of shared memory for the sums of a warp
 MAX_BLOCKS = 2**16 - 1  # along the second dimension of a grid
 MAX_ELEMENTS = 2**31  # of a matrix, for 32-bit offsets
 DEQUANTIZE_THREADS = 256
 OLDEST_CAPABILITY = (7, 5)  # Turing: the first with m16n8k8
 BFLOAT16_CAPABILITY = (8, 0)
+
+
+class Tiles(NamedTuple):
+    """How the tile kernel divides a product: a warp has 16 outputs `warp_tiles` times, and 8 rows `row_tiles` times.
+
+    Args:
+        across, along: warps of a block: so many divide its outputs, and so many its columns.
+        most_cluster: blocks that divide the columns once more, at most.
+    """
+
+    warp_tiles: int
+    row_tiles: int
+    across: int
+    along: int
+    most_cluster: int
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.row_tiles
+
+    @property
+    def outputs(self) -> int:
+        return 16 * self.warp_tiles * self.across
+
+    @property
+    def warps(self) -> int:
+        return self.across * self.along
+
+    def kernel(self, bits: int, dtype: torch.dtype) -> TileKernel:
+        return TileKernel(bits, name_of(dtype), self.warp_tiles, self.row_tiles, 32 * self.warps)
+
+    def memory(self, bits: int) -> int:
+        """Bytes of shared memory: of all stages, and later of the sums in their place."""
+        stage = self.along * STEP * (2 * self.rows + self.outputs * bits // 8)
+        return max(STAGES * stage, self.along * self.rows * (self.outputs + PADDING) * 4)
+
+
+class TileChoice(NamedTuple):
+    """From how many rows to how many the tile kernel is the fastest way, and with which tiles, the smallest first."""
+
+    first_rows: int
+    last_rows: int
+    tiles: tuple[Tiles, ...]
+
+    def find(self, rows: int) -> Tiles:
+        """The smallest tiles that have so many rows, or the largest."""
+        return next((tiles for tiles in self.tiles if rows <= tiles.rows), self.tiles[-1])
+
+
+# By compute capability: only what was measured there.
+TILE_CHOICES = {
+    (9, 0): TileChoice(
+        first_rows=5,
+        last_rows=128,
+        tiles=(Tiles(2, 1, 2, 4, 4), Tiles(2, 2, 4, 2, 4), Tiles(2, 4, 4, 2, 4), Tiles(2, 8, 4, 2, 4)),
+    )
+}
 # Relative error of the self-check: results are rounded to 11 or 8 bits.
 CHECK_TOLERANCE = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 
@@ -43,23 +105,24 @@ class DeviceKernels:
         self.capability = torch.cuda.get_device_capability(device)
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.dtypes = [torch.float16, *([torch.bfloat16] if self.capability >= BFLOAT16_CAPABILITY else [])]
+        self.choice = TILE_CHOICES.get(self.capability)
         self.driver = Driver()
-        image = compile_kernels(self.capability)
+        image = compile_kernels(self.capability, SOURCE)
+        names = [
+            function_name(kind, bits, dtype)
+            for kind in ("multiply", "dequantize")
+            for bits in (4, 8)
+            for dtype in self.dtypes
+        ]
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)  # makes the device's context this thread's
             self.context = self.driver.current_context()
-            module = self.driver.load_module(image)
-            self.functions = {
-                name: self.driver.get_function(module, name)
-                for dtype in self.dtypes
-                for bits in (4, 8)
-                for name in (function_name("multiply", bits, dtype), function_name("dequantize", bits, dtype))
-            }
+            self.functions = self.load(image, names)
         # Found once for each size: at one row, working it out would take longer than the kernel.
         self.dequantize_obstacle = functools.lru_cache(maxsize=None)(self.find_dequantize_obstacle)
-        self.multiply_obstacle = functools.lru_cache(maxsize=None)(self.find_multiply_obstacle)
+        self.size_obstacle = functools.lru_cache(maxsize=None)(self.find_size_obstacle)
         self.find_dequantize = functools.lru_cache(maxsize=None)(self.plan_dequantize)
-        self.find_multiply = functools.lru_cache(maxsize=None)(self.plan_multiply)
+        self.launches: dict[tuple, Launch] = {}  # of products, by what `multiply_obstacle` takes
 
     def find_dequantize_obstacle(
         self, dtype: torch.dtype, outputs: int, inputs: int, groups: int, bits: int
@@ -74,30 +137,72 @@ class DeviceKernels:
             return f"groups of {inputs // groups} columns, no multiple of {span}"
         return None
 
-    def find_multiply_obstacle(
+    def multiply_obstacle(
         self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int
     ) -> str | None:
-        """Why the fused kernel cannot multiply so many rows. It finds a column's group by shifting."""
+        """Why no kernel multiplies so many rows with the codes."""
+        if (dtype, rows, outputs, inputs, groups, bits) in self.launches:
+            return None
+        obstacle = self.size_obstacle(dtype, rows, outputs, inputs, groups, bits)
+        if obstacle is None and torch.cuda.is_current_stream_capturing():
+            tiles = self.find_tiles(rows, inputs, groups)
+            if tiles is not None and tiles.kernel(bits, dtype).name not in self.functions:
+                return "a graph is being captured"  # no time to load a module
+        return obstacle
+
+    def find_size_obstacle(
+        self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int
+    ) -> str | None:
+        """Why no kernel can multiply so many rows with the codes. They find a column's group by shifting."""
         width = inputs // groups
-        if not 0 < rows <= FUSED_ROWS:
-            return f"{rows} rows of activations, not 1 to {FUSED_ROWS}"
+        most = FUSED_ROWS if self.choice is None else max(FUSED_ROWS, self.choice.last_rows)
+        if not 0 < rows <= most:
+            return f"{rows} rows of activations, not 1 to {most}"
         if outputs % BLOCK_OUTPUTS:
             return f"a matrix [{outputs}, {inputs}], whose rows are no multiple of {BLOCK_OUTPUTS}"
         if outputs // BLOCK_OUTPUTS > MAX_BLOCKS or outputs * inputs > MAX_ELEMENTS:
             return f"a matrix [{outputs}, {inputs}], which is too large"
         if groups > 1 and width & (width - 1):
             return f"groups of {width} columns, no power of two"
+        if rows > FUSED_ROWS and inputs // groups % STEP:
+            return f"{rows} rows of activations, and groups that are no multiple of {STEP} columns"
         return self.dequantize_obstacle(dtype, outputs, inputs, groups, bits)
+
+    def find_tiles(self, rows: int, inputs: int, groups: int) -> Tiles | None:
+        """The tiles of a product without an obstacle; None for the kernel for a few rows."""
+        if self.choice is None or not self.choice.first_rows <= rows <= self.choice.last_rows:
+            return None
+        return None if inputs // groups % STEP else self.choice.find(rows)
+
+    def load(self, image: bytes, names: list[str]) -> dict[str, ctypes.c_void_p]:
+        module = self.driver.load_module(image)
+        return {name: self.driver.get_function(module, name) for name in names}
+
+    def tile_function(self, tiles: Tiles, bits: int, dtype: torch.dtype) -> ctypes.c_void_p:
+        """The tile kernel of a format, compiled with those for other numbers of rows when it is first needed."""
+        name = tiles.kernel(bits, dtype).name
+        if name not in self.functions:
+            kernels = [each.kernel(bits, dtype) for each in self.choice.tiles]
+            image = compile_kernels(self.capability, HELPERS + tile_source(kernels))
+            with torch.cuda.device(self.device):
+                self.functions.update(self.load(image, [each.name for each in kernels]))
+            for each in self.choice.tiles:
+                check_product(self, bits, 8, dtype, max(self.choice.first_rows, each.rows - 1))
+        return self.functions[name]
 
     def plan_dequantize(self, dtype: torch.dtype, outputs: int, inputs: int, groups: int, bits: int) -> Launch:
         """How a matrix of this size is dequantized."""
         threads = outputs * inputs * bits // LANE_BITS
         grid = (-(-threads // DEQUANTIZE_THREADS), 1)
         sizes = (outputs, inputs, groups, inputs // groups)
-        return Launch(self.functions[function_name("dequantize", bits, dtype)], grid, DEQUANTIZE_THREADS, 0, 3, sizes)
+        function = self.functions[function_name("dequantize", bits, dtype)]
+        return Launch(self.driver, function, grid, DEQUANTIZE_THREADS, 0, 3, sizes)
 
     def plan_multiply(self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int) -> Launch:
-        """How the fused kernel multiplies so many rows."""
+        """How a kernel multiplies so many rows with the codes."""
+        tiles = self.find_tiles(rows, inputs, groups)
+        if tiles is not None:
+            return self.plan_tiles(tiles, dtype, rows, outputs, inputs, groups, bits)
         width = inputs // groups
         shift = 31 if groups == 1 else width.bit_length() - 1
         chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
@@ -109,16 +214,45 @@ class DeviceKernels:
         grid = (-(-rows // rows_per_block), blocks)  # blocks that read the same codes are neighbours
         sizes = (rows, outputs, inputs, groups, shift)
         function = self.functions[function_name("multiply", bits, dtype)]
-        return Launch(function, grid, 32 * warps, WARP_MEMORY * warps, 4, sizes)
+        return Launch(self.driver, function, grid, 32 * warps, WARP_MEMORY * warps, 5, sizes)
+
+    def plan_tiles(
+        self, tiles: Tiles, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int
+    ) -> Launch:
+        """How the tile kernel multiplies so many rows."""
+        shift = 31 if groups == 1 else (inputs // groups // STEP).bit_length() - 1
+        row_blocks, blocks = -(-rows // tiles.rows), -(-outputs // tiles.outputs)
+        cluster = 1  # as many as fill the device, and have something to do
+        while (
+            cluster < tiles.most_cluster
+            and cluster * row_blocks * blocks < self.processors
+            and 2 * cluster * tiles.along * STEP <= inputs
+        ):
+            cluster *= 2
+        grid = (cluster * row_blocks, blocks)  # blocks that read the same codes are neighbours
+        sizes = (rows, outputs, inputs, groups, shift, tiles.across)
+        function = self.tile_function(tiles, bits, dtype)
+        return Launch(self.driver, function, grid, 32 * tiles.warps, tiles.memory(bits), 5, sizes, cluster)
 
     def multiply(
-        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bits: int,
+        in_features: int,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [M, K], contiguous, times the matrix, [N, K] of codes: [M, N]. The matrix is read as it is stored."""
-        rows, outputs = x.shape[0], weight.shape[0]
-        out = x.new_empty(rows, outputs)
-        launch = self.find_multiply(x.dtype, rows, outputs, in_features, count_groups(weight_scale), bits)
-        launch(self, x, weight, weight_scale, out)
+        """x [..., K], contiguous, times the matrix, [N, K] of codes, and the bias: [..., N]."""
+        outputs = weight.shape[0]
+        rows = x.numel() // in_features
+        sizes = (x.dtype, rows, outputs, in_features, count_groups(weight_scale), bits)
+        launch = self.launches.get(sizes)
+        if launch is None:
+            launch = self.launches[sizes] = self.plan_multiply(*sizes)
+        out = x.new_empty((*x.shape[:-1], outputs))
+        addresses = (x.data_ptr(), weight.data_ptr(), weight_scale.data_ptr(), 0 if bias is None else bias.data_ptr())
+        launch(self, *addresses, out.data_ptr())
         return out
 
     def dequantize(
@@ -128,7 +262,7 @@ class DeviceKernels:
         outputs = weight.shape[0]
         out = weight.new_empty((outputs, in_features), dtype=dtype)
         launch = self.find_dequantize(dtype, outputs, in_features, count_groups(weight_scale), bits)
-        launch(self, weight, weight_scale, out)
+        launch(self, weight.data_ptr(), weight_scale.data_ptr(), out.data_ptr())
         return out
 
 
@@ -178,22 +312,32 @@ class CudaProducts(KernelUser):
         return DeviceKernels(device)
 
     def check(self, kernels: DeviceKernels) -> None:
-        random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
-            codes = torch.randint(-128, 128, (64, 512 * bits // 8), **random).to(torch.int8)
-            scale = torch.rand((64, groups) if groups > 1 else (64,), **random).sub(0.5).half()
-            matrix = dequantize_naive(codes, scale, bits, 512, torch.float32)
             for dtype in kernels.dtypes:
-                x = torch.randn(3, 512, **random).to(dtype)
-                inputs = [tensor.to(kernels.device) for tensor in (x, codes, scale)]
-                pairs = {
-                    "multiply": (kernels.multiply(*inputs, bits, 512), multiply_naive(x, codes, scale, bits)),
-                    "dequantize": (kernels.dequantize(*inputs[1:], bits, 512, dtype), matrix),
-                }
-                for name, (out, expected) in pairs.items():
-                    error = ((out.float().cpu() - expected).norm() / expected.norm()).item()
-                    if not error < CHECK_TOLERANCE[dtype]:
-                        raise KernelError(f"{function_name(name, bits, dtype)} is off by {error:.2g} of the result.")
+                check_product(kernels, bits, groups, dtype, rows=3)
+
+
+def check_product(kernels: DeviceKernels, bits: int, groups: int, dtype: torch.dtype, rows: int) -> None:
+    """Compare with the naive twins on a small random problem; raise a `KernelError` if they disagree."""
+    random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
+    codes = torch.randint(-128, 128, (64, 512 * bits // 8), **random).to(torch.int8)
+    scale = torch.rand((64, groups) if groups > 1 else (64,), **random).sub(0.5).half()
+    x, bias = torch.randn(rows, 512, **random).to(dtype), torch.randn(64, **random).to(dtype)
+    inputs = [tensor.to(kernels.device) for tensor in (x, codes, scale, bias)]
+    pairs = {
+        "multiply": (
+            kernels.multiply(*inputs[:3], bits, 512, inputs[3]),
+            multiply_naive(x, codes, scale, bits) + bias.float(),
+        ),
+        "dequantize": (
+            kernels.dequantize(*inputs[1:3], bits, 512, dtype),
+            dequantize_naive(codes, scale, bits, 512, torch.float32),
+        ),
+    }
+    for name, (out, expected) in pairs.items():
+        error = ((out.float().cpu() - expected).norm() / expected.norm()).item()
+        if not error < CHECK_TOLERANCE[dtype]:
+            raise KernelError(f"{function_name(name, bits, dtype)} is off by {error:.2g} of the result.")
 
 
 CUDA_PRODUCTS = CudaProducts()

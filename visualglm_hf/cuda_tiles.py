@@ -1,8 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA C source of the kernel that multiplies 8 to 64 rows of activations at a time, and nothing else.
+"""The CUDA C source of the kernels that multiply up to 64 rows of activations at a time, and nothing else."""
 
-It follows `HELPERS` of `cuda_source.py`.
-"""
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+STEP = 64  # columns that a warp takes at a time, within one group
+STAGES = 4  # steps that are in shared memory or on their way there
+PADDING = 4  # floats between the sums of neighbouring rows, so many that they are in different banks
+
+
+class TileKernel(NamedTuple):
+    """One of the kernels: a warp has 16 outputs `warp_tiles` times, and 8 rows `row_tiles` times."""
+
+    bits: int
+    dtype: str
+    warp_tiles: int
+    row_tiles: int
+    threads: int  # of a block, at most
+
+    @property
+    def name(self) -> str:
+        return f"tiles_int{self.bits}_{self.dtype}_{self.warp_tiles}x{self.row_tiles}"
+
+    @property
+    def source(self) -> str:
+        is_bfloat16 = "true" if self.dtype == "bfloat16" else "false"
+        sizes = f"{self.warp_tiles}, {self.row_tiles}, {self.threads}"
+        return f"TILE_KERNEL({self.bits}, {self.dtype}, {is_bfloat16}, {sizes})"
+
+
+def tile_source(kernels: Iterable[TileKernel], stages: int = STAGES) -> str:
+    """The source of some kernels, which follows `HELPERS` of `cuda_source.py`."""
+    constants = {"STEP": STEP, "STAGES": stages, "PADDING": PADDING}
+    defines = [f"#define {name} {value}" for name, value in constants.items()]
+    return "\n".join((*defines, TILES, *(kernel.source for kernel in kernels)))
+
 
 TILES = r"""
 // Low-bit matrices times many rows: each weight is read and expanded once for up to 64 of them.
@@ -12,13 +45,7 @@ TILES = r"""
 // divide the columns once more; their sums are added up through each other's shared memory.
 //
 // Copies to shared memory are under way for STAGES - 1 steps while one is computed: x for all warps of a block, codes
-// for the warp that wants them.
-
-#define STEP 64    // columns
-#ifndef STAGES
-#define STAGES 4
-#endif
-#define PADDING 4  // floats between sums of a row: so many that neighbours are in different banks
+// for the warp that wants them. PADDING floats are between the sums of neighbouring rows.
 
 #ifndef VISUALGLM_SIMT
 // `offset` is one into the block's shared memory.
@@ -281,11 +308,10 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
     wait_for_cluster();  // nobody leaves whose memory is still read
 }
 
-#define TILE_KERNEL(BITS, DTYPE, BF16, WARP_TILES, ROW_TILES, THREADS, BLOCKS)                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                     \
-        tiles_int##BITS##_##DTYPE##_##WARP_TILES##x##ROW_TILES(                                                       \
-            const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out, int rows,           \
-            int outputs, int inputs, int groups, int group_shift, int warps_across) {                                 \
+#define TILE_KERNEL(BITS, DTYPE, BF16, WARP_TILES, ROW_TILES, THREADS)                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) tiles_int##BITS##_##DTYPE##_##WARP_TILES##x##ROW_TILES(     \
+        const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out, int rows, int outputs,  \
+        int inputs, int groups, int group_shift, int warps_across) {                                                  \
         multiply_tiles<BITS, BF16, WARP_TILES, ROW_TILES>(x, weight, scale, bias, out, rows, outputs, inputs, groups, \
                                                           group_shift, warps_across);                                 \
     }
