@@ -227,83 +227,84 @@ template <int BITS, bool BF16, int WARP_TILES, int ROW_TILES>
 DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out, int rows,
                            int outputs, int inputs, int groups, int group_shift, int warps_across) {
     constexpr int ROWS = ROW_TILES * 8, WARP_OUTPUTS = WARP_TILES * 16;
-    typedef Bytes<BITS, WARP_TILES, ROW_TILES> P;
-    constexpr int PIECES = P::CODES / 16;  // of a row of the matrix in a step
+    typedef Bytes<BITS, WARP_TILES, ROW_TILES> B;
+    constexpr int PIECES = B::CODES / 16;  // of a row of the matrix in a step
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int g = lane / 4, t = lane % 4;
-    const int across = warp % warps_across, along = warp / warps_across, steps_at_once = warps / warps_across;
-    const u32 stage_bytes = steps_at_once * P::X + warps * P::WARP;
-    const u32 rank = cluster_rank(), ranks = cluster_size();
+    const int across = warp % warps_across, along = warp / warps_across, warps_along = warps / warps_across;
+    const u32 all_x = warps_along * B::X, stage_bytes = all_x + warps * B::WARP;
+    const int rank = cluster_rank(), ranks = cluster_size();
     const int outputs_of_block = warps_across * WARP_OUTPUTS;
     const int first_row = blockIdx.x / ranks * ROWS, first_output = blockIdx.y * outputs_of_block;
     const int warp_output = first_output + across * WARP_OUTPUTS;
-    const int steps = inputs / STEP, rounds = (steps + steps_at_once - 1) / steps_at_once;
+    const int steps = inputs / STEP, rounds = (steps + warps_along - 1) / warps_along;
     const int begin = rounds * rank / ranks, end = rounds * (rank + 1) / ranks;
     const u32 mask = (BITS == 4 ? 0x000f000f : BF16 ? 0x43004300 : 0x64646464) * blockDim.z;
 
-    auto copy = [&](int round) {
-        const u32 stage = (round - begin) % STAGES * stage_bytes;
-        const int first = round * steps_at_once;
-        const int pieces = steps_at_once * ROWS * 8;  // of 8 columns of x
-        for (int i = threadIdx.x; i < pieces; i += blockDim.x) {
-            const int m = i / (steps_at_once * 8), piece = i % (steps_at_once * 8);
-            const int row = first_row + m < rows ? first_row + m : rows - 1;  // of rows past the end nothing is stored
-            if (first + piece / 8 < steps)
-                copy_to_shared(stage + piece / 8 * P::X + m * STEP * 2 + ((piece % 8) ^ (m & 1)) * 16,
-                               x + (size_t)row * inputs + first * STEP + piece * 8);
-        }
-        if (first + along < steps) {
-            const u32 place = stage + steps_at_once * P::X + warp * P::WARP;
-#pragma unroll
-            for (int i = lane; i < WARP_OUTPUTS * PIECES; i += 32) {
-                const int output = warp_output + i / PIECES;
-                const size_t row = output < outputs ? output : outputs - 1;
-                copy_to_shared(place + i * 16, weight + (row * inputs / STEP + first + along) * P::CODES + i % PIECES * 16);
+    // Of a round's x a thread copies 8 columns of every `4 * warps_across`th row. Past the end are the last row and the
+    // last output, of which nothing is stored there.
+    const int piece = threadIdx.x % (warps_along * 8), piece_row = threadIdx.x / (warps_along * 8);
+    const u32 piece_place = piece / 8 * B::X + ((piece % 8) ^ (piece_row & 1)) * 16;
+    auto copy = [&](int round, u32 stage) {
+        const int step = round * warps_along;
+        if (step + piece / 8 < steps)
+            for (int m = piece_row; m < ROWS; m += 4 * warps_across) {
+                const int row = first_row + m < rows ? first_row + m : rows - 1;
+                copy_to_shared(stage + piece_place + m * STEP * 2, x + (size_t)row * inputs + step * STEP + piece * 8);
             }
-        }
+        if (step + along < steps)
+#pragma unroll
+            for (int i = 0; i < WARP_OUTPUTS * PIECES / 32; i++) {
+                const int output = warp_output + (i * 32 + lane) / PIECES;
+                const size_t row = output < outputs ? output : outputs - 1;
+                copy_to_shared(stage + all_x + warp * B::WARP + (i * 32 + lane) * 16,
+                               weight + (row * steps + step + along) * B::CODES + lane % PIECES * 16);
+            }
     };
     auto load_scales = [&](int round, u16 (*scale_of)[2]) {
-        const int step = round * steps_at_once + along;
+        const int step = round * warps_along + along;
         if (round >= end || step >= steps) return;
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; tile++)
             for (int half = 0; half < 2; half++) {
                 const int output = warp_output + tile * 16 + half * 8 + g;
-                const size_t row = output < outputs ? output : outputs - 1;
-                scale_of[tile][half] = load_half(scale + row * groups + (step >> group_shift));
+                const int row = output < outputs ? output : outputs - 1;
+                scale_of[tile][half] = load_half(scale + (row * groups + (step >> group_shift)));
             }
     };
 
     float total[WARP_TILES][ROW_TILES][4] = {};
     u16 now[WARP_TILES][2] = {}, next[WARP_TILES][2] = {};
     for (int i = 0; i < STAGES - 1; i++) {
-        if (begin + i < end) copy(begin + i);
+        if (begin + i < end) copy(begin + i, i * stage_bytes);
         end_copies();
     }
     load_scales(begin, next);
+    u32 stage = 0, free_stage = (STAGES - 1) * stage_bytes;
     for (int round = begin; round < end; round++) {
         for (int tile = 0; tile < WARP_TILES; tile++)
             for (int half = 0; half < 2; half++) now[tile][half] = next[tile][half];
         wait_for_copies<STAGES - 2>();
-        __syncthreads();
-        if (round + STAGES - 1 < end) copy(round + STAGES - 1);
+        __syncthreads();  // all have copied, and are done with the stage of the round before
+        if (round + STAGES - 1 < end) copy(round + STAGES - 1, free_stage);
         end_copies();
         load_scales(round + 1, next);
-        const u32 stage = (round - begin) % STAGES * stage_bytes;
-        if (round * steps_at_once + along < steps)
-            accumulate_tiles<BITS, BF16, WARP_TILES, ROW_TILES>(stage + steps_at_once * P::X + warp * P::WARP,
-                                                                stage + along * P::X, mask, now, total);
+        if (round * warps_along + along < steps)
+            accumulate_tiles<BITS, BF16, WARP_TILES, ROW_TILES>(stage + all_x + warp * B::WARP, stage + along * B::X,
+                                                                mask, now, total);
+        free_stage = stage;
+        stage = stage == (STAGES - 1) * stage_bytes ? 0 : stage + stage_bytes;
     }
     wait_for_copies<0>();
     __syncthreads();
-    float* sums = shared_memory() + along * ROWS * (outputs_of_block + PADDING);  // [steps_at_once][ROWS][outputs]
+    float* sums = shared_memory() + along * ROWS * (outputs_of_block + PADDING);  // [warps_along][ROWS][outputs]
     for (int tile = 0; tile < WARP_TILES; tile++)
         for (int row_tile = 0; row_tile < ROW_TILES; row_tile++)
             for (int i = 0; i < 4; i++)
                 sums[(row_tile * 8 + 2 * t + i % 2) * (outputs_of_block + PADDING) + across * WARP_OUTPUTS + tile * 16 +
                      i / 2 * 8 + g] = total[tile][row_tile][i];
     wait_for_cluster();
-    add_tiles<BF16>(steps_at_once, ROWS, outputs_of_block, rows - first_row, outputs - first_output,
+    add_tiles<BF16>(warps_along, ROWS, outputs_of_block, rows - first_row, outputs - first_output,
                     bias ? bias + first_output : bias, out + (size_t)first_row * outputs + first_output, outputs);
     wait_for_cluster();  // nobody leaves whose memory is still read
 }
