@@ -15,7 +15,7 @@ import torch
 
 from .cuda_runtime import Driver, Launch, compile_kernels
 from .cuda_source import HELPERS, SOURCE
-from .cuda_tiles import PADDING, STAGES, STEP, TileKernel, tile_source
+from .cuda_tiles import PADDING, STAGES, STEP, TOGETHER, TileKernel, tile_source
 from .kernel_choice import KernelError, KernelUser, NoKernelsError, name_of
 from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
@@ -65,7 +65,7 @@ class Tiles(NamedTuple):
 
     def memory(self, bits: int) -> int:
         """Bytes of shared memory: of all stages, and later of the sums in their place."""
-        stage = self.along * STEP * (2 * self.rows + self.outputs * bits // 8)
+        stage = self.along * TOGETHER * STEP * (2 * self.rows + self.outputs * bits // 8)
         return max(STAGES * stage, self.along * self.rows * (self.outputs + PADDING) * 4)
 
 
@@ -226,7 +226,7 @@ class DeviceKernels:
         while (
             cluster < tiles.most_cluster
             and cluster * row_blocks * blocks < self.processors
-            and 2 * cluster * tiles.along * STEP <= inputs
+            and 2 * cluster * tiles.along * TOGETHER * STEP <= inputs
         ):
             cluster *= 2
         grid = (cluster * row_blocks, blocks)  # blocks that read the same codes are neighbours

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 
 STEP = 64  # columns that a warp takes at a time, within one group
-STAGES = 4  # steps that are in shared memory or on their way there
+TOGETHER = 2  # steps of a warp in a round
+STAGES = 3  # rounds that are in shared memory or on their way there
 PADDING = 4  # floats between the sums of neighbouring rows, so many that they are in different banks
 
 
@@ -30,9 +31,9 @@ class TileKernel(NamedTuple):
         return f"TILE_KERNEL({self.bits}, {self.dtype}, {is_bfloat16}, {sizes})"
 
 
-def tile_source(kernels: Iterable[TileKernel], stages: int = STAGES) -> str:
+def tile_source(kernels: Iterable[TileKernel], stages: int = STAGES, together: int = TOGETHER) -> str:
     """The source of some kernels, which follows `HELPERS` of `cuda_source.py`."""
-    constants = {"STEP": STEP, "STAGES": stages, "PADDING": PADDING}
+    constants = {"STEP": STEP, "TOGETHER": together, "STAGES": stages, "PADDING": PADDING}
     defines = [f"#define {name} {value}" for name, value in constants.items()]
     return "\n".join((*defines, TILES, *(kernel.source for kernel in kernels)))
 
@@ -41,10 +42,10 @@ TILES = r"""
 // Low-bit matrices times many rows: each weight is read and expanded once for up to 64 of them.
 //
 // A block has `outputs_of_block` rows of the matrix and ROWS rows of x. Its warps divide the outputs, and the columns,
-// 64 of them a warp at a time: a step, which is inside of one group. Blocks of a cluster, where the GPU has clusters,
-// divide the columns once more; their sums are added up through each other's shared memory.
+// 64 of them a warp at a time: a step, which is inside of one group; TOGETHER steps of each warp are a round. Blocks of
+// a cluster, where the GPU has clusters, divide the rounds; their sums are added up through each other's shared memory.
 //
-// Copies to shared memory are under way for STAGES - 1 steps while one is computed: x for all warps of a block, codes
+// Copies to shared memory are under way for STAGES - 1 rounds while one is computed: x for all warps of a block, codes
 // for the warp that wants them. PADDING floats are between the sums of neighbouring rows.
 
 #ifndef VISUALGLM_SIMT
@@ -66,13 +67,13 @@ DEVICE void copy_to_shared(u32 offset, const void* address) {  // 16 bytes, by a
 #endif
 }
 
-DEVICE void end_copies() {  // of a step
+DEVICE void end_copies() {  // of a round
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-template <int LEFT> DEVICE void wait_for_copies() {  // but for those of the last LEFT steps
+template <int LEFT> DEVICE void wait_for_copies() {  // but for those of the last LEFT rounds
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
 #endif
@@ -228,53 +229,61 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
                            int outputs, int inputs, int groups, int group_shift, int warps_across) {
     constexpr int ROWS = ROW_TILES * 8, WARP_OUTPUTS = WARP_TILES * 16;
     typedef Bytes<BITS, WARP_TILES, ROW_TILES> B;
-    constexpr int PIECES = B::CODES / 16;  // of a row of the matrix in a step
+    constexpr int PIECES = TOGETHER * B::CODES / 16;  // of a row of the matrix, that a warp copies in a round
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int g = lane / 4, t = lane % 4;
     const int across = warp % warps_across, along = warp / warps_across, warps_along = warps / warps_across;
-    const u32 all_x = warps_along * B::X, stage_bytes = all_x + warps * B::WARP;
+    const int steps_of_round = warps_along * TOGETHER;
+    const u32 all_x = steps_of_round * B::X, stage_bytes = all_x + warps * TOGETHER * B::WARP;
+    const u32 own_x = along * TOGETHER * B::X, own_codes = all_x + warp * TOGETHER * B::WARP;
     const int rank = cluster_rank(), ranks = cluster_size();
     const int outputs_of_block = warps_across * WARP_OUTPUTS;
     const int first_row = blockIdx.x / ranks * ROWS, first_output = blockIdx.y * outputs_of_block;
     const int warp_output = first_output + across * WARP_OUTPUTS;
-    const int steps = inputs / STEP, rounds = (steps + warps_along - 1) / warps_along;
+    const int steps = inputs / STEP, rounds = (steps + steps_of_round - 1) / steps_of_round;
     const int begin = rounds * rank / ranks, end = rounds * (rank + 1) / ranks;
     const u32 mask = (BITS == 4 ? 0x000f000f : BF16 ? 0x43004300 : 0x64646464) * blockDim.z;
 
-    // Of a round's x a thread copies 8 columns of every `4 * warps_across`th row. Past the end are the last row and the
-    // last output, of which nothing is stored there.
-    const int piece = threadIdx.x % (warps_along * 8), piece_row = threadIdx.x / (warps_along * 8);
+    // Of a round's x a thread copies the same 8 columns of some rows. Past the end are the last row and the last output,
+    // of which nothing is stored there.
+    const int piece = threadIdx.x % (steps_of_round * 8), piece_row = threadIdx.x / (steps_of_round * 8);
+    const int piece_rows = blockDim.x / (steps_of_round * 8);  // an even number
     const u32 piece_place = piece / 8 * B::X + ((piece % 8) ^ (piece_row & 1)) * 16;
     auto copy = [&](int round, u32 stage) {
-        const int step = round * warps_along;
+        const int step = round * steps_of_round, own_step = step + along * TOGETHER;
         if (step + piece / 8 < steps)
-            for (int m = piece_row; m < ROWS; m += 4 * warps_across) {
+            for (int m = piece_row; m < ROWS; m += piece_rows) {
                 const int row = first_row + m < rows ? first_row + m : rows - 1;
                 copy_to_shared(stage + piece_place + m * STEP * 2, x + (size_t)row * inputs + step * STEP + piece * 8);
             }
-        if (step + along < steps)
+        const int own_piece = lane % PIECES, at = own_piece * 16 / B::CODES;
+        const u32 place = stage + own_codes + at * B::WARP + lane / PIECES * B::CODES + own_piece * 16 % B::CODES;
+        if (own_step + at < steps)
 #pragma unroll
             for (int i = 0; i < WARP_OUTPUTS * PIECES / 32; i++) {
-                const int output = warp_output + (i * 32 + lane) / PIECES;
+                const int output = warp_output + i * (32 / PIECES) + lane / PIECES;
                 const size_t row = output < outputs ? output : outputs - 1;
-                copy_to_shared(stage + all_x + warp * B::WARP + (i * 32 + lane) * 16,
-                               weight + (row * steps + step + along) * B::CODES + lane % PIECES * 16);
+                copy_to_shared(place + i * (32 / PIECES) * B::CODES,
+                               weight + (row * steps + own_step) * B::CODES + own_piece * 16);
             }
     };
-    auto load_scales = [&](int round, u16 (*scale_of)[2]) {
-        const int step = round * warps_along + along;
-        if (round >= end || step >= steps) return;
+    auto load_scales = [&](int round, u16 (*scale_of)[WARP_TILES][2]) {
+        const int step = round * steps_of_round + along * TOGETHER;
 #pragma unroll
-        for (int tile = 0; tile < WARP_TILES; tile++)
-            for (int half = 0; half < 2; half++) {
-                const int output = warp_output + tile * 16 + half * 8 + g;
-                const int row = output < outputs ? output : outputs - 1;
-                scale_of[tile][half] = load_half(scale + (row * groups + (step >> group_shift)));
-            }
+        for (int at = 0; at < TOGETHER; at++) {
+            if (round >= end || step + at >= steps) return;
+#pragma unroll
+            for (int tile = 0; tile < WARP_TILES; tile++)
+                for (int half = 0; half < 2; half++) {
+                    const int output = warp_output + tile * 16 + half * 8 + g;
+                    const int row = output < outputs ? output : outputs - 1;
+                    scale_of[at][tile][half] = load_half(scale + (row * groups + (step + at >> group_shift)));
+                }
+        }
     };
 
     float total[WARP_TILES][ROW_TILES][4] = {};
-    u16 now[WARP_TILES][2] = {}, next[WARP_TILES][2] = {};
+    u16 now[TOGETHER][WARP_TILES][2] = {}, next[TOGETHER][WARP_TILES][2] = {};
     for (int i = 0; i < STAGES - 1; i++) {
         if (begin + i < end) copy(begin + i, i * stage_bytes);
         end_copies();
@@ -282,16 +291,19 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
     load_scales(begin, next);
     u32 stage = 0, free_stage = (STAGES - 1) * stage_bytes;
     for (int round = begin; round < end; round++) {
-        for (int tile = 0; tile < WARP_TILES; tile++)
-            for (int half = 0; half < 2; half++) now[tile][half] = next[tile][half];
+        for (int at = 0; at < TOGETHER; at++)
+            for (int tile = 0; tile < WARP_TILES; tile++)
+                for (int half = 0; half < 2; half++) now[at][tile][half] = next[at][tile][half];
         wait_for_copies<STAGES - 2>();
         __syncthreads();  // all have copied, and are done with the stage of the round before
         if (round + STAGES - 1 < end) copy(round + STAGES - 1, free_stage);
         end_copies();
         load_scales(round + 1, next);
-        if (round * warps_along + along < steps)
-            accumulate_tiles<BITS, BF16, WARP_TILES, ROW_TILES>(stage + all_x + warp * B::WARP, stage + along * B::X,
-                                                                mask, now, total);
+#pragma unroll
+        for (int at = 0; at < TOGETHER; at++)
+            if (round * steps_of_round + along * TOGETHER + at < steps)
+                accumulate_tiles<BITS, BF16, WARP_TILES, ROW_TILES>(
+                    stage + own_codes + at * B::WARP, stage + own_x + at * B::X, mask, now[at], total);
         free_stage = stage;
         stage = stage == (STAGES - 1) * stage_bytes ? 0 : stage + stage_bytes;
     }
