@@ -244,15 +244,38 @@ class DeviceKernels:
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [..., K], contiguous, times the matrix, [N, K] of codes, and the bias: [..., N]."""
-        outputs = weight.shape[0]
-        rows = x.numel() // in_features
-        sizes = (x.dtype, rows, outputs, in_features, count_groups(weight_scale), bits)
+        sizes = sizes_of(x, weight, weight_scale, bits, in_features)
         launch = self.launches.get(sizes)
         if launch is None:
             launch = self.launches[sizes] = self.plan_multiply(*sizes)
-        out = x.new_empty((*x.shape[:-1], outputs))
-        addresses = (x.data_ptr(), weight.data_ptr(), weight_scale.data_ptr(), 0 if bias is None else bias.data_ptr())
-        launch(self, *addresses, out.data_ptr())
+        return self.launch_multiply(launch, x, weight, weight_scale, bias)
+
+    def multiply_again(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bits: int,
+        in_features: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """`multiply`, if a product of these sizes was computed before; None if not, or if tensors do not lie as then."""
+        launch = self.launches.get(sizes_of(x, weight, weight_scale, bits, in_features))
+        if launch is None or x.data_ptr() % 16 or reading_obstacle(weight, weight_scale) is not None:
+            return None
+        return self.launch_multiply(launch, x, weight, weight_scale, bias) if can_add(bias, x.dtype) else None
+
+    def launch_multiply(
+        self,
+        launch: Launch,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        added = 0 if bias is None else bias.data_ptr()
+        launch(self, x.data_ptr(), weight.data_ptr(), weight_scale.data_ptr(), added, out.data_ptr())
         return out
 
     def dequantize(
@@ -268,6 +291,19 @@ class DeviceKernels:
 
 def function_name(kind: str, bits: int, dtype: torch.dtype) -> str:
     return f"{kind}_int{bits}_{name_of(dtype)}"
+
+
+def sizes_of(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int
+) -> tuple[torch.dtype, int, int, int, int, int]:
+    """What decides how a product is launched: dtype, M, N, K, n and bits."""
+    groups = 1 if weight_scale.dim() == 1 else weight_scale.shape[1]
+    return x.dtype, x.numel() // in_features, weight.shape[0], in_features, groups, bits
+
+
+def can_add(bias: torch.Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the kernels can add a bias to a product of this dtype."""
+    return bias is None or (bias.dtype == dtype and bias.is_contiguous() and bias.data_ptr() % 16 == 0)
 
 
 def reading_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor) -> str | None:

@@ -191,13 +191,12 @@ class Driver:
         self.allowed[function.value] = memory
         self.check(self.library.cuFuncSetAttribute(function, MOST_SHARED_MEMORY, memory))
 
-    def launch(self, context: ctypes.c_void_p, call: Callable[..., int], arguments: tuple) -> None:
-        code = call(*arguments)
-        if code == INVALID_CONTEXT:  # a thread whose first work on the device this is
+    def launch_again(self, context: ctypes.c_void_p, code: int, call: Callable[..., int], arguments: tuple) -> None:
+        """Make up for a launch that failed, for a thread whose first work on the device it is; else raise."""
+        if code == INVALID_CONTEXT:
             self.check(self.library.cuCtxSetCurrent(context))
             code = call(*arguments)
-        if code:
-            self.check(code)
+        self.check(code)
 
 
 class Launch:
@@ -254,4 +253,6 @@ class Launch:
             else:
                 self.config.stream = stream
                 call, arguments = self.driver.launch_clusters, (self.config_address, self.function, self.arguments, None)
-            self.driver.launch(kernels.context, call, arguments)
+            code = call(*arguments)
+            if code:
+                self.driver.launch_again(kernels.context, code, call, arguments)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .cpu_language import HALVES
 from .cpu_products import CPU_PRODUCTS, KINDS, activations_obstacle, matrix_obstacle
-from .cuda_products import CUDA_PRODUCTS, reading_obstacle
+from .cuda_products import CUDA_PRODUCTS, can_add, reading_obstacle
 from .kernel_choice import KernelError, name_of
 from .lowbit_format import count_groups, dequantize_naive, unpack_int4
 
@@ -304,7 +304,7 @@ def cuda_kernel_obstacle(product: Product) -> str | None:
 def multiply_with_cuda_kernel(x: torch.Tensor, product: Product, bias: torch.Tensor | None = None) -> torch.Tensor:
     kernels = CUDA_PRODUCTS.loaded(x.device)
     matrix = (product.weight, product.weight_scale, product.form, product.in_features)
-    if bias is None or (bias.dtype == x.dtype and bias.is_contiguous() and bias.data_ptr() % 16 == 0):
+    if can_add(bias, x.dtype):
         return kernels.multiply(x, *matrix, bias)
     return add_bias(kernels.multiply(x, *matrix), bias)
 
@@ -417,6 +417,27 @@ def multiply_on_cuda(
     except KernelError as error:
         CUDA_PRODUCTS.give_up(x.device, error)
         return multiply_plainly(x, product, bias)
+
+
+def multiply_straight(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bits: int,
+    in_features: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x @ W.T + bias on a GPU: as `multiply_on_cuda` chose it for such a product before, if the kernel was chosen."""
+    kernels = CUDA_PRODUCTS.found.get(x.device)
+    if kernels is not None and x.is_contiguous():
+        try:
+            out = kernels.multiply_again(x, weight, weight_scale, bits, in_features, bias)
+        except KernelError as error:
+            CUDA_PRODUCTS.give_up(x.device, error)
+            out = None
+        if out is not None:
+            return out
+    return multiply_on_cuda(x, weight, weight_scale, bits, in_features, False, bias)
 
 
 def is_watched(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -537,7 +558,7 @@ def quantized_linear(
     if x.is_cuda and not torch.compiler.is_compiling():
         with torch._C.DisableTorchFunctionSubclass():  # the codes', which is Python and refuses what is not done here
             if goes_straight(x, weight, bias):
-                return multiply_on_cuda(x, weight, weight_scale, bits, in_features, False, bias)
+                return multiply_straight(x, weight, weight_scale, bits, in_features, bias)
     out = multiply(x.reshape(-1, in_features), weight, weight_scale, bits, in_features)
     return add_bias(out.view(*x.shape[:-1], out.shape[-1]), bias)
 
