@@ -66,7 +66,9 @@ def fake_driver(tmp_path_factory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++, to run the kernels on the CPU")
     folder = tmp_path_factory.mktemp("simt")
-    tiles = itertools.starmap(TileKernel, itertools.product((4, 8), map(name_of, DTYPES), (1, 2, 4), (1, 2, 4, 8), (256,)))
+    tiles = itertools.starmap(
+        TileKernel, itertools.product((4, 8), map(name_of, DTYPES), (1, 2, 4), (1, 2, 4, 8), (256,))
+    )
     (folder / "kernels.cu").write_text(SOURCE + tile_source(tiles))
     library = folder / "libcuda.so"
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SIMT}", f'-DSOURCE="{folder / "kernels.cu"}"']
@@ -80,7 +82,9 @@ def fake_driver(tmp_path_factory) -> ctypes.CDLL:
 @pytest.fixture
 def fake_gpu(fake_driver, monkeypatch):
     """Let the launcher find the fake driver, and a device with compute capability 8.0 and few processors."""
-    state = types.SimpleNamespace(driver=fake_driver, capability=(8, 0), processors=2, capturing=False, entered=[], index=0)
+    state = types.SimpleNamespace(
+        driver=fake_driver, capability=(8, 0), processors=2, capturing=False, entered=[], index=0
+    )
     monkeypatch.setattr(cuda_runtime, "load_driver", lambda: fake_driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
     monkeypatch.setattr(
@@ -242,6 +246,72 @@ def test_fused_product_equals_the_reference(kernels, bits, outputs, inputs, grou
         )
 
 
+@pytest.fixture(params=[False, True], ids=["early", "late"])
+def tile_kernels(request, fake_gpu, without_compiling) -> DeviceKernels:
+    """Kernels of a device with plans for tiles, whose copies to shared memory are there at once or when waited for."""
+    fake_gpu.capability = (9, 0)
+    fake_gpu.driver.simt_delay_copies(request.param)
+    kernels = fake_gpu.products.found[DEVICE] = DeviceKernels(DEVICE)
+    yield kernels
+    fake_gpu.driver.simt_delay_copies(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "outputs", "inputs", "groups"),
+    [
+        (4, 32, 64, 0),
+        (4, 96, 1344, 21),  # no multiple of what a block takes at a time, in either direction
+        (4, 64, 1024, 8),  # groups of 128
+        (4, 160, 768, 0),
+        (8, 32, 192, 0),
+        (8, 96, 1344, 21),
+        (8, 64, 1024, 4),
+    ],
+)
+def test_tiles_equal_the_reference(tile_kernels, bits, outputs, inputs, groups, dtype):
+    choice = tile_kernels.choice
+    for rows in (choice.first_rows, 8, 9, 16, 27, 33, 64, 65, choice.last_rows):
+        x, codes, scale = make_problem(rows, outputs, inputs, bits, groups, dtype)
+        assert tile_kernels.find_tiles(rows, inputs, groups or 1) is not None
+        assert way_of(x, codes, scale, bits) == FUSED
+        for tile_kernels.processors in (1, 4, 1000):  # clusters of more and more blocks
+            out = tile_kernels.multiply(x, codes, scale, bits, inputs)
+            assert_product_is_exact(out, x, codes, scale, bits, inputs, SUM_ERROR)
+            tile_kernels.launches.clear()
+
+
+@pytest.fixture
+def checked_kernels(tile_kernels) -> DeviceKernels:
+    """Those for tiles that are compiled and checked already."""
+    tile_kernels.plan_multiply(torch.float16, 8, 96, 1344, 21, 4)
+    return tile_kernels
+
+
+def test_tiles_stay_inside_their_tensors(checked_kernels, fake_gpu, guards):
+    bias = torch.randn(96, generator=seeded()).half()
+    for rows, checked_kernels.processors in itertools.product((5, 13, 66), (1, 1000)):
+        checked_kernels.launches.clear()
+        problem = make_problem(rows, 96, 1344, 4, 21, torch.float16)
+        fake_gpu.driver.simt_allow(None, ctypes.c_size_t(0))
+        for tensor in (*problem, bias):
+            allow(fake_gpu.driver, tensor)
+        assert checked_kernels.multiply(*problem, 4, 1344, bias).isfinite().all()
+        assert all(guard.eq(7).all() for guard in guards)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 16, 70])
+def test_a_bias_is_added_before_the_result_is_rounded(tile_kernels, rows, dtype):
+    x, codes, scale = make_problem(rows, 64, 256, 4, 4, dtype)
+    bias = torch.randn(64, generator=seeded()).to(dtype)
+    matrix = dequantize_naive(codes, scale, 4, 256, torch.float64)
+    expected = (x.double() @ matrix.T + bias.double()).to(dtype)
+    out = tile_kernels.multiply(x, codes, scale, 4, 256, bias)
+    assert (out == expected).float().mean() > 0.98  # a sum's last bit decides about a few
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_however_the_columns_are_divided_among_warps(kernels, bits):
     x, codes, scale = make_problem(3, 64, 3072, bits, 0, torch.float16)
@@ -276,16 +346,23 @@ def test_dequantized_matrix_equals_the_reference_bit_for_bit(kernels, bits, outp
     assert torch.equal(out.view(torch.int16), dequantize_naive(codes, scale, bits, inputs, dtype).view(torch.int16))
 
 
+def allow(driver: ctypes.CDLL, tensor: torch.Tensor) -> None:
+    """Let kernels read and write a tensor, and nothing else that is not allowed, too."""
+    driver.simt_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
+
+
 @pytest.fixture
-def guards(monkeypatch) -> list[torch.Tensor]:
-    """What lies around each tensor that `new_empty` makes; to stay 7."""
+def guards(monkeypatch, fake_driver) -> list[torch.Tensor]:
+    """What lies around each tensor that `new_empty` makes, where the kernels may write; to stay 7."""
     memory = []
 
     def new_empty(self, *shape, dtype=None):
         shape = torch.Size(shape[0] if isinstance(shape[0], (tuple, list)) else shape)
         guarded = torch.full((shape.numel() + 64,), 7, dtype=dtype or self.dtype)
         memory.extend((guarded[:32], guarded[-32:]))
-        return guarded[32:-32].view(shape)
+        out = guarded[32:-32].view(shape)
+        allow(fake_driver, out)
+        return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     return memory
@@ -297,7 +374,7 @@ def guards(monkeypatch) -> list[torch.Tensor]:
 def test_fused_kernel_stays_inside_its_tensors(kernels, fake_gpu, guards, bits, inputs, groups):
     problem = make_problem(5, 32, inputs, bits, groups, torch.float16)
     for tensor in problem:
-        fake_gpu.driver.simt_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
+        allow(fake_gpu.driver, tensor)
     assert_product_is_exact(kernels.multiply(*problem, bits, inputs), *problem, bits, inputs, SUM_ERROR)
     assert all(guard.eq(7).all() for guard in guards)
     with pytest.raises(KernelError, match="outside"):

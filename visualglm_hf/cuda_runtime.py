@@ -252,7 +252,10 @@ class Launch:
                 call, arguments = self.driver.launch_kernel, (*self.call, stream, self.arguments, None)
             else:
                 self.config.stream = stream
-                call, arguments = self.driver.launch_clusters, (self.config_address, self.function, self.arguments, None)
+                call, arguments = (
+                    self.driver.launch_clusters,
+                    (self.config_address, self.function, self.arguments, None),
+                )
             code = call(*arguments)
             if code:
                 self.driver.launch_again(kernels.context, code, call, arguments)
