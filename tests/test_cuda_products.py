@@ -20,7 +20,7 @@ from helpers import assert_product_is_exact, seeded
 from visualglm_hf import cuda_products, cuda_runtime, lowbit_products
 from visualglm_hf.cuda_products import FUSED_ROWS, CudaProducts, DeviceKernels
 from visualglm_hf.cuda_runtime import Launch, compile_with, find_nvrtc
-from visualglm_hf.cuda_source import HELPERS, SOURCE
+from visualglm_hf.cuda_source import SOURCE
 from visualglm_hf.cuda_tiles import TileKernel, tile_source
 from visualglm_hf.kernel_choice import KernelError, name_of
 from visualglm_hf.lowbit_format import dequantize_naive
@@ -381,8 +381,10 @@ def test_fused_kernel_stays_inside_its_tensors(kernels, fake_gpu, guards, bits, 
         kernels.multiply(problem[0].clone(), *problem[1:], bits, inputs)
 
 
-def test_dequantization_stays_inside_its_tensors(kernels, guards):
+def test_dequantization_stays_inside_its_tensors(kernels, fake_gpu, guards):
     _, codes, scale = make_problem(1, 5, 224, 4, 7, torch.float16)
+    for tensor in (codes, scale):
+        allow(fake_gpu.driver, tensor)
     out = kernels.dequantize(codes, scale, 4, 224, torch.float16)
     assert torch.equal(out, dequantize_naive(codes, scale, 4, 224, torch.float16))
     assert all(guard.eq(7).all() for guard in guards)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with low-bit matrices on NVIDIA GPUs: which kernel is launched for which sizes.
 
-Not here: the kernels (`cuda_source.py`, `cuda_tiles.py`), the compiler and the driver (`cuda_runtime.py`), the format's bytes and the
-naive twins of the kernels (`lowbit_format.py`), and when they are used (`lowbit_products.py`).
+Not here: the kernels (`cuda_source.py`, `cuda_tiles.py`), the compiler and the driver (`cuda_runtime.py`), the
+format's bytes and the naive twins of the kernels (`lowbit_format.py`), and when they are used (`lowbit_products.py`).
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix.
 """
@@ -20,8 +20,8 @@ from .kernel_choice import KernelError, KernelUser, NoKernelsError, name_of
 from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
 
-# M up to which a kernel reads the codes where no tiles are planned: many rows are better dequantized once, for cuBLAS (on
-# an H200 from 48 rows).
+# M up to which a kernel reads the codes where no tiles are planned: many rows are better dequantized once, for cuBLAS
+# (on an H200 from 48 rows).
 FUSED_ROWS = 32
 BLOCK_OUTPUTS = 32  # outputs of a block of the kernel for a few rows
 LANE_BITS = 128  # bits of codes that a lane loads at once
@@ -259,7 +259,7 @@ class DeviceKernels:
         in_features: int,
         bias: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """`multiply`, if a product of these sizes was computed before; None if not, or if tensors do not lie as then."""
+        """`multiply`, if a product of these sizes was computed before; None if not, or if a tensor does not lie so."""
         launch = self.launches.get(sizes_of(x, weight, weight_scale, bits, in_features))
         if launch is None or x.data_ptr() % 16 or reading_obstacle(weight, weight_scale) is not None:
             return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code for an NVIDIA GPU: NVRTC compiles it, the driver loads and launches it.
 
-Not here: the code (`cuda_source.py`, `cuda_tiles.py`), what is launched for which sizes (`cuda_products.py`), and whether it is used
-(`kernel_choice.py`).
+Not here: the code (`cuda_source.py`, `cuda_tiles.py`), what is launched for which sizes (`cuda_products.py`), and
+whether it is used (`kernel_choice.py`).
 
 The source is compiled when a device is first used, by the NVRTC that comes with torch, to machine code for that
 device. Nothing else is needed: no compiler, no toolkit, no headers. Importing this file touches no GPU and no library.

@@ -176,7 +176,8 @@ DEVICE void accumulate_tiles(u32 codes, u32 x, u32 mask, const u16 (*scale)[2], 
 #pragma unroll
     for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
         const u32 row = x + (row_tile * 8 + g) * STEP * 2;  // a multiple of 8 rows: g says what is swapped
-        const Words b[2] = {load_shared(row + ((2 * t) ^ (g & 1)) * 16), load_shared(row + ((2 * t + 1) ^ (g & 1)) * 16)};
+        const int first = 2 * t + (g & 1), second = first ^ 1;
+        const Words b[2] = {load_shared(row + first * 16), load_shared(row + second * 16)};
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; tile++) {
             float part[4] = {};
@@ -190,8 +191,8 @@ DEVICE void accumulate_tiles(u32 codes, u32 x, u32 mask, const u16 (*scale)[2], 
 }
 
 // out[m, output] of a cluster's blocks, which divide what is to be added up: 8 outputs a thread.
-template <bool BF16> DEVICE void add_tiles(int parts, int rows_of_block, int outputs_of_block, int rows, int outputs_left,
-                                           const u16* bias, u16* out, int outputs) {
+template <bool BF16> DEVICE void add_tiles(int parts, int rows_of_block, int outputs_of_block, int rows,
+                                           int outputs_left, const u16* bias, u16* out, int outputs) {
     const u32 ranks = cluster_size();
     const int width = outputs_of_block / 8, items = rows_of_block * width, row_floats = outputs_of_block + PADDING;
     for (int item = cluster_rank() * blockDim.x + threadIdx.x; item < items; item += ranks * blockDim.x) {
@@ -225,8 +226,8 @@ template <bool BF16> DEVICE void add_tiles(int parts, int rows_of_block, int out
 // inputs is a multiple of STEP, outputs of 8; groups (per row) of STEP << group_shift columns. All is contiguous,
 // pointers to x, weight, bias and out are multiples of 16.
 template <int BITS, bool BF16, int WARP_TILES, int ROW_TILES>
-DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out, int rows,
-                           int outputs, int inputs, int groups, int group_shift, int warps_across) {
+DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out,
+                           int rows, int outputs, int inputs, int groups, int group_shift, int warps_across) {
     constexpr int ROWS = ROW_TILES * 8, WARP_OUTPUTS = WARP_TILES * 16;
     typedef Bytes<BITS, WARP_TILES, ROW_TILES> B;
     constexpr int PIECES = TOGETHER * B::CODES / 16;  // of a row of the matrix, that a warp copies in a round
@@ -244,8 +245,8 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
     const int begin = rounds * rank / ranks, end = rounds * (rank + 1) / ranks;
     const u32 mask = (BITS == 4 ? 0x000f000f : BF16 ? 0x43004300 : 0x64646464) * blockDim.z;
 
-    // Of a round's x a thread copies the same 8 columns of some rows. Past the end are the last row and the last output,
-    // of which nothing is stored there.
+    // Of a round's x a thread copies the same 8 columns of some rows. Past the end are the last row and the last
+    // output, of which nothing is stored there.
     const int piece = threadIdx.x % (steps_of_round * 8), piece_row = threadIdx.x / (steps_of_round * 8);
     const int piece_rows = blockDim.x / (steps_of_round * 8);  // an even number
     const u32 piece_place = piece / 8 * B::X + ((piece % 8) ^ (piece_row & 1)) * 16;

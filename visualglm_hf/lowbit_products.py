@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .cpu_language import HALVES
@@ -446,7 +445,7 @@ def is_watched(x: torch.Tensor, weight: torch.Tensor) -> bool:
         type(x) is not torch.Tensor
         or type(weight).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or torch.jit.is_tracing()
-        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )
 
