@@ -102,9 +102,13 @@ ARROWS = {
         {"adapters", "cpu_attention", "cpu_decoder", "cpu_language", "growing_cache", "kernel_choice"},
         {"torch"},
     ),
-    "cuda_products": ({"cuda_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
-    "cuda_runtime": ({"cuda_source", "kernel_choice"}, {"torch"}),
+    "cuda_products": (
+        {"cuda_runtime", "cuda_source", "cuda_tiles", "kernel_choice", "lowbit_format"},
+        {"torch"},
+    ),
+    "cuda_runtime": ({"kernel_choice"}, {"torch"}),
     "cuda_source": (set(), set()),
+    "cuda_tiles": (set(), set()),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (
         {"cpu_language", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
