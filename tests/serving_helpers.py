@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
-from serving.app import ApiOptions, create_app
+
+from tests.paths import ROOT
+from visualglm_tools.serving.http.app import ApiOptions, create_app
 
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "models" / "visualglm-tiny"
-PICTURES = sorted((ROOT / "examples").glob("*.png"))
 SECONDS = 120  # until a busy machine has loaded the tiny model
 
 

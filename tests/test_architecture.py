@@ -9,7 +9,7 @@ import pytest
 
 
 PACKAGE = Path(__file__).parent.parent / "visualglm_hf"
-SCRIPTS = PACKAGE.parent / "scripts"
+TOOLS = PACKAGE.parent / "visualglm_tools"
 LIBRARIES = {"transformers", "huggingface_hub"}
 # Room -> the siblings it may know, the other packages it may import.
 ARROWS = {
@@ -138,7 +138,7 @@ def test_every_room_is_on_the_map():
 def test_every_file_has_its_place_in_the_architecture():
     text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(?:\*\*|`)(\w+)(?:\*\*|`)", text))
-    files = {path.stem for folder in (PACKAGE, SCRIPTS) for path in folder.rglob("*.py")} - {"__init__"}
+    files = {path.stem for folder in (PACKAGE, TOOLS) for path in folder.rglob("*.py")} - {"__init__"}
     assert sorted(files - named) == []
 
 
@@ -221,7 +221,7 @@ def test_only_the_compiler_of_the_cpu_kernels_asks_what_the_processor_can(room):
     assert asks == ({"get_host_cpu_name", "get_host_cpu_features"} if room == "cpu_runtime" else set())
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted(TOOLS.rglob("*.py")), ids=lambda path: path.name)
 def test_scripts_use_public_names_only(script):
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):

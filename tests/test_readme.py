@@ -5,14 +5,15 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.paths import COMMAND, ROOT
+from visualglm_tools.__main__ import main
 
-ROOT = Path(__file__).parent.parent
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SHELL_BLOCKS = [text for language, text in BLOCKS if language == "shell"]
@@ -21,7 +22,7 @@ OTHER_COMMANDS = [
     line.split("  ")[0]
     for language, text in BLOCKS
     for line in text.splitlines()
-    if not language and line.startswith("python ") and "path/to/" in line
+    if not language and line.startswith("visualglm ") and "path/to/" in line
 ]
 
 
@@ -33,13 +34,12 @@ def run(command: list[str], **kwargs) -> str:
 
 def run_door(command: list[str]) -> None:
     """A command that asks nothing, without waiting for another process to import torch."""
-    door = importlib.import_module(Path(command[1]).stem)
-    assert door.main(command[2:]) == 0
+    assert main(command[1:]) == 0
 
 
 def test_the_first_screen_has_the_snippet_and_the_two_setup_commands():
     assert len(SHELL_BLOCKS) == 2
-    assert SHELL_BLOCKS[0].startswith("pip install") and "python scripts/cli_demo_hf.py" in SHELL_BLOCKS[0]
+    assert SHELL_BLOCKS[0].startswith("pip install") and "visualglm chat" in SHELL_BLOCKS[0]
     assert SHELL_BLOCKS[1].startswith("pip install") and SHELL_BLOCKS[1].endswith("pytest\n")
     assert README.index(SHELL_BLOCKS[1]) < 2500
 
@@ -47,7 +47,7 @@ def test_the_first_screen_has_the_snippet_and_the_two_setup_commands():
 def test_the_first_command_describes_the_picture():
     # Its `pip install` line is run in a fresh environment by .ci/run.
     command = shlex.split(SHELL_BLOCKS[0].splitlines()[1])
-    answer = run([sys.executable, *command[1:]])
+    answer = run([*COMMAND, *command[1:]])
     assert "红色" in answer and "圆形" in answer
 
 
@@ -62,8 +62,7 @@ def test_the_snippets_run_from_top_to_bottom_and_answer_rightly(tiny_original):
     assert "red" in output.splitlines()[-1].lower()
 
 
-def test_every_other_command_runs(tiny_original, golden_dir, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+def test_every_other_command_runs(tiny_original, golden_dir, tmp_path):
     assert len(OTHER_COMMANDS) == 7
     for index, command in enumerate(OTHER_COMMANDS):
         linked = "prepared-linked" if "--link" in command else "prepared"
@@ -73,8 +72,8 @@ def test_every_other_command_runs(tiny_original, golden_dir, tmp_path, monkeypat
         command = command.replace("path/to/prepared-sat", str(tmp_path / "prepared-sat"))
         command = command.replace("path/to/prepared", str(tmp_path / linked))
         command = command.replace("path/to/", f"{tmp_path}/")
-        if "cli_demo" in command:
-            run([sys.executable, *shlex.split(command)[1:]], input="\n你好\nstop\n")
+        if "visualglm chat" in command:
+            run([*COMMAND, *shlex.split(command)[1:]], input="\n你好\nstop\n")
         else:
             run_door(shlex.split(command))
         assert index or (tmp_path / "prepared" / "config.json").exists()
@@ -82,8 +81,14 @@ def test_every_other_command_runs(tiny_original, golden_dir, tmp_path, monkeypat
 
 
 def test_options_in_the_documents_are_options_of_a_door():
-    doors = [path.read_text(encoding="utf-8") for path in (ROOT / "scripts").rglob("*.py")]
-    doors.append(importlib.import_module("finetune_visualglm").build_parser().format_help())  # it composes some
+    doors = [
+        path.read_text(encoding="utf-8")
+        for room in ("visualglm_tools", "tools")
+        for path in (ROOT / room).rglob("*.py")
+    ]
+    doors.append(
+        importlib.import_module("visualglm_tools.commands.finetune").build_parser().format_help()
+    )  # it composes some
     options = set(re.findall(r"[\" ]--([a-z][\w-]+)", "\n".join(doors)))
     others = {"config_file", "multi_gpu", "num_processes", "nproc_per_node", "trust-remote-code"}  # of launchers
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):

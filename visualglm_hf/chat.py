@@ -67,7 +67,7 @@ class RefuseNan(LogitsProcessor):
         if torch.isnan(scores).any():
             raise ValueError(
                 "The model computed NaN: its weights are damaged or half precision overflowed. Check the checkpoint "
-                "with scripts/selftest.py, or load it with dtype=torch.bfloat16 or torch.float32."
+                "with visualglm check, or load it with dtype=torch.bfloat16 or torch.float32."
             )
         return scores
 

@@ -430,7 +430,7 @@ class VisualGLMConfig(PreTrainedConfig):
         if missing:
             raise ValueError(
                 f"config.json lacks {', '.join(missing)}, so it is not a VisualGLM's. Give the folder of the original "
-                "visualglm-6b, or one that scripts/convert_checkpoint.py has written."
+                "visualglm-6b, or one that visualglm convert has written."
             )
         with wrong_types_as_value_errors(cls.__name__):
             return super().from_dict(config_dict, **kwargs)

@@ -345,5 +345,5 @@ class VisualGLMGenerationMixin(GenerationMixin):
         """
         raise ValueError(
             "Continuous batching (generate_batch) cannot be used: it hides later parts of the context from earlier "
-            "ones. Give generate() a batch that is padded on the left, or start scripts/api_hf.py, which batches."
+            "ones. Give generate() a batch that is padded on the left, or start visualglm serve, which batches."
         )

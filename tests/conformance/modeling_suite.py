@@ -4,11 +4,11 @@ import tempfile
 import unittest
 
 import torch
+from tiny_model import VisualGLMModelTester
+
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin
-from tiny_model import VisualGLMModelTester
-
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration, VisualGLMTextConfig
 
 

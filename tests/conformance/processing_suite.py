@@ -6,11 +6,11 @@ from contextlib import chdir
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.test_image_processing_common import ImageProcessingTestMixin, prepare_image_inputs
-from tests.test_tokenization_common import TokenizerTesterMixin
-
 import visualglm_hf
 from tests import test_pipeline_mixin, test_processing_common
+from tests.paths import ROOT
+from tests.test_image_processing_common import ImageProcessingTestMixin, prepare_image_inputs
+from tests.test_tokenization_common import TokenizerTesterMixin
 from visualglm_hf import (
     ChatGLMTokenizer,
     VisualGLMConfig,
@@ -20,7 +20,6 @@ from visualglm_hf import (
 )
 
 
-ROOT = Path(__file__).parents[2]
 TINY_MODEL = str(ROOT / "models" / "visualglm-tiny")
 PICTURES = [str(path) for path in sorted((ROOT / "tests" / "golden" / "images").iterdir())]
 TRANSFORMERS = Path(test_pipeline_mixin.__file__).parents[1]

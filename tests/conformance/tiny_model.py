@@ -1,9 +1,9 @@
 """The tiny VisualGLM that transformers' common tests build anew for each of their cases."""
 
 import torch
-from tests.test_modeling_common import floats_tensor, ids_tensor
 from transformers.testing_utils import torch_device
 
+from tests.test_modeling_common import floats_tensor, ids_tensor
 from visualglm_hf import VisualGLMConfig
 
 

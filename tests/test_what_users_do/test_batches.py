@@ -11,21 +11,23 @@ import threading
 import time
 from pathlib import Path
 
-import batch_infer
-import finetune_visualglm
-import output_files
 import pytest
-from output_files import locked
 from PIL import Image
-from printing import one_line
-from serving import batch, json_lines
-from serving.batch import Output, Pictures, Problem, Row, answer_rows, read_rows
-from serving.engine import Engine, Limits
-from serving.loading import load_model
-from serving.sampling import Settings
-from serving_helpers import PICTURES, ROOT, TINY
 
+from tests.paths import PICTURES, ROOT, TINY
 from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_tools import output_files
+from visualglm_tools.__main__ import main
+from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.commands import batch as batch_infer
+from visualglm_tools.commands import finetune as finetune_visualglm
+from visualglm_tools.output_files import locked
+from visualglm_tools.printing import one_line
+from visualglm_tools.serving import json_lines
+from visualglm_tools.serving import questions as batch
+from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.sampling import Settings
+from visualglm_tools.serving.questions import Output, Pictures, Problem, Row, answer_rows, read_rows
 
 
 DOOR = ROOT / "scripts" / "batch_infer.py"
@@ -236,7 +238,7 @@ def test_a_picture_beyond_any_memory_is_not_read(tmp_path):
 
 
 def test_a_batch_that_fails_costs_only_the_row_that_is_too_much(loaded, monkeypatch):
-    from serving import engine as module
+    from visualglm_tools.serving.engine import engine as module
 
     def prefill(model, rows):
         if any(len(row.token_ids) > 30 for row in rows):
@@ -253,7 +255,7 @@ def test_a_batch_that_fails_costs_only_the_row_that_is_too_much(loaded, monkeypa
 
 
 def test_a_row_whose_probabilities_are_broken_fails_alone(loaded, monkeypatch):
-    from serving.sampling import Chooser
+    from visualglm_tools.serving.engine.sampling import Chooser
 
     def choose(self, token_ids, scores):
         if token_ids.shape[1] > 30:
@@ -281,10 +283,15 @@ def test_a_second_run_on_one_output_is_refused_before_it_loads_anything(door, mo
 
 def test_a_lock_ends_with_its_process_however_that_ends(door):
     source = write("in.jsonl", *questions(2))
-    code = (
-        "import output_files, pathlib\nwith output_files.locked(pathlib.Path('out.jsonl')): print(flush=True), input()"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    code = """
+import pathlib
+from visualglm_tools.output_files import locked
+
+with locked(pathlib.Path("out.jsonl")):
+    print(flush=True)
+    input()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
@@ -552,19 +559,15 @@ def test_no_escape_sequence_of_the_data_reaches_the_terminal_or_the_errors_file(
         assert not set("\x1b\x07\x9b\x7f") & set(text)
 
 
-@pytest.mark.parametrize(
-    "command", ["merge_lora", "convert_checkpoint", "quantize_checkpoint", "api_hf", "web_demo_hf"]
-)
-def test_errors_of_other_commands_are_clean_too(command, tmp_path, monkeypatch, capsys):
-    module = __import__(command)
+@pytest.mark.parametrize("command", ["merge", "convert", "quantize", "serve", "web"])
+def test_errors_of_other_commands_are_clean_too(command, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [ESCAPES], "model_type": ESCAPES}))
     arguments = {
-        "merge_lora": [tmp_path, tmp_path / ESCAPES, tmp_path / "new"],
-        "convert_checkpoint": [tmp_path / ESCAPES, tmp_path / "new"],
-        "quantize_checkpoint": [tmp_path / ESCAPES, tmp_path / "new", "--bits", "4"],
+        "merge": [tmp_path, tmp_path / ESCAPES, tmp_path / "new"],
+        "convert": [tmp_path / ESCAPES, tmp_path / "new"],
+        "quantize": [tmp_path / ESCAPES, tmp_path / "new", "--bits", "4"],
     }.get(command, ["--model", tmp_path / ESCAPES])
-    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-    assert module.main() == 2
+    assert main([command, *map(str, arguments)]) == 2
     assert not set("\x1b\x07\x9b\x7f") & set(capsys.readouterr().err)
 
 

@@ -11,15 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from api_hf import address_of, listen
-from serving import prompts
-from serving.api_key import check_key
-from serving.app import ApiOptions
-from serving.engine import Engine, Limits, QueueFull
-from serving.loading import load_model
-from serving.picture_pool import Lane, PicturePool
-from serving.prompts import QUESTIONS, arrange, separate_pictures
-from serving_helpers import PICTURES, ROOT, TINY, serve, wait_until
+
+from tests.paths import PICTURES, ROOT, TINY
+from tests.serving_helpers import serve, wait_until
+from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.commands.serve import address_of, listen
+from visualglm_tools.serving.engine import prompts
+from visualglm_tools.serving.engine.engine import Engine, Limits, QueueFull
+from visualglm_tools.serving.engine.picture_pool import Lane, PicturePool
+from visualglm_tools.serving.engine.prompts import QUESTIONS, arrange, separate_pictures
+from visualglm_tools.serving.http.api_key import check_key
+from visualglm_tools.serving.http.app import ApiOptions
 
 
 MODEL = "visualglm-tiny"
@@ -311,7 +313,7 @@ def test_more_choices_than_there_are_places_are_a_400_not_a_429_for_ever(loaded)
 
 SLEEPING = """
 import time
-from serving import picture_decoder
+from visualglm_tools.serving.engine import picture_decoder
 
 picture_decoder.warm_up, picture_decoder.answer = print, lambda *picture: time.sleep(1000)
 picture_decoder.main()

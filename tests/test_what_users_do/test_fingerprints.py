@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.paths import ROOT
 
 
 pytest.importorskip("datasets")
 
-ROOT = Path(__file__).parents[2]
 FINGERPRINTS = """
 import sys
 from datasets.fingerprint import Hasher

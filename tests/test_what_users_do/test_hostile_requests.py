@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
-from serving import intake
-from serving.errors import ApiError
-from serving.legacy_api import LegacyRequest
-from serving.openai_api import check_address
-from serving_helpers import PICTURES, health, open_door, wait_until
+
+from tests.paths import PICTURES
+from tests.serving_helpers import health, open_door, wait_until
+from visualglm_tools.serving.http import intake
+from visualglm_tools.serving.http.errors import ApiError
+from visualglm_tools.serving.http.legacy_api import LegacyRequest
+from visualglm_tools.serving.http.openai_api import check_address
 
 
 MIB = 2**20

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import FLOAT32_TOLERANCE, relative_error
 from torch import nn
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from tests.helpers import FLOAT32_TOLERANCE, relative_error
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.conversation import ANSWER_MARK
 from visualglm_hf.glm_positions import build_glm_position_ids

@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image, features
-from serving import confinement
-from serving.picture_pool import USUAL, Decoder, DecoderNotStarted, Lane, PicturePool, PoolClosed
 
+from tests.paths import ROOT
 from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_tools.serving.engine import confinement
+from visualglm_tools.serving.engine.picture_pool import USUAL, Decoder, DecoderNotStarted, Lane, PicturePool, PoolClosed
 
 
 SIZE = (224, 224)
@@ -167,7 +168,7 @@ def test_pictures_from_many_threads_come_to_those_who_sent_them(pool):
 
 HOSTILE = """
 import ctypes, os, time
-from serving import picture_decoder
+from visualglm_tools.serving.engine import picture_decoder
 
 open_encoded, answer = picture_decoder.open_encoded, picture_decoder.answer
 
@@ -306,7 +307,7 @@ def test_a_decoder_that_cannot_start_is_said():
 def test_a_forked_process_has_decoders_of_its_own():
     code = """
         import os, sys
-        from serving.picture_pool import PicturePool
+        from visualglm_tools.serving.engine.picture_pool import PicturePool
         from PIL import Image
         import io
         file = io.BytesIO()
@@ -327,7 +328,7 @@ def test_a_forked_process_has_decoders_of_its_own():
 def output_of(code: str, **options) -> str:
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
@@ -341,7 +342,7 @@ def output_of(code: str, **options) -> str:
 def test_a_confined_process_opens_no_file_and_no_socket_and_starts_nothing():
     code = """
         import ctypes, mmap, os, signal, socket, threading
-        from serving.confinement import LIMITS, SECCOMP, confine
+        from visualglm_tools.serving.engine.confinement import LIMITS, SECCOMP, confine
 
         own = os.getpid()
         assert confine(2**26, 100) == [LIMITS, SECCOMP]
@@ -377,7 +378,7 @@ def test_a_confined_process_opens_no_file_and_no_socket_and_starts_nothing():
 def test_a_decoder_inherits_neither_files_nor_environment(monkeypatch, tmp_path):
     code = """
 import os, sys
-from serving.picture_decoder import READY, send
+from visualglm_tools.serving.engine.picture_decoder import READY, send
 
 files = [number for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")]
 send(sys.stdout.buffer, READY, repr((sorted(os.environ), sorted(files))).encode())

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving.prompts import PromptBuilder
 
 from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor, open_picture
+from visualglm_tools.serving.engine.prompts import PromptBuilder
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 2}

@@ -8,23 +8,22 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training.output import remove_old
-from training.run import Settings, complete_checkpoints, finetune
-from training.stopping import SIGNALS, StopAfterStep, Stopped
 from transformers import TrainerCallback
 
+from tests.paths import ROOT, TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_tools.training.output import remove_old
+from visualglm_tools.training.run import Settings, complete_checkpoints, finetune
+from visualglm_tools.training.stopping import SIGNALS, StopAfterStep, Stopped
 
 
-ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "scripts" / "finetune_visualglm.py"
-MODEL = ROOT / "models" / "visualglm-tiny"
+MODEL = TINY
 EXAMPLE = ROOT / "examples" / "background"
 
 
@@ -145,9 +144,9 @@ def test_a_second_ctrl_c_while_saving_ends_at_once_and_half_a_checkpoint_counts_
 
 def test_ctrl_c_before_training_leaves_the_folder_free(settings, monkeypatch):
     settings = replace(settings, valid_data=(EXAMPLE / "held_out.json",), train_iters=1)
-    for moment in ("training.run.read_dataset", "training.run.load_base", "training.run.measure"):
+    for moment in ("read_dataset", "load_base", "measure"):
         with monkeypatch.context() as patch:
-            patch.setattr(moment, lambda *arguments: interrupt())
+            patch.setattr(f"visualglm_tools.training.run.{moment}", lambda *arguments: interrupt())
             with pytest.raises(Stopped, match="is free for the same command"):
                 finetune(settings, silent)
     assert finetune(settings, silent)["steps"] == 1
@@ -155,7 +154,7 @@ def test_ctrl_c_before_training_leaves_the_folder_free(settings, monkeypatch):
 
 def test_ctrl_c_after_training_says_that_resuming_ends_it(settings, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
-        patch.setattr("training.run.save_adapter", lambda *arguments: interrupt())
+        patch.setattr("visualglm_tools.training.run.save_adapter", lambda *arguments: interrupt())
         with pytest.raises(Stopped, match="checkpoint-4 is saved"):
             finetune(settings, silent)
     finetune(replace(settings, resume=True), silent)
@@ -311,7 +310,7 @@ def test_resuming_on_other_weights_is_refused(stopped, monkeypatch):
             model.transformer.final_layernorm.weight.mul_(1.5)
         return model
 
-    monkeypatch.setattr("training.run.load_base", load)
+    monkeypatch.setattr("visualglm_tools.training.run.load_base", load)
     with pytest.raises(ValueError, match="base weights was"):
         finetune(settings, silent)
 

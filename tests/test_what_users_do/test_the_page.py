@@ -16,18 +16,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import web_demo_hf
 from PIL import Image
-from serving.engine import Engine
-from serving.loading import load_model
-from serving.uploads import LOCK, PREFIX, Uploads, own_uploads
-from serving_helpers import PICTURES, ROOT, TINY, free_port, wait_until
+
+from tests.paths import PICTURES, ROOT, TINY
+from tests.serving_helpers import free_port, wait_until
+from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.commands import web as web_demo_hf
+from visualglm_tools.serving.engine.engine import Engine
+from visualglm_tools.serving.page.uploads import LOCK, PREFIX, Uploads, own_uploads
 
 
 gradio = pytest.importorskip("gradio", reason="the web demo needs gradio")
 page_tests = pytest.importorskip("test_web_demo", reason="the web demo is tested through selenium")
-web = pytest.importorskip("serving.web")
-web_gate = pytest.importorskip("serving.web_gate")
+web = pytest.importorskip("visualglm_tools.serving.page.page")
+web_gate = pytest.importorskip("visualglm_tools.serving.page.gate")
 
 CIRCLES = next(path for path in PICTURES if "circles" in path.name)
 STAR = next(path for path in PICTURES if "star" in path.name)
@@ -285,7 +287,7 @@ def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in
 
 # Where uploads lie when the server has ended
 
-HOLD = "from serving.uploads import own_uploads; print(own_uploads().folder, flush=True); input()"
+HOLD = "from visualglm_tools.serving.page.uploads import own_uploads; print(own_uploads().folder, flush=True); input()"
 
 
 @pytest.fixture
@@ -296,7 +298,7 @@ def start_process(tmp_path, monkeypatch):
 
     def start() -> tuple[subprocess.Popen, Path]:
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD], cwd=ROOT / "scripts", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", HOLD], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         processes.append(process)
         folder = Path(process.stdout.readline().strip())
@@ -593,7 +595,7 @@ def test_the_first_question_is_asked_in_the_browsers_language(open_tab, language
 
 def test_a_missing_package_is_said_before_the_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr("serving.uploads.own_uploads", lambda: None)
+    monkeypatch.setattr("visualglm_tools.serving.page.uploads.own_uploads", lambda: None)
     monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("the model was loaded"))
     monkeypatch.setattr(sys, "argv", ["web_demo_hf.py", "--port", str(free_port())])
     before = signal.getsignal(signal.SIGTERM)

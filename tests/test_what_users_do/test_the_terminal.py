@@ -5,9 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-import cli_demo_hf
 import pytest
-from serving_helpers import PICTURES, ROOT, TINY
+
+from tests.paths import PICTURES, ROOT, TINY
+from visualglm_tools.commands import chat as cli_demo_hf
 
 
 PICTURE = PICTURES[0]
@@ -87,8 +88,13 @@ def test_pasted_lines_are_one_question():
     readline = pytest.importorskip("readline")
     if "GNU" not in readline.__doc__:
         pytest.skip("only GNU's readline knows what is pasted")
-    program = "import cli_demo_hf as cli; cli.edit_lines(); print(ascii([cli.read_line('> ') for _ in range(2)]))"
-    options = {"cwd": str(ROOT / "scripts"), "env": {**os.environ, "TERM": "xterm"}, "encoding": "utf-8"}
+    program = """
+from visualglm_tools.commands.chat import edit_lines, read_line
+
+edit_lines()
+print(ascii([read_line("> ") for _ in range(2)]))
+"""
+    options = {"cwd": str(ROOT), "env": {**os.environ, "TERM": "xterm"}, "encoding": "utf-8"}
     child = pexpect.spawn(sys.executable, ["-c", program], timeout=60, **options)
     child.expect_exact("\x1b[?2004h")  # asks the terminal to mark what is pasted
     child.expect("> ")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training.dataset import read_dataset
-from training.encoding import IGNORED, Collator, Encoder, count_shared, describe_truncation, digest
+
+from visualglm_tools.training.dataset import read_dataset
+from visualglm_tools.training.encoding import IGNORED, Collator, Encoder, count_shared, describe_truncation, digest
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "background"

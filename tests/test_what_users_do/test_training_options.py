@@ -3,21 +3,20 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
-import finetune_visualglm
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.adapters import usual_layers
-from training.run import Settings, choose_bits, finetune, memory_remedies
 from transformers import TrainerCallback
 
+from tests.paths import ROOT, TINY
 from visualglm_hf import VisualGLMConfig
+from visualglm_tools.commands import finetune as finetune_visualglm
+from visualglm_tools.training.adapters import usual_layers
+from visualglm_tools.training.run import Settings, choose_bits, finetune, memory_remedies
 
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models" / "visualglm-tiny"
+MODEL = TINY
 EXAMPLE = ROOT / "examples" / "background"
 LORA_OPTIONS = ("lora_rank", "layer_range")  # of the original's
 ROWS, HELD_OUT = EXAMPLE / "dataset.json", EXAMPLE / "held_out.json"

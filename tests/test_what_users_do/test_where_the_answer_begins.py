@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import FLOAT32_TOLERANCE, relative_error
 
+from tests.helpers import FLOAT32_TOLERANCE, relative_error
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.glm_positions import build_glm_position_ids
 

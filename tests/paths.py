@@ -1,0 +1,11 @@
+"""Where things stand, for tests of every room."""
+
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = ROOT / "models" / "visualglm-tiny"
+COMMAND = [sys.executable, "-m", "visualglm_tools"]  # what `visualglm` runs
+PICTURES = sorted((ROOT / "examples").glob("*.png"))

@@ -1,0 +1,395 @@
+"""The serving engine: an answer in a batch is the answer alone, and nothing that one client does harms another."""
+
+import asyncio
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.paths import ROOT, TINY
+from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.serving.engine.engine import (
+    AnswerTimeout,
+    Completion,
+    Engine,
+    EngineClosed,
+    EngineError,
+    Limits,
+    QueueFull,
+)
+from visualglm_tools.serving.engine.sampling import Settings
+from visualglm_tools.serving.engine.text import GrowingText
+
+
+PICTURES = sorted((ROOT / "examples").glob("*.png"))
+GREEDY = Settings(temperature=0, repetition_penalty=1)
+LONG = Settings(temperature=2, top_p=1, top_k=0, seed=1, min_length=1500)  # goes on until it is stopped
+SECONDS = 60  # longer than anything here takes on a busy machine
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(TINY, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def engine(loaded):
+    with Engine(*loaded) as engine:
+        yield engine
+
+
+def question(text: str, picture: Path | None = None) -> list[dict]:
+    parts = [{"type": "text", "text": text}]
+    if picture is not None:
+        parts.insert(0, {"type": "image", "image": Image.open(picture)})
+    return [{"role": "user", "content": parts}]
+
+
+def about(picture) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+
+
+@pytest.fixture(scope="module")
+def prompts(engine):
+    texts = [
+        "描述这张图片。",
+        "Describe the image.",
+        "图里有什么颜色？",
+        "What shape is it?",
+        "这张图片的背景里有什么内容？",
+    ]
+    asked = [question(text, picture) for text in texts for picture in PICTURES]
+    asked += [question(text) for text in ("你好", "Hello", "描述这张图片。", "a" * 40)]
+    return [engine.prepare(messages) for messages in asked]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def refuses(engine) -> bool:
+    try:
+        engine.check_alive()
+    except EngineClosed:
+        return True
+    return False
+
+
+def count(engine, outcome: str) -> int:
+    return int(engine.metrics.registry.get_sample_value("visualglm_requests_total", {"outcome": outcome}) or 0)
+
+
+def test_greedy_answers_are_those_of_chat(engine, loaded, prompts):
+    for text, picture in (("描述这张图片。", PICTURES[0]), ("What shape is it?", PICTURES[1]), ("你好", None)):
+        completion = engine.submit(engine.prepare(question(text, picture)), GREEDY).result(SECONDS)
+        assert completion.text == chat_alone(loaded, picture, text)
+        assert completion.finish_reason == "stop"
+
+
+def chat_alone(loaded, picture, text) -> str:
+    model, tokenizer = loaded
+    image = str(picture) if picture else None
+    return model.chat(tokenizer, image, text, history=[], do_sample=False, repetition_penalty=1.0, min_length=0)[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GREEDY,
+        Settings(temperature=0),
+        Settings(seed=5),
+        Settings(seed=6, temperature=1.5, top_p=0.95, top_k=0, min_length=60, max_length=75),
+    ],
+    ids=["greedy", "penalty", "defaults", "hot"],
+)
+def test_every_answer_in_a_batch_is_the_answer_alone(engine, prompts, settings):
+    alone = [engine.submit(prompt, settings).result(SECONDS) for prompt in prompts]
+    together = [engine.submit(prompt, settings) for prompt in prompts]
+    assert [answer.result(SECONDS) for answer in together] == alone
+
+
+def test_every_answer_in_a_batch_is_the_answer_alone_with_low_bits_too(prompts):
+    with Engine.load(TINY, device="cpu", dtype="float32", quant=4) as engine:
+        alone = [engine.submit(prompt, GREEDY).result(SECONDS) for prompt in prompts]
+        together = [engine.submit(prompt, GREEDY) for prompt in prompts]
+        assert [answer.result(SECONDS) for answer in together] == alone
+
+
+def test_different_settings_share_a_batch_and_rows_that_join_late_change_nothing(engine, prompts):
+    choice = random.Random(0)
+    settings = [
+        Settings(
+            seed=seed,
+            temperature=choice.choice((0, 0.5, 1.5)),
+            top_p=choice.choice((0.4, 1)),
+            repetition_penalty=choice.choice((1, 1.2)),
+            max_new_tokens=choice.choice((1, 5, 40)),
+            stop=choice.choice(((), ("的", "circle"))),
+        )
+        for seed in range(len(prompts))
+    ]
+    alone = [engine.submit(*pair).result(SECONDS) for pair in zip(prompts, settings, strict=True)]
+    answers = []
+    for pair in zip(prompts, settings, strict=True):
+        answers.append(engine.submit(*pair))
+        time.sleep(choice.random() * 0.01)
+    assert [answer.result(SECONDS) for answer in answers] == alone
+
+
+def test_a_seeded_answer_is_what_generate_samples_with_this_seed(engine, loaded, prompts):
+    model, tokenizer = loaded
+    prompt = prompts[-1]
+    torch.manual_seed(11)
+    input_ids = torch.tensor([prompt.token_ids])
+    unknown = list(range(len(tokenizer), model.config.text_config.vocab_size))
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=True,
+        temperature=1.7,
+        top_k=50,
+        top_p=0.9,
+        repetition_penalty=1.3,
+        max_new_tokens=30,
+        suppress_tokens=unknown,
+    )
+    expected = tokenizer.decode(output[0, input_ids.shape[1] :]).strip()
+    settings = Settings(temperature=1.7, top_k=50, top_p=0.9, repetition_penalty=1.3, max_new_tokens=30, seed=11)
+    assert engine.submit(prompt, settings).result(SECONDS).text == expected
+
+
+def test_a_stream_grows_and_ends_with_the_answer(engine, prompts):
+    answer = engine.submit(prompts[0], GREEDY)
+    texts = list(answer)
+    assert len(texts) > 5
+    assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
+    assert texts[-1] == answer.result(SECONDS).text
+
+
+def test_coroutines_stream_without_blocking_their_loop(engine, prompts):
+    async def consume(answer):
+        return [text async for text in answer][-1], await answer.completion()
+
+    async def consume_all():
+        return await asyncio.gather(*(consume(engine.submit(prompt, GREEDY)) for prompt in prompts))
+
+    for text, completion in asyncio.run(consume_all()):
+        assert text == completion.text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_streamed_text_is_always_the_beginning_of_the_final_text(loaded, seed):
+    tokenizer = loaded[1]
+    choice = random.Random(seed)
+    pieces = [
+        *range(6, len(tokenizer)),
+        *tokenizer("你好,好! n't [[训练时间]] x .", add_special_tokens=False)["input_ids"] * 40,
+    ]
+    for _ in range(60):
+        tokens = choice.choices(pieces, k=40)
+        growing = GrowingText(tokenizer, choice.choice(((), ("a", "好!"), ("的",))))
+        for length in range(1, len(tokens) + 1):
+            growing.update(tokens[:length])
+            if growing.is_stopped:
+                break
+        assert growing.final(tokens[:length])[0].startswith(growing.shown)
+
+
+def test_stop_texts_end_an_answer_before_them(engine, prompts):
+    whole = engine.submit(prompts[0], GREEDY).result(SECONDS).text
+    answer = engine.submit(prompts[0], Settings(temperature=0, repetition_penalty=1, stop=["没有的", whole[5:7]]))
+    texts, completion = list(answer), answer.result(SECONDS)
+    assert completion.text == whole[: whole.index(whole[5:7])] == texts[-1]
+    assert completion.finish_reason == "stop"
+    assert completion.completion_tokens < len(whole)
+
+
+def test_lengths_end_an_answer(engine, prompts):
+    length = len(prompts[0].token_ids)
+    for settings in (Settings(temperature=0, max_new_tokens=3), Settings(temperature=0, max_length=length + 3)):
+        completion = engine.submit(prompts[0], settings).result(SECONDS)
+        assert (completion.finish_reason, completion.completion_tokens) == ("length", 3)
+        assert completion.prompt_tokens == length
+
+
+def test_a_cancelled_answer_stops_within_one_token(engine, prompts):
+    answer, lengths = engine.submit(prompts[0], LONG), []
+    others = [engine.submit(prompt, GREEDY) for prompt in prompts[:3]]
+    publish = answer.publish
+
+    def publish_and_leave_at_the_tenth(text):  # in the step of a token
+        publish(text)
+        lengths.append(text)
+        if len(lengths) == 10:
+            answer.cancel()
+
+    answer.publish = publish_and_leave_at_the_tenth
+    answer.is_watched = True
+    completion = answer.result(SECONDS)
+    assert completion.finish_reason == "cancelled" and completion.text.startswith(lengths[-1])
+    assert len(lengths) == 10 and completion.completion_tokens <= 12  # it may have been watched from its second on
+    assert [other.result(SECONDS).finish_reason for other in others] == ["stop"] * 3
+
+
+def test_a_cancelled_answer_that_waits_never_starts(loaded, prompts):
+    with Engine(*loaded, Limits(max_batch_size=1)) as engine:
+        first, second = engine.submit_all(prompts[0], [LONG, LONG])
+        second.cancel()
+        assert second.result(0) == Completion("", "cancelled", len(prompts[0].token_ids), 0)
+        first.cancel()
+        assert first.result(SECONDS).finish_reason == "cancelled"
+
+
+def test_an_answer_that_waits_too_long_is_a_timeout_whether_it_waits_or_runs(loaded, prompts):
+    limits = Limits(max_batch_size=1, timeout=0.2)
+    with Engine(*loaded, limits) as engine:
+        answers = [engine.submit(prompts[0], LONG) for _ in range(3)]
+        for answer in answers:
+            with pytest.raises(AnswerTimeout, match="0.2 s"):
+                answer.result(SECONDS)
+        assert count(engine, "timeout") == 3
+        assert engine.submit(prompts[0], GREEDY).result(SECONDS).finish_reason == "stop"
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(loaded, prompts):
+    limits = Limits(max_batch_size=2, max_waiting=1)
+    with Engine(*loaded, limits) as engine:
+        answers = [engine.submit(prompts[0], LONG) for _ in range(3)]
+        with pytest.raises(QueueFull, match="waiting") as refusal:
+            engine.submit(prompts[0], GREEDY)
+        assert not any(answer.future.done() for answer in answers)  # it did not wait for them
+        assert 1 <= refusal.value.retry_after <= 60
+        for answer in answers:
+            answer.cancel()
+        wait_until(lambda: all(answer.future.done() for answer in answers))
+        assert engine.submit(prompts[0], GREEDY).result(SECONDS).finish_reason == "stop"
+
+
+def test_several_choices_are_taken_together_or_not_at_all(loaded, prompts):
+    limits = Limits(max_batch_size=1, max_waiting=1)
+    with Engine(*loaded, limits) as engine:
+        with pytest.raises(QueueFull):
+            engine.submit_all(prompts[0], [GREEDY] * 3)
+        answers = engine.submit_all(prompts[0], [GREEDY] * 2)
+        assert answers[0].result(SECONDS) == answers[1].result(SECONDS)
+
+
+def test_closing_drains_and_refuses(loaded, prompts):
+    engine = Engine(*loaded)
+    answers = [engine.submit(prompt, GREEDY) for prompt in prompts]
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    wait_until(lambda: refuses(engine))
+    with pytest.raises(EngineClosed, match="shutting down"):
+        engine.submit(prompts[0])
+    closing.join(SECONDS)
+    assert all(answer.future.done() and answer.result().finish_reason == "stop" for answer in answers)
+
+
+def test_closing_without_draining_cancels(loaded, prompts):
+    engine = Engine(*loaded, Limits(max_batch_size=2))
+    answers = [engine.submit(prompts[0], LONG) for _ in range(4)]
+    engine.close(drain=False)
+    assert [answer.result().finish_reason for answer in answers] == ["cancelled"] * 4
+
+
+def test_an_error_of_the_model_fails_its_requests_and_the_engine_lives(loaded, prompts, monkeypatch):
+    model = loaded[0]
+    with Engine(*loaded) as engine:
+        monkeypatch.setattr(model, "generate", lambda **kwargs: torch.empty(-1))
+        with pytest.raises(EngineError, match="negative"):
+            engine.submit(prompts[0], GREEDY).result(SECONDS)
+        monkeypatch.undo()
+        assert engine.submit(prompts[0], GREEDY).result(SECONDS).finish_reason == "stop"
+
+
+def test_nan_is_an_error_of_its_row_alone(loaded, prompts, monkeypatch):
+    model = loaded[0]
+    forward = model.lm_head.forward
+
+    def spoil_first_row(states):
+        logits = forward(states)
+        logits[0] = torch.nan
+        return logits
+
+    with Engine(*loaded) as engine:
+        expected = engine.submit(prompts[1], GREEDY).result(SECONDS)
+        monkeypatch.setattr(model.lm_head, "forward", spoil_first_row)
+        bad, good = engine.submit_all(prompts[1], [GREEDY, GREEDY])
+        with pytest.raises(ValueError, match="NaN"):
+            bad.result(SECONDS)
+        assert good.future.exception(SECONDS) is not None or good.result() == expected
+
+
+def test_a_picture_is_encoded_once_for_all_who_ask_about_it(loaded):
+    loaded[0].image_cache.clear()  # another test may have shown this picture
+    with Engine(*loaded) as engine:
+        answers = []
+        for text in ("描述这张图片。", "What shape is it?"):
+            answers += engine.submit_all(engine.prepare(question(text, PICTURES[0])), [GREEDY] * 2)
+        assert all(answer.result(SECONDS).text for answer in answers)
+        assert engine.metrics.registry.get_sample_value("visualglm_encoded_pictures_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "must be a list"),
+        ("hello", "must be a list"),
+        ([{"role": "user"}], "content"),
+        ([{"content": "a"}], "role"),
+        ([{"role": "tool", "content": "a"}, {"role": "user", "content": "a"}], "alternate"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "last message"),
+        ([{"role": "user", "content": " "}], "empty"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "neither"),
+        ([{"role": "user", "content": "x\ufffc"}], "reserved"),
+        ([{"role": "user", "content": "好" * 3000}], "tokens long"),
+        (about("/etc/passwd"), "no path"),
+        (about("http://localhost/a.png"), "no path or address"),
+        (about(b"no picture"), "not a picture"),
+        (about(b""), "is empty"),
+        (about(b"0" * (20 * 2**20 + 1)), "too large"),
+        ([{"role": "user", "content": [{"type": "image", "image": b""}] * 9}], "9 pictures"),
+    ],
+)
+def test_bad_conversations_are_refused_before_the_model_sees_them(engine, messages, reason):
+    with pytest.raises(ValueError, match=reason):
+        engine.prepare(messages)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_new_tokens": 0},
+        {"max_length": 0},
+        {"min_length": -1},
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"seed": -1},
+        {"stop": [""]},
+        {"stop": "text"},
+        {"stop": ["a"] * 17},
+    ],
+)
+def test_bad_settings_are_refused_with_their_name(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Settings(**values)
+
+
+def test_settings_beyond_the_servers_limits_are_refused(loaded, prompts):
+    with Engine(*loaded, Limits(max_new_tokens=10)) as engine:
+        with pytest.raises(ValueError, match="at most 10"):
+            engine.submit(prompts[0], Settings(max_new_tokens=11))
+        with pytest.raises(ValueError, match="no room"):
+            engine.submit(prompts[0], Settings(max_length=5))
+        assert engine.submit(prompts[0], LONG).result(SECONDS).completion_tokens == 10

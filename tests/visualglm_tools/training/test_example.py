@@ -1,0 +1,75 @@
+"""The fine-tuning example, by the documented commands: from no right answer to nearly all, within minutes."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.paths import COMMAND, ROOT
+from tools.tiny import backgrounds as draw_backgrounds
+from visualglm_tools.checkpoints.loading import load_model
+
+
+DOCUMENT = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = ROOT / "examples" / "background"
+COMMANDS = re.findall(r"^visualglm (finetune .*--save out/(\w+))$", DOCUMENT, re.MULTILINE)
+NEW_DRAWINGS = 20  # of each kind
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a documented command, with `out/` in `folder`."""
+    options = shlex.split(command.replace("out/", f"{folder}/"))
+    finished = subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def count_right(adapter: Path | None = None) -> int:
+    """How many new drawings `chat` describes rightly."""
+    model, tokenizer = load_model(ROOT / "models" / "visualglm-tiny", "cpu", "float32", adapter=adapter)
+    right = 0
+    for tint in draw_backgrounds.TINTS:
+        for number in range(100, 100 + NEW_DRAWINGS):
+            picture = draw_backgrounds.sample_picture(tint, number)
+            answer, _ = model.chat(tokenizer, picture, draw_backgrounds.QUESTION, do_sample=False, max_length=128)
+            right += answer == draw_backgrounds.caption(tint)
+    return right
+
+
+def test_the_example_has_twenty_pictures_and_no_row_in_both_parts():
+    trained, held_out = (json.loads((EXAMPLE / name).read_text("utf-8")) for name in ("dataset.json", "held_out.json"))
+    names = [row["img"] for row in trained + held_out]
+    assert len(names) == len(set(names)) == len(list(EXAMPLE.glob("*.jpg"))) == 20
+    assert {row["label"] for row in trained} == {row["label"] for row in held_out}
+
+
+def test_the_readme_shows_one_of_the_documented_commands():
+    shown = re.findall(r"^visualglm (finetune .*)$", README, re.MULTILINE)
+    assert [name for _, name in COMMANDS] == ["lora", "qlora", "ptuning"]
+    assert shown == [COMMANDS[0][0]]
+
+
+@pytest.mark.slow
+def test_the_tiny_model_cannot_do_it_before():
+    assert count_right() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "name"), COMMANDS, ids=[name for _, name in COMMANDS])
+def test_the_example_is_learned_from_fifteen_pictures(command, name, tmp_path):
+    run(command, tmp_path)
+    report = json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
+    held_out, old = report["measured"]["held out"], report["measured"]["old abilities"]
+    assert held_out["before"]["right"] == 0
+    assert held_out["after"]["right"] >= 0.9 * held_out["examples"]
+    assert old["before"]["right"] == old["examples"] > old["after"]["right"] > 0  # forgetting is there, and reported
+    right = count_right(tmp_path / name / "adapter")
+    print(f"{name}: {held_out} {old} {right} of {5 * NEW_DRAWINGS} new drawings")
+    assert right >= 0.9 * 5 * NEW_DRAWINGS
+    if name == "lora":
+        for answer in re.findall(r"^visualglm (chat .*out/lora.*)$", DOCUMENT + README, re.MULTILINE):
+            assert run(answer, tmp_path) == "这张图片的背景是红色的沙滩。\n"

@@ -1,0 +1,102 @@
+"""TRL's supervised fine-tuning takes the model and the processor as they are."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.paths import ROOT, TINY
+from visualglm_hf import register
+from visualglm_tools.training.adapters import lora_config
+from visualglm_tools.training.dataset import read_dataset
+from visualglm_tools.training.encoding import Collator, Encoder
+from visualglm_tools.training.report import measure
+
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+MODEL = TINY
+EXAMPLE = ROOT / "examples" / "background"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    register()
+    return AutoProcessor.from_pretrained(MODEL), json.loads((EXAMPLE / "dataset.json").read_text(encoding="utf-8"))
+
+
+def prompt_and_completion(row, images):
+    prompt = [{"role": "user", "content": row["prompt"]}]
+    return {"images": images, "prompt": prompt, "completion": [{"role": "assistant", "content": row["label"]}]}
+
+
+def messages(row, images):
+    turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["label"]}]
+    return {"images": images, "messages": turns}
+
+
+def trainer_for(parts, rows, folder, adapter=None, **options):
+    processor, _ = parts
+    usual = {"per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    return trl.SFTTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32),
+        processing_class=processor,
+        train_dataset=datasets.Dataset.from_list(rows),
+        args=trl.SFTConfig(
+            output_dir=str(folder),
+            max_length=None,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            **{**usual, **options},
+        ),
+        peft_config=adapter or lora_config(8, range(4), alpha=8),
+    )
+
+
+@pytest.mark.parametrize("layout", [prompt_and_completion, messages])
+def test_sft_trainer_learns_from_pictures(layout, parts, tmp_path):
+    rows = [layout(row, [Image.open(EXAMPLE / row["img"])]) for row in parts[1][:3]]
+    trainer = trainer_for(parts, rows, tmp_path, max_steps=8)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_sft_trainer_computes_the_models_own_loss_on_answers(parts, tmp_path):
+    processor, source = parts
+    rows = [prompt_and_completion(row, [Image.open(EXAMPLE / row["img"])]) for row in source[:2]]
+    rows.append(prompt_and_completion({"prompt": "你好", "label": "你好！请给我一张图片。"}, []))
+    trainer = trainer_for(parts, rows, tmp_path, max_steps=1)
+    trainer.model.eval()
+    [batch] = list(trainer.get_train_dataloader())
+    answers = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert sorted(answers) == sorted(row["completion"][0]["content"].replace("！", "!") for row in rows)
+    with torch.no_grad():
+        theirs, ours = trainer.compute_loss(trainer.model, dict(batch)), trainer.model.get_base_model()(**batch).loss
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [prompt_and_completion, messages])
+def test_either_layout_teaches_the_example_and_keeps_old_abilities(layout, parts, tmp_path):
+    """As the example of docs/finetuning.md is trained."""
+    processor, source = parts
+    rows = [layout(row, [Image.open(EXAMPLE / row["img"])]) for row in source]
+    options = {"per_device_train_batch_size": 4, "lr_scheduler_type": "cosine", "warmup_steps": 6, "weight_decay": 0.01}
+    torch.manual_seed(1)
+    trainer = trainer_for(
+        parts, rows, tmp_path, lora_config(10, range(4), alpha=1), max_steps=300, seed=1, data_seed=1, **options
+    )
+    trainer.train()
+    right = {}
+    for name in ("held_out", "old_abilities"):
+        found = read_dataset([EXAMPLE / f"{name}.json"], Encoder(processor, 64, 256, 2048))
+        examples = [example for examples in found for example in examples]
+        right[name] = measure(trainer.model, Collator(processor), examples, 8)["right"]
+    print(layout.__name__, right)
+    assert right["held_out"] == 5
+    assert right["old_abilities"] >= 38

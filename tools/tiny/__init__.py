@@ -1,0 +1,1 @@
+"""How `models/visualglm-tiny` is made."""

@@ -1,0 +1,92 @@
+"""The command `visualglm`: looks up what was asked for, and imports that alone.
+
+A command is a module of `commands/`. It has `Options`, a dataclass of options; `run(options)`, which returns the exit
+code or None for 0; its docstring, which is what `-h` says; and, where it needs more packages than the model, `EXTRA`,
+what `pip install` calls them. Errors are told here, in one line: bad input and unreadable files end with 2.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import ModuleType
+
+from visualglm_tools.options import Parser, build_parser, from_namespace
+from visualglm_tools.printing import report
+
+
+COMMANDS = {
+    "chat": "talk about a picture in the terminal",
+    "serve": "answer over HTTP: OpenAI's API and the original's",
+    "web": "a page in the browser",
+    "batch": "answer a file of questions",
+    "finetune": "train an adapter on your own pictures",
+    "merge": "fold an adapter into the weights",
+    "convert": "prepare the original's checkpoint, or bring one from or to SAT",
+    "quantize": "write a checkpoint in 8 or 4 bits",
+    "check": "check a checkpoint, and tell which kernels this machine uses",
+    "bench": "measure speed and memory",
+}
+INTERRUPTED = 130  # as shells say it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
+    if not words or words[0] not in COMMANDS:
+        list_parser().parse_args(words)  # -h, --version, or an error
+    if words[0] in ("chat", "serve", "web", "batch", "finetune", "bench"):
+        return importlib.import_module(f"visualglm_tools.commands.{words[0]}").main(words[1:])
+    command, parser = open_command(words[0])
+    try:
+        return command.run(from_namespace(command.Options, parser.parse_args(words[1:]))) or 0
+    except ImportError as error:
+        report(f"{error.name} is missing: pip install 'visualglm-hf[{getattr(command, 'EXTRA', 'dev')}]'")
+        return 2
+    except (ValueError, OSError) as error:
+        report(error)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def open_command(name: str) -> tuple[ModuleType, Parser]:
+    """A command's module and its parser."""
+    command = importlib.import_module(f"visualglm_tools.commands.{name}")
+    return command, build_parser(command.Options, f"visualglm {name}", command.__doc__)
+
+
+def list_parser() -> Parser:
+    """A parser of the command's name alone, which can list them all."""
+    width = max(map(len, COMMANDS)) + 2
+    listed = "\n".join(f"  {name:{width}}{what}" for name, what in COMMANDS.items())
+    parser = Parser(
+        prog="visualglm",
+        usage="visualglm COMMAND [options]",
+        description="VisualGLM-6B on today's transformers: talk about pictures in Chinese and English.",
+        epilog=f"commands:\n{listed}\n\nvisualglm COMMAND -h lists the options of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=version("visualglm-hf"))
+    return parser
+
+
+def complete() -> None:
+    """Answer a shell that asks what a word could become, and end; see argcomplete."""
+    import argcomplete
+
+    parser = Parser(prog="visualglm")
+    commands = parser.add_subparsers()
+    for name, what in COMMANDS.items():
+        _, known = open_command(name)
+        commands.add_parser(name, help=what, parents=[known], add_help=False)
+    argcomplete.autocomplete(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The model that is measured: built with random weights or loaded, and what one of its tokens costs at least."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visualglm_hf import LowBitConfig, VisualGLMConfig, VisualGLMForConditionalGeneration
+from visualglm_hf.quantization import QuantizedLinear, record
+from visualglm_tools.benchmarking.timing import GIB, digits, free_memory
+
+
+# A geometry with every part of the real one, for tests.
+TINY = {
+    "text_config": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "max_position_embeddings": 512,
+        "mask_token_id": 250,
+        "gmask_token_id": 251,
+        "bos_token_id": 254,
+        "eos_token_id": 255,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 56,
+    },
+    "qformer_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_query_tokens": 8,
+        "encoder_hidden_size": 32,
+    },
+}
+GEOMETRIES = {"full": {}, "tiny": TINY}
+# A prime, so that the rows of a matrix filled with copies of the block start at different places and are not equal.
+BLOCK_LENGTH = 1_048_573
+BLOCKS = 4096  # so many tensors start with different values
+WEIGHT_STD = 0.02
+LARGEST_BYTE = 127
+CODE_STD = {4: 4.6, 8: 73.3}  # of codes that are as likely as each other
+SPARE_MEMORY = 1.1  # times the weights: imports, activations, cache
+
+
+def fill(tensor: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Fill `tensor` in place with copies of `block`, the last one cut short."""
+    flat = tensor.view(-1)
+    whole = flat.numel() // len(block) * len(block)
+    flat[:whole].view(-1, len(block)).copy_(block)
+    flat[whole:].copy_(block[: flat.numel() - whole])
+    return tensor
+
+
+def random_block(device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Return normal numbers as large as weights are, for `fill`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BLOCK_LENGTH + BLOCKS, generator=generator).mul_(WEIGHT_STD).to(device)
+
+
+def random_codes(device: torch.device) -> torch.Tensor:
+    """Return random bytes, for `fill`: one code of 8 bits each, or two of 4."""
+    generator = torch.Generator().manual_seed(0)
+    bounds, shape = (-LARGEST_BYTE, LARGEST_BYTE + 1), (BLOCK_LENGTH + BLOCKS,)
+    return torch.randint(*bounds, shape, generator=generator, dtype=torch.int8).to(device)
+
+
+def materialise(model: torch.nn.Module, device: torch.device) -> None:
+    """Give the meta parameters of `model` random values in their own dtype, one tensor at a time; ties are kept."""
+    numbers, codes = random_block(device), random_codes(device)
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                start, block = len(made) % BLOCKS, numbers if parameter.is_floating_point() else codes
+                filled = fill(torch.empty_like(parameter.detach(), device=device), block[start : start + BLOCK_LENGTH])
+                if isinstance(module, torch.nn.LayerNorm) and name == "weight":
+                    filled += 1
+                made[id(parameter)] = torch.nn.Parameter(filled, requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+        if isinstance(module, QuantizedLinear):
+            scale = WEIGHT_STD / CODE_STD[module.bits]
+            module.weight_scale = torch.full_like(module.weight_scale, scale, device=device)
+
+
+def build_model(
+    geometry: dict[str, Any], dtype: torch.dtype, device: torch.device, bits: int | None = None
+) -> VisualGLMForConditionalGeneration:
+    """Build a model with random weights, which never exist in another format.
+
+    Args:
+        bits: 4 or 8 for a decoder of random codes, None for full precision.
+
+    Raises:
+        ValueError: the weights do not fit into the free memory.
+    """
+    config = VisualGLMConfig(**geometry)
+    if bits:
+        record(config, bits, None, lm_head=False)
+    with torch.device("meta"):
+        model = VisualGLMForConditionalGeneration(config).to(dtype)
+    needed, free = sum(tensor.nbytes for tensor in tensors_of(model)) * SPARE_MEMORY, free_memory(device)
+    if needed > free:
+        raise ValueError(f"the model needs {needed / GIB:.1f} GiB in {dtype}, but only {free / GIB:.1f} GiB are free.")
+    materialise(model, device)
+    return model
+
+
+def stored_bits(folder: Path) -> int:
+    """Return the bits of the weights in a checkpoint folder, 0 for full precision."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} has no config.json. Give the folder with the weights.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("quantization_bit") or 0
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+
+
+def load_model(folder: Path, dtype: torch.dtype, bits: int | None = None) -> VisualGLMForConditionalGeneration:
+    """Load a checkpoint; with `bits`, one that has so many or one that is quantized while it is loaded."""
+    stored = stored_bits(folder)
+    if bits and stored not in (0, bits):
+        raise ValueError(f"{str(folder)!r} has weights of {stored} bits, not of {bits}.")
+    quantization = {"quantization_config": LowBitConfig(bits)} if bits and not stored else {}
+    try:
+        return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, **quantization)
+    except OSError as error:
+        raise ValueError(f"cannot load {str(folder)!r}: {error}") from error
+
+
+def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the parameters and buffers of the modules, each once."""
+    found = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    return list(found.values())
+
+
+def token_bytes(model: VisualGLMForConditionalGeneration) -> int:
+    """Return the bytes of weights that one token reads: the blocks, the last LayerNorm and lm_head."""
+    parts = (model.transformer.layers, model.transformer.final_layernorm, model.lm_head)
+    return sum(tensor.nbytes for tensor in tensors_of(*parts))
+
+
+def cache_bytes(model: VisualGLMForConditionalGeneration) -> int:
+    """Return the bytes of keys and values that a token leaves in the cache."""
+    config = model.config.text_config
+    return 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+
+
+def block_flop(model: VisualGLMForConditionalGeneration) -> int:
+    """Return the multiplications and additions of the blocks' matrices for one token; attention is left out."""
+    config = model.config.text_config
+    per_layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    return 2 * config.num_hidden_layers * per_layer
+
+
+def head_flop(model: VisualGLMForConditionalGeneration) -> int:
+    """Return the multiplications and additions of lm_head, which only the last token of a prompt needs."""
+    config = model.config.text_config
+    return 2 * config.hidden_size * config.vocab_size
+
+
+def model_figures(model: VisualGLMForConditionalGeneration) -> dict[str, Any]:
+    """Return the sizes from which rates follow. Quantized weights count as parameters one by one, not as bytes."""
+    config = model.config.text_config
+    plain = sum(tensor.numel() for tensor in model.parameters())
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    unpacked = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in packed)
+    return {
+        "parameters": plain + unpacked,
+        "weights_gib": digits(sum(tensor.nbytes for tensor in tensors_of(model)) / GIB),
+        "token_gb": digits(token_bytes(model) / 1e9),
+        "cache_gb_per_token": digits(cache_bytes(model) / 1e9),
+        "block_gflop": digits(block_flop(model) / 1e9),
+        "head_gflop": digits(head_flop(model) / 1e9),
+        "layers": config.num_hidden_layers,
+    }

@@ -1,0 +1,1 @@
+"""The parts of the command `visualglm`: each parses options, calls, and renders."""

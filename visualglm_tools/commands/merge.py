@@ -1,0 +1,38 @@
+"""Fold a trained adapter into the weights it was trained on.
+
+    visualglm merge BASE ADAPTER DST
+
+BASE is the checkpoint with full weights, an original or a prepared one, ADAPTER the folder that `visualglm finetune` or
+PEFT wrote: LoRA, or the prefix of P-tuning. DST will be a checkpoint of its own that loads without PEFT and can be
+quantized with `visualglm quantize`. Weights that the adapter does not touch stay on the disk until they are copied.
+Everything is checked before anything is written, and DST appears when it is complete or not at all.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from visualglm_tools.commands.options import READY, target_argument, tokenizer_option
+from visualglm_tools.options import argument
+
+
+# torch, transformers and PEFT are imported in `run`: `-h` and typing errors shall not wait for them.
+
+EXTRA = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    base: Path = argument("folder with the full weights that the adapter was trained on", metavar="BASE")
+    adapter: Path = argument("folder of the adapter", metavar="ADAPTER")
+    target: Path = target_argument()
+    tokenizer: Path | None = tokenizer_option("BASE")
+
+
+def run(options: Options) -> None:
+    """Write DST; a `ValueError` says why it cannot be written."""
+    from visualglm_tools.checkpoints.files import readable
+    from visualglm_tools.checkpoints.merging import merge
+
+    with readable():
+        merge(options.base, options.adapter, options.target, options.tokenizer)
+    print(READY.format(options.target))

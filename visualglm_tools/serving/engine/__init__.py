@@ -1,0 +1,1 @@
+"""The queue, the model and the pictures behind every door that serves."""

@@ -1,0 +1,169 @@
+"""Answers that are generated side by side, and may begin and end at different times.
+
+`generate` works on a fixed set of rows, so a batch pauses (its stopping criterion says stop for all) when others wait
+to join or many rows are done. Then the prompts of those who join are run into a cache, the caches of all rows that go
+on are put together, and `generate` continues from them. A row does not depend on its neighbours: padding is on the
+left, masked, and not counted by its positions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from visualglm_hf.glm_positions import build_glm_position_ids
+from visualglm_hf.growing_cache import make_cache
+from visualglm_tools.serving.engine.sampling import Chooser, RowSampler
+
+
+class Row:
+    """One answer on its way: the tokens so far and when it ends.
+
+    Args:
+        token_ids: the prompt.
+        chooser: chooses its tokens.
+        eos_token_id: ends it.
+        max_length: ends it, prompt included.
+        on_token: called with the row after each token; a reason that it returns ends the row.
+        on_finish: called with the row at its end, within the step of its last token.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        chooser: Chooser,
+        eos_token_id: int,
+        max_length: int,
+        on_token: Callable[["Row"], str | None],
+        on_finish: Callable[["Row"], None],
+    ):
+        self.token_ids = list(token_ids)
+        self.prompt_length = len(self.token_ids)
+        self.chooser, self.eos_token_id, self.max_length = chooser, eos_token_id, max_length
+        self.on_token, self.on_finish = on_token, on_finish
+        self.image_embeds: torch.Tensor | None = None  # [pictures, num_query_tokens, C] of the prompt
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+
+    @property
+    def is_live(self) -> bool:
+        return self.finish_reason is None
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    def accept(self, token_id: int) -> None:
+        """Take the next token."""
+        self.token_ids.append(token_id)
+        reason = self.on_token(self)
+        if token_id == self.eos_token_id:
+            reason = "stop"
+        elif reason is None and len(self.token_ids) >= self.max_length:
+            reason = "length"
+        if reason is not None:
+            self.finish(reason)
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.finish("error")
+
+    def finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self.on_finish(self)
+
+
+@dataclass
+class Batch:
+    """Rows and what the model has computed for them: all their tokens but the last, [rows, heads, T, D] per layer."""
+
+    rows: list[Row]
+    cache: DynamicCache
+
+    @property
+    def live(self) -> list[Row]:
+        return [row for row in self.rows if row.is_live]
+
+
+class RowsStop(StoppingCriteria):
+    """Gives each row its token, ends the rows that are done, and all of them for a pause."""
+
+    def __init__(self, rows: Sequence[Row], should_pause: Callable[[], bool]):
+        self.rows, self.should_pause = rows, should_pause
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if row.is_live:
+                row.accept(token_id)
+        is_paused = self.should_pause()
+        return torch.tensor([is_paused or not row.is_live for row in self.rows], device=input_ids.device)
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, rows: Sequence[Row]) -> Batch:
+    """A batch of new rows. The last token of a prompt, `<sop>`, is the first that its context does not look at."""
+    config = model.config.text_config
+    cache = make_cache(config, model.device)
+    input_ids, attention_mask = pad_left([row.token_ids for row in rows], config.pad_token_id, model.device)
+    pictures = [row.image_embeds for row in rows if row.image_embeds is not None]
+    model(
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        glm_position_ids=build_glm_position_ids(input_ids, attention_mask, config)[..., :-1],
+        image_embeds=torch.cat(pictures) if pictures else None,
+        cache=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Batch(list(rows), cache)
+
+
+def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], bool]) -> None:
+    """Generate until every row is done or, after some token, `should_pause()`."""
+    pad_token_id = model.config.text_config.pad_token_id
+    input_ids, attention_mask = pad_left([row.token_ids for row in batch.rows], pad_token_id, model.device)
+    model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        cache=batch.cache,
+        logits_processor=LogitsProcessorList([RowSampler(batch.rows, pad_token_id)]),
+        stopping_criteria=StoppingCriteriaList([RowsStop(batch.rows, should_pause)]),
+        max_new_tokens=max(row.max_length - len(row.token_ids) for row in batch.rows),
+        do_sample=False,  # the rows choose
+    )
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask` [rows, S] of the longest row's length."""
+    length = max(map(len, rows))
+    input_ids = [[pad_token_id] * (length - len(row)) + list(row) for row in rows]
+    attention_mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(input_ids, device=device), torch.tensor(attention_mask, device=device)
+
+
+def merge(model: PreTrainedModel, batches: Sequence[Batch]) -> Batch | None:
+    """The rows of all `batches` that go on, without columns that are padding for all of them; None if none does."""
+    batches = [batch for batch in batches if batch.live]
+    if not batches:
+        return None
+    rows = [row for batch in batches for row in batch.live]
+    length = max(len(row.token_ids) for row in rows) - 1
+    if len(batches) == 1 and len(rows) == len(batches[0].rows) and batches[0].cache.get_seq_length() == length:
+        return batches[0]
+    cache = make_cache(model.config.text_config, model.device)
+    kept = [torch.tensor([row.is_live for row in batch.rows]).nonzero().flatten() for batch in batches]
+    for index in range(len(batches[0].cache.layers)):
+        layers = [batch.cache.layers[index] for batch in batches]
+        keys = [fit(layer.keys, indices, length) for layer, indices in zip(layers, kept, strict=True)]
+        values = [fit(layer.values, indices, length) for layer, indices in zip(layers, kept, strict=True)]
+        cache.update(torch.cat(keys), torch.cat(values), index)
+    return Batch(rows, cache)
+
+
+def fit(states: torch.Tensor, indices: torch.Tensor, length: int) -> torch.Tensor:
+    """The rows `indices` of [rows, heads, T, D], cut or padded on the left to T = `length`."""
+    states = states[indices.to(states.device)][:, :, -length:]
+    return F.pad(states, (0, 0, length - states.shape[2], 0))

@@ -1,0 +1,288 @@
+"""Messages and pictures -> a prompt, ready for the model; all that can be checked without the model is checked here.
+
+What a prompt looks like is `visualglm_hf.conversation`'s. What a server may open is decided here: pictures come as
+data, never as paths or addresses.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
+from visualglm_hf.conversation import is_english
+from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
+from visualglm_hf.tokenization_chatglm import MAX_BLANKS
+from visualglm_tools.serving.engine.picture_pool import PicturePool
+
+
+ROLES = ("user", "assistant")
+QUESTIONS = ("描述这张图片。", "Describe the image.")  # about a picture without a text; the first is the original's
+SHORT_TEXT = 10_000  # characters, which take milliseconds
+NO_PATH = "A picture must be a data: URI or the data itself; no path or address is opened here."
+
+
+class PictureTooLarge(ValueError):
+    """An encoded picture has more bytes than the server takes."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for its next answer.
+
+    Args:
+        token_ids: the whole prompt, a picture being `num_query_tokens` image tokens.
+        pixel_values: [pictures, 3, height, width] in the order of their places, or None.
+    """
+
+    token_ids: tuple[int, ...]
+    pixel_values: torch.Tensor | None = None
+
+
+class PromptBuilder:
+    """Builds prompts for one model; may be called from several threads.
+
+    Args:
+        max_pictures: per conversation.
+        max_picture_bytes: of one encoded picture.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_pictures: int,
+        max_picture_bytes: int,
+    ):
+        config = model.config
+        side = config.vision_config.image_size
+        self.processor = VisualGLMProcessor(
+            VisualGLMImageProcessor(size={"height": side, "width": side}),
+            tokenizer,
+            num_query_tokens=config.qformer_config.num_query_tokens,
+        )
+        self.context_length = config.text_config.max_position_embeddings
+        self.longest_piece = max(map(len, tokenizer.get_vocab()))
+        self.pictures, self.size = PicturePool(), (side, side)
+        self.max_pictures, self.max_picture_bytes = max_pictures, max_picture_bytes
+        self.short_ones = ThreadPoolExecutor(2, "short-prompts")
+        self.long_ones = ThreadPoolExecutor(1, "long-prompts")  # one by one, so that they leave others their time
+
+    def build(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
+        """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
+        conversation, pictures = self.separate(messages, english)
+        return self.finish(conversation, [self.open(picture) for picture in pictures], english)
+
+    async def build_async(
+        self,
+        messages: Sequence[Mapping],
+        english: bool | None = None,
+        fetch: Callable[[str], Awaitable[bytes]] | None = None,
+    ) -> Prompt:
+        """`build` beside the event loop; with `fetch`, which reads what is behind an address, for addresses too."""
+        conversation, pictures = self.separate(messages, english)
+        # One after the other: an encoded picture is much larger than what the model sees of it.
+        images = [await self.open_async(picture, fetch) for picture in pictures]
+        threads = self.short_ones if count_characters(conversation) <= SHORT_TEXT else self.long_ones
+        return await asyncio.get_running_loop().run_in_executor(threads, self.finish, conversation, images, english)
+
+    def close(self) -> None:
+        self.pictures.close()
+        self.short_ones.shutdown(wait=False)
+        self.long_ones.shutdown(wait=False)
+
+    def separate(self, messages: Sequence[Mapping], english: bool | None) -> tuple[list[dict], list]:
+        """The conversation as the chat template takes it, and its pictures; its counts and lengths are checked."""
+        if isinstance(messages, Sequence) and count_parts(messages) > self.context_length:
+            raise ValueError(
+                f"The conversation has more than {self.context_length} messages and parts; the model takes "
+                f"{self.context_length} tokens in all. Shorten it."
+            )
+        conversation, pictures = separate_pictures(messages)
+        if len(pictures) > self.max_pictures:
+            raise ValueError(f"The conversation has {len(pictures)} pictures; at most {self.max_pictures} are taken.")
+        if (tokens := self.least_tokens(texts_of(conversation))) > self.context_length:
+            raise ValueError(
+                f"The conversation is at least {tokens} tokens long; the model takes {self.context_length}, answer "
+                "included. Shorten it."
+            )
+        return arrange(conversation, english), pictures
+
+    def least_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens these texts take at least, without tokenizing them: each is one of the longest."""
+        characters, blanks = sum(map(len, texts)), sum(text.count(" ") for text in texts)
+        return blanks // MAX_BLANKS + (characters - blanks) // self.longest_piece
+
+    def finish(self, conversation: list[dict], images: list, english: bool | None) -> Prompt:
+        """The prompt of a conversation and its open pictures."""
+        try:
+            text = self.processor.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False, english=english
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        inputs = self.processor(images=images or None, text=[text], return_tensors="pt")
+        token_ids = inputs["input_ids"][0].tolist()
+        if len(token_ids) >= self.context_length:
+            raise ValueError(
+                f"The conversation is {len(token_ids)} tokens long; the model takes {self.context_length}, answer "
+                "included. Shorten it."
+            )
+        return Prompt(tuple(token_ids), inputs.get("pixel_values"))
+
+    def open(self, picture) -> Image.Image:
+        """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
+        refuse_path(picture)
+        if isinstance(picture, str):
+            return self.decode(self.uri_bytes(picture), name_of_uri(picture))
+        return self.decode(picture) if isinstance(picture, bytes) else open_picture(picture)
+
+    async def open_async(self, picture, fetch: Callable[[str], Awaitable[bytes]] | None) -> Image.Image:
+        refuse_path(picture)
+        name = None
+        if isinstance(picture, str) and fetch is not None and picture[:8].lower().startswith(("http://", "https://")):
+            picture = await fetch(picture)
+        elif isinstance(picture, str):
+            name = name_of_uri(picture)
+            picture = await asyncio.get_running_loop().run_in_executor(self.long_ones, self.uri_bytes, picture)
+        if not isinstance(picture, bytes):
+            return await asyncio.get_running_loop().run_in_executor(self.long_ones, open_picture, picture)
+        self.check_bytes(len(picture))
+        return await self.pictures.decode_async(picture, self.size, self.resample, name)
+
+    def uri_bytes(self, uri: str) -> bytes:
+        if uri[:5].lower() != "data:":
+            raise ValueError(NO_PATH)
+        self.check_bytes(len(uri) * 3 // 4)  # base64
+        return data_uri_bytes(uri)
+
+    @property
+    def resample(self) -> int:
+        return self.processor.image_processor.resample
+
+    def decode(self, data: bytes, name: str | None = None) -> Image.Image:
+        """An encoded picture as the model sees it; see `Engine.decode_picture`."""
+        self.check_bytes(len(data))
+        return self.pictures.decode(data, self.size, self.resample, name)
+
+    def check_bytes(self, size: int) -> None:
+        if size > self.max_picture_bytes:
+            raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
+
+
+def refuse_path(picture) -> None:
+    """Raise a `ValueError` for what names a file in another way than text does."""
+    if isinstance(picture, (os.PathLike, Mapping)):
+        raise ValueError(NO_PATH)
+
+
+def conversation_messages(turns: Iterable[Sequence[str]], question: str, picture=None) -> list[dict]:
+    """The messages that ask `question` after (question, answer) `turns`; the picture stands in front."""
+    texts = [(role, text) for turn in turns for role, text in zip(ROLES, turn, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in [*texts, ("user", question)]]
+    if picture:
+        first = {"type": "text", "text": messages[0]["content"]}
+        messages[0]["content"] = [{"type": "image", "image": picture}, first]
+    return messages
+
+
+def separate_pictures(messages: Sequence[Mapping]) -> tuple[list[dict], list]:
+    """The messages with bare places for their pictures, as the chat template wants them, and the pictures.
+
+    Raises:
+        ValueError: not the shape of messages, or the last one is not the user's. Roles and their order are the
+            template's to check.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError('messages must be a list such as [{"role": "user", "content": "Hello"}].')
+    conversation, pictures = [], []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages[{index}] must have a role and a content.")
+        parts = message.get("content")
+        if not isinstance(parts, str):
+            parts = [place_of(part, f"messages[{index}]", pictures) for part in as_list(parts, f"messages[{index}]")]
+        if message["role"] != "user" and pictures_of(parts):
+            raise ValueError(f"messages[{index}], of {message['role']!r}, has a picture; only the user's may have one.")
+        conversation.append({"role": message["role"], "content": parts})
+    if conversation[-1]["role"] != "user":
+        raise ValueError(f"The last message must be the user's question, found one of {conversation[-1]['role']!r}.")
+    return conversation, pictures
+
+
+def as_list(content, name: str) -> Sequence:
+    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
+        raise ValueError(f"{name}'s content must be a text or a list of parts, found {type(content).__name__}.")
+    return content
+
+
+def place_of(part: Mapping, name: str, pictures: list) -> dict:
+    """A part as the chat template wants it; a picture goes to the end of `pictures`."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image" and part.get("image") is not None:
+        pictures.append(part["image"])
+        return {"type": "image"}
+    raise ValueError(
+        f'{name} has a part that is neither {{"type": "text", "text": ...}} nor {{"type": "image", "image": ...}}.'
+    )
+
+
+def count_parts(messages: Sequence) -> int:
+    """How many messages, and parts beyond their first, there are; whatever they are."""
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    parts = sum(len(content) for content in contents if isinstance(content, (list, tuple)))
+    return max(len(messages), parts)
+
+
+def count_characters(conversation: Iterable[Mapping]) -> int:
+    return sum(map(len, texts_of(conversation)))
+
+
+def texts_of(conversation: Iterable[Mapping]) -> list[str]:
+    return [part["text"] for message in conversation for part in parts_of(message) if part["type"] == "text"]
+
+
+def parts_of(message: Mapping) -> list[dict]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def pictures_of(content: str | list[dict]) -> list[dict]:
+    return [] if isinstance(content, str) else [part for part in content if part["type"] == "image"]
+
+
+def arrange(conversation: Sequence[Mapping], english: bool | None) -> list[dict]:
+    """The conversation as the chat template takes it: what OpenAI's API takes, and people send, is more.
+
+    System messages are joined in front, neighbours of one role with each other. Before an answer that comes first, such
+    as a greeting, stands an empty question; a picture without a text is asked the demo's question, in the language of
+    the conversation.
+    """
+    system = [message for message in conversation if message["role"] == "system"]
+    joined: list[dict] = []
+    for message in [*system, *(message for message in conversation if message["role"] != "system")]:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1] = {"role": message["role"], "content": parts_of(joined[-1]) + parts_of(message)}
+        else:
+            joined.append(dict(message))
+    first = 1 if system else 0
+    if joined[first:] and joined[first]["role"] == "assistant":
+        joined.insert(first, {"role": "user", "content": ""})
+    is_in_english = is_english("\n".join(texts_of(joined))) if english is None else english
+    return [with_question(message, QUESTIONS[is_in_english]) for message in joined]
+
+
+def with_question(message: dict, question: str) -> dict:
+    """The message, which asks `question` if it is a picture and nothing more."""
+    pictures = pictures_of(message["content"])
+    if message["role"] != "user" or not pictures or "".join(texts_of([message])).strip():
+        return message
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}

@@ -1,0 +1,187 @@
+"""What is trained: the base model, full or in low bits, and PEFT's LoRA or prefix on it.
+
+Not here: loading a trained adapter (`adapter_files.py`), data, and how training goes (`run.py`).
+"""
+
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
+from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
+from visualglm_hf.processing_visualglm import VisualGLMProcessor
+from visualglm_hf.quantization import LowBitConfig
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
+from visualglm_tools.checkpoints.adapters import first_line
+
+
+DECODER_LINEARS = "query_key_value|dense"  # as in the original; the MLP stays as it is
+QFORMER_LINEARS = "query_key_value|dense|query|key_value"
+
+
+def load_processor(folder: Path, config: VisualGLMConfig) -> VisualGLMProcessor:
+    """The processor that fits a checkpoint, an original or a prepared one."""
+    side = config.vision_config.image_size
+    image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    return VisualGLMProcessor(image_processor, tokenizer, num_query_tokens=config.qformer_config.num_query_tokens)
+
+
+def load_base(
+    folder: Path, dtype: torch.dtype, bits: int | None = None, backend: str = "lowbit"
+) -> VisualGLMForConditionalGeneration:
+    """Load the model to train on, quantized while loading if `bits` are given.
+
+    Args:
+        folder: the checkpoint.
+        dtype: of everything that is not quantized.
+        bits: 4 or 8, of the decoder's matrices; None for all weights in full.
+        backend: "lowbit" for this package's own linear layers, "nf4" for those of bitsandbytes (4 bits).
+
+    Raises:
+        ValueError: bits that the backend does not have, bitsandbytes is not installed, or weights are missing,
+            damaged or quantized already.
+    """
+    quantization_config = quantization(dtype, bits, backend) if bits else None
+    try:
+        model, info = VisualGLMForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, quantization_config=quantization_config, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} lacks {len(missing)} weights, among them {missing[0]}; they would be random."
+        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # In its first evaluation on a CPU, bitsandbytes packs the codes in a way that it cannot train with.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def quantization(dtype: torch.dtype, bits: int, backend: str) -> LowBitConfig | BitsAndBytesConfig:
+    if backend == "lowbit":
+        return LowBitConfig(bits=bits)
+    if bits != 4:
+        raise ValueError(
+            f"--qlora_backend nf4 has 4 bits, not {bits}; leave --bits out or take --qlora_backend lowbit."
+        )
+    try:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["image_encoder", "lm_head"],
+        )
+    except ImportError as error:
+        raise ValueError("--qlora_backend nf4 needs bitsandbytes: pip install -e '.[train,quant]'") from error
+
+
+def usual_layers(num_layers: int) -> tuple[str, ...]:
+    """Where the original puts its LoRA: the first layer and the middle one, 0 and 14 of its 28."""
+    return tuple(dict.fromkeys(("0", str(num_layers // 2))))
+
+
+def resolve_layers(layer_range: Sequence[str], num_layers: int) -> list[int]:
+    """The indices of the layers to adapt, in order.
+
+    Args:
+        layer_range: indices as in SwissArmyTransformer (`0 14` are two layers, no range), or the one word "all".
+        num_layers: of the decoder.
+
+    Raises:
+        ValueError: something that is no index of a layer.
+    """
+    if list(layer_range) == ["all"]:
+        return list(range(num_layers))
+    for text in layer_range:
+        if not text.isascii() or not text.isdigit() or int(text) >= num_layers:
+            raise ValueError(
+                f"--layer_range {' '.join(layer_range)}: there is no layer {text!r}, the decoder has layers 0 to "
+                f"{num_layers - 1}. Give indices of layers, or 'all'."
+            )
+    return sorted({int(text) for text in layer_range})
+
+
+def lora_config(
+    rank: int,
+    layers: Sequence[int],
+    alpha: float = 1,
+    dropout: float = 0.0,
+    train_qformer: bool = False,
+    train_projection: bool = False,
+) -> LoraConfig:
+    """LoRA on the attention of some layers of the decoder; of the image encoder only what is asked for.
+
+    The pattern is matched against whole names: `query_key_value` alone would adapt the ViT and the Q-Former too.
+
+    Args:
+        rank: r, at least 1.
+        layers: indices of decoder layers.
+        alpha: the product of the two matrices is scaled by alpha / r. The original has 1.
+        dropout: on the input of the adapter.
+        train_qformer: adapt the attention of the Q-Former too.
+        train_projection: adapt the projection to the decoder too.
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"--lora_rank must be 1 or more, found {rank}.")
+    numbers = "|".join(map(str, layers))
+    targets = [rf"transformer\.layers\.({numbers})\.attention\.({DECODER_LINEARS})"]
+    if train_qformer:
+        targets.append(rf"image_encoder\.qformer\..*attention\.({QFORMER_LINEARS})")
+    if train_projection:
+        targets.append(r"image_encoder\.glm_proj")
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="|".join(targets),
+    )
+
+
+def prefix_config(pre_seq_len: int, config: VisualGLMConfig) -> PrefixTuningConfig:
+    """P-tuning v2: `pre_seq_len` trained keys and values before those of the prompt, in each layer of the decoder."""
+    if pre_seq_len < 1:
+        raise ValueError(f"--pre_seq_len must be 1 or more, found {pre_seq_len}.")
+    text = config.text_config
+    return PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=pre_seq_len,
+        token_dim=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_transformer_submodules=1,
+    )
+
+
+def add_adapter(model: VisualGLMForConditionalGeneration, adapter: PeftConfig) -> PeftModel:
+    """Freeze the model and put an untrained adapter on it, in float32 whatever the model's own dtype."""
+    adapted = get_peft_model(model, adapter)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def count_targets(model: PeftModel) -> dict[str, int]:
+    """How many matrices are adapted in each part of the model."""
+    found = [name for name, _ in model.named_modules() if re.search(r"lora_A$", name)]
+    parts = {"decoder": r"\.transformer\.layers", "Q-Former": r"qformer", "projection": r"glm_proj", "ViT": r"\.vit\."}
+    return {
+        part: sum(bool(re.search(pattern, name)) for name in found if part != "decoder" or "image_encoder" not in name)
+        for part, pattern in parts.items()
+    }

@@ -1,0 +1,204 @@
+"""Conversations to training examples, and examples to batches. The loss is on answers alone.
+
+A conversation gives one example for each of its answers: `[gMASK]<sop>` occurs once in a sequence of GLM, so what comes
+before an answer is all context. Lengths count as in the original: a source of pictures and words with its `[gMASK]`,
+a target of words with `<sop>` and `<eop>`; what is longer loses its end.
+
+Not here: what a prompt looks like (`visualglm_hf.conversation`, through the processor's chat template).
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jinja2 import TemplateError
+
+from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_hf.processing_visualglm import VisualGLMProcessor
+from visualglm_tools.training.dataset import Conversation, Picture, digest_picture, shown
+
+
+IGNORED = -100  # as a label: no loss here
+MIN_TARGET_LENGTH = 3  # <sop>, a token, <eop>
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer in its context. `source_length` and `target_length` are the tokens before truncation."""
+
+    input_ids: list[int]
+    labels: list[int]
+    pictures: tuple[Picture, ...]
+    conversation: Conversation
+    source_length: int
+    target_length: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The context up to `<sop>`, from which the answer is generated."""
+        return self.input_ids[: next(index for index, label in enumerate(self.labels) if label != IGNORED) + 1]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes examples of conversations.
+
+    Attributes:
+        processor: tokenizes, and knows the prompt grammar.
+        max_source_length: tokens of the context with its pictures and `[gMASK]`.
+        max_target_length: tokens of the answer with `<sop>` and `<eop>`.
+        max_length: tokens that the model takes at all.
+        english: whether to prompt with `Q:`/`A:`; None: as the question's language says, which is what `chat` does.
+
+    Raises:
+        ValueError: lengths that leave no room for an answer.
+    """
+
+    processor: VisualGLMProcessor
+    max_source_length: int
+    max_target_length: int
+    max_length: int
+    english: bool | None = None
+
+    def __post_init__(self):
+        if self.max_target_length < MIN_TARGET_LENGTH:
+            raise ValueError(
+                f"--max_target_length {self.max_target_length} leaves no token to train on: an answer needs at least "
+                f"{MIN_TARGET_LENGTH}, of which two are <sop> and <eop>."
+            )
+        if self.max_source_length + self.max_target_length > self.max_length:
+            raise ValueError(
+                f"--max_source_length {self.max_source_length} and --max_target_length {self.max_target_length} are "
+                f"more than the {self.max_length} tokens that the model takes; they must not be more in all."
+            )
+
+    def __call__(self, conversation: Conversation) -> list[Example]:
+        """One example for each answer.
+
+        Raises:
+            ValueError: a picture does not fit into the source, an answer has no token, or the prompt grammar refuses
+                a message.
+        """
+        ends = [index + 1 for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        examples = []
+        for end in ends:
+            messages = conversation.messages[:end]
+            shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+            part = Conversation(conversation.source, messages, conversation.pictures[:shown])
+            examples.append(self.encode(part))
+        return examples
+
+    def encode(self, conversation: Conversation) -> Example:
+        """Encode the last answer of a conversation."""
+        source, target = self.tokenize(conversation)
+        if not target:
+            raise ValueError(f"the answer {shown(conversation.answer)} has no token to train on.")
+        tokenizer, image_token_id = self.processor.tokenizer, self.processor.image_token_id
+        kept = source[: self.max_source_length - 1]
+        if kept.count(image_token_id) != source.count(image_token_id):
+            raise ValueError(
+                f"--max_source_length {self.max_source_length} would cut a picture; {self.room_for(len(source) + 1)}"
+            )
+        answer = [tokenizer.bos_token_id, *target[: self.max_target_length - 2], tokenizer.eos_token_id]
+        context = [*kept, tokenizer.gmask_token_id]
+        return Example(
+            [*context, *answer],
+            [IGNORED] * len(context) + answer,
+            conversation.pictures,
+            conversation,
+            len(source) + 1,
+            len(target) + 2,
+        )
+
+    def room_for(self, source_length: int) -> str:
+        """What to do about a source that must not be cut."""
+        room = self.max_length - source_length
+        if room < MIN_TARGET_LENGTH:
+            return (
+                f"this row has {source_length} tokens before its answer, and the model takes {self.max_length} in all; "
+                "shorten it, or show fewer pictures."
+            )
+        shorter = f" with --max_target_length {room}" if room < self.max_target_length else ""
+        return f"this row needs up to {source_length}{shorter}."
+
+    def tokenize(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """The ids before `[gMASK]<sop>`, and those between it and `<eop>`."""
+        try:
+            text = self.processor.apply_chat_template(list(conversation.messages), tokenize=False, english=self.english)
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        ids = self.processor.tokenize([text], [len(conversation.pictures)])["input_ids"][0]
+        start = ids.index(self.processor.tokenizer.bos_token_id)
+        return ids[: start - 1], ids[start + 1 : -1]
+
+
+def describe_truncation(examples: Iterable[Example], encoder: Encoder) -> str | None:
+    """Say how many examples lose their end, and what to do about it; None if all are whole.
+
+    The advice can be followed: lengths at which none would, or else which row is too long for the model.
+    """
+    examples = list(examples)
+    sources = sum(example.source_length > encoder.max_source_length for example in examples)
+    targets = sum(example.target_length > encoder.max_target_length for example in examples)
+    if not sources and not targets:
+        return None
+    source = max(examples, key=lambda example: example.source_length)
+    target = max(examples, key=lambda example: example.target_length)
+    counts = f"{sources} source(s) and {targets} target(s) of {len(examples)} examples are too long and lose their ends"
+    if source.source_length + target.target_length <= encoder.max_length:
+        lengths = f"--max_source_length {source.source_length} --max_target_length {target.target_length}"
+        return f"{counts}; none would with {lengths}."
+    return (
+        f"{counts}; no lengths would keep all, since the model takes {encoder.max_length} tokens for both. Shorten the "
+        f"longest: {source.conversation.source} has a source of {source.source_length}, {target.conversation.source} a "
+        f"target of {target.target_length}."
+    )
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """By which to know the same rows and pictures again."""
+    total, digest_once = hashlib.sha256(), cache(digest_picture)
+    for example in examples:
+        total.update(repr((example.input_ids, example.labels)).encode())
+        for picture in example.pictures:
+            total.update(digest_once(picture))
+    return total.hexdigest()
+
+
+def count_shared(examples: Iterable[Example], trained: Iterable[Example]) -> int:
+    """How many of the examples are trained on too."""
+    known = {(tuple(example.input_ids), example.pictures) for example in trained}
+    return sum((tuple(example.input_ids), example.pictures) in known for example in examples)
+
+
+class Collator:
+    """Examples to the model's inputs: padded on the left, pictures opened."""
+
+    def __init__(self, processor: VisualGLMProcessor):
+        self.processor = processor
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` [B, S], and `pixel_values` if there are pictures."""
+        batch = self.pad([example.input_ids for example in examples])
+        batch["labels"] = pad_left([example.labels for example in examples], IGNORED)
+        return batch | self.open_pictures(examples)
+
+    def prompts(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """The same without the answers, for `generate`."""
+        return self.pad([example.prompt_ids for example in examples]) | self.open_pictures(examples)
+
+    def pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        mask = pad_left([[1] * len(row) for row in rows], 0)
+        return {"input_ids": pad_left(rows, self.processor.tokenizer.pad_token_id), "attention_mask": mask}
+
+    def open_pictures(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        pictures = [open_picture(picture) for example in examples for picture in example.pictures]
+        return dict(self.processor.image_processor(pictures, return_tensors="pt")) if pictures else {}
+
+
+def pad_left(rows: list[list[int]], value: int) -> torch.Tensor:
+    """[B, S] of rows of different length."""
+    width = max(map(len, rows))
+    return torch.tensor([[value] * (width - len(row)) + row for row in rows])

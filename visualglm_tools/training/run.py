@@ -1,0 +1,541 @@
+"""One fine-tuning run: check everything, train, keep what is worth keeping.
+
+Not here: data (`dataset.py`, `encoding.py`), models and adapters (`adapters.py`), what is in the folder of results
+(`output.py`), signals (`stopping.py`), figures and tables (`report.py`).
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_tools.checkpoints.adapters import (
+    BASE_FILE,
+    CONFIG_FILE,
+    WEIGHT_FILE,
+    fingerprint,
+    first_line,
+    write_fingerprint,
+)
+from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.training.adapters import (
+    add_adapter,
+    count_targets,
+    load_base,
+    load_processor,
+    lora_config,
+    prefix_config,
+    resolve_layers,
+)
+from visualglm_tools.training.dataset import read_dataset
+from visualglm_tools.training.encoding import (
+    IGNORED,
+    Collator,
+    Encoder,
+    Example,
+    count_shared,
+    describe_truncation,
+    digest,
+)
+from visualglm_tools.training.output import (
+    ADAPTER,
+    COMPLETE,
+    CURVES_FILE,
+    REPORT_FILE,
+    SETTINGS_FILE,
+    UNFINISHED,
+    check_free,
+    check_same_run,
+    complete_checkpoints,
+    describe_lost,
+    explained_stops,
+    held,
+    remove_incomplete,
+    remove_old,
+    remove_unsaved_run,
+)
+from visualglm_tools.training.report import measure, plot_curves, write_json
+from visualglm_tools.training.stopping import StopAfterStep, Stopped
+
+
+CURVE_POINTS = 10  # evaluations in a run, where no interval is asked for
+SAVING_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does; the defaults are the original's."""
+
+    model: Path
+    train_data: tuple[Path, ...]
+    method: str
+    save: Path = Path("checkpoints")
+    valid_data: tuple[Path, ...] = ()
+    old_data: tuple[Path, ...] = ()
+    resume: bool = False
+    lora_rank: int = 10
+    lora_alpha: float = 1.0
+    lora_dropout: float = 0.0
+    layer_range: tuple[str, ...] = ("0", "14")
+    train_qformer: bool = False
+    train_projection: bool = False
+    bits: int | None = None
+    qlora_backend: str = "lowbit"
+    pre_seq_len: int = 4
+    max_source_length: int = 64
+    max_target_length: int = 256
+    english: bool | None = None
+    strict: bool = False
+    train_iters: int = 300
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    lr: float = 1e-4
+    lr_decay_style: str = "cosine"
+    warmup: float = 0.02
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    checkpoint_activations: bool = False
+    precision: str = "float32"
+    save_interval: int = 300
+    eval_interval: int = 10000
+    eval_iters: int | None = None
+    eval_batch_size: int = 8
+    log_interval: int = 10
+    keep: int = 3
+    answers: int = 100
+    num_workers: int = 0
+    tensorboard: bool = False
+    cpu: bool = False
+    seed: int = 1234
+
+    @property
+    def selects_best(self) -> bool:
+        """Whether the result is the checkpoint with the lowest loss on held-out rows, and not the last one."""
+        return bool(self.valid_data) and self.eval_interval <= self.train_iters
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """As asked for; an interval beyond the run, such as the original's, gives `CURVE_POINTS` in it."""
+        if self.eval_interval <= self.train_iters:
+            return self.eval_interval
+        return math.ceil(self.train_iters / CURVE_POINTS)
+
+    def as_json(self) -> dict:
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+@dataclass
+class Data:
+    """Everything read and checked: examples to train on, and named lists to measure on."""
+
+    train: list[Example]
+    valid: list[Example] = field(default_factory=list)
+    old: list[Example] = field(default_factory=list)
+
+
+def finetune(
+    settings: Settings,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict:
+    """Train an adapter.
+
+    Args:
+        settings: what to do.
+        say: called with each line that the user should read.
+        callbacks: more of transformers' callbacks.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        ValueError: bad settings or data, named before the weights are loaded; a loss that is no number; a checkpoint
+            that cannot be written, after which the last complete one is still there.
+        Stopped: Ctrl-C or SIGTERM; the error says whether there is a checkpoint to resume from.
+    """
+    check_folder(settings.model)
+    config = VisualGLMConfig.from_pretrained(settings.model)
+    adapter, bits = choose_adapter(settings, config), choose_bits(settings, config)
+    arguments = training_arguments(settings)
+    say = say if arguments.process_index == 0 else lambda line: None
+    with held(settings.save) if arguments.should_save else nullcontext(), explained_stops(settings.save):
+        record = settings.as_json() | {"processes": arguments.world_size * max(1, arguments.n_gpu)}
+        checkpoint = prepare_output(settings, record, arguments, say)
+        encoder = build_encoder(settings, config)
+        data = read_data(settings, encoder, say)
+        record["rows and pictures"] = digest([*data.train, *data.valid])
+        check_resumed(settings, record)
+        set_seed(settings.seed)
+        base = load_base(settings.model, dtype_of(settings.precision), bits, settings.qlora_backend)
+        samples = fingerprint(base)
+        record["base weights"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+        check_resumed(settings, record)
+        trainer = build_trainer(settings, arguments, base, adapter, data, Collator(encoder.processor), callbacks)
+        say(describe_model(trainer.model))
+        if arguments.should_save:
+            write_json(settings.save / SETTINGS_FILE, record)
+        report = run(trainer, settings, data, checkpoint, say)
+        save_adapter(trainer, settings.save, samples)
+        if arguments.should_save:
+            plot_curves(trainer.state.log_history, settings.save / CURVES_FILE)
+            write_json(settings.save / REPORT_FILE, report)
+    say(f"The adapter is in {settings.save / ADAPTER}, the curves are in {settings.save / CURVES_FILE}.")
+    return report
+
+
+# ---------------------------------------------------------------- before anything is loaded
+
+
+def choose_adapter(settings: Settings, config: VisualGLMConfig) -> PeftConfig:
+    """PEFT's description of what is trained; a `ValueError` for a rank, layer or length that cannot be."""
+    if settings.method == "ptuning":
+        return prefix_config(settings.pre_seq_len, config)
+    layers = resolve_layers(settings.layer_range, config.text_config.num_hidden_layers)
+    return lora_config(
+        settings.lora_rank,
+        layers,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        settings.train_qformer,
+        settings.train_projection,
+    )
+
+
+def choose_bits(settings: Settings, config: VisualGLMConfig) -> int | None:
+    """The bits to quantize to while loading; None for a checkpoint that has few already.
+
+    Raises:
+        ValueError: other bits are asked for than the checkpoint has.
+    """
+    if settings.method != "qlora":
+        return None
+    found = config.quantization_bit
+    if found and (settings.bits not in (None, found) or settings.qlora_backend != "lowbit"):
+        raise ValueError(
+            f"{str(settings.model)!r} has {found} bits already, of this package. Leave --bits and --qlora_backend out, "
+            "or give the folder with the full weights as --model."
+        )
+    return None if found else settings.bits or 4
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return getattr(torch, precision)
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
+    """The settings as transformers' `Trainer` takes them."""
+    check_intervals(settings)
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    on_cpu = settings.cpu or not torch.accelerator.is_available()
+    return TrainingArguments(
+        output_dir=str(settings.save),
+        max_steps=settings.train_iters,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.lr_decay_style,
+        warmup_steps=math.ceil(settings.warmup * settings.train_iters),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip_grad,
+        fp16=settings.precision == "float16",
+        bf16=settings.precision == "bfloat16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=min(settings.log_interval, settings.train_iters),
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_interval,
+        eval_strategy="steps" if settings.valid_data else "no",
+        eval_steps=settings.steps_between_evaluations,
+        eval_on_start=bool(settings.valid_data) and not settings.selects_best and not settings.resume,
+        load_best_model_at_end=settings.selects_best,
+        metric_for_best_model="eval_loss" if settings.selects_best else None,
+        report_to=["tensorboard"] if settings.tensorboard else [],
+        seed=settings.seed,
+        data_seed=settings.seed,
+        dataloader_num_workers=settings.num_workers,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        **(checkpointing if settings.checkpoint_activations else {}),
+        # A batch without pictures leaves adapters of the image encoder without a gradient.
+        ddp_find_unused_parameters=settings.train_qformer or settings.train_projection,
+    )
+
+
+def check_intervals(settings: Settings) -> None:
+    """Raise a `ValueError` if the best checkpoint is wanted, and some would be saved without being evaluated."""
+    if settings.selects_best and settings.save_interval % settings.eval_interval:
+        multiple = settings.eval_interval * max(1, settings.save_interval // settings.eval_interval)
+        raise ValueError(
+            f"--save-interval {settings.save_interval} must be a multiple of --eval-interval {settings.eval_interval}, "
+            f"such as {multiple}, so that the best of the evaluated checkpoints is there in the end."
+        )
+
+
+def prepare_output(
+    settings: Settings, record: dict, arguments: TrainingArguments, say: Callable[[str], None]
+) -> Path | None:
+    """See what is in the output folder, and clean up after a run that was cut short.
+
+    Returns:
+        The checkpoint to resume from; None to begin.
+
+    Raises:
+        ValueError: results that would be overwritten, nothing to resume from, or other settings than then.
+    """
+    if not settings.resume:
+        if arguments.should_save:
+            remove_unsaved_run(settings.save, say)
+            check_free(settings.save)
+        return None
+    checkpoints = complete_checkpoints(settings.save)
+    if not checkpoints:
+        raise ValueError(
+            f"{settings.save} has no complete checkpoint to resume from. Leave --resume out to begin, or give the "
+            "--save of the run that was interrupted."
+        )
+    check_resumed(settings, record)
+    if arguments.should_save:
+        remove_incomplete(settings.save)
+    return checkpoints[-1]
+
+
+def check_resumed(settings: Settings, record: dict) -> None:
+    if settings.resume:
+        check_same_run(settings.save, record)
+
+
+def build_encoder(settings: Settings, config: VisualGLMConfig) -> Encoder:
+    return Encoder(
+        load_processor(settings.model, config),
+        settings.max_source_length,
+        settings.max_target_length,
+        config.text_config.max_position_embeddings,
+        settings.english,
+    )
+
+
+def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) -> Data:
+    """Read and check all files; what is cut or left out is said.
+
+    Raises:
+        ValueError: names every bad row; with `strict` also what would be truncated.
+    """
+
+    def read(files: Sequence[Path]) -> list[Example]:
+        return [example for row in read_dataset(list(files), encoder) for example in row]
+
+    data = Data(*(read(files) for files in (settings.train_data, settings.valid_data, settings.old_data)))
+    # Of all files at once: lengths that are good for one may be too small for another.
+    truncation = describe_truncation([*data.train, *data.valid, *data.old], encoder)
+    if truncation and settings.strict:
+        raise ValueError(truncation)
+    if truncation:
+        say(truncation)
+    trained = sum(min(example.target_length, settings.max_target_length) for example in data.train)
+    say(f"{len(data.train)} training examples with {trained} tokens of answers.")
+    shared = count_shared(data.valid, data.train)
+    if shared:
+        say(f"{shared} of {len(data.valid)} held-out examples are trained on too: their loss says nothing of new ones.")
+    return data
+
+
+# ---------------------------------------------------------------- training
+
+
+class Keeper(TrainerCallback):
+    """Marks complete checkpoints, draws the curves at each, and stops a run whose loss is no number.
+
+    Args:
+        keep: how many complete checkpoints stay, the last ones; the best stays in any case.
+    """
+
+    def __init__(self, keep: int):
+        self.keep = keep
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run has these of the checkpoint; they are free to change, and so is the name of the folder.
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+        if state.best_global_step:
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        best = math.inf if state.best_metric is None else state.best_metric
+        if args.load_best_model_at_end and metrics["eval_loss"] < best:
+            control.should_save = True  # else there would be nothing to load at the end
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            folder = Path(args.output_dir)
+            (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            remove_old(folder, self.keep, state.best_global_step)
+            plot_curves(state.log_history, folder / CURVES_FILE)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise ValueError(
+                f"The loss is {logs['loss']} at step {state.global_step}: training has failed. Lower --lr, or train in "
+                "bfloat16 or float32."
+            )
+
+
+class PerTokenTrainer(Trainer):
+    """Evaluates to the loss per token, as it trains; `Trainer` takes the mean of the batches, whatever is in them."""
+
+    @cached_property
+    def usual_tokens(self) -> float:
+        return count_learned([example.labels for example in self.eval_dataset])
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss * count_learned(inputs["labels"].tolist()) / self.usual_tokens, logits, labels
+
+
+def count_learned(labels: Sequence[Sequence[int]]) -> float:
+    """Tokens with a loss, on average over the rows."""
+    return sum(label != IGNORED for row in labels for label in row) / len(labels)
+
+
+def build_trainer(
+    settings: Settings,
+    arguments: TrainingArguments,
+    base: torch.nn.Module,
+    adapter: PeftConfig,
+    data: Data,
+    collator: Collator,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    evaluated = data.valid
+    if settings.eval_iters is not None:
+        evaluated = Subset(evaluated, range(min(len(evaluated), settings.eval_iters * settings.eval_batch_size)))
+    return PerTokenTrainer(
+        model=add_adapter(base, adapter),
+        args=arguments,
+        data_collator=collator,
+        train_dataset=data.train,
+        eval_dataset=evaluated if len(evaluated) else None,
+        callbacks=[Keeper(settings.keep), *callbacks],
+    )
+
+
+def describe_model(model: PeftModel) -> str:
+    trainable, total = model.get_nb_trainable_parameters()
+    where = ", ".join(f"{count} matrices of the {part}" for part, count in count_targets(model).items() if count)
+    return f"Training {trainable:,} of {total:,} parameters{': LoRA on ' + where if where else ', a prefix'}."
+
+
+def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | None, say: Callable[[str], None]) -> dict:
+    """Measure, train, measure again."""
+    lists = {"held out": data.valid, "old abilities": data.old}
+    lists = {name: examples[: settings.answers] for name, examples in lists.items() if examples and settings.answers}
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and lists:
+        say("Answers are not measured before and after: the model is divided among processes.")
+        lists = {}
+    with trainer.model.disable_adapter():
+        before = {
+            name: measure(trainer.model, trainer.data_collator, rows, settings.eval_batch_size)
+            for name, rows in lists.items()
+        }
+    train(trainer, settings, checkpoint)
+    after = {
+        name: measure(trainer.model, trainer.data_collator, rows, settings.eval_batch_size)
+        for name, rows in lists.items()
+    }
+    measured = {
+        name: {"examples": len(rows), "before": before[name], "after": after[name]} for name, rows in lists.items()
+    }
+    for name, figures in measured.items():
+        say(describe_change(name, figures))
+    best = trainer.state.best_model_checkpoint
+    if best:
+        say(f"The best of the evaluated checkpoints is {Path(best).name}, loss {trainer.state.best_metric:.4f}.")
+    return {
+        "settings": settings.as_json(),
+        "steps": trainer.state.global_step,
+        "best_checkpoint": Path(best).name if best else None,
+        "measured": measured,
+        "log": trainer.state.log_history,
+    }
+
+
+def describe_change(name: str, figures: dict) -> str:
+    before, after = figures["before"], figures["after"]
+    return (
+        f"{name}: {before['right']} of {figures['examples']} answers right before, {after['right']} after; "
+        f"loss {before['loss']:.3f} before, {after['loss']:.3f} after."
+    )
+
+
+def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None:
+    """Train to the end.
+
+    Raises:
+        ValueError: a checkpoint that cannot be written, which is removed (the error says what is left), or a device
+            with too little memory.
+        Stopped: a signal has come; the step was saved.
+    """
+    stop = StopAfterStep()
+    trainer.add_callback(stop)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The memory of the device is too small: {first_line(error)} Try {memory_remedies(settings)}."
+        ) from error
+    except SAVING_ERRORS as error:
+        incomplete = remove_incomplete(settings.save) if trainer.args.should_save else []
+        if not incomplete:
+            raise
+        raise ValueError(describe_lost(settings.save, incomplete[0].name, error)) from error
+    if stop.asked_by is not None:
+        raise Stopped(number=stop.asked_by)
+
+
+def memory_remedies(settings: Settings) -> str:
+    """What would take less memory than these settings, and has not been done yet."""
+    remedies = {
+        "--checkpoint-activations": not settings.checkpoint_activations and settings.method != "ptuning",
+        "a smaller --batch-size with more --gradient-accumulation-steps": settings.batch_size > 1,
+        "--use_qlora": settings.method != "qlora",
+        "shorter --max_source_length and --max_target_length": True,
+    }
+    return " or ".join(remedy for remedy, helps in remedies.items() if helps)
+
+
+def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
+    """Write the adapter alone; the folder appears whole or not at all, in the place of one that was there."""
+    unfinished = folder / UNFINISHED
+    try:
+        trainer.save_model(str(unfinished))  # in all processes: the parts of a divided model are gathered
+        if not trainer.args.should_save:
+            return
+        write_fingerprint(unfinished, samples)
+        for path in unfinished.iterdir():
+            if path.name not in (CONFIG_FILE, WEIGHT_FILE, BASE_FILE):
+                path.unlink()
+        shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+        unfinished.rename(folder / ADAPTER)
+    except SAVING_ERRORS as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(describe_lost(folder, ADAPTER, error)) from error
