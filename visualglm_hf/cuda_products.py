@@ -9,13 +9,14 @@ Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours
 
 import ctypes
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
 from .cuda_runtime import Driver, Launch, compile_kernels
 from .cuda_source import HELPERS, SOURCE
-from .cuda_tiles import PADDING, STAGES, STEP, TOGETHER, TileKernel, tile_source
+from .cuda_tiles import MOST_WARPS, PADDING, STAGES, STEP, WARP_OUTPUTS, TileKernel, tile_source
 from .kernel_choice import KernelError, KernelUser, NoKernelsError, name_of
 from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
@@ -35,18 +36,22 @@ BFLOAT16_CAPABILITY = (8, 0)
 
 
 class Tiles(NamedTuple):
-    """How the tile kernel divides a product: a warp has 16 outputs `warp_tiles` times, and 8 rows `row_tiles` times.
+    """How the tile kernel divides a product.
 
     Args:
+        row_tiles: a block has 8 rows of x so many times.
         across, along: warps of a block: so many divide its outputs, and so many its columns.
+        together: steps of a warp in a round.
         most_cluster: blocks that divide the columns once more, at most.
+        most_load: pieces of a product that are 64 outputs wide and as many rows high, for each processor, at most.
     """
 
-    warp_tiles: int
     row_tiles: int
     across: int
     along: int
+    together: int
     most_cluster: int
+    most_load: float = math.inf
 
     @property
     def rows(self) -> int:
@@ -54,39 +59,65 @@ class Tiles(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        return 16 * self.warp_tiles * self.across
+        return WARP_OUTPUTS * self.across
 
     @property
     def warps(self) -> int:
         return self.across * self.along
 
     def kernel(self, bits: int, dtype: torch.dtype) -> TileKernel:
-        return TileKernel(bits, name_of(dtype), self.warp_tiles, self.row_tiles, 32 * self.warps)
+        return TileKernel(bits, name_of(dtype), self.row_tiles, self.together)
 
     def memory(self, bits: int) -> int:
         """Bytes of shared memory: of all stages, and later of the sums in their place."""
-        stage = self.along * TOGETHER * STEP * (2 * self.rows + self.outputs * bits // 8)
+        stage = self.along * self.together * STEP * (2 * self.rows + self.outputs * bits // 8)
         return max(STAGES * stage, self.along * self.rows * (self.outputs + PADDING) * 4)
+
+    def choose_cluster(self, blocks: int, processors: int) -> int:
+        """How many blocks divide the columns of each of these: as many as take the least time.
+
+        A processor's time grows with its blocks, but for the first few, until it has `MOST_WARPS`.
+        """
+        free = MOST_WARPS // self.warps
+        sizes = [size for size in (1, 2) if size <= self.most_cluster]
+        return min(sizes, key=lambda size: max(-(-blocks * size // processors), free) / size)
 
 
 class TileChoice(NamedTuple):
-    """From how many rows to how many the tile kernel is the fastest way, and with which tiles, the smallest first."""
+    """For which products the tile kernel is the fastest way, and with which tiles.
 
-    first_rows: int
-    last_rows: int
+    Args:
+        last_rows: by bits.
+        tiles: those for few rows first, and of those for as many rows the ones for few outputs.
+    """
+
+    last_rows: dict[int, int]
     tiles: tuple[Tiles, ...]
 
-    def find(self, rows: int) -> Tiles:
-        """The smallest tiles that have so many rows, or the largest."""
-        return next((tiles for tiles in self.tiles if rows <= tiles.rows), self.tiles[-1])
+    def find(self, rows: int, outputs: int, processors: int) -> Tiles:
+        most_rows = min(rows, self.tiles[-1].rows)
+        return next(
+            tiles
+            for tiles in self.tiles
+            if most_rows <= tiles.rows and -(-rows // tiles.rows) * outputs <= tiles.most_load * 64 * processors
+        )
 
 
 # By compute capability: only what was measured there.
 TILE_CHOICES = {
     (9, 0): TileChoice(
-        first_rows=5,
-        last_rows=128,
-        tiles=(Tiles(2, 1, 2, 4, 4), Tiles(2, 2, 4, 2, 4), Tiles(2, 4, 4, 2, 4), Tiles(2, 8, 4, 2, 4)),
+        last_rows={4: 256, 8: 128},
+        tiles=(
+            Tiles(1, 1, 8, 2, 1, most_load=1),
+            Tiles(1, 1, 4, 2, 1),
+            Tiles(2, 1, 8, 2, 1, most_load=1),
+            Tiles(2, 2, 2, 2, 2),
+            Tiles(4, 2, 4, 2, 2, most_load=1),
+            Tiles(4, 2, 2, 1, 2),
+            Tiles(8, 2, 4, 1, 2, most_load=0.5),
+            Tiles(8, 4, 2, 2, 2, most_load=1),
+            Tiles(8, 4, 1, 2, 2),
+        ),
     )
 }
 # Relative error of the self-check: results are rounded to 11 or 8 bits.
@@ -145,7 +176,7 @@ class DeviceKernels:
             return None
         obstacle = self.size_obstacle(dtype, rows, outputs, inputs, groups, bits)
         if obstacle is None and torch.cuda.is_current_stream_capturing():
-            tiles = self.find_tiles(rows, inputs, groups)
+            tiles = self.find_tiles(rows, outputs, inputs, groups, bits)
             if tiles is not None and tiles.kernel(bits, dtype).name not in self.functions:
                 return "a graph is being captured"  # no time to load a module
         return obstacle
@@ -155,7 +186,7 @@ class DeviceKernels:
     ) -> str | None:
         """Why no kernel can multiply so many rows with the codes. They find a column's group by shifting."""
         width = inputs // groups
-        most = FUSED_ROWS if self.choice is None else max(FUSED_ROWS, self.choice.last_rows)
+        most = FUSED_ROWS if self.choice is None else max(FUSED_ROWS, self.choice.last_rows[bits])
         if not 0 < rows <= most:
             return f"{rows} rows of activations, not 1 to {most}"
         if outputs % BLOCK_OUTPUTS:
@@ -168,11 +199,13 @@ class DeviceKernels:
             return f"{rows} rows of activations, and groups that are no multiple of {STEP} columns"
         return self.dequantize_obstacle(dtype, outputs, inputs, groups, bits)
 
-    def find_tiles(self, rows: int, inputs: int, groups: int) -> Tiles | None:
+    def find_tiles(self, rows: int, outputs: int, inputs: int, groups: int, bits: int) -> Tiles | None:
         """The tiles of a product without an obstacle; None for the kernel for a few rows."""
-        if self.choice is None or not self.choice.first_rows <= rows <= self.choice.last_rows:
+        if self.choice is None or inputs // groups % STEP:
             return None
-        return None if inputs // groups % STEP else self.choice.find(rows)
+        if not rows_at_once(inputs, groups, bits) < rows <= self.choice.last_rows[bits]:
+            return None  # the codes are read once by the other kernel, too
+        return self.choice.find(rows, outputs, self.processors)
 
     def load(self, image: bytes, names: list[str]) -> dict[str, ctypes.c_void_p]:
         module = self.driver.load_module(image)
@@ -182,12 +215,12 @@ class DeviceKernels:
         """The tile kernel of a format, compiled with those for other numbers of rows when it is first needed."""
         name = tiles.kernel(bits, dtype).name
         if name not in self.functions:
-            kernels = [each.kernel(bits, dtype) for each in self.choice.tiles]
+            kernels = dict.fromkeys(each.kernel(bits, dtype) for each in self.choice.tiles)
             image = compile_kernels(self.capability, HELPERS + tile_source(kernels))
             with torch.cuda.device(self.device):
                 self.functions.update(self.load(image, [each.name for each in kernels]))
             for each in self.choice.tiles:
-                check_product(self, bits, 8, dtype, max(self.choice.first_rows, each.rows - 1))
+                check_multiply(self, bits, 8, dtype, each.rows + 1, each)
         return self.functions[name]
 
     def plan_dequantize(self, dtype: torch.dtype, outputs: int, inputs: int, groups: int, bits: int) -> Launch:
@@ -200,18 +233,19 @@ class DeviceKernels:
 
     def plan_multiply(self, dtype: torch.dtype, rows: int, outputs: int, inputs: int, groups: int, bits: int) -> Launch:
         """How a kernel multiplies so many rows with the codes."""
-        tiles = self.find_tiles(rows, inputs, groups)
+        tiles = self.find_tiles(rows, outputs, inputs, groups, bits)
         if tiles is not None:
             return self.plan_tiles(tiles, dtype, rows, outputs, inputs, groups, bits)
-        width = inputs // groups
-        shift = 31 if groups == 1 else width.bit_length() - 1
+        shift = 31 if groups == 1 else (inputs // groups).bit_length() - 1
         chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
-        rows_per_block = 8 if groups == 1 else 8 * min(width, chunk) // chunk
         blocks = outputs // BLOCK_OUTPUTS
         # A device full of warps, which hide each other's waiting, even if there are few outputs.
         warps = max(MIN_WARPS, MAX_WARPS >> (-(-blocks // self.processors) - 1).bit_length())
         warps = min(warps, -(-inputs // chunk))
-        grid = (-(-rows // rows_per_block), blocks)  # blocks that read the same codes are neighbours
+        grid = (
+            -(-rows // rows_at_once(inputs, groups, bits)),
+            blocks,
+        )  # blocks that read the same codes are neighbours
         sizes = (rows, outputs, inputs, groups, shift)
         function = self.functions[function_name("multiply", bits, dtype)]
         return Launch(self.driver, function, grid, 32 * warps, WARP_MEMORY * warps, 5, sizes)
@@ -222,13 +256,7 @@ class DeviceKernels:
         """How the tile kernel multiplies so many rows."""
         shift = 31 if groups == 1 else (inputs // groups // STEP).bit_length() - 1
         row_blocks, blocks = -(-rows // tiles.rows), -(-outputs // tiles.outputs)
-        cluster = 1  # as many as fill the device, and have something to do
-        while (
-            cluster < tiles.most_cluster
-            and cluster * row_blocks * blocks < self.processors
-            and 2 * cluster * tiles.along * TOGETHER * STEP <= inputs
-        ):
-            cluster *= 2
+        cluster = tiles.choose_cluster(row_blocks * blocks, self.processors)
         grid = (cluster * row_blocks, blocks)  # blocks that read the same codes are neighbours
         sizes = (rows, outputs, inputs, groups, shift, tiles.across)
         function = self.tile_function(tiles, bits, dtype)
@@ -287,6 +315,12 @@ class DeviceKernels:
         launch = self.find_dequantize(dtype, outputs, in_features, count_groups(weight_scale), bits)
         launch(self, weight.data_ptr(), weight_scale.data_ptr(), out.data_ptr())
         return out
+
+
+def rows_at_once(inputs: int, groups: int, bits: int) -> int:
+    """How many rows of x the kernel for a few rows multiplies with codes that it has read."""
+    chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
+    return 8 if groups == 1 else 8 * min(inputs // groups, chunk) // chunk
 
 
 def function_name(kind: str, bits: int, dtype: torch.dtype) -> str:
@@ -350,30 +384,52 @@ class CudaProducts(KernelUser):
     def check(self, kernels: DeviceKernels) -> None:
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
             for dtype in kernels.dtypes:
-                check_product(kernels, bits, groups, dtype, rows=3)
+                check_multiply(kernels, bits, groups, dtype, rows=3)
+                check_dequantize(kernels, bits, groups, dtype)
 
 
-def check_product(kernels: DeviceKernels, bits: int, groups: int, dtype: torch.dtype, rows: int) -> None:
-    """Compare with the naive twins on a small random problem; raise a `KernelError` if they disagree."""
-    random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
-    codes = torch.randint(-128, 128, (64, 512 * bits // 8), **random).to(torch.int8)
-    scale = torch.rand((64, groups) if groups > 1 else (64,), **random).sub(0.5).half()
-    x, bias = torch.randn(rows, 512, **random).to(dtype), torch.randn(64, **random).to(dtype)
-    inputs = [tensor.to(kernels.device) for tensor in (x, codes, scale, bias)]
-    pairs = {
-        "multiply": (
-            kernels.multiply(*inputs[:3], bits, 512, inputs[3]),
-            multiply_naive(x, codes, scale, bits) + bias.float(),
-        ),
-        "dequantize": (
-            kernels.dequantize(*inputs[1:3], bits, 512, dtype),
-            dequantize_naive(codes, scale, bits, 512, torch.float32),
-        ),
-    }
-    for name, (out, expected) in pairs.items():
-        error = ((out.float().cpu() - expected).norm() / expected.norm()).item()
-        if not error < CHECK_TOLERANCE[dtype]:
-            raise KernelError(f"{function_name(name, bits, dtype)} is off by {error:.2g} of the result.")
+class Problem(NamedTuple):
+    """A small random product for the self-check: 64 outputs, 512 columns."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def make(cls, bits: int, groups: int, dtype: torch.dtype, rows: int) -> "Problem":
+        random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
+        codes = torch.randint(-128, 128, (64, 512 * bits // 8), **random).to(torch.int8)
+        scale = torch.rand((64, groups) if groups > 1 else (64,), **random).sub(0.5).half()
+        return cls(torch.randn(rows, 512, **random).to(dtype), codes, scale, torch.randn(64, **random).to(dtype))
+
+
+def check_multiply(
+    kernels: DeviceKernels, bits: int, groups: int, dtype: torch.dtype, rows: int, tiles: Tiles | None = None
+) -> None:
+    """Compare a product with the naive twin's; raise a `KernelError` if they disagree."""
+    problem = Problem.make(bits, groups, dtype, rows)
+    x, codes, scale, bias = (tensor.to(kernels.device) for tensor in problem)
+    sizes = sizes_of(x, codes, scale, bits, 512)
+    launch = kernels.plan_multiply(*sizes) if tiles is None else kernels.plan_tiles(tiles, *sizes)
+    out = kernels.launch_multiply(launch, x, codes, scale, bias)
+    name = function_name("multiply", bits, dtype) if tiles is None else tiles.kernel(bits, dtype).name
+    compare(name, dtype, out, multiply_naive(*problem[:3], bits) + problem.bias.float())
+
+
+def check_dequantize(kernels: DeviceKernels, bits: int, groups: int, dtype: torch.dtype) -> None:
+    """Compare a matrix with the naive twin's; raise a `KernelError` if they disagree."""
+    problem = Problem.make(bits, groups, dtype, rows=1)
+    out = kernels.dequantize(*(tensor.to(kernels.device) for tensor in problem[1:3]), bits, 512, dtype)
+    compare(
+        function_name("dequantize", bits, dtype), dtype, out, dequantize_naive(*problem[1:3], bits, 512, torch.float32)
+    )
+
+
+def compare(name: str, dtype: torch.dtype, out: torch.Tensor, expected: torch.Tensor) -> None:
+    error = ((out.float().cpu() - expected).norm() / expected.norm()).item()
+    if not error < CHECK_TOLERANCE[dtype]:
+        raise KernelError(f"{name} is off by {error:.2g} of the result.")
 
 
 CUDA_PRODUCTS = CudaProducts()

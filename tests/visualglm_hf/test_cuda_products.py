@@ -18,7 +18,7 @@ import torch
 
 from tests.helpers import assert_product_is_exact, seeded
 from visualglm_hf import cuda_products, cuda_runtime, lowbit_products
-from visualglm_hf.cuda_products import FUSED_ROWS, CudaProducts, DeviceKernels
+from visualglm_hf.cuda_products import FUSED_ROWS, CudaProducts, DeviceKernels, rows_at_once
 from visualglm_hf.cuda_runtime import Launch, compile_with, find_nvrtc
 from visualglm_hf.cuda_source import SOURCE
 from visualglm_hf.cuda_tiles import TileKernel, tile_source
@@ -66,9 +66,7 @@ def fake_driver(tmp_path_factory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++, to run the kernels on the CPU")
     folder = tmp_path_factory.mktemp("simt")
-    tiles = itertools.starmap(
-        TileKernel, itertools.product((4, 8), map(name_of, DTYPES), (1, 2, 4), (1, 2, 4, 8), (256,))
-    )
+    tiles = itertools.starmap(TileKernel, itertools.product((4, 8), map(name_of, DTYPES), (1, 2, 4, 8), (1, 2)))
     (folder / "kernels.cu").write_text(SOURCE + tile_source(tiles))
     library = folder / "libcuda.so"
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SIMT}", f'-DSOURCE="{folder / "kernels.cu"}"']
@@ -270,12 +268,12 @@ def tile_kernels(request, fake_gpu, without_compiling) -> DeviceKernels:
     ],
 )
 def test_tiles_equal_the_reference(tile_kernels, bits, outputs, inputs, groups, dtype):
-    choice = tile_kernels.choice
-    for rows in (choice.first_rows, 8, 9, 16, 27, 33, 64, 65, choice.last_rows):
+    first_rows = rows_at_once(inputs, groups or 1, bits) + 1
+    for rows in (first_rows, 9, 16, 27, 33, 64, 65, 128):
         x, codes, scale = make_problem(rows, outputs, inputs, bits, groups, dtype)
-        assert tile_kernels.find_tiles(rows, inputs, groups or 1) is not None
         assert way_of(x, codes, scale, bits) == FUSED
-        for tile_kernels.processors in (1, 4, 1000):  # clusters of more and more blocks
+        for tile_kernels.processors in (1, 2, 4, 1000):  # other tiles, and clusters of more blocks
+            assert tile_kernels.find_tiles(rows, outputs, inputs, groups or 1, bits) is not None
             out = tile_kernels.multiply(x, codes, scale, bits, inputs)
             assert_product_is_exact(out, x, codes, scale, bits, inputs, SUM_ERROR)
             tile_kernels.launches.clear()
