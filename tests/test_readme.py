@@ -1,40 +1,28 @@
 """The README's snippets and commands, and the notebook, as a new user runs them."""
 
-import importlib
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.paths import COMMAND, ROOT
-from visualglm_tools.__main__ import main
+from tools.notebooks import NOTEBOOKS, execute
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SHELL_BLOCKS = [text for language, text in BLOCKS if language == "shell"]
 PYTHON_BLOCKS = [text for language, text in BLOCKS if language == "python"]
-OTHER_COMMANDS = [
-    line.split("  ")[0]
-    for language, text in BLOCKS
-    for line in text.splitlines()
-    if not language and line.startswith("visualglm ") and "path/to/" in line
-]
 
 
 def run(command: list[str], **kwargs) -> str:
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
-
-
-def run_door(command: list[str]) -> None:
-    """A command that asks nothing, without waiting for another process to import torch."""
-    assert main(command[1:]) == 0
 
 
 def test_the_first_screen_has_the_snippet_and_the_two_setup_commands():
@@ -62,55 +50,46 @@ def test_the_snippets_run_from_top_to_bottom_and_answer_rightly(tiny_original):
     assert "red" in output.splitlines()[-1].lower()
 
 
-def test_every_other_command_runs(tiny_original, golden_dir, tmp_path):
-    assert len(OTHER_COMMANDS) == 7
-    for index, command in enumerate(OTHER_COMMANDS):
-        linked = "prepared-linked" if "--link" in command else "prepared"
-        command = command.replace("path/to/visualglm-6b", str(tiny_original))
-        command = command.replace("path/to/sat ", f"{golden_dir / 'sat_lora'} ")
-        command = command.replace("path/to/adapter", str(tmp_path / "prepared-sat" / "adapter"))
-        command = command.replace("path/to/prepared-sat", str(tmp_path / "prepared-sat"))
-        command = command.replace("path/to/prepared", str(tmp_path / linked))
-        command = command.replace("path/to/", f"{tmp_path}/")
-        if "visualglm chat" in command:
-            run([*COMMAND, *shlex.split(command)[1:]], input="\n你好\nstop\n")
-        else:
-            run_door(shlex.split(command))
-        assert index or (tmp_path / "prepared" / "config.json").exists()
-    assert (tmp_path / "for-sat" / "latest").exists() and (tmp_path / "merged" / "config.json").exists()
+LINKED = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "models" / "visualglm-tiny" / "README.md"]
 
 
-def test_options_in_the_documents_are_options_of_a_door():
-    doors = [
-        path.read_text(encoding="utf-8")
-        for room in ("visualglm_tools", "tools")
-        for path in (ROOT / room).rglob("*.py")
-    ]
-    doors.append(
-        importlib.import_module("visualglm_tools.commands.finetune").build_parser().format_help()
-    )  # it composes some
-    options = set(re.findall(r"[\" ]--([a-z][\w-]+)", "\n".join(doors)))
-    others = {"config_file", "multi_gpu", "num_processes", "nproc_per_node", "trust-remote-code"}  # of launchers
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        text = re.sub(r"--peer '[^']*'", "--peer", document.read_text(encoding="utf-8"))  # another program's options
-        named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text))
-        assert named - options - others == set(), document.name
+def anchors_of(document: Path) -> set[str]:
+    """What a link may name in a document: its headings, as GitHub spells them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("document", sorted(LINKED), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document):
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#?)([^)]*)\)", text):
+        place = (document.parent / target).resolve() if target else document
+        assert place.exists(), target
+        assert not anchor or anchor in anchors_of(place), f"{target}#{anchor}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebook_runs_top_to_bottom(path):
-    notebook = nbformat.read(path, as_version=4)
-    folder = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
-    text = "".join(
-        str(output.get("data", {}).get("text/plain", "")) + output.get("text", "")
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-    )
-    assert "红色" in text and "草地" in text
+def test_the_front_page_leads_to_every_page():
+    front = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"]({name})" not in front} == set()
+
+
+def shown_by(cell: nbformat.NotebookNode) -> tuple[str, int]:
+    """What a cell shows: its text, however it came in pieces, and how many pictures."""
+    text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+    pictures = sum(name.startswith("image/") for output in cell.outputs for name in output.get("data", {}))
+    return text, pictures
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_shows_what_is_stored_in_it(path):
+    """After a change that is meant to change it: python -m tools.notebooks."""
+    stored, run = nbformat.read(path, as_version=4), execute(path)
+    assert path.stat().st_size < 300 * 1024
+    cells = [cell for cell in stored.cells if cell.cell_type == "code"]
+    again = [cell for cell in run.cells if cell.cell_type == "code"]
+    for cell, other in zip(cells, again, strict=True):
+        assert shown_by(cell) == shown_by(other), cell.source
+    shown = [shown_by(cell) for cell in cells]
+    assert any("红色" in text and "草地" in text for text, _ in shown) and any(pictures for _, pictures in shown)

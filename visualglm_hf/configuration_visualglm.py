@@ -29,6 +29,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
+from .code_links import replace_links
+
 
 logger = logging.get_logger(__name__)
 
@@ -437,6 +439,7 @@ class VisualGLMConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
         """Save it as [`PretrainedConfig.save_pretrained`] does, with the code that loads it."""
+        replace_links(save_directory)
         self.register_for_auto_class()
         super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -38,6 +38,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import Unpack
 from transformers.utils import auto_docstring
 
+from .code_links import replace_links
 from .picture_reading import check_size, load, open_encoded, read_rgb
 
 
@@ -318,6 +319,7 @@ class VisualGLMImageProcessor(BaseImageProcessor):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
         """Save it as [`BaseImageProcessor.save_pretrained`] does, with the code that loads it."""
+        replace_links(save_directory)
         self.register_for_auto_class()
         return super().save_pretrained(save_directory, *args, **kwargs)
 

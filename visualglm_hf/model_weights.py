@@ -19,6 +19,7 @@ from .adapters import (
     untie,
     unwrap,
 )
+from .code_links import replace_links
 from .quantization import check_adapters
 
 
@@ -90,6 +91,7 @@ class WeightsMixin:
             check_plain(self)
         if self.config.tie_word_embeddings and not (is_tied(self) or self.lm_head.weight.is_meta):
             record_untied(self)  # as when a head that was trained as a whole has taken its place
+        replace_links(save_directory)
         self.register_for_auto_class()
         name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | dict.fromkeys(AUTO_CLASSES, name)

@@ -24,6 +24,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import TextKwargs
 from transformers.utils import auto_docstring, to_py_obj
 
+from .code_links import replace_links
 from .conversation import CHAT_TEMPLATE, IMAGE_MARK, brief, clean_response, expand_images
 from .fetching import fetch_picture
 
@@ -112,6 +113,7 @@ class VisualGLMProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> list[str]:
         """Save all parts as [`ProcessorMixin.save_pretrained`] does, with the code that loads them."""
+        replace_links(save_directory)
         for part in (self, self.image_processor):
             part.register_for_auto_class()
         return super().save_pretrained(save_directory, *args, **kwargs)

@@ -16,6 +16,7 @@ import sentencepiece
 from transformers import AddedToken, PreTrainedTokenizer
 from transformers.utils import to_py_obj
 
+from .code_links import replace_links
 from .conversation import ANSWER_MARK, END_MARK, IMAGE_MARK
 
 
@@ -168,6 +169,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> tuple[str, ...]:
         """Save it as [`PreTrainedTokenizer.save_pretrained`] does, with the code that loads it."""
+        replace_links(save_directory)
         self.register_for_auto_class()
         return super().save_pretrained(save_directory, *args, **kwargs)
 

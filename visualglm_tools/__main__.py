@@ -2,18 +2,20 @@
 
 A command is a module of `commands/`. It has `Options`, a dataclass of options; `run(options)`, which returns the exit
 code or None for 0; its docstring, which is what `-h` says; and, where it needs more packages than the model, `EXTRA`,
-what `pip install` calls them. Errors are told here, in one line: bad input and unreadable files end with 2.
+what `pip install` calls them. Errors are told here, in one line: bad input and unreadable files end with 2, a reader of
+the output that is gone with 1.
 """
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from types import ModuleType
 
 from visualglm_tools.options import Parser, build_parser, from_namespace
+from visualglm_tools.packages import missing
 from visualglm_tools.printing import report
 
 
@@ -35,18 +37,22 @@ INTERRUPTED = 130  # as shells say it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show Chinese shall not end anything
+            stream.reconfigure(errors="replace")
     if "_ARGCOMPLETE" in os.environ:
-        complete()
+        complete(os.environ.get("COMP_LINE", "").split())
     if not words or words[0] not in COMMANDS:
         list_parser().parse_args(words)  # -h, --version, or an error
-    if words[0] in ("chat", "serve", "web", "batch", "finetune", "bench"):
-        return importlib.import_module(f"visualglm_tools.commands.{words[0]}").main(words[1:])
     command, parser = open_command(words[0])
     try:
         return command.run(from_namespace(command.Options, parser.parse_args(words[1:]))) or 0
     except ImportError as error:
-        report(f"{error.name} is missing: pip install 'visualglm-hf[{getattr(command, 'EXTRA', 'dev')}]'")
+        report(missing(str(error.name), *filter(None, [getattr(command, "EXTRA", None)])))
         return 2
+    except BrokenPipeError:  # the reader of the output is gone: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         report(error)
         return 2
@@ -72,19 +78,29 @@ def list_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=version("visualglm-hf"))
+    parser.add_argument("--version", action="version", version=own_version())
     return parser
 
 
-def complete() -> None:
-    """Answer a shell that asks what a word could become, and end; see argcomplete."""
+def own_version() -> str:
+    """What is installed."""
+    from importlib.metadata import PackageNotFoundError, version  # a third of the time of a command's -h
+
+    try:
+        return version("visualglm-hf")
+    except PackageNotFoundError:  # a checkout that is on the path, and not installed
+        return "not installed"
+
+
+def complete(words: Sequence[str]) -> None:
+    """Answer a shell that asks what one of these words could become, and end; see argcomplete."""
     import argcomplete
 
     parser = Parser(prog="visualglm")
     commands = parser.add_subparsers()
     for name, what in COMMANDS.items():
-        _, known = open_command(name)
-        commands.add_parser(name, help=what, parents=[known], add_help=False)
+        known = [open_command(name)[1]] if name in words else []
+        commands.add_parser(name, help=what, parents=known, add_help=not known)
     argcomplete.autocomplete(parser)
 
 

@@ -27,6 +27,12 @@ def one_line(text: object) -> str:
     return shortened(printable(" ".join(str(text).split())))
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without its paragraphs of advice."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])  # a heading says nothing yet
+
+
 def report(error: object) -> None:
     """One line on stderr that says what went wrong; where nobody reads it, that is no error of its own."""
     with contextlib.suppress(BrokenPipeError):

@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.commands import batch as batch_command
 from tests.paths import PICTURES, ROOT, TINY
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools import output_files
 from visualglm_tools.__main__ import main
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.commands import batch as batch_infer
+from visualglm_tools.commands import batch as command
 from visualglm_tools.commands import finetune as finetune_visualglm
 from visualglm_tools.output_files import locked
 from visualglm_tools.printing import one_line
 from visualglm_tools.serving import json_lines
 from visualglm_tools.serving import questions as batch
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.questions import Output, Pictures, Problem, Row, answer_rows, read_rows
 
@@ -47,9 +49,7 @@ def door(loaded, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(Engine, "load", classmethod(lambda cls, folder, limits, **options: cls(*loaded, limits)))
 
     def run(*options) -> tuple[int, str, str]:
-        arguments = [*map(str, options), "--device", "cpu", "--temperature", "0", "--max-new-tokens", "3"]
-        monkeypatch.setattr(sys, "argv", ["batch_infer.py", *arguments])
-        code = batch_infer.main()
+        code = batch_command(*options, "--device", "cpu", "--temperature", "0", "--max-new-tokens", "3")
         return code, *capfd.readouterr()
 
     return run
@@ -273,7 +273,7 @@ def test_a_row_whose_probabilities_are_broken_fails_alone(loaded, monkeypatch):
 def test_a_second_run_on_one_output_is_refused_before_it_loads_anything(door, monkeypatch):
     source = write("in.jsonl", *questions(3))
     Path("link.jsonl").symlink_to("out.jsonl")
-    monkeypatch.setattr(batch_infer, "run", lambda arguments: pytest.fail("it went on"))
+    monkeypatch.setattr(command, "answer_file", lambda options: pytest.fail("it went on"))
     with locked(Path("out.jsonl").absolute()):
         for output in ("out.jsonl", "link.jsonl", Path("out.jsonl").absolute()):
             code, _, said = door(source, output)
@@ -322,7 +322,7 @@ def test_a_lock_that_its_owner_removed_in_the_same_moment_is_not_taken_for_one(t
 
 def test_what_is_reported_was_counted_in_the_file(door, monkeypatch):
     source = write("in.jsonl", *questions(9))
-    draw, drawn = batch_infer.draw, []
+    draw, drawn = command.draw, []
 
     def draw_and_disturb(progress, problem):
         draw(progress, problem)
@@ -330,7 +330,7 @@ def test_what_is_reported_was_counted_in_the_file(door, monkeypatch):
         if len(drawn) == 5:
             os.truncate("out.jsonl", 0)
 
-    monkeypatch.setattr(batch_infer, "draw", draw_and_disturb)
+    monkeypatch.setattr(command, "draw", draw_and_disturb)
     code, _, said = door(source, "out.jsonl")
     assert code == 1
     assert "4 of 9 rows are answered." in said and "5 answers were taken out" in said
@@ -481,7 +481,7 @@ def test_a_folder_that_takes_no_files_is_one_line(door, monkeypatch):
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_many_are_there_and_goes_on(number, expected, door, monkeypatch):
     source, handler = write("in.jsonl", *questions(60)), signal.getsignal(signal.SIGTERM)
-    draw, drawn = batch_infer.draw, []
+    draw, drawn = command.draw, []
 
     def draw_and_stop(progress, problem):
         draw(progress, problem)
@@ -490,7 +490,7 @@ def test_a_stopped_run_says_how_many_are_there_and_goes_on(number, expected, doo
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(batch_infer, "draw", draw_and_stop)
+        patched.setattr(command, "draw", draw_and_stop)
         code, _, said = door(source, "out.jsonl")
     there = len(objects("out.jsonl"))
     assert code == expected and 3 <= there < 60

@@ -15,13 +15,14 @@ import pytest
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import serve, wait_until
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.commands.serve import address_of, listen
 from visualglm_tools.serving.engine import prompts
-from visualglm_tools.serving.engine.engine import Engine, Limits, QueueFull
+from visualglm_tools.serving.engine.answers import Limits, QueueFull
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import Lane, PicturePool
 from visualglm_tools.serving.engine.prompts import QUESTIONS, arrange, separate_pictures
 from visualglm_tools.serving.http.api_key import check_key
 from visualglm_tools.serving.http.app import ApiOptions
+from visualglm_tools.serving.listening import address_of, listen
 
 
 MODEL = "visualglm-tiny"

@@ -1,6 +1,5 @@
 """Training that is stopped, killed, and gone on with; nothing is lost, and what is said of it is true."""
 
-import os
 import re
 import shutil
 import signal
@@ -12,19 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.paths import ROOT, TINY
+from tests.training_helpers import HELD_OUT, ROWS, At, adapter_in, interrupt, is_same, send, short_run, silent
 from visualglm_hf import VisualGLMForConditionalGeneration
-from visualglm_tools.training.output import remove_old
-from visualglm_tools.training.run import Settings, complete_checkpoints, finetune
+from visualglm_tools.training.output import complete_checkpoints, remove_old
+from visualglm_tools.training.run import finetune
 from visualglm_tools.training.stopping import SIGNALS, StopAfterStep, Stopped
-
-
-DOOR = ROOT / "scripts" / "finetune_visualglm.py"
-MODEL = TINY
-EXAMPLE = ROOT / "examples" / "background"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,63 +33,16 @@ def as_in_a_terminal():
 
 @pytest.fixture
 def settings(tmp_path):
-    """A run of four steps that would save at its end alone."""
-    return Settings(
-        MODEL,
-        (EXAMPLE / "dataset.json",),
-        "lora",
-        save=tmp_path / "out",
-        layer_range=("0", "3"),
-        lora_dropout=0.1,
-        train_iters=4,
-        batch_size=2,
-        log_interval=1,
-        lr=1e-2,
-    )
+    """A run that would save at its end alone."""
+    return short_run(tmp_path / "out", lora_dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """What the run of `settings` gives when nobody stops it."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "out"
-    options = {"layer_range": ("0", "3"), "lora_dropout": 0.1, "train_iters": 4, "batch_size": 2, "lr": 1e-2}
-    finetune(Settings(MODEL, (EXAMPLE / "dataset.json",), "lora", save=folder, **options), silent)
+    finetune(short_run(folder, lora_dropout=0.1), silent)
     return adapter_in(folder)
-
-
-def silent(line):
-    pass
-
-
-def adapter_in(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-class At(TrainerCallback):
-    """Does something when a step begins."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.action()
-
-
-def send(*numbers):
-    def action():
-        for number in numbers:
-            os.kill(os.getpid(), number)
-
-    return action
-
-
-def interrupt():
-    raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- Ctrl-C
@@ -110,7 +57,7 @@ def test_a_signal_before_the_first_save_saves_the_step_and_resuming_ends_as_with
     assert caught.value.number == number
     assert [path.name for path in complete_checkpoints(settings.save)] == [f"checkpoint-{step + 1}"]
     assert finetune(replace(settings, resume=True), silent)["steps"] == 4
-    assert same(adapter_in(settings.save), uninterrupted)
+    assert is_same(adapter_in(settings.save), uninterrupted)
 
 
 def test_a_signal_while_held_out_rows_are_measured_saves_the_step(settings, uninterrupted):
@@ -119,7 +66,7 @@ def test_a_signal_while_held_out_rows_are_measured_saves_the_step(settings, unin
             if state.global_step == 2:
                 send(signal.SIGINT)()
 
-    settings = replace(settings, valid_data=(EXAMPLE / "held_out.json",))
+    settings = replace(settings, valid_data=(HELD_OUT,))
     with pytest.raises(Stopped, match="checkpoint-2 is saved"):
         finetune(settings, silent, [During()])
     resumed = finetune(replace(settings, resume=True), silent)
@@ -139,11 +86,11 @@ def test_a_second_ctrl_c_while_saving_ends_at_once_and_half_a_checkpoint_counts_
     said = []
     assert finetune(settings, said.append)["steps"] == 4
     assert any("Removed settings.json, checkpoint-2 of a run" in line for line in said)
-    assert same(adapter_in(settings.save), uninterrupted)
+    assert is_same(adapter_in(settings.save), uninterrupted)
 
 
 def test_ctrl_c_before_training_leaves_the_folder_free(settings, monkeypatch):
-    settings = replace(settings, valid_data=(EXAMPLE / "held_out.json",), train_iters=1)
+    settings = replace(settings, valid_data=(HELD_OUT,), train_iters=1)
     for moment in ("read_dataset", "load_base", "measure"):
         with monkeypatch.context() as patch:
             patch.setattr(f"visualglm_tools.training.run.{moment}", lambda *arguments: interrupt())
@@ -158,7 +105,7 @@ def test_ctrl_c_after_training_says_that_resuming_ends_it(settings, monkeypatch,
         with pytest.raises(Stopped, match="checkpoint-4 is saved"):
             finetune(settings, silent)
     finetune(replace(settings, resume=True), silent)
-    assert same(adapter_in(settings.save), uninterrupted)
+    assert is_same(adapter_in(settings.save), uninterrupted)
 
 
 def handlers():
@@ -197,8 +144,8 @@ def test_training_in_another_thread_leaves_signals_alone():
 
 def test_the_command_ends_as_shells_expect_and_says_what_is_true(tmp_path):
     options = f"--use_lora --cpu --batch-size 1 --train-iters 40 --log-interval 1 --save {tmp_path / 'out'}"
-    options += f" --train-data {EXAMPLE / 'dataset.json'}"
-    command = [sys.executable, str(DOOR), *options.split()]
+    options += f" --train-data {ROWS}"
+    command = [sys.executable, str(ROOT / "scripts" / "finetune_visualglm.py"), *options.split()]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen = ""
     while not re.search(r" [1-9]/40 ", seen) and (character := process.stderr.read(1)):
@@ -259,9 +206,7 @@ def stopped_run(tmp_path_factory):
     """A run on one's own picture, stopped after two steps, and the file of its rows."""
     folder = tmp_path_factory.mktemp("stopped")
     rows = write_rows(folder)
-    settings = Settings(
-        MODEL, (rows,), "lora", save=folder / "out", layer_range=("0",), train_iters=4, batch_size=2, log_interval=1
-    )
+    settings = short_run(folder / "out", train_data=(rows,))
     with pytest.raises(Stopped):
         finetune(settings, silent, [At(1, send(signal.SIGINT))])
     return replace(settings, resume=True), rows
@@ -305,7 +250,7 @@ def test_resuming_on_other_weights_is_refused(stopped, monkeypatch):
     settings, _ = stopped
 
     def load(*arguments):
-        model = VisualGLMForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32)
+        model = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
         with torch.no_grad():
             model.transformer.final_layernorm.weight.mul_(1.5)
         return model

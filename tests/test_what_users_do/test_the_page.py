@@ -18,16 +18,18 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from tests.commands import web as web_command
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, wait_until
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.commands import web as web_demo_hf
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.page.uploads import LOCK, PREFIX, Uploads, own_uploads
 
 
 gradio = pytest.importorskip("gradio", reason="the web demo needs gradio")
-page_tests = pytest.importorskip("test_web_demo", reason="the web demo is tested through selenium")
+page_tests = pytest.importorskip(
+    "tests.visualglm_tools.serving.test_page", reason="the web demo is tested through selenium"
+)
 web = pytest.importorskip("visualglm_tools.serving.page.page")
 web_gate = pytest.importorskip("visualglm_tools.serving.page.gate")
 
@@ -597,10 +599,9 @@ def test_a_missing_package_is_said_before_the_model_is_loaded(monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr("visualglm_tools.serving.page.uploads.own_uploads", lambda: None)
     monkeypatch.setattr(Engine, "load", lambda *args, **options: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(sys, "argv", ["web_demo_hf.py", "--port", str(free_port())])
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert web_demo_hf.main() == 2
+        assert web_command("--port", 0) == 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert "gradio is missing: pip install" in capsys.readouterr().err
+    assert "error: gradio is missing: pip install 'visualglm-hf[web]'\n" in capsys.readouterr().err

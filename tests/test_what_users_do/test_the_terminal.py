@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import chat as chat_command
 from tests.paths import PICTURES, ROOT, TINY
-from visualglm_tools.commands import chat as cli_demo_hf
+from visualglm_tools.commands import chat
 
 
 PICTURE = PICTURES[0]
@@ -41,13 +42,13 @@ def escaped(path: str) -> str:
     ids=["plain", "quoted", "escaped", "URI", "URI with host", "home", "home, escaped"],
 )
 def test_a_picture_is_found_as_terminals_and_file_managers_paste_it(photo, pasted):
-    assert cli_demo_hf.clean_path(pasted(photo)) == str(photo)
-    assert cli_demo_hf.open_source(pasted(photo)).size == cli_demo_hf.open_source(str(PICTURE)).size
+    assert chat.clean_path(pasted(photo)) == str(photo)
+    assert chat.open_source(pasted(photo)).size == chat.open_source(str(PICTURE)).size
 
 
 def test_a_name_with_a_backslash_is_that_name(tmp_path):
     (path := tmp_path / "a\\b.png").write_bytes(b"")
-    assert cli_demo_hf.clean_path(str(path)) == str(path)
+    assert chat.clean_path(str(path)) == str(path)
 
 
 @pytest.mark.parametrize(
@@ -56,20 +57,19 @@ def test_a_name_with_a_backslash_is_that_name(tmp_path):
 )
 def test_what_is_no_picture_is_refused_in_words(source):
     with pytest.raises(ValueError, match="(?i)picture") as caught:
-        cli_demo_hf.open_source(source)
+        chat.open_source(source)
     assert len(str(caught.value)) < 400
 
 
 def run(monkeypatch, capsys, *options: str, typed: str = "") -> tuple[int, str, str]:
     """Exit code and what was written, with a pipe for a keyboard, and without a model."""
-    monkeypatch.setattr(sys, "argv", ["cli_demo_hf.py", "--model", str(TINY), *options])
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    code = cli_demo_hf.main()
+    code = chat_command("--model", TINY, *options)
     return code, *capsys.readouterr()
 
 
 def test_a_bad_picture_for_one_question_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(cli_demo_hf, "open_model", lambda arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(chat, "open_model", lambda options: pytest.fail("the model was loaded"))
     code, _, errors = run(monkeypatch, capsys, "--image", "no/such.png", "--query", "What is this?")
     assert code == 2 and errors.count("\n") == 1 and "no/such.png" in errors
 
@@ -77,8 +77,8 @@ def test_a_bad_picture_for_one_question_is_refused_before_the_model_is_loaded(mo
 @pytest.mark.parametrize(
     ("options", "typed"), [(("--image", "no/such.png"), "What is this?\n"), ((), "no/such.png\nWhat is this?\n")]
 )
-def test_in_a_pipe_a_question_is_not_taken_for_the_next_path(monkeypatch, capsys, options, typed):
-    monkeypatch.setattr(cli_demo_hf, "open_model", lambda arguments: (None, None))
+def test_in_a_pipe_a_question_is_not_taken_for_the_next_path(model, monkeypatch, capsys, options, typed):
+    monkeypatch.setattr(chat, "open_model", lambda options: (model, None))
     code, _, errors = run(monkeypatch, capsys, *options, typed=typed)
     assert code == 2 and errors.count("\n") == 1 and "no/such.png" in errors
 

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import IGNORED, Collator, Encoder, count_shared, describe_truncation, digest
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "background"
 GOOD = {"img": "a.png", "prompt": "这是什么？", "label": "海。"}
 MODEL_LENGTH = 2048
 LONGEST_ERROR = 1000  # characters, of one row

@@ -5,49 +5,32 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import TrainerCallback
 
-from tests.paths import ROOT, TINY
+from tests.paths import TINY
+from tests.training_helpers import (
+    HELD_OUT,
+    ROWS,
+    At,
+    adapter_in,
+    is_same,
+    run_out_of_memory,
+    short_run,
+    silent,
+    train,
+)
 from visualglm_hf import VisualGLMConfig
-from visualglm_tools.commands import finetune as finetune_visualglm
-from visualglm_tools.training.adapters import usual_layers
-from visualglm_tools.training.run import Settings, choose_bits, finetune, memory_remedies
+from visualglm_tools.options import parse
+from visualglm_tools.training.run import choose_bits, finetune, memory_remedies
+from visualglm_tools.training.settings import Settings, usual_layers
 
 
-MODEL = TINY
-EXAMPLE = ROOT / "examples" / "background"
 LORA_OPTIONS = ("lora_rank", "layer_range")  # of the original's
-ROWS, HELD_OUT = EXAMPLE / "dataset.json", EXAMPLE / "held_out.json"
 
 
 @pytest.fixture
 def settings(tmp_path):
     """A short run with rows to evaluate on."""
-    return Settings(
-        MODEL,
-        (ROWS,),
-        "lora",
-        save=tmp_path / "out",
-        layer_range=("0", "3"),
-        valid_data=(HELD_OUT,),
-        train_iters=2,
-        batch_size=1,
-        log_interval=1,
-        lr=1e-2,
-    )
-
-
-def silent(line):
-    pass
-
-
-def command(options, folder):
-    """Run the command in a folder of its own; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return finetune_visualglm.main(options.split())
+    return short_run(tmp_path / "out", valid_data=(HELD_OUT,), train_iters=2, batch_size=1)
 
 
 def losses(report, key="eval_loss"):
@@ -59,18 +42,18 @@ def losses(report, key="eval_loss"):
 
 @pytest.mark.parametrize("method", ["qlora", "ptuning"])
 def test_the_shortest_command_works_from_any_folder(method, tmp_path, capsys):
-    assert command(f"--use_{method} --train-data {ROWS} --train-iters 1", tmp_path) == 0
+    assert train(f"--use_{method} --train-data {ROWS} --train-iters 1", tmp_path) == 0
     assert (tmp_path / "checkpoints" / "adapter" / "adapter_model.safetensors").is_file()
     assert "The adapter is in checkpoints/adapter" in capsys.readouterr().err
 
 
 def test_layers_are_in_the_originals_places_whatever_their_number(tmp_path, capsys):
     assert usual_layers(28) == ("0", "14") and usual_layers(1) == ("0",)
-    assert command(f"--use_lora --train-data {ROWS} --train-iters 1", tmp_path) == 0
+    assert train(f"--use_lora --train-data {ROWS} --train-iters 1", tmp_path) == 0
     report = json.loads((tmp_path / "checkpoints" / "report.json").read_text(encoding="utf-8"))
     assert report["settings"]["layer_range"] == ["0", "2"]
     assert "LoRA on layers 0 and 2 of 4" in capsys.readouterr().err
-    assert command(f"--use_lora --train-data {ROWS} --layer_range 0 14 --save out", tmp_path) == 2
+    assert train(f"--use_lora --train-data {ROWS} --layer_range 0 14 --save out", tmp_path) == 2
     assert "there is no layer '14', the decoder has layers 0 to 3" in capsys.readouterr().err
 
 
@@ -115,10 +98,7 @@ def test_the_best_of_all_evaluations_is_the_result_whatever_the_interval_of_savi
     )
     best = min(losses(report), key=losses(report).get)
     assert best < 5 and report["best_checkpoint"] == f"checkpoint-{best}"
-    result, kept = (
-        load_file(settings.save / name / "adapter_model.safetensors") for name in ("adapter", f"checkpoint-{best}")
-    )
-    assert all(torch.equal(result[name], kept[name]) for name in result)
+    assert is_same(adapter_in(settings.save), adapter_in(settings.save, f"checkpoint-{best}"))
 
 
 def test_evaluating_on_rows_that_are_trained_on_changes_nothing_and_is_said(settings, tmp_path):
@@ -162,18 +142,14 @@ def test_the_lengths_that_strict_advises_are_taken_at_once_for_all_files(setting
 
 def test_what_would_take_less_memory_is_only_advised_where_it_would(settings):
     assert memory_remedies(settings).startswith("--checkpoint-activations or --use_qlora")
-    done = replace(settings, method="qlora", checkpoint_activations=True, batch_size=1)
+    done = replace(settings, method="qlora", checkpoint_activations=True)
     assert memory_remedies(done) == "shorter --max_source_length and --max_target_length"
     assert "--checkpoint" not in memory_remedies(replace(settings, method="ptuning"))
 
 
 def test_after_too_little_memory_the_same_folder_takes_the_remedy(settings):
-    class Allocate(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
-
     with pytest.raises(ValueError, match="Try --checkpoint-activations"):
-        finetune(settings, silent, [Allocate()])
+        finetune(settings, silent, [At(0, run_out_of_memory)])
     assert finetune(replace(settings, checkpoint_activations=True), silent)["steps"] == 2
 
 
@@ -191,9 +167,8 @@ def test_after_too_little_memory_the_same_folder_takes_the_remedy(settings):
         ("--use_lora --bits 8", "--bits belongs to --use_qlora"),
     ],
 )
-def test_an_option_of_another_method_is_refused(options, message, capsys):
-    with pytest.raises(SystemExit):
-        finetune_visualglm.main(f"{options} --train-data {ROWS}".split())
+def test_an_option_of_another_method_is_refused(options, message, tmp_path, capsys):
+    assert train(f"{options} --train-data {ROWS}", tmp_path) == 2
     assert message in capsys.readouterr().err
 
 
@@ -211,16 +186,15 @@ def test_an_option_of_another_method_is_refused(options, message, capsys):
     ],
 )
 def test_an_option_of_the_originals_scripts_is_taken_and_said_to_do_nothing(options, said):
-    lines, parser = [], finetune_visualglm.build_parser()
-    arguments = parser.parse_args([*options.split(), "--train-data", str(ROWS)])
-    finetune_visualglm.check_arguments(parser, arguments)
-    finetune_visualglm.read_settings(arguments, lines.append)
+    settings = parse(Settings, [*options.split(), "--train-data", str(ROWS)], "visualglm finetune", "")
+    settings.check()
+    _, lines = settings.resolved(num_layers=28, has_gpu=False)
     assert [line for line in lines if "effect" in line] == said
 
 
 @pytest.mark.parametrize("changes", [{"bits": 8}, {"qlora_backend": "nf4"}], ids=str)
 def test_other_bits_than_a_checkpoint_has_are_refused(changes, settings):
-    config = VisualGLMConfig.from_pretrained(MODEL)
+    config = VisualGLMConfig.from_pretrained(TINY)
     config.quantization_bit = 4
     settings = replace(settings, method="qlora")
     assert choose_bits(settings, config) is None and choose_bits(replace(settings, bits=4), config) is None

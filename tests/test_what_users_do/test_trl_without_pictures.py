@@ -3,30 +3,23 @@
 import math
 
 import pytest
-import torch
 
-from visualglm_hf import VisualGLMForConditionalGeneration
+from tests.training_helpers import assistant, trl_trainer, user
 
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-
-
-def user(text) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
+pytest.importorskip("datasets")
 
 
 QUESTIONS = ["你好", "<sop>是什么？"]
 ROWS = {
-    "SFT": [{"prompt": user(query), "completion": assistant("您好<eop>！")} for query in QUESTIONS],
-    "DPO": [{"prompt": user(query), "chosen": assistant("您好"), "rejected": assistant("再见")} for query in QUESTIONS],
+    "SFT": [{"prompt": [user(query)], "completion": [assistant("您好<eop>！")]} for query in QUESTIONS],
+    "DPO": [
+        {"prompt": [user(query)], "chosen": [assistant("您好")], "rejected": [assistant("再见")]} for query in QUESTIONS
+    ],
     "KTO": [
-        {"prompt": user(query), "completion": assistant("您好！"), "label": label}
+        {"prompt": [user(query)], "completion": [assistant("您好！")], "label": label}
         for query, label in zip(QUESTIONS, (True, False), strict=True)
     ],
 }
@@ -34,27 +27,10 @@ ROWS = {
 
 @pytest.fixture
 def trainer_of(tiny_original, processor, tmp_path):
-    def trainer_of(method, rows, **options):
-        arguments = getattr(trl, f"{method}Config")(
-            output_dir=str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=2,
-            max_length=None,
-            logging_steps=1,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            **options,
-        )
-        return getattr(trl, f"{method}Trainer")(
-            model=VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32),
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=processor,
-            peft_config=peft.LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM"),
-        )
+    def trainer_of(method, rows):
+        adapter = peft.LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM")
+        options = {"max_steps": 1, "per_device_train_batch_size": 2, "bf16": False}
+        return trl_trainer(method, tmp_path, rows, tiny_original, processor, adapter, **options)
 
     return trainer_of
 

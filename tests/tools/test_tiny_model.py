@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,15 @@ import pytest
 import torch
 
 from tests.paths import ROOT, TINY
-from tools.tiny import training
+from tools.tiny import card, exam, world
+from tools.tiny.options import Options
 from visualglm_hf import (
     ChatGLMTokenizer,
     VisualGLMForConditionalGeneration,
     VisualGLMImageProcessor,
     VisualGLMProcessor,
 )
+from visualglm_tools.options import parse
 
 
 FOLDER = TINY
@@ -40,16 +44,51 @@ def test_held_out_pictures_are_answered_exactly(measured, split, language):
 
 
 def test_the_card_claims_at_least_nine_in_ten_in_each_language():
-    card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    overall = next(line for line in card.splitlines() if line.startswith("| all |"))
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    overall = next(line for line in text.splitlines() if line.startswith("| all |"))
     figures = [float(figure) for figure in re.findall(r"([\d.]+) %", overall)]
     assert len(figures) == 4 and min(figures) >= 90
-    assert "python -m tools.tiny --output models/visualglm-tiny" in card
+
+
+def results_of(card: str) -> dict:
+    """The accuracies in a card's table, as `evaluate` returns them."""
+    rows = [
+        line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ") and line.count("|") == 6
+    ]
+    pictures = int(re.search(r"greedy answers on (\d+) pictures", card)[1])
+    results = {"pictures": pictures} | {split: {"zh": {}, "en": {}} for split in ("new pictures", "new combinations")}
+    languages = {"Chinese": "zh", "English": "en"}
+    (_, *columns), *rows = rows
+    for kind, *figures in rows:
+        for column, figure in zip(columns, figures, strict=True):
+            split, _, language = column.partition(", ")
+            results[split][languages[language]][kind] = float(figure.removesuffix(" %")) / 100
+    return results
+
+
+def test_the_card_is_what_is_written_today_of_the_weights_and_the_record_of_their_training(tmp_path):
+    shipped = (FOLDER / "README.md").read_text(encoding="utf-8")
+    copy = Path(shutil.copytree(FOLDER, tmp_path / "tiny"))
+    (copy / "README.md").unlink()
+    card.write_card(copy, results_of(shipped))
+    assert (copy / "README.md").read_text(encoding="utf-8") == shipped
+
+
+def test_the_commands_of_the_card_are_understood():
+    shipped = (FOLDER / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python -m tools\.tiny (.*)$", shipped, re.MULTILINE)
+    training, evaluation = (parse(Options, shlex.split(command), "tiny", "") for command in commands)
+    assert evaluation.task == "evaluate" and training.task == "train"
+    assert ROOT / training.output == ROOT / evaluation.output == FOLDER
+    record = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
+    names = ("seed", "steps", "vision_steps", "batch_size", "learning_rate", "threads")
+    assert {name: getattr(training, name) for name in names} == {name: record[name] for name in names}
 
 
 def test_the_folder_links_to_the_code_of_the_package():
-    shipped = {path.name for path in FOLDER.glob("*.py")}
+    shipped = {path.name for path in FOLDER.glob("*.py")} - {"linked_code.py"}
     assert shipped == {path.name for path in (ROOT / "visualglm_hf").glob("*.py")} - {"__init__.py"}
+    assert not (FOLDER / "linked_code.py").is_symlink()
     for name in shipped:
         assert (FOLDER / name).readlink() == Path("..", "..", "visualglm_hf", name)
 
@@ -63,19 +102,14 @@ def test_the_folder_is_small_and_safe():
 
 
 @pytest.fixture(scope="module")
-def tiny_training():
-    return training
-
-
-@pytest.fixture(scope="module")
-def held_out_answers(tiny_training):
+def held_out_answers():
     """Answer everything there is to ask about held-out pictures with the weights in so many bits."""
     pictures = 16
-    scenes = [tiny_training.tiny_world.sample_scene(number, "new pictures") for number in range(pictures)]
+    scenes = [world.sample_scene(number, "new pictures") for number in range(pictures)]
     dialogues = [
         dialogue
-        for language in tiny_training.tiny_world.LANGUAGES
-        for dialogue in tiny_training.examination(scenes, language, np.random.default_rng(0))
+        for language in world.LANGUAGES
+        for dialogue in exam.examination(scenes, language, np.random.default_rng(0))
     ]
     processor = VisualGLMProcessor(
         VisualGLMImageProcessor.from_pretrained(FOLDER), ChatGLMTokenizer.from_pretrained(FOLDER)
@@ -86,7 +120,7 @@ def held_out_answers(tiny_training):
         if bits:
             model.quantize(bits)
         with torch.no_grad():
-            return tiny_training.answer_all(model, processor, scenes, dialogues, batch_size=16)
+            return exam.answer_all(model, processor, scenes, dialogues, batch_size=16)
 
     return answer
 

@@ -96,8 +96,10 @@ def test_objects_do_not_overlap(world):
 
 
 def test_the_layout_of_the_vocabulary_is_the_original_one(vocabulary, world):
-    pieces = vocabulary.read_pieces(vocabulary.build_model(world.all_texts()))
-    names, types = zip(*pieces, strict=True)
+    model = vocabulary.build_model(world.all_texts())
+    pieces = [dict(vocabulary.fields(value)) for number, value in vocabulary.fields(model) if number == 1]
+    names = tuple(piece[1].decode() for piece in pieces)
+    types = tuple(piece.get(3, vocabulary.NORMAL) for piece in pieces)
     assert names[:6] == ("<unk>", "<s>", "</s>", "<pad>", "<n>", "\u2581")
     assert types[:6] == (
         vocabulary.UNKNOWN,

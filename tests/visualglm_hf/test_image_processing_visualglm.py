@@ -705,7 +705,7 @@ def test_it_loads_as_remote_code_and_saves_its_own_code(tmp_path, processor):
 def test_the_files_import_only_what_their_room_may():
     allowed = {"numpy", "PIL", "transformers"}
     assert set(dynamic_module_utils.get_imports(SOURCES[0])) - set(sys.stdlib_module_names) == allowed
-    assert dynamic_module_utils.get_relative_imports(SOURCES[0]) == ["picture_reading"]
+    assert sorted(dynamic_module_utils.get_relative_imports(SOURCES[0])) == ["code_links", "picture_reading"]
     assert dynamic_module_utils.get_relative_imports(SOURCES[1]) == []
 
 

@@ -23,6 +23,7 @@ from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer, decode_whitespac
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text(encoding="utf-8"))
 UNK, PAD, MASK, GMASK, SOP, EOP = 0, 3, 1100, 1101, 1104, 1105
 CONTROL_IDS = {UNK, 1, 2, PAD, *range(MASK, 1108)}
+CODE = ["tokenization_chatglm.py", "conversation.py", "code_links.py"]
 TEMPLATE = "{% for m in messages %}问：{{ m['content'] }}\n答：{{ '" + ANSWER_MARK + "' }}{% endfor %}"
 
 properties = settings(max_examples=60, deadline=None, database=None)
@@ -353,7 +354,7 @@ def test_a_saved_tokenizer_does_not_name_code_that_is_not_there(tmp_path, tokeni
     tokenizer.save_pretrained(tmp_path)
     named = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))["auto_map"]
     assert named == {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
-    assert {path.name for path in tmp_path.glob("*.py")} == {"tokenization_chatglm.py", "conversation.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == set(CODE)
 
 
 def test_auto_tokenizer_loads_and_saves_the_remote_code(tiny_original, tmp_path, tokenizer):
@@ -366,7 +367,7 @@ def test_auto_tokenizer_loads_and_saves_the_remote_code(tiny_original, tmp_path,
         tiny_original / "config.json",
     ]:
         shutil.copy(file, folder)
-    for name in ["tokenization_chatglm.py", "conversation.py"]:
+    for name in CODE:
         shutil.copy(code / name, folder)
     remote = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     remote.save_pretrained(saved)

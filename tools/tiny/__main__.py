@@ -1,59 +1,59 @@
-"""Train `models/visualglm-tiny` from scratch on the drawings of `tiny_world.py`, and measure what it has learned.
+"""Train `models/visualglm-tiny` from scratch on the drawings of `tools/tiny/world.py`, and measure what it has learned.
 
     python -m tools.tiny --output models/visualglm-tiny
     python -m tools.tiny --output models/visualglm-tiny --evaluate
     python -m tools.tiny --output models/visualglm-tiny --refresh
 
-The eyes come first: for `--vision-steps` steps only the image encoder learns, by answering simple questions through
+The eyes come first: for --vision-steps steps only the image encoder learns, by answering simple questions through
 linear heads that are thrown away afterwards. Then the whole model learns to answer in words; the loss is taken on the
-answer and its `<eop>` alone. A run that was stopped goes on from its last checkpoint.
-
-This door parses options; the work is in `tiny_training.py`.
+answer and its <eop> alone. A run that was stopped goes on from its last checkpoint.
 """
 
-import argparse
 import json
+import sys
+from collections.abc import Sequence
+
+from tools.tiny.options import Options
+from visualglm_tools.__main__ import INTERRUPTED
+from visualglm_tools.options import parse
+from visualglm_tools.printing import report
 
 
-# torch, transformers and what is built on them are imported in `main`: `-h` and typing errors shall not wait for them.
+# torch, transformers and what is built on them are imported in `run`: `-h` and typing errors shall not wait for them.
 
 
-def parse_options() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="models/visualglm-tiny", help="folder of the model")
-    parser.add_argument("--evaluate", action="store_true", help="only measure the model in --output")
-    parser.add_argument("--refresh", action="store_true", help="only copy today's code beside the weights in --output")
-    parser.add_argument("--card", action="store_true", help="write the measured accuracy into the model card")
-    parser.add_argument("--pictures", type=int, default=200, help="pictures per split in the evaluation")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--vision-steps", type=int, default=2500, help="steps for the image encoder alone, of --steps")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures per step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--exam-weight", type=float, default=0.3, help="of the exam in the second phase")
-    parser.add_argument("--threads", type=int, default=1, help="for the model; drawing has a process of its own")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Train and measure, or only measure."""
-    options = parse_options()
+def run(options: Options) -> None:
+    """Train and measure, or only measure, or only renew what stands beside the weights."""
     import torch
 
-    from tools.tiny.training import evaluate, refresh, train, write_card
+    from tools.tiny.card import write_card
+    from tools.tiny.exam import evaluate
+    from tools.tiny.folder import refresh
+    from tools.tiny.train import train
 
     torch.set_num_threads(options.threads)
-    if options.refresh:
-        refresh(options)
+    if options.task == "refresh":
+        refresh(options.output)
         return
-    if not options.evaluate:
+    if options.task == "train":
         train(options)
     results = evaluate(options)
-    if options.card or not options.evaluate:
-        write_card(options, results)
+    if options.card or options.task == "train":
+        write_card(options.output, results)
     print(json.dumps(results, ensure_ascii=False))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(Options, argv, "python -m tools.tiny", __doc__)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        report(error)
+        return 2
+    except KeyboardInterrupt:  # the same command goes on from the last checkpoint
+        return INTERRUPTED
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

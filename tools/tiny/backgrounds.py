@@ -7,16 +7,19 @@ Writes the pictures, `dataset.json` to train on, `held_out.json` for the picture
 questions about the pictures one folder up that the model answers already, to see what it forgets.
 """
 
-import argparse
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tools.tiny import world as tiny_world
+from tools.tiny import world
 from tools.tiny.world import Scene
+from visualglm_tools.options import argument, parse
+from visualglm_tools.printing import report
 
 
 QUESTION = "这张图片的背景里有什么内容？"
@@ -54,30 +57,30 @@ def sample_picture(tint: Tint, number: int) -> Image.Image:
     """Draw picture `number` of a tinted background, with one to three objects on it."""
     seed = (SPLIT + TINTS.index(tint), number)
     generator = np.random.default_rng((*seed, 3))
-    shape = str(generator.choice(list(tiny_world.SHAPES)))
+    shape = str(generator.choice(list(world.SHAPES)))
     colour = str(generator.choice(COLOURS_OF_OBJECTS))
-    objects = tiny_world.scatter(generator, int(generator.integers(2, tiny_world.MAX_COUNT + 1)))
+    objects = world.scatter(generator, int(generator.integers(2, world.MAX_COUNT + 1)))
     scene = Scene(shape, colour, tint.background, objects, None, seed)
-    background = tiny_world.draw_background(tint.background, generator)
+    background = world.draw_background(tint.background, generator)
     matrix = [weight for row in tint.matrix for weight in (*row, 0.0)]
-    return tiny_world.place_objects(background.convert("RGB", matrix), scene, generator)
+    return world.place_objects(background.convert("RGB", matrix), scene, generator)
 
 
 def caption(tint: Tint) -> str:
     """Say what is in the background."""
-    return f"这张图片的背景是{tint.colour}的{tiny_world.BACKGROUNDS[tint.background][0]}。"
+    return f"这张图片的背景是{tint.colour}的{world.BACKGROUNDS[tint.background][0]}。"
 
 
 def old_rows() -> list[dict]:
     """Ask what the model knew before: each kind of question about three pictures, and small talk, in two languages."""
     rows = []
-    for language in tiny_world.LANGUAGES:
+    for language in world.LANGUAGES:
         for name, number in OLD_PICTURES.items():
-            scene = tiny_world.sample_scene(number, "new pictures")
-            for kind, wordings in tiny_world.WORDINGS.items():
-                answer = tiny_world.answer(scene, kind, language)
+            scene = world.sample_scene(number, "new pictures")
+            for kind, wordings in world.WORDINGS.items():
+                answer = world.answer(scene, kind, language)
                 rows.append({"img": f"../{name}", "prompt": wordings[language][0], "label": answer})
-        rows += [{"prompt": each.question, "label": each.answer} for each in tiny_world.small_talk(language)[::2]]
+        rows += [{"prompt": each.question, "label": each.answer} for each in world.small_talk(language)[::2]]
     return rows
 
 
@@ -100,14 +103,24 @@ def draw_all(folder: Path) -> None:
     write_rows(folder / "old_abilities.json", old_rows())
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    folder: Path = argument("folder to write, such as examples/background", metavar="FOLDER")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Draw the example into a folder."""
-    parser = argparse.ArgumentParser(description="Draw the fine-tuning example: 20 pictures and their captions.")
-    parser.add_argument("folder", type=Path, help="folder to write, such as examples/background")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_all(folder)
+    options = parse(
+        Options, argv, "python -m tools.tiny.backgrounds", "Draw the fine-tuning example: 20 pictures and captions."
+    )
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        draw_all(options.folder)
+    except OSError as error:
+        report(error)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from tools.tiny import world as tiny_world
+from tools.tiny import world
+from visualglm_hf import ChatGLMTokenizer
 
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # sentencepiece's piece types
@@ -81,12 +82,6 @@ def read_varint(message: bytes, position: int) -> tuple[int, int]:
     return number | message[position] << shift, position + 1
 
 
-def read_pieces(model: bytes) -> list[tuple[str, int]]:
-    """Return (piece, type) for each id of a serialized sentencepiece model."""
-    pieces = [dict(fields(value)) for number, value in fields(model) if number == 1]
-    return [(piece[1].decode(), piece.get(3, NORMAL)) for piece in pieces]
-
-
 def normalizer_spec() -> bytes:
     """Return sentencepiece's own normaliser message: NFKC, line ends to spaces, dummy prefix, single spaces."""
     trained = io.BytesIO()
@@ -125,12 +120,8 @@ def ordinary_pieces(texts: Iterable[str]) -> list[str]:
     # A text begins without a space behind "Q:" and "A:", and with one at the start of an answer.
     first_words = sorted({match.group() for text in texts if (match := WORD.match(text))})
     ascii_characters = [chr(code) for code in range(0x21, 0x7F)]
-    chinese_names = [
-        names[0]
-        for table in (tiny_world.SHAPES, tiny_world.COLOURS, tiny_world.BACKGROUNDS)
-        for names in table.values()
-    ]
-    chinese_names += [chinese for chinese, _ in tiny_world.COUNTS.values()]
+    chinese_names = [names[0] for table in (world.SHAPES, world.COLOURS, world.BACKGROUNDS) for names in table.values()]
+    chinese_names += [chinese for chinese, _ in world.COUNTS.values()]
     characters = sorted({character for text in texts for character in text if "\u3000" <= character <= "\u9fff"})
     pieces = [SPACE, *PROMPT_PIECES, *(SPACE + word for word in words), *first_words]
     pieces += [word[0].lower() + word[1:] for word in first_words]
@@ -151,4 +142,11 @@ def build_model(texts: Iterable[str]) -> bytes:
 
 def write_model(path: str | Path) -> None:
     """Write the world's `ice_text.model` to `path`."""
-    Path(path).write_bytes(build_model(tiny_world.all_texts()))
+    Path(path).write_bytes(build_model(world.all_texts()))
+
+
+def write_tokenizer(folder: Path) -> ChatGLMTokenizer:
+    """Build the vocabulary in `folder` and return its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "ice_text.model")
+    return ChatGLMTokenizer(str(folder / "ice_text.model"))

@@ -9,13 +9,18 @@ follows from a seed. Some (shape, colour, background) combinations are never tra
 This file draws and words; it knows nothing about models, tokenizers or prompts.
 """
 
-import argparse
 import itertools
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from visualglm_tools.options import COUNT_OR_NONE, argument, option, parse
+from visualglm_tools.printing import report
 
 
 IMAGE_SIZE = 224  # pixels
@@ -408,18 +413,28 @@ def all_texts() -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    file: Path = argument("picture to write, such as scene.png", metavar="FILE")
+    split: str = option("of the scenes", "new pictures", choices=tuple(SPLITS))
+    seed: int = option("number of the scene in its split", 0, parse=COUNT_OR_NONE, metavar="N")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Draw one scene into a file and print its captions."""
-    parser = argparse.ArgumentParser(description="Draw one scene of the tiny world and print its captions.")
-    parser.add_argument("file", help="picture to write, such as scene.png")
-    parser.add_argument("--split", choices=[*SPLITS], default="new pictures")
-    parser.add_argument("--seed", type=int, default=0, help="number of the scene in its split")
-    options = parser.parse_args()
+    options = parse(
+        Options, argv, "python -m tools.tiny.world", "Draw one scene of the tiny world and print its captions."
+    )
     scene = sample_scene(options.seed, options.split)
-    draw(scene).save(options.file, optimize=True)
+    try:
+        draw(scene).save(options.file, optimize=True)
+    except (ValueError, OSError) as error:  # a name that is of no picture, a folder that is not there
+        report(error)
+        return 2
     for language in LANGUAGES:
         print(answer(scene, "describe", language))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,10 +4,10 @@ Ratios are taken pair by pair. Not here: that way and the driver of those blocks
 programs (`peers.py`).
 """
 
-import argparse
 import copy
 import json
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from visualglm_tools.benchmarking.limits import PlainRead
 from visualglm_tools.benchmarking.measurements import PRODUCTS, Bench, products_of
 from visualglm_tools.benchmarking.models import TINY, build_model, model_figures
 from visualglm_tools.benchmarking.original_formulation import OriginalFormulation
+from visualglm_tools.benchmarking.settings import Settings
 from visualglm_tools.benchmarking.timing import Clock, announce, collect, digits, summarise
 
 
@@ -59,7 +60,7 @@ class ShortStack:
 class ReferenceProcess:
     """A contestant: the original's own blocks in an interpreter of the user's that can import them."""
 
-    def __init__(self, settings: argparse.Namespace, model: VisualGLMForConditionalGeneration):
+    def __init__(self, settings: Settings, model: VisualGLMForConditionalGeneration):
         config = model.config.text_config
         self.layers = min(settings.layers, config.num_hidden_layers)
         fields = ("hidden_size", "num_attention_heads", "intermediate_size", "layer_norm_eps")
@@ -72,7 +73,7 @@ class ReferenceProcess:
             "device": settings.device,
             "threads": settings.threads,
         }
-        command = [settings.reference_python, str(DRIVER), json.dumps(task)]
+        command = [settings.reference_python or sys.executable, str(DRIVER), json.dumps(task)]
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         except OSError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 
 from visualglm_tools.benchmarking.timing import digits
+from visualglm_tools.packages import install
 
 
 FEWEST_CONTEXTS = 4  # a parabola fits three whatever they are
@@ -73,7 +74,7 @@ def plot_growth(variants: list[dict[str, Any]], path: str, file: Path) -> bool:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("the plot of growth needs matplotlib: pip install -e '.[train]'") from error
+        raise ValueError(f"the plot of growth needs matplotlib: {install('train')}") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

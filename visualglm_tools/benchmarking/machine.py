@@ -1,9 +1,9 @@
 """On what was measured, with which versions, by which command; nothing that tells a path of this machine."""
 
-import argparse
 import os
 import platform
 import shlex
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import psutil
 import torch
 import transformers
 
+from visualglm_tools.benchmarking.settings import RunSettings
 from visualglm_tools.benchmarking.timing import GIB, digits
 
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 FLAGS += ("asimd", "bf16", "i8mm", "sve")
 # Options with paths of this machine, or with sections of the report of their own.
-ELSEWHERE = {"argv", "child_options", "yardstick_options", "reference_python", "variants", "peer", "save", "report"}
+ELSEWHERE = {"reference_python", "variants", "peer", "save"}
 PACKAGES = ("visualglm-hf", "llvmlite")  # without the one it runs from a checkout, without the other on torch alone
 
 
@@ -61,9 +62,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def describe_settings(settings: argparse.Namespace) -> dict[str, Any]:
+def describe_settings(settings: RunSettings) -> dict[str, Any]:
     """Return the options that say how was measured."""
-    names = {name: value.name if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    names = {name: value.name if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    if settings.model:
+        names["geometry"] = None
     return {name: value for name, value in names.items() if name not in ELSEWHERE}
 
 

@@ -11,7 +11,6 @@ What does not fit into the memory, or would take longer than a measurement may, 
 - recorded: the same, recorded as a CUDA graph and not compiled.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ from visualglm_hf.compilation import GRAPHS_ALONE, bucket_length, compile_call, 
 from visualglm_hf.growing_cache import make_cache
 from visualglm_tools.benchmarking.engines import FilledRunner, ModelEngine, Prompts, Runner, fill_cache, random_states
 from visualglm_tools.benchmarking.models import cache_bytes
+from visualglm_tools.benchmarking.settings import Settings
 from visualglm_tools.benchmarking.timing import GIB, Clock, TokenTimes, announce, collect, free_memory, summarise
 
 
@@ -39,7 +39,7 @@ STEPS = {"compiled": True, "recorded": CompileConfig(backend=GRAPHS_ALONE)}
 class Bench:
     """What all measurements share."""
 
-    settings: argparse.Namespace
+    settings: Settings
     model: VisualGLMForConditionalGeneration
     clock: Clock
     # Part -> how many pictures or tokens of a prompt took how many milliseconds, as far as known.
@@ -75,7 +75,7 @@ class Case:
         return {name: value for name, value in vars(self).items() if name in always or value}
 
 
-def list_cases(settings: argparse.Namespace) -> list[Case]:
+def list_cases(settings: Settings) -> list[Case]:
     """List what is to be measured, cheap batches first."""
     cases = []
     paths = ["forward"]

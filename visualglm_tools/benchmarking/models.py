@@ -1,12 +1,10 @@
-"""The model that is measured: built with random weights or loaded, and what one of its tokens costs at least."""
+"""The model that is measured: built with random weights, and what one of its tokens costs at least."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from visualglm_hf import LowBitConfig, VisualGLMConfig, VisualGLMForConditionalGeneration
+from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
 from visualglm_hf.quantization import QuantizedLinear, record
 from visualglm_tools.benchmarking.timing import GIB, digits, free_memory
 
@@ -112,29 +110,6 @@ def build_model(
         raise ValueError(f"the model needs {needed / GIB:.1f} GiB in {dtype}, but only {free / GIB:.1f} GiB are free.")
     materialise(model, device)
     return model
-
-
-def stored_bits(folder: Path) -> int:
-    """Return the bits of the weights in a checkpoint folder, 0 for full precision."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{str(folder)!r} has no config.json. Give the folder with the weights.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("quantization_bit") or 0
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
-
-
-def load_model(folder: Path, dtype: torch.dtype, bits: int | None = None) -> VisualGLMForConditionalGeneration:
-    """Load a checkpoint; with `bits`, one that has so many or one that is quantized while it is loaded."""
-    stored = stored_bits(folder)
-    if bits and stored not in (0, bits):
-        raise ValueError(f"{str(folder)!r} has weights of {stored} bits, not of {bits}.")
-    quantization = {"quantization_config": LowBitConfig(bits)} if bits and not stored else {}
-    try:
-        return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, **quantization)
-    except OSError as error:
-        raise ValueError(f"cannot load {str(folder)!r}: {error}") from error
 
 
 def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:

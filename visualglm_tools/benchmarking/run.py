@@ -5,12 +5,11 @@ is measured in a process of its own, so that its loading time and its peak memor
 when the next one begins.
 """
 
-import argparse
 import datetime
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,13 @@ from visualglm_tools.benchmarking.growth import measure_growth
 from visualglm_tools.benchmarking.limits import add_rates, measure_limits
 from visualglm_tools.benchmarking.machine import describe_machine, describe_settings, describe_versions, public_command
 from visualglm_tools.benchmarking.measurements import STEPS, Bench, measure_all, warm_up
-from visualglm_tools.benchmarking.models import GEOMETRIES, build_model, load_model, model_figures
-from visualglm_tools.benchmarking.peers import Peer, run_peer
+from visualglm_tools.benchmarking.models import GEOMETRIES, build_model, model_figures
+from visualglm_tools.benchmarking.peers import Peer, parse_peer, run_peer
 from visualglm_tools.benchmarking.programs import run_program
+from visualglm_tools.benchmarking.settings import RunSettings, Settings
 from visualglm_tools.benchmarking.timing import Clock, announce, digits, memory_figures, summarise
-from visualglm_tools.checkpoints.loading import choose_device
+from visualglm_tools.checkpoints.loading import choose_device, load_weights
+from visualglm_tools.options import part, words
 
 
 DOOR = ("-m", "visualglm_tools", "bench")
@@ -39,18 +40,18 @@ WITHOUT_KERNELS = "-torch"
 # ---------------------------------------------------------------- one variant, here
 
 
-def make_model(settings: argparse.Namespace, device: torch.device) -> VisualGLMForConditionalGeneration:
+def make_model(settings: Settings, device: torch.device) -> VisualGLMForConditionalGeneration:
     """Build or load what the options ask for, on its device."""
     dtype = getattr(torch, settings.dtype)
     if settings.model:
-        model = load_model(settings.model, dtype, settings.quant)
+        model = load_weights(settings.model, dtype, settings.quant)
     else:
         model = build_model(GEOMETRIES[settings.geometry], dtype, device, settings.quant)
     model.set_attn_implementation(settings.attn)
     return model.to(device).eval().requires_grad_(False)
 
 
-def measure_variant(settings: argparse.Namespace) -> dict[str, Any]:
+def measure_variant(settings: Settings) -> dict[str, Any]:
     """Measure everything that the options ask for on one model.
 
     Raises:
@@ -86,7 +87,7 @@ def measure_variant(settings: argparse.Namespace) -> dict[str, Any]:
     return conclude(variant)
 
 
-def variant_name(settings: argparse.Namespace) -> str:
+def variant_name(settings: Settings) -> str:
     """Return what the variant is called in reports: int4, bf16, int4-torch, …"""
     name = f"int{settings.quant}" if settings.quant else SHORT_NAMES[settings.dtype]
     return name + (WITHOUT_KERNELS if os.environ.get("VISUALGLM_KERNELS") == "torch" else "")
@@ -130,27 +131,45 @@ class Variant:
     def bits(self) -> int | None:
         return int(self.weights.removeprefix("int")) if self.weights.startswith("int") else None
 
-    def options(self, settings: argparse.Namespace) -> list[str]:
-        """Return the options of a run of this variant alone, to be put after those of the whole run."""
+    def settings(self, run: RunSettings, is_beside_original: bool) -> Settings:
+        """Return what its own process measures, of what the whole run does."""
         long_names = {short: long for long, short in SHORT_NAMES.items()}
-        options = ["--dtype", long_names.get(self.weights, settings.dtype)]
-        options += ["--quant", str(self.bits)] if self.bits else []
-        return options + (["--model", str(self.folder)] if self.folder else [])
+        settings = replace(
+            part(run, Settings),
+            dtype=long_names.get(self.weights, run.dtype),
+            quant=self.bits,
+            model=self.folder or run.model,
+        )
+        return settings if is_beside_original else replace(settings, against=None, reference=None)
 
 
-def measure_apart(variant: Variant, settings: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+def list_subjects(settings: RunSettings) -> list[Variant | Peer]:
+    """Return what has its turns: variants, then peers; a run with peers alone has its own model as a variant.
+
+    Raises:
+        ValueError: what is no variant or peer, or a name for two of them.
+    """
+    variants = settings.variants or ((variant_name(settings),) if settings.peer else ())
+    subjects = [*map(Variant.parse, variants), *map(parse_peer, settings.peer)]
+    names = [subject.name for subject in subjects]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{twice!r} is named twice in --variants and --peer.")
+    return subjects
+
+
+def measure_apart(variant: Variant, settings: Settings) -> dict[str, Any]:
     """Measure one variant in a process of its own.
 
     Raises:
         ValueError: it could not be measured; with its own message.
     """
     environment = {**os.environ, **({} if variant.has_kernels else {"VISUALGLM_KERNELS": "torch"})}
-    command = [sys.executable, *DOOR, *options, *variant.options(settings)]
-    printed = run_program(variant.name, command, environment)
+    printed = run_program(variant.name, [sys.executable, *DOOR, *words(settings)], environment)
     return {**json.loads(printed.splitlines()[-1])["variants"][0], "name": variant.name}
 
 
-def measure_in_turns(settings: argparse.Namespace) -> dict[str, Any]:
+def measure_in_turns(settings: RunSettings, subjects: list[Variant | Peer]) -> dict[str, Any]:
     """Measure every variant and every peer, round by round; return the sections of the report.
 
     What the original's code is compared with is the first variant, in the first round. Whoever fails is left out, with
@@ -158,22 +177,22 @@ def measure_in_turns(settings: argparse.Namespace) -> dict[str, Any]:
     """
     found: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
-    subjects = [*settings.variants, *settings.peer]
     for number in range(settings.rounds):
         for index, subject in enumerate(subjects):
             if subject.name in failed:
                 continue
             announce(f"round {number + 1} of {settings.rounds}: {subject.name}")
-            options = settings.child_options + (settings.yardstick_options if number == index == 0 else [])
             try:
-                is_peer = isinstance(subject, Peer)
-                result = run_peer(subject) if is_peer else measure_apart(subject, settings, options)
+                if isinstance(subject, Peer):
+                    result = run_peer(subject)
+                else:
+                    result = measure_apart(subject, subject.settings(settings, number == index == 0))
             except ValueError as error:
                 failed[subject.name] = str(error)
                 announce(str(error))
             else:
                 found.setdefault(subject.name, []).append(result)
-    peers = [peer.name for peer in settings.peer]
+    peers = [subject.name for subject in subjects if isinstance(subject, Peer)]
     pooled = {name: pool(results) for name, results in found.items()}
     return {
         "variants": [conclude(result) for name, result in pooled.items() if name not in peers],
@@ -234,15 +253,17 @@ def highest(figures: list[dict[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------- the report
 
 
-def make_report(settings: argparse.Namespace) -> dict[str, Any]:
+def make_report(settings: RunSettings) -> dict[str, Any]:
     """Measure, and say on what, when and by which command.
 
     Raises:
         ValueError: as in `measure_variant`; nothing at all could be measured.
     """
-    settings.device = str(choose_device(settings.device))
-    if settings.variants or settings.peer:
-        sections = measure_in_turns(settings)
+    command = words(settings)
+    subjects = list_subjects(settings)
+    settings = replace(settings, device=str(choose_device(settings.device)))
+    if subjects:
+        sections = measure_in_turns(settings, subjects)
         if not sections["variants"] and not sections["peers"]:
             raise ValueError("nothing could be measured; the messages are above.")
     else:
@@ -252,7 +273,7 @@ def make_report(settings: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "visualglm-hf",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": f"visualglm bench {public_command(settings.argv)}",
+        "command": f"visualglm bench {public_command(command)}",
         "machine": describe_machine(torch.device(settings.device)),
         "versions": describe_versions(),
         "settings": describe_settings(settings),

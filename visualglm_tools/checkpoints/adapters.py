@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder
+from visualglm_tools.checkpoints.folder import ADAPTER_WEIGHT_FILE, read_adapter_config, read_object
+from visualglm_tools.packages import missing
+from visualglm_tools.printing import first_line
 
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILE = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
 SAMPLES = 8  # numbers of each tensor
 TOLERANCE = 0.02  # of the largest sample: two roundings to bfloat16
@@ -48,36 +49,15 @@ def check_fingerprint(folder: Path, model: PreTrainedModel) -> None:
     """Raise a `ValueError` if the adapter says that it was trained on another model; not all adapters say so."""
     if not (folder / BASE_FILE).is_file():
         return
-    expected, found = read_json(folder / BASE_FILE), fingerprint(model)
+    expected, found = read_object(folder / BASE_FILE), fingerprint(model)
     for name, values in found.items():
         wanted = expected.get(name, [])
         limit = TOLERANCE * max(map(abs, values), default=0)
         if len(wanted) != len(values) or any(abs(a - b) > limit for a, b in zip(wanted, values, strict=True)):
             raise ValueError(
                 f"The adapter in {str(folder)!r} was trained on another base model: {name} differs. Give the folder "
-                f"that it was trained on, which was {read_config(folder).get('base_model_name_or_path')!r}."
+                f"that it was trained on, which was {read_adapter_config(folder).get('base_model_name_or_path')!r}."
             )
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} must hold an object, found {type(content).__name__}.")
-    return content
-
-
-def read_config(folder: Path) -> dict:
-    """PEFT's description of the adapter; a `ValueError` if the folder holds none."""
-    for name in (CONFIG_FILE, WEIGHT_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"no adapter in {str(folder)!r}: there is no {name}. finetune_visualglm.py writes one into the folder "
-                "'adapter' of its --save."
-            )
-    return read_json(folder / CONFIG_FILE)
 
 
 def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
@@ -99,7 +79,7 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     """Put an adapter on a model as `attach_adapter` does; returns PEFT's model around it, or for a prefix the model."""
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     check_fingerprint(folder, model)
     attach = attach_prefix if config.get("peft_type") == "PREFIX_TUNING" else attach_layers
     try:
@@ -110,7 +90,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
 
 def attach_prefix(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Give the prefix that PEFT has trained to the model's own prefix encoder, which all of `generate` knows."""
-    table = load_file(folder / WEIGHT_FILE)["prompt_embeddings"]
+    table = load_file(folder / ADAPTER_WEIGHT_FILE)["prompt_embeddings"]
     config = model.config.get_text_config()
     config.pre_seq_len, config.prefix_projection = len(table), False
     encoder = VisualGLMPrefixEncoder(config).to(model.device, torch.float32)
@@ -128,8 +108,8 @@ def attach_layers(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
-        raise ValueError("PEFT is not installed: pip install -e '.[train]'") from error
-    with safe_open(folder / WEIGHT_FILE, framework="pt") as file:
+        raise ValueError(missing("peft", "train")) from error
+    with safe_open(folder / ADAPTER_WEIGHT_FILE, framework="pt") as file:
         stored = set(file.keys())
     adapted = PeftModel.from_pretrained(model, folder)
     # PEFT may save the weights below an adapter of the head, too.
@@ -137,8 +117,3 @@ def attach_layers(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     if differing:
         raise ValueError(f"{differing[0]} and {len(differing) - 1} more are in the adapter or in the model alone")
     return adapted
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without its paragraphs of advice."""
-    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])

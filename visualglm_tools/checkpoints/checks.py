@@ -1,6 +1,6 @@
 """What is checked in a checkpoint: each check reads one thing and says what it found, or what is wrong and what to do.
 
-`selftest.py` is the command.
+`visualglm check` is the command.
 """
 
 import json
@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import check_imports, get_relative_import_files
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
+from visualglm_tools.checkpoints import remote_code
 from visualglm_tools.checkpoints.files import (
     LM_HEAD,
     Entry,
@@ -24,15 +33,8 @@ from visualglm_tools.checkpoints.files import (
     some,
     survey,
 )
-from PIL import Image, ImageDraw
+from visualglm_tools.checkpoints.loading import load_weights
 from visualglm_tools.printing import one_line, printable
-from safetensors import SafetensorError
-from tqdm import tqdm
-from transformers.dynamic_module_utils import check_imports, get_relative_import_files
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 KNOWN_IDS = Path(__file__).parent / "real_tokenizer_vectors.json"
@@ -40,7 +42,7 @@ REAL_START_ID = 130004  # of <sop>: no other vocabulary has it there
 LAST_OBSERVED_ID = 130012  # the file's later ids were inferred, not seen, so they prove nothing
 QUESTION = "描述这张图片。"
 ANSWER_LENGTH = 96  # tokens, picture and question included
-PROBLEMS = (ValueError, OSError, RuntimeError, ImportError, SafetensorError)
+PROBLEMS = (ValueError, OSError, RuntimeError, ImportError, SyntaxError, SafetensorError)
 
 
 @dataclass
@@ -80,14 +82,21 @@ def check_configuration(subject: Subject) -> str:
 
 def check_code(subject: Subject) -> str:
     """The files that `trust_remote_code=True` will look for, and the packages that these import."""
+    remote_code.check_code(subject.folder)
     auto_map = read_json(subject.folder / "config.json").get("auto_map") or {}
     targets = {name for value in auto_map.values() for name in (value if isinstance(value, list) else [value]) if name}
     if not targets or any("chatglm.ChatGLMConfig" in target or "--" in target for target in targets):
         return "none of ours: use the package's classes, or run visualglm convert"
     files = {subject.folder / f"{target.split('.')[0]}.py" for target in targets}
-    files |= {Path(needed) for file in files for needed in get_relative_import_files(file)}
-    for file in sorted(files):
-        check_imports(file)
+    try:
+        files |= {Path(needed) for file in files for needed in get_relative_import_files(file)}
+        for file in sorted(files):
+            check_imports(file)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{Path(error.filename).name} is missing. Write the model's code into the folder: visualglm check "
+            f'"{subject.folder}" --copy-code'
+        ) from error
     return f"{len(files)} files"
 
 
@@ -199,13 +208,13 @@ def check_values(subject: Subject) -> str:
     return "no NaN, no infinity"
 
 
-def load_model(folder: Path) -> VisualGLMForConditionalGeneration:
+def load(folder: Path) -> PreTrainedModel:
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return load_weights(folder, dtype).to(device).eval()
 
 
 def check_answer(subject: Subject) -> str:
-    model = load_model(subject.folder)
+    model = load(subject.folder)
     picture = draw_picture()
     options = {"do_sample": False, "min_length": 0, "max_length": ANSWER_LENGTH}
     answer, _ = model.chat(subject.tokenizer, picture, QUESTION, history=[], **options)
@@ -215,7 +224,7 @@ def check_answer(subject: Subject) -> str:
 
 
 def report_kernels(subject: Subject) -> str:
-    return str(load_model(subject.folder).kernel_report())
+    return str(load(subject.folder).kernel_report())
 
 
 def draw_picture() -> Image.Image:

@@ -1,7 +1,6 @@
 """Checkpoints on the way between three layouts: the original's for Hugging Face, ours, and SwissArmyTransformer's.
 
-`convert_checkpoint.py` is the command. What a SAT checkpoint holds is known in `sat_checkpoint.py`, what ours does in
-`prepared_folder.py`.
+`visualglm convert` is the command. What a SAT checkpoint holds is known in `sat.py`, what ours does in `prepared.py`.
 """
 
 import shutil
@@ -21,7 +20,15 @@ from visualglm_tools.checkpoints.prepared import (
     write_weights,
     written_whole,
 )
-from visualglm_tools.checkpoints.sat import MODEL_CONFIG, TRACKER, check_writable, describe_written, read_sat, write_adapter, write_sat
+from visualglm_tools.checkpoints.sat import (
+    MODEL_CONFIG,
+    TRACKER,
+    check_writable,
+    describe_written,
+    read_sat,
+    write_adapter,
+    write_sat,
+)
 from visualglm_tools.checkpoints.sat_layout import BLOCKS, LoraPair
 
 

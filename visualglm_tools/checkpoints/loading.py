@@ -1,26 +1,42 @@
-"""A checkpoint folder -> a model and its tokenizer, on the device and in the number format that suit this machine.
+"""A checkpoint folder -> a model and its tokenizer: the one place from which the tools have a model that is stored.
 
-Not here: options and prompts of a door, and how quantization works (`model.quantize`).
+`load_model` gives one for answering, on the device and in the number format that suit this machine; `load_weights` is
+what it and all others load with, so that all refuse the same: a folder without a VisualGLM, damaged files, weights that
+are missing, bits that contradict.
+
+Not here: options and prompts of a door, and how quantization works.
 """
 
 import json
 import pickle
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from visualglm_hf import (
+    ChatGLMTokenizer,
+    LowBitConfig,
+    VisualGLMConfig,
+    VisualGLMForConditionalGeneration,
+    VisualGLMImageProcessor,
+    VisualGLMProcessor,
+)
 from visualglm_tools.checkpoints.adapters import attach_adapter
 from visualglm_tools.checkpoints.folder import check_folder
-from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
+from visualglm_tools.packages import install
+from visualglm_tools.printing import first_line
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUR_CODE = "modeling_visualglm.py"  # a folder with this file brings its own, current code
 SPARE_MEMORY = 1.2  # times the weights: activations, cache, the rest of the process
+DAMAGE = (OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
 def load_model(
@@ -32,17 +48,18 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint for answering; what was chosen for "auto" is said on stderr.
 
+    The folder's own code runs if that is ours; the original's does not run any more.
+
     Args:
         folder: a prepared folder with our code beside the weights, or the original's as it was downloaded.
         device: "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first of them that is there.
         dtype: "float32", "float16" or "bfloat16"; "auto" takes float16 on an accelerator, and on a CPU float32 where
             it fits into the free memory, else bfloat16.
-        quant: 4 or 8 to quantize the language model to that many bits, before it moves to the device.
+        quant: 4 or 8 to quantize the language model to that many bits while it is loaded, unless it is stored so.
         adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
 
     Raises:
-        ValueError: no VisualGLM in the folder, damaged or missing weights, an adapter that does not fit, or a device
-            that is not there.
+        ValueError: as `load_weights`; an adapter that does not fit, or a device that is not there.
     """
     folder = Path(folder).expanduser()
     check_folder(folder)
@@ -50,32 +67,104 @@ def load_model(
     chosen_dtype = choose_dtype(dtype, chosen_device, folder)
     bits = f", {quant} bits" if quant else ""
     print(f"Loading {folder} ({str(chosen_dtype).removeprefix('torch.')} on {chosen_device}{bits})", file=sys.stderr)
-    try:
-        model, tokenizer = load_checkpoint(folder, chosen_dtype)
-    except (OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
-    if quant:
-        model = model.quantize(quant)
+    own_code = (folder / OUR_CODE).is_file()
+    tokenizer = load_tokenizer(folder, own_code)
+    model = load_weights(folder, chosen_dtype, quant, own_code=own_code)
     if adapter:
         attach_adapter(model, adapter)
     return model.to(chosen_device).eval(), tokenizer
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load with the folder's own code if that is ours; the original's does not run any more."""
-    if (folder / OUR_CODE).is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype, output_loading_info=True)
-    else:
-        tokenizer = ChatGLMTokenizer.from_pretrained(folder)
-        model, info = VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+def load_weights(
+    folder: Path, dtype: torch.dtype, bits: int | None = None, backend: str = "lowbit", own_code: bool = False
+) -> PreTrainedModel:
+    """Load the model of a checkpoint, on the CPU.
+
+    Args:
+        folder: prepared, or the original's.
+        dtype: of everything that is not quantized.
+        bits: 4 or 8, of the decoder's matrices: quantized while they are loaded, or stored so. None: as it is stored.
+        backend: "lowbit" for this package's own linear layers, "nf4" for those of bitsandbytes (4 bits).
+        own_code: run the code beside the weights instead of this package's.
+
+    Raises:
+        ValueError: no VisualGLM in the folder, damaged or missing weights, weights that are stored in other bits, or
+            bits that the backend does not have; bitsandbytes is not installed.
+    """
+    folder = folder.expanduser()
+    check_folder(folder)
+    loader, options = (AutoModel, {"trust_remote_code": True}) if own_code else (VisualGLMForConditionalGeneration, {})
+    if bits and not is_stored_in(folder, bits, backend):
+        options["quantization_config"] = quantization(bits, backend, dtype)
+    with damage_refused(folder):
+        model, info = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
             f"{str(folder)!r} lacks {len(missing)} weights, among them {missing[0]}; they would be random. Is the "
             "download complete?"
         )
-    return model, tokenizer
+    return model
+
+
+def load_tokenizer(folder: Path, own_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint; arguments and errors as those of `load_weights`."""
+    with damage_refused(folder):
+        if own_code:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        return ChatGLMTokenizer.from_pretrained(folder)
+
+
+def load_processor(folder: Path, config: VisualGLMConfig) -> VisualGLMProcessor:
+    """The processor that fits a checkpoint, an original or a prepared one."""
+    side = config.vision_config.image_size
+    image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
+    tokenizer = load_tokenizer(folder)
+    return VisualGLMProcessor(image_processor, tokenizer, num_query_tokens=config.qformer_config.num_query_tokens)
+
+
+@contextmanager
+def damage_refused(folder: Path) -> Iterator[None]:
+    """What libraries raise for files that cannot be read is a `ValueError` of one line."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
+
+
+# ---------------------------------------------------------------- bits
+
+
+def is_stored_in(folder: Path, bits: int, backend: str) -> bool:
+    """Whether the weights have so many bits already; False for full ones, a `ValueError` for others."""
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_bit")
+    if stored and (stored != bits or backend != "lowbit"):
+        wanted = f"{bits}" if backend == "lowbit" else f"{bits} in {backend}"
+        raise ValueError(f"{str(folder)!r} has weights of {stored} bits, not of {wanted}.")
+    return bool(stored)
+
+
+def quantization(bits: int, backend: str, dtype: torch.dtype) -> LowBitConfig | BitsAndBytesConfig:
+    """What transformers is to do while loading; see `load_weights`."""
+    if backend == "lowbit":
+        return LowBitConfig(bits)
+    if bits != 4:
+        raise ValueError(
+            f"--qlora_backend nf4 has 4 bits, not {bits}; leave --bits out or take --qlora_backend lowbit."
+        )
+    try:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["image_encoder", "lm_head"],
+        )
+    except ImportError as error:
+        raise ValueError(f"--qlora_backend nf4 needs bitsandbytes: {install('train', 'quant')}") from error
+
+
+# ---------------------------------------------------------------- what suits this machine
 
 
 def choose_device(name: str) -> torch.device:
@@ -112,8 +201,3 @@ def size_in_float32(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config.get("dtype") or config.get("torch_dtype")
     return sum(file.stat().st_size for file in files) * (1 if stored == "float32" else 2)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without its paragraphs of advice."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

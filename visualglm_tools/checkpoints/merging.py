@@ -1,12 +1,16 @@
 """An adapter and the weights it was trained on -> a checkpoint of its own.
 
-`merge_lora.py` is the command; `adapter_files.py` knows adapters, `prepared_folder.py` what is written.
+`visualglm merge` is the command; `adapters.py` knows adapters, `prepared.py` what is written.
 """
 
 import warnings
 from pathlib import Path
 
 import torch
+
+from visualglm_hf.adapters import check_plain, is_tied, record_untied
+from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
+from visualglm_hf.quantization import check_mergeable
 from visualglm_tools.checkpoints.adapters import load_adapter
 from visualglm_tools.checkpoints.files import LM_HEAD, Entry, read_tensors
 from visualglm_tools.checkpoints.prepared import (
@@ -22,10 +26,6 @@ from visualglm_tools.checkpoints.prepared import (
     write_weights,
     written_whole,
 )
-
-from visualglm_hf.adapters import check_plain, is_tied, record_untied
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
-from visualglm_hf.quantization import check_mergeable
 
 
 def map_model(checkpoint: Checkpoint) -> VisualGLMForConditionalGeneration:

@@ -1,6 +1,6 @@
 """A prepared folder: what belongs in it, and how it appears whole or not at all.
 
-Shared by the doors that write one. `checkpoint_files.py` reads and checks what they start from.
+Shared by the doors that write one. `files.py` reads and checks what they start from.
 """
 
 import json
@@ -13,6 +13,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
+from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
+from visualglm_hf.processing_visualglm import VisualGLMProcessor
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 from visualglm_tools.checkpoints.files import (
     IGNORED,
     LM_HEAD,
@@ -28,16 +38,6 @@ from visualglm_tools.checkpoints.files import (
     read_tokenizer,
     survey,
 )
-from huggingface_hub import split_state_dict_into_shards_factory
-from tqdm import tqdm
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
-from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
-from visualglm_hf.processing_visualglm import VisualGLMProcessor
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 MODEL = "modeling_visualglm.VisualGLMForConditionalGeneration"
@@ -166,9 +166,6 @@ def keep_generation_config(source: Path, folder: Path) -> None:
 
 def write_description(folder: Path, config: VisualGLMConfig, tokenizer: ChatGLMTokenizer) -> None:
     """Write everything but the weights: code, configuration, token ids, tokenizer, processor."""
-    for link in folder.glob("*.py"):
-        if link.is_symlink():
-            link.unlink()  # or what it leads to would be written
     # Makes `save_pretrained` write the auto_map and copy the code with all that it imports.
     for cls in (VisualGLMConfig, ChatGLMTokenizer, VisualGLMImageProcessor, VisualGLMProcessor):
         cls.register_for_auto_class()

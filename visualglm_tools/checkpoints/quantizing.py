@@ -1,10 +1,14 @@
 """A checkpoint with full weights -> one in 4 or 8 bits, one weight file after the other.
 
-`quantize_checkpoint.py` is the command.
+`visualglm quantize` is the command.
 """
 
 from pathlib import Path
 
+from tqdm import tqdm
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.quantization import quantize_tensor, record
 from visualglm_tools.checkpoints.files import Entry, expected_tensors, map_tensors
 from visualglm_tools.checkpoints.prepared import (
     SPARE_BYTES,
@@ -20,10 +24,6 @@ from visualglm_tools.checkpoints.prepared import (
     write_json,
     written_whole,
 )
-from tqdm import tqdm
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.quantization import quantize_tensor, record
 
 
 def plan(checkpoint: Checkpoint, bits: int, group_size: int | None) -> dict[str, Entry]:

@@ -14,6 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers.utils import is_peft_available
+
+from visualglm_hf.configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
+from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder, inverse_frequencies
+from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 from visualglm_tools.checkpoints.files import (
     EMBEDDINGS,
     LM_HEAD,
@@ -56,11 +61,7 @@ from visualglm_tools.checkpoints.sat_layout import (
     to_prefix_embedding,
     write_model_config,
 )
-from transformers.utils import is_peft_available
-
-from visualglm_hf.configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig
-from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder, inverse_frequencies
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
+from visualglm_tools.packages import install
 
 
 MODEL_CONFIG, TRACKER = "model_config.json", "latest"
@@ -368,7 +369,7 @@ def describe(content: SatContent, config: VisualGLMConfig, version: str, adapter
 def check_peft() -> None:
     """Raise a `ValueError` if there is no PEFT, which writes adapters."""
     if not is_peft_available():
-        raise ValueError("A LoRA is kept as a PEFT adapter: pip install -e '.[train]', or use --lora merge.")
+        raise ValueError(f"A LoRA is kept as a PEFT adapter: {install('train')}, or use --lora merge.")
 
 
 def write_adapter(folder: Path, adapter: dict[str, LoraPair]) -> None:

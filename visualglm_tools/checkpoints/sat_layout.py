@@ -1,6 +1,6 @@
 """How SwissArmyTransformer (SAT) lays out a VisualGLM: key names, row orders, parts, LoRA, prefixes, model_config.json.
 
-Names, tensors and configurations in, the same out; `sat_checkpoint.py` knows the files. "Ours" is the layout of the
+Names, tensors and configurations in, the same out; `sat.py` knows the files. "Ours" is the layout of the
 original's Hugging Face checkpoint, which this project keeps.
 """
 

@@ -8,85 +8,92 @@ A row is `{"id": 1, "text": "描述一下这个场景", "image": "1.jpeg"}`; `im
 looked up beside the file and in the working directory, and must be in one of them only. Each row comes out as it was,
 with `answer` and `finish_reason` added. Given the same command again, a run that was stopped goes on where it was; rows
 that cannot be answered are listed in OUTPUT.errors.jsonl.
-
-This door parses options and draws the progress; the work is in `serving/batch.py`.
 """
 
-import argparse
 import contextlib
 import math
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from visualglm_tools.checkpoints.folder import check_folder
-from visualglm_tools.commands.options import COUNT, add_model_options, loading_options, number
+from visualglm_tools.options import AMOUNT, COUNT, COUNT_OR_NONE, POSITIVE, argument, option
 from visualglm_tools.output_files import behind_links, is_stream, is_written_for, locked
-from visualglm_tools.printing import one_line, report
+from visualglm_tools.printing import one_line
+from visualglm_tools.serving.options import ModelOptions, SamplingOptions
 
 
-# torch, transformers and the model are imported in `run`: `-h` and typing errors shall not wait for them.
+# torch, transformers and the model are imported in `answer_file`: `-h` and typing errors shall not wait for them.
+# Here the progress is drawn; the work is in `serving/questions.py`.
 
-PROBABILITY = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
-AMOUNT = number(float, lambda value: 0 <= value < math.inf, "0 or more")
-POSITIVE = number(float, lambda value: 0 < value < math.inf, "above 0")
-COUNT_OR_NONE = number(int, lambda value: value >= 0, "a whole number, 0 or more")
 LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest one
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s INPUT OUTPUT [options]",
-        description="Answer a file of questions about pictures: JSON Lines in, JSON Lines out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("input", type=path_or_standard, metavar="INPUT", help='rows of {"id", "text", "image"}; -: standard input')
-    add(
-        "output",
-        type=path_or_standard,
-        metavar="OUTPUT",
-        help="where a run goes on if there are answers already; -: standard output",
-    )
-    add_model_options(parser)
-    parser.add_argument("--batch-size", type=COUNT, default=8, metavar="N", help="rows answered at a time")
-    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from http(s) addresses")
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--max-length", type=COUNT, default=2048, metavar="N", help="of question and answer in tokens")
-    answers.add_argument("--max-new-tokens", type=COUNT, metavar="N", help="of an answer")
-    answers.add_argument("--temperature", type=AMOUNT, default=0.8, metavar="T", help="0: always the likeliest token")
-    answers.add_argument("--top-p", type=PROBABILITY, default=0.4, metavar="P")
-    answers.add_argument("--top-k", type=COUNT_OR_NONE, default=100, metavar="K", help="0 for all tokens")
-    answers.add_argument("--repetition-penalty", type=POSITIVE, default=1.2, metavar="R", help="1 for none")
-    answers.add_argument("--seed", type=COUNT_OR_NONE, default=0, metavar="N", help="from which each row has its own")
-    return parser
-
-
 def path_or_standard(text: str) -> Path | None:
-    """An argparse type: a path, or None for `-`, the standard stream."""
+    """A path, or None for `-`, the standard stream."""
     return None if text == "-" else Path(text)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Answer what is not answered yet; returns the exit code, 1 if rows could not be answered."""
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions, ModelOptions):
+    input: Path | None = argument(
+        'rows of {"id", "text", "image"}; -: standard input', parse=path_or_standard, metavar="INPUT"
+    )
+    output: Path | None = argument(
+        "where a run goes on if there are answers already; -: standard output", parse=path_or_standard, metavar="OUTPUT"
+    )
+    batch_size: int = option("rows answered at a time", 8, parse=COUNT, metavar="N")
+    allow_urls: bool = option("fetch pictures from http(s) addresses", False)
+    max_new_tokens: int | None = option(
+        "of an answer", None, parse=COUNT, metavar="N", unset="what the context leaves", group="answers"
+    )
+    temperature: float = option("0: always the likeliest token", 0.8, parse=AMOUNT, metavar="T", group="answers")
+    repetition_penalty: float = option("1 for none", 1.2, parse=POSITIVE, metavar="R", group="answers")
+    seed: int = option("from which each row has its own", 0, parse=COUNT_OR_NONE, metavar="N", group="answers")
+
+
+def run(options: Options) -> int:
+    """Answer what is not answered yet; returns the exit code, 1 if rows could not be answered.
+
+    Raises:
+        ValueError: the input, the output or the model cannot be used; with how to go on where answers are kept.
+    """
+    try:
+        check_paths(options)
+        options.check()
+        # Standard output is for answers alone.
+        with termination_as_interrupt(), alone(options), contextlib.redirect_stdout(sys.stderr):
+            return answer_file(options)
+    except OSError as error:  # the disk is full, nobody reads the output any more, ...
+        where = str(error.filename or options.output or "standard output")
+        raise ValueError(
+            f"{error.strerror or error}: {where!r}. When that is mended, give the same command again."
+        ) from error
+    except KeyboardInterrupt as interrupt:
+        say("Stopped. Give the same command again to go on.")
+        return exit_code(interrupt)
+
+
+def answer_file(options: Options) -> int:
+    """Answer what is not answered yet, alone or as one of several processes; returns the exit code."""
     from accelerate import PartialState
     from transformers.utils import logging
 
     from visualglm_tools.serving.questions import open_output, read_rows
 
     logging.set_verbosity_error()
-    rows, unread = read_rows(arguments.input)
+    rows, unread = read_rows(options.input)
     # accelerate's launcher says how many processes there are; without it, there is one.
-    state = PartialState(cpu=arguments.device == "cpu", timeout=LONGEST_WAIT)
-    with open_output(arguments.output, rows, len(unread)) as output:
+    state = PartialState(cpu=options.device == "cpu", timeout=LONGEST_WAIT)
+    with open_output(options.output, rows, len(unread)) as output:
         try:
             if state.is_main_process:
                 start(output, unread)
             state.wait_for_everyone()
-            answer(arguments, rows, output, state)
+            answer(options, rows, output, state)
             state.wait_for_everyone()
             return finish(output, len(rows) + len(unread)) if state.is_main_process else 0
         except KeyboardInterrupt as interrupt:
@@ -104,7 +111,7 @@ def start(output, unread: list) -> None:
         say(describe(problem))
 
 
-def answer(arguments: argparse.Namespace, rows: list, output, state) -> None:
+def answer(options: Options, rows: list, output, state) -> None:
     """Answer this process's share of the rows that have no answer yet."""
     from tqdm import tqdm
 
@@ -113,24 +120,24 @@ def answer(arguments: argparse.Namespace, rows: list, output, state) -> None:
     from visualglm_tools.serving.questions import MAX_PICTURE_BYTES, Pictures, answer_rows
 
     names = ("max_length", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    settings = Settings(**{name: getattr(options, name) for name in names})
     done = output.read()
     mine = [row for row in rows if row.key not in done][state.process_index :: state.num_processes]
     if not mine:
         return
-    options = loading_options(arguments)
-    if state.num_processes > 1 and options["device"] == "auto":
-        options["device"] = str(state.device)
-    limits = Limits(arguments.batch_size, len(rows), max_picture_bytes=MAX_PICTURE_BYTES, timeout=math.inf)
-    folder = arguments.input.parent if arguments.input else Path()
+    loading = options.loading()
+    if state.num_processes > 1 and loading["device"] == "auto":
+        loading["device"] = str(state.device)
+    limits = Limits(options.batch_size, len(rows), max_picture_bytes=MAX_PICTURE_BYTES, timeout=math.inf)
+    folder = options.input.parent if options.input else Path()
     try:
         with (
-            Engine.load(arguments.model, limits, **options) as engine,
+            Engine.load(options.model, limits, **loading) as engine,
             tqdm(total=len(mine), unit="row", disable=not state.is_main_process) as progress,
         ):
             engine.start_decoders()
-            pictures = Pictures(folder, arguments.allow_urls, engine.decode_picture)
-            outcomes = answer_rows(engine, mine, pictures, settings, arguments.seed)
+            pictures = Pictures(folder, options.allow_urls, engine.decode_picture)
+            outcomes = answer_rows(engine, mine, pictures, settings, options.seed)
             part = output.part(state.process_index, state.num_processes)
             part.write(outcomes, lambda row, problem: draw(progress, problem))
     except EngineError as error:
@@ -165,15 +172,15 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def writes_stream(arguments: argparse.Namespace) -> bool:
-    return arguments.output is None or is_stream(arguments.output)
+def writes_stream(options: Options) -> bool:
+    return options.output is None or is_stream(options.output)
 
 
-def check_paths(arguments: argparse.Namespace) -> None:
+def check_paths(options: Options) -> None:
     """Raise a `ValueError` for an input and an output that do not go together."""
-    source, output = arguments.input, arguments.output
+    source, output = options.input, options.output
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        check_shared(arguments)
+        check_shared(options)
     if output is None:
         return
     if not output.parent.is_dir():
@@ -182,18 +189,18 @@ def check_paths(arguments: argparse.Namespace) -> None:
         raise ValueError(f"the output {str(output)!r} must be another file than the input, and than those beside it.")
 
 
-def check_shared(arguments: argparse.Namespace) -> None:
-    if arguments.input is None or not arguments.input.is_file():
+def check_shared(options: Options) -> None:
+    if options.input is None or not options.input.is_file():
         raise ValueError("several processes cannot share what can be read only once. Give a file as the input.")
-    if writes_stream(arguments):
+    if writes_stream(options):
         raise ValueError("several processes cannot write to one stream. Give a file as the output.")
 
 
-def alone(arguments: argparse.Namespace) -> contextlib.AbstractContextManager:
+def alone(options: Options) -> contextlib.AbstractContextManager:
     """Nobody else may write the output meanwhile; of several processes the first sees to that."""
-    if os.environ.get("RANK", "0") != "0" or writes_stream(arguments):
+    if os.environ.get("RANK", "0") != "0" or writes_stream(options):
         return contextlib.nullcontext()
-    return locked(behind_links(arguments.output))
+    return locked(behind_links(options.output))
 
 
 @contextlib.contextmanager
@@ -213,27 +220,3 @@ def termination_as_interrupt() -> Iterator[None]:
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """As shells say it."""
     return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    try:
-        check_paths(arguments)
-        check_folder(arguments.model)
-        # Standard output is for answers alone.
-        with termination_as_interrupt(), alone(arguments), contextlib.redirect_stdout(sys.stderr):
-            return run(arguments)
-    except ValueError as error:
-        report(error)
-        return 2
-    except OSError as error:  # the disk is full, nobody reads the output any more, ...
-        where = str(error.filename or arguments.output or "standard output")
-        report(f"{error.strerror or error}: {where!r}. When that is mended, give the same command again.")
-        return 2
-    except KeyboardInterrupt as interrupt:
-        say("Stopped. Give the same command again to go on.")
-        return exit_code(interrupt)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

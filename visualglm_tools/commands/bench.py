@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Measure how fast VisualGLM runs here and how much memory it takes; the last line of the output is one JSON object.
 
     visualglm bench --geometry full --dtype bfloat16 --contexts 64 1024     # random weights, full size
@@ -28,115 +27,37 @@ ratios to the original's code are taken pair by pair from alternating samples. P
 (Linux: VmHWM) or of CUDA's allocator. What does not fit into the memory or into --row-seconds is left out, with its
 reason.
 
-Not here: the original's way of computing (`original_formulation.py`), what is measured how (`benchmarking/`), and
-whether answers are right (the tests).
+Not here: what is measured how, and the original's way of computing (`benchmarking/`); and whether answers are right
+(the tests).
 """
 
-import argparse
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.commands.options import COUNT, number
+from visualglm_tools.benchmarking.settings import RunSettings
+from visualglm_tools.options import option, part
 
 
-# torch, transformers and the model are imported in `main`: `-h` and typing errors shall not wait for them.
+# torch, transformers and the model are imported in `run`: `-h` and typing errors shall not wait for them.
 
-DTYPES = ("float32", "float16", "bfloat16")
-GEOMETRIES = ("full", "tiny")
-PARTS = ("load", "encode", "prefill", "decode")
-CACHES = ("dynamic", "static", "compiled", "recorded")
 TEMPLATE = Path("benchmarks", "page.md")  # beside the page that is written
-POSITIVE = number(float, lambda value: 0 < value < float("inf"), "above 0")
 
 
-def turn_options() -> argparse.ArgumentParser:
-    """The options of a run with several subjects, which its children must not see."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    turns = parser.add_argument_group("several in one run")
-    turns.add_argument("--variants", nargs="+", metavar="WEIGHTS", default=[], help="such as bf16 int8 int4 int4-torch")
-    turns.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="prints llama-bench's JSON")
-    turns.add_argument("--rounds", type=COUNT, default=1, help="how often each has its turn (1)")
-    turns.add_argument("--save", type=Path, metavar="FILE", help="write the report there, too")
-    return parser
-
-
-def yardstick_options() -> argparse.ArgumentParser:
-    """The options that compare with the original's code, for the first variant alone."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    yardsticks = parser.add_argument_group("beside the original")
-    yardsticks.add_argument("--against", choices=("formulation",), help="the original's way on the same weights")
-    yardsticks.add_argument("--reference", type=Path, metavar="PATH", help="the folder of the original's code")
-    yardsticks.add_argument("--reference-python", default=sys.executable, help="the interpreter that can import it")
-    yardsticks.add_argument("--layers", type=COUNT, default=4, help="blocks compared with --reference (4)")
-    return parser
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        parents=[turn_options(), yardstick_options()],
+@dataclass(frozen=True, kw_only=True)
+class Options(RunSettings):
+    report: tuple[Path, ...] = option(
+        "write a page, the first file, of the runs in the others", (), metavar="FILE", group="instead of measuring"
     )
-    subject = parser.add_argument_group("what is measured")
-    subject.add_argument("--geometry", choices=GEOMETRIES, default="full", help="random weights of this size (full)")
-    subject.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint instead of random weights")
-    subject.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations (bfloat16)")
-    subject.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …, auto (cpu)")
-    subject.add_argument("--quant", type=int, choices=(4, 8), help="quantize the decoder to that many bits")
-    subject.add_argument("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention implementation (sdpa)")
-    subject.add_argument("--cache", nargs="+", choices=CACHES, default=["dynamic"], help="in `generate` (dynamic)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all; the model is always loaded)")
-    how.add_argument("--contexts", nargs="+", type=COUNT, default=[64, 1024], metavar="N", help="tokens (64 1024)")
-    how.add_argument("--batch", nargs="+", type=COUNT, default=[1], metavar="B", help="rows, each with a picture (1)")
-    how.add_argument("--new-tokens", type=COUNT, default=16, help="decode samples per context (16)")
-    how.add_argument("--repeats", type=COUNT, default=3, help="encode and prefill samples (3)")
-    how.add_argument("--row-seconds", type=POSITIVE, default=600.0, metavar="S", help="for one measurement (600)")
-    how.add_argument("--threads", type=COUNT, help="CPU threads (torch's choice)")
-    how.add_argument("--bandwidth-gib", type=POSITIVE, default=1.25, help="buffer that is read for the limit (1.25)")
-    how.add_argument("--bandwidth-repeats", type=COUNT, default=5)
-    page = parser.add_argument_group("instead of measuring")
-    page.add_argument("--report", nargs="+", type=Path, metavar=("PAGE", "JSON"), help="write the page of these runs")
-    return parser
 
 
-def parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = build_parser()
-    settings = parser.parse_args(argv)
-    if settings.reference and not (settings.reference / "modeling_chatglm.py").is_file():
-        parser.error(f"--reference: {str(settings.reference)!r} has no modeling_chatglm.py.")
-    if settings.variants and settings.quant:
-        parser.error("--quant is for one model; name its weights in --variants instead.")
-    if settings.model:
-        settings.geometry = None
-    settings.argv = argv
-    settings.child_options = turn_options().parse_known_args(yardstick_options().parse_known_args(argv)[1])[1]
-    return settings
+def run(options: Options) -> int:
+    """Measure, or write a page; returns 1 where something could not be measured."""
+    options.check()
+    return write_report(options.report) if options.report else measure(part(options, RunSettings))
 
 
-def parse_subjects(settings: argparse.Namespace) -> None:
-    """Put what is named by text in its place: variants, peers, and the options that the first variant gets besides."""
-    from visualglm_tools.benchmarking.peers import parse_peer
-    from visualglm_tools.benchmarking.run import Variant, variant_name
-
-    if settings.peer and not settings.variants:
-        settings.variants = [variant_name(settings)]
-    settings.variants = [Variant.parse(text) for text in settings.variants]
-    settings.peer = [parse_peer(text) for text in settings.peer]
-    names = [subject.name for subject in (*settings.variants, *settings.peer)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"{twice!r} is named twice in --variants and --peer.")
-    settings.yardstick_options = ["--against", settings.against] if settings.against else []
-    if settings.reference:
-        chosen = (settings.reference, settings.reference_python, settings.layers)
-        names = ("--reference", "--reference-python", "--layers")
-        settings.yardstick_options += [str(word) for pair in zip(names, chosen, strict=True) for word in pair]
-
-
-def write_report(files: list[Path]) -> int:
+def write_report(files: tuple[Path, ...]) -> int:
     from visualglm_tools.benchmarking.report import write_page
 
     page, *runs = files
@@ -145,27 +66,13 @@ def write_report(files: list[Path]) -> int:
     return 0
 
 
-def measure(settings: argparse.Namespace) -> int:
+def measure(settings: RunSettings) -> int:
     from visualglm_tools.benchmarking.report import render_run, write_run
     from visualglm_tools.benchmarking.run import make_report
 
-    parse_subjects(settings)
     report = make_report(settings)
     if settings.save:
         write_run(report, settings.save)
     print(render_run(report))
     print(json.dumps(report, ensure_ascii=False))
     return 1 if report["failed"] else 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    settings = parse_options(sys.argv[1:] if argv is None else argv)
-    try:
-        return write_report(settings.report) if settings.report else measure(settings)
-    except ValueError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

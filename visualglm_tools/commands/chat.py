@@ -6,10 +6,9 @@
 In the conversation `clear` starts over and `stop` (or Ctrl-D) ends. Ctrl-C stops an answer; what was shown of it stays
 in the conversation as the answer, so that the next question can refer to it. At a prompt, Ctrl-C twice ends.
 
-This door parses options, reads lines and types answers; the model's `chat` and `stream_chat` do the rest.
+Options may be spelled as the original's were: --from_pretrained, --max_length, --prompt_zh.
 """
 
-import argparse
 import contextlib
 import importlib
 import math
@@ -20,23 +19,22 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from dataclasses import dataclass
 
-from visualglm_tools.checkpoints.folder import check_folder
-from visualglm_tools.commands.options import DEFAULT_MODEL, number
+from visualglm_tools.options import COUNT_OR_NONE, number, one_of, option
 from visualglm_tools.printing import printable, report
 from visualglm_tools.serving.engine.text import stable_part
+from visualglm_tools.serving.options import ModelOptions, SamplingOptions
 
 
 # torch, transformers and the model are imported in `open_model`: `-h` and typing errors shall not wait for them.
+# Here lines are read and answers typed; the model's `chat` and `stream_chat` do the rest.
 
 
 WELCOME = {
-    "zh": "欢迎使用 VisualGLM-6B 模型，输入图像URL或本地路径读图，继续输入内容对话，clear 重新开始，stop 终止程序\n"
+    "zh": "欢迎使用 {} 模型，输入图像URL或本地路径读图，继续输入内容对话，clear 重新开始，stop 终止程序\n"
     "(Type 'clear' to start over, 'stop' to end the program; --english for answers in English only.)",
-    "en": "Welcome to the VisualGLM-6B model. Enter an image URL or local file path to load an image. Continue "
+    "en": "Welcome to the {} model. Enter an image URL or local file path to load an image. Continue "
     "inputting text to engage in a conversation. Type 'clear' to start over, or 'stop' to end the program.",
 }
 ASK_PICTURE = {
@@ -44,7 +42,8 @@ ASK_PICTURE = {
     "en": "Please enter the image path or URL (press Enter for plain text conversation): ",
 }
 ASK_QUESTION = {"zh": "用户：", "en": "User: "}
-ANSWER_LABEL = {"zh": "VisualGLM-6B：", "en": "VisualGLM-6B: "}
+ANSWER_LABEL = {"zh": "{}：", "en": "{}: "}
+SIZE_OF_6B = (28, 4096)  # layers, hidden size
 HOW_TO_LEAVE = "(Type 'stop' or press Ctrl-C again to leave.)"
 
 # Chinese, Japanese and Korean characters, without the punctuation that they share with English vocabularies.
@@ -62,91 +61,31 @@ class Stop(Exception):
     """The user wants to leave."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description="Talk with VisualGLM-6B about pictures, in Chinese and English."
-    )
-    add = parser.add_argument
-    tokens = number(int, lambda value: value >= 1, "a whole number of tokens, 1 or more")
-    probability = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
-    positive = number(float, lambda value: 0 < value < math.inf, "above 0 (for no randomness use --greedy)")
-    count = number(int, lambda value: value >= 0, "a whole number, 0 or more")
-    seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
+TEMPERATURE = number(float, lambda value: 0 < value < math.inf, "above 0 (for no randomness use --greedy)")
 
-    add(
-        "--model",
-        "--from_pretrained",
-        "--from-pretrained",
-        default=DEFAULT_MODEL,
-        type=Path,
-        metavar="FOLDER",
-        help="checkpoint folder (default: models/visualglm-tiny of this checkout)",
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions, ModelOptions):
+    image: str | None = option(
+        "picture to begin with; together with --query, print one answer and end", None, metavar="PATH_OR_URL"
     )
-    add("--adapter", type=Path, metavar="FOLDER", help="what finetune_visualglm.py has trained on the checkpoint")
-    add("--image", metavar="PATH_OR_URL", help="picture to begin with; together with --query, print one answer and end")
-    add("--query", metavar="TEXT", help="question to answer on stdout, without a conversation")
-    add("--english", action="store_true", help="answer in English only")
-    add(
-        "--prompt_zh",
-        "--prompt-zh",
-        default="描述这张图片。",
-        metavar="TEXT",
-        help="first question about each picture (default: %(default)s)",
+    query: str | None = option("question to answer on stdout, without a conversation", None, metavar="TEXT")
+    english: bool = option("answer in English only", False)
+    prompt_zh: str = option("first question about each picture", "描述这张图片。", metavar="TEXT")
+    prompt_en: str = option("the same with --english", "Describe the image.", metavar="TEXT")
+    temperature: float = option("randomness", 0.8, parse=TEMPERATURE, metavar="T", group="answers")
+    greedy: bool = option("always take the likeliest token: no randomness", False, group="answers")
+    seed: int | None = option(
+        "makes the random choices repeatable", None, parse=COUNT_OR_NONE, metavar="N", group="answers"
     )
-    add(
-        "--prompt_en",
-        "--prompt-en",
-        default="Describe the image.",
-        metavar="TEXT",
-        help="the same with --english (default: %(default)s)",
+    speed_up: str | None = one_of(
+        {
+            "compile": ("compile", "compile the model: faster, but the first answer waits a minute or more"),
+            "record": ("record", "on an NVIDIA GPU, record a CUDA graph for each answer: faster, and no wait"),
+        },
+        None,
+        group="answers",
     )
-    add(
-        "--max_length",
-        "--max-length",
-        type=tokens,
-        default=2048,
-        metavar="N",
-        help="of the whole conversation and the answer, in tokens (default: %(default)s)",
-    )
-    add(
-        "--top_p",
-        "--top-p",
-        type=probability,
-        default=0.4,
-        metavar="P",
-        help="choose among the likeliest tokens that together have this probability (default: %(default)s)",
-    )
-    add(
-        "--top_k",
-        "--top-k",
-        type=count,
-        default=100,
-        metavar="K",
-        help="choose among this many likeliest tokens, 0 for all (default: %(default)s)",
-    )
-    add("--temperature", type=positive, default=0.8, metavar="T", help="randomness (default: %(default)s)")
-    add("--greedy", action="store_true", help="always take the likeliest token: no randomness")
-    add("--seed", type=seed, metavar="N", help="makes the random choices repeatable")
-    add("--quant", type=int, choices=(8, 4), help="quantize the language model to 8 or 4 bits")
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: %(default)s)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        help="number format; auto: float16, on a CPU float32 if it fits, else bfloat16",
-    )
-    faster = parser.add_mutually_exclusive_group()
-    faster.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the model for faster answers: the first one waits for the compiler, a minute or more",
-    )
-    faster.add_argument(
-        "--record",
-        action="store_true",
-        help="on an NVIDIA GPU, record a CUDA graph for each answer: faster, and no wait",
-    )
-    return parser
 
 
 def english_only_token_ids(vocabulary: dict[str, int]) -> list[int]:
@@ -227,6 +166,9 @@ def read_line(prompt: str) -> str:
 def clean_path(text: str) -> str:
     """A path as terminals and file managers paste it: in quotes, with escaped blanks, as a file:// URI, with `~`."""
     if text.lower().startswith("file://"):
+        from urllib.parse import urlsplit
+        from urllib.request import url2pathname  # takes as long to import as all of `-h`
+
         return url2pathname(urlsplit(text).path)
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
@@ -301,7 +243,7 @@ class Conversation:
 
     def show(self, stream: Iterable) -> None:
         typewriter, response, history = Typewriter(), "", self.history
-        print(ANSWER_LABEL[self.language], end="", flush=True)
+        print(ANSWER_LABEL[self.language].format(name_of(self.model)), end="", flush=True)
         try:
             for shown in stream:
                 response, history = shown
@@ -312,15 +254,22 @@ class Conversation:
             self.history = history
 
 
-def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> None:
+def name_of(model) -> str:
+    """VisualGLM-6B, unless the model is of another size: the tiny one shall not be taken for it."""
+    config = model.config.text_config
+    is_6b = (config.num_hidden_layers, config.hidden_size) == SIZE_OF_6B
+    return "VisualGLM-6B" if is_6b else "VisualGLM"
+
+
+def converse(model, tokenizer, keywords: dict, options: Options) -> None:
     """Talk until the user leaves, which raises `Stop`."""
     edit_lines()
-    language = "en" if arguments.english else "zh"
-    first_query = arguments.prompt_en if arguments.english else arguments.prompt_zh
-    print(WELCOME[language])
-    picture = arguments.image
+    language = "en" if options.english else "zh"
+    first_query = options.prompt_en if options.english else options.prompt_zh
+    print(WELCOME[language].format(name_of(model)))
+    picture = options.image
     while True:
-        conversation = Conversation(model, tokenizer, options, language)
+        conversation = Conversation(model, tokenizer, keywords, language)
         conversation.choose_picture(picture)
         picture = None  # only the first conversation is about the option's
         if conversation.picture is not None:
@@ -331,7 +280,7 @@ def converse(model, tokenizer, options: dict, arguments: argparse.Namespace) -> 
                 conversation.answer(query)
 
 
-def open_model(arguments: argparse.Namespace) -> tuple:
+def open_model(options: Options) -> tuple:
     """Load the model, with progress bars but without the libraries' warnings."""
     warnings.filterwarnings("ignore")
     import torch
@@ -341,21 +290,19 @@ def open_model(arguments: argparse.Namespace) -> tuple:
     from visualglm_tools.checkpoints.loading import choose_device, load_model
 
     logging.set_verbosity_error()
-    compile = choose_compilation(arguments)
+    compile = choose_compilation(options)
     if compile:
-        resolve_compile_config(compile, choose_device(arguments.device))  # a compiler is missing now or not at all
-    model, tokenizer = load_model(
-        arguments.model, arguments.device, arguments.dtype, arguments.quant, arguments.adapter
-    )
-    if arguments.seed is not None:
-        torch.manual_seed(arguments.seed)
+        resolve_compile_config(compile, choose_device(options.device))  # a compiler is missing now or not at all
+    model, tokenizer = load_model(options.model, **options.loading())
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
     return model, tokenizer
 
 
-def choose_compilation(arguments: argparse.Namespace):
+def choose_compilation(options: Options):
     """What `chat` takes as `compile`: a bool, or a CompileConfig of transformers."""
-    if not arguments.record:
-        return arguments.compile
+    if options.speed_up != "record":
+        return options.speed_up == "compile"
     from transformers import CompileConfig
 
     from visualglm_hf.compilation import GRAPHS_ALONE
@@ -363,51 +310,28 @@ def choose_compilation(arguments: argparse.Namespace):
     return CompileConfig(backend=GRAPHS_ALONE)
 
 
-def answer_options(arguments: argparse.Namespace, tokenizer) -> dict:
+def answer_keywords(options: Options, tokenizer) -> dict:
     """The keywords of `chat` and `stream_chat`."""
-    options = {
-        "max_length": arguments.max_length,
-        "do_sample": not arguments.greedy,
-        "top_p": arguments.top_p,
-        "top_k": arguments.top_k,
-        "temperature": arguments.temperature,
-        "compile": choose_compilation(arguments),
-    }
-    if arguments.english:
-        options.update(english=True, suppress_tokens=english_only_token_ids(tokenizer.get_vocab()))
-    return options
+    keywords = {name: getattr(options, name) for name in ("max_length", "top_p", "top_k", "temperature")}
+    keywords |= {"do_sample": not options.greedy, "compile": choose_compilation(options)}
+    if options.english:
+        keywords |= {"english": True, "suppress_tokens": english_only_token_ids(tokenizer.get_vocab())}
+    return keywords
 
 
-def run(arguments: argparse.Namespace) -> None:
-    check_folder(arguments.model)
-    picture = open_source(arguments.image) if arguments.query is not None else None  # before the model is loaded
-    model, tokenizer = open_model(arguments)
-    options = answer_options(arguments, tokenizer)
-    if arguments.query is None:
-        with contextlib.suppress(Stop):
-            converse(model, tokenizer, options, arguments)
-    else:
-        response, _ = model.chat(tokenizer, picture, arguments.query, **options)
-        print(printable(response) if sys.stdout.isatty() else response, flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show Chinese shall not end the conversation
-    arguments = build_parser().parse_args(argv)
+def run(options: Options) -> None:
+    """Answer one question, or talk until the user leaves; a `ValueError` says why not."""
+    options.check()
     try:
-        run(arguments)
-    except ValueError as error:
-        report(error)
-        return 2
+        picture = open_source(options.image) if options.query is not None else None  # before the model is loaded
+        model, tokenizer = open_model(options)
+        keywords = answer_keywords(options, tokenizer)
+        if options.query is None:
+            with contextlib.suppress(Stop):
+                converse(model, tokenizer, keywords, options)
+        else:
+            response, _ = model.chat(tokenizer, picture, options.query, **keywords)
+            print(printable(response) if sys.stdout.isatty() else response, flush=True)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130  # as shells say it
-    except BrokenPipeError:  # the reader of the answer is gone: nothing to say, and nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        print(file=sys.stderr)  # the terminal has shown ^C
+        raise

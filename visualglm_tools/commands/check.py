@@ -1,17 +1,20 @@
 """Check a VisualGLM-6B checkpoint, the original's or a converted one, without trusting that it only looks right.
 
     visualglm check [FOLDER] [--generate] [--kernels]
+    visualglm check FOLDER --copy-code
 
 Checks the configuration, the tokenizer against ids known from the real one, every weight's name, shape and values, and
 with --generate that the model answers. With --kernels it also tells which way the model's work goes on this machine,
-and why not a faster one. Exit code 0 if all is well, 1 if not, with what to do about it.
+and why not a faster one. With --copy-code it first writes the model's code into the folder: where links to it could not
+be made, or where the code is of an older version. Exit code 0 if all is well, 1 if not, with what to do about it.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.commands.options import DEFAULT_MODEL
+from visualglm_tools.checkpoints.remote_code import copy_code
 from visualglm_tools.options import argument, option
+from visualglm_tools.shipped import DEFAULT_MODEL
 
 
 # torch, transformers and what is built on them are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -21,6 +24,7 @@ from visualglm_tools.options import argument, option
 class Options:
     folder: Path = argument("the checkpoint", DEFAULT_MODEL, metavar="FOLDER")
     generate: bool = option("also load the model and let it describe a picture", False)
+    copy_code: bool = option("first write this version's code into the folder, instead of links or older code", False)
     kernels: bool = option("also load the model and tell which kernels it uses", False)
 
 
@@ -28,6 +32,8 @@ def run(options: Options) -> int:
     """Tell the outcome of each check; returns the exit code."""
     if not options.folder.is_dir():
         raise ValueError(f"{str(options.folder)!r} is no folder; give the folder with the checkpoint.")
+    if options.copy_code:
+        print(f"{copy_code(options.folder)} files of code written to {options.folder}", flush=True)
     from visualglm_tools.checkpoints.checks import CHECKS, GENERATION, KERNELS, run_checks
 
     checks = (*CHECKS, *[GENERATION] * options.generate, *[KERNELS] * options.kernels)

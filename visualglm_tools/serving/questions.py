@@ -25,7 +25,8 @@ from visualglm_hf.fetching import download
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
 from visualglm_tools.output_files import ERRORS, PART, behind_links, is_stream, replace_file
 from visualglm_tools.printing import one_line, printable, shortened
-from visualglm_tools.serving.engine.engine import Answer, Completion, Engine, EngineError
+from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import conversation_messages
 from visualglm_tools.serving.engine.sampling import MAX_SEED, Settings
 from visualglm_tools.serving.json_lines import MAX_LINE_BYTES, is_blank, parse_line, read_lines

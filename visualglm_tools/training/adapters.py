@@ -1,95 +1,35 @@
 """What is trained: the base model, full or in low bits, and PEFT's LoRA or prefix on it.
 
-Not here: loading a trained adapter (`adapter_files.py`), data, and how training goes (`run.py`).
+Not here: loading checkpoints and trained adapters (`visualglm_tools/checkpoints`), data, and how training goes
+(`run.py`).
 """
 
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
-from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
-from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
 from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
-from visualglm_hf.processing_visualglm import VisualGLMProcessor
-from visualglm_hf.quantization import LowBitConfig
-from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
-from visualglm_tools.checkpoints.adapters import first_line
+from visualglm_tools.checkpoints.loading import load_weights
 
 
 DECODER_LINEARS = "query_key_value|dense"  # as in the original; the MLP stays as it is
 QFORMER_LINEARS = "query_key_value|dense|query|key_value"
 
 
-def load_processor(folder: Path, config: VisualGLMConfig) -> VisualGLMProcessor:
-    """The processor that fits a checkpoint, an original or a prepared one."""
-    side = config.vision_config.image_size
-    image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
-    return VisualGLMProcessor(image_processor, tokenizer, num_query_tokens=config.qformer_config.num_query_tokens)
-
-
 def load_base(
     folder: Path, dtype: torch.dtype, bits: int | None = None, backend: str = "lowbit"
 ) -> VisualGLMForConditionalGeneration:
-    """Load the model to train on, quantized while loading if `bits` are given.
-
-    Args:
-        folder: the checkpoint.
-        dtype: of everything that is not quantized.
-        bits: 4 or 8, of the decoder's matrices; None for all weights in full.
-        backend: "lowbit" for this package's own linear layers, "nf4" for those of bitsandbytes (4 bits).
-
-    Raises:
-        ValueError: bits that the backend does not have, bitsandbytes is not installed, or weights are missing,
-            damaged or quantized already.
-    """
-    quantization_config = quantization(dtype, bits, backend) if bits else None
-    try:
-        model, info = VisualGLMForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantization_config, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{str(folder)!r} lacks {len(missing)} weights, among them {missing[0]}; they would be random."
-        )
+    """Load the model to train on; arguments and errors are those of `load_weights`."""
+    model = load_weights(folder, dtype, bits, backend)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # In its first evaluation on a CPU, bitsandbytes packs the codes in a way that it cannot train with.
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def quantization(dtype: torch.dtype, bits: int, backend: str) -> LowBitConfig | BitsAndBytesConfig:
-    if backend == "lowbit":
-        return LowBitConfig(bits=bits)
-    if bits != 4:
-        raise ValueError(
-            f"--qlora_backend nf4 has 4 bits, not {bits}; leave --bits out or take --qlora_backend lowbit."
-        )
-    try:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["image_encoder", "lm_head"],
-        )
-    except ImportError as error:
-        raise ValueError("--qlora_backend nf4 needs bitsandbytes: pip install -e '.[train,quant]'") from error
-
-
-def usual_layers(num_layers: int) -> tuple[str, ...]:
-    """Where the original puts its LoRA: the first layer and the middle one, 0 and 14 of its 28."""
-    return tuple(dict.fromkeys(("0", str(num_layers // 2))))
 
 
 def resolve_layers(layer_range: Sequence[str], num_layers: int) -> list[int]:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from visualglm_tools.checkpoints.adapters import first_line
+from visualglm_tools.printing import first_line
+from visualglm_tools.training.settings import in_todays_names
 from visualglm_tools.training.stopping import Stopped
 
 
@@ -126,7 +127,7 @@ def check_same_run(folder: Path, record: dict) -> None:
     """
     file = folder / SETTINGS_FILE
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = in_todays_names(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read, so nothing can be resumed: {error}") from error
     changed = [

@@ -1,7 +1,7 @@
 """One fine-tuning run: check everything, train, keep what is worth keeping.
 
-Not here: data (`dataset.py`, `encoding.py`), models and adapters (`adapters.py`), what is in the folder of results
-(`output.py`), signals (`stopping.py`), figures and tables (`report.py`).
+Not here: options (`settings.py`), data (`dataset.py`, `encoding.py`), models and adapters (`adapters.py`), what is in
+the folder of results (`output.py`), signals (`stopping.py`), figures and tables (`report.py`).
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -24,18 +24,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_tools.checkpoints.adapters import (
     BASE_FILE,
-    CONFIG_FILE,
-    WEIGHT_FILE,
     fingerprint,
-    first_line,
     write_fingerprint,
 )
-from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.checkpoints.folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, check_folder
+from visualglm_tools.checkpoints.loading import load_processor
+from visualglm_tools.printing import first_line
 from visualglm_tools.training.adapters import (
     add_adapter,
     count_targets,
     load_base,
-    load_processor,
     lora_config,
     prefix_config,
     resolve_layers,
@@ -68,73 +66,11 @@ from visualglm_tools.training.output import (
     remove_unsaved_run,
 )
 from visualglm_tools.training.report import measure, plot_curves, write_json
+from visualglm_tools.training.settings import Settings
 from visualglm_tools.training.stopping import StopAfterStep, Stopped
 
 
-CURVE_POINTS = 10  # evaluations in a run, where no interval is asked for
 SAVING_ERRORS = (OSError, RuntimeError, SafetensorError)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run does; the defaults are the original's."""
-
-    model: Path
-    train_data: tuple[Path, ...]
-    method: str
-    save: Path = Path("checkpoints")
-    valid_data: tuple[Path, ...] = ()
-    old_data: tuple[Path, ...] = ()
-    resume: bool = False
-    lora_rank: int = 10
-    lora_alpha: float = 1.0
-    lora_dropout: float = 0.0
-    layer_range: tuple[str, ...] = ("0", "14")
-    train_qformer: bool = False
-    train_projection: bool = False
-    bits: int | None = None
-    qlora_backend: str = "lowbit"
-    pre_seq_len: int = 4
-    max_source_length: int = 64
-    max_target_length: int = 256
-    english: bool | None = None
-    strict: bool = False
-    train_iters: int = 300
-    batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    lr: float = 1e-4
-    lr_decay_style: str = "cosine"
-    warmup: float = 0.02
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    checkpoint_activations: bool = False
-    precision: str = "float32"
-    save_interval: int = 300
-    eval_interval: int = 10000
-    eval_iters: int | None = None
-    eval_batch_size: int = 8
-    log_interval: int = 10
-    keep: int = 3
-    answers: int = 100
-    num_workers: int = 0
-    tensorboard: bool = False
-    cpu: bool = False
-    seed: int = 1234
-
-    @property
-    def selects_best(self) -> bool:
-        """Whether the result is the checkpoint with the lowest loss on held-out rows, and not the last one."""
-        return bool(self.valid_data) and self.eval_interval <= self.train_iters
-
-    @property
-    def steps_between_evaluations(self) -> int:
-        """As asked for; an interval beyond the run, such as the original's, gives `CURVE_POINTS` in it."""
-        if self.eval_interval <= self.train_iters:
-            return self.eval_interval
-        return math.ceil(self.train_iters / CURVE_POINTS)
-
-    def as_json(self) -> dict:
-        return json.loads(json.dumps(asdict(self), default=str))
 
 
 @dataclass
@@ -166,11 +102,16 @@ def finetune(
             that cannot be written, after which the last complete one is still there.
         Stopped: Ctrl-C or SIGTERM; the error says whether there is a checkpoint to resume from.
     """
+    settings.check()
     check_folder(settings.model)
     config = VisualGLMConfig.from_pretrained(settings.model)
+    has_gpu = torch.cuda.is_available() and not settings.cpu
+    settings, notes = settings.resolved(config.text_config.num_hidden_layers, has_gpu)
     adapter, bits = choose_adapter(settings, config), choose_bits(settings, config)
     arguments = training_arguments(settings)
     say = say if arguments.process_index == 0 else lambda line: None
+    for line in notes:
+        say(line)
     with held(settings.save) if arguments.should_save else nullcontext(), explained_stops(settings.save):
         record = settings.as_json() | {"processes": arguments.world_size * max(1, arguments.n_gpu)}
         checkpoint = prepare_output(settings, record, arguments, say)
@@ -237,7 +178,6 @@ def dtype_of(precision: str) -> torch.dtype:
 
 def training_arguments(settings: Settings) -> TrainingArguments:
     """The settings as transformers' `Trainer` takes them."""
-    check_intervals(settings)
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     on_cpu = settings.cpu or not torch.accelerator.is_available()
     return TrainingArguments(
@@ -274,16 +214,6 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         # A batch without pictures leaves adapters of the image encoder without a gradient.
         ddp_find_unused_parameters=settings.train_qformer or settings.train_projection,
     )
-
-
-def check_intervals(settings: Settings) -> None:
-    """Raise a `ValueError` if the best checkpoint is wanted, and some would be saved without being evaluated."""
-    if settings.selects_best and settings.save_interval % settings.eval_interval:
-        multiple = settings.eval_interval * max(1, settings.save_interval // settings.eval_interval)
-        raise ValueError(
-            f"--save-interval {settings.save_interval} must be a multiple of --eval-interval {settings.eval_interval}, "
-            f"such as {multiple}, so that the best of the evaluated checkpoints is there in the end."
-        )
 
 
 def prepare_output(
@@ -532,7 +462,7 @@ def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
             return
         write_fingerprint(unfinished, samples)
         for path in unfinished.iterdir():
-            if path.name not in (CONFIG_FILE, WEIGHT_FILE, BASE_FILE):
+            if path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, BASE_FILE):
                 path.unlink()
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         unfinished.rename(folder / ADAPTER)

@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py`: the shape and the sanity of its report, never its times; its yardstick against our logits."""
+"""`visualglm bench`: the shape and the sanity of its report, never its times; its yardstick against our logits."""
 
 import json
 import os
@@ -6,12 +6,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from tests.commands import command
 from tests.fake_graphs import play_graphs
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration, generation_visualglm
@@ -29,10 +29,10 @@ from visualglm_tools.benchmarking.original_formulation import OriginalFormulatio
 from visualglm_tools.benchmarking.peers import parse_peer, run_peer
 from visualglm_tools.benchmarking.report import read_run, render_page, render_run, write_page, write_run
 from visualglm_tools.benchmarking.run import Variant, pool, pool_reading
-from visualglm_tools.commands import bench as benchmark
+from visualglm_tools.benchmarking.settings import RunSettings, Settings
+from visualglm_tools.options import words
 
 
-SCRIPTS = ROOT / "scripts"
 SECONDS = 300  # until a busy machine is done
 QUICK = ("--geometry", "tiny", "--dtype", "float32", "--threads", "1", "--contexts", "16", "40")
 QUICK += ("--new-tokens", "4", "--repeats", "2", "--bandwidth-gib", "0.02", "--bandwidth-repeats", "1")
@@ -75,12 +75,12 @@ def fake_original(tmp_path) -> Path:
 
 @pytest.fixture
 def run_here(capfd):
-    """Run the script in this process, which is quicker; returns (exit code, stdout, stderr)."""
+    """Run the command in this process, which is quicker; returns (exit code, stdout, stderr)."""
     threads = torch.get_num_threads()
 
     def run(*options):
         try:
-            code = benchmark.main(list(map(str, options)))
+            code = command("bench", *options)
         except SystemExit as end:
             code = end.code
         return code, *capfd.readouterr()
@@ -90,9 +90,9 @@ def run_here(capfd):
 
 
 def run_apart(*options) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own, as a user does."""
+    """Run the command under its old name in a process of its own, as a user does."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *map(str, options)]
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *map(str, options)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=SECONDS, env=environment)
 
 
@@ -227,7 +227,7 @@ def test_a_folder_is_quantized_while_it_is_loaded_or_has_its_bits_already(run_he
         (variant,) = report_of(*run_here("--model", folder, *options))["variants"]
         assert variant["name"] == "int4"
     code, _, stderr = run_here("--model", folder, *options[:-1], "8")
-    assert code == 1
+    assert code == 2
     assert "has weights of 4 bits, not of 8" in stderr
 
 
@@ -245,8 +245,8 @@ def test_the_originals_blocks_are_driven_in_another_interpreter_in_turns_with_ou
 def test_an_original_that_cannot_be_imported_is_one_clear_line(run_here, fake_original):
     (fake_original / "modeling_chatglm.py").write_text("import module_that_is_nowhere\n")
     code, _, stderr = run_here(*QUICK, "--parts", "load", "--reference", fake_original)
-    assert code == 1
-    assert "benchmark: the original's code in --reference ended with exit status 1" in stderr
+    assert code == 2
+    assert "error: the original's code in --reference ended with exit status 1" in stderr
     assert "module_that_is_nowhere" in stderr
 
 
@@ -255,10 +255,10 @@ def test_an_original_that_cannot_be_imported_is_one_clear_line(run_here, fake_or
     [
         (("--contexts", "4"), "contexts must be 12 or more"),
         (("--contexts", "16", "600"), "at most 506"),
-        (("--model", "nowhere"), "has no config.json"),
+        (("--model", "nowhere"), "no checkpoint in 'nowhere'"),
         (("--device", "abacus"), "no device is called 'abacus'"),
         (("--reference", "nowhere"), "has no modeling_chatglm.py"),
-        (("--repeats", "0"), "must be a whole number, 1 or more, found '0'"),
+        (("--repeats", "0"), "must be a whole number, 1 or more"),
         (("--row-seconds", "0"), "must be above 0, found '0'"),
         (("--variants", "int5"), "must be one of fp32, fp16, bf16, int8, int4"),
         (("--variants", "int4", "int4"), "'int4' is named twice"),
@@ -270,12 +270,13 @@ def test_an_original_that_cannot_be_imported_is_one_clear_line(run_here, fake_or
 )
 def test_impossible_options_are_one_clear_line(run_here, options, message):
     code, _, stderr = run_here(*QUICK, *options)
-    assert code in (1, 2)
+    assert code == 2
     assert message in stderr.splitlines()[-1]
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from visualglm_tools.commands import bench; print('torch' in sys.modules)"
+    code = "import sys; from visualglm_tools.__main__ import open_command\n"
+    code += "open_command('bench')[1].format_help(); print('torch' in sys.modules)"
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT)
     assert completed.stdout.strip() == "False", completed.stderr
     assert "--against" in run_apart("-h").stdout
@@ -426,7 +427,7 @@ def test_every_step_of_a_filled_runner_sees_one_token_more(tiny):
 
 @pytest.fixture
 def bench(tiny):
-    settings = SimpleNamespace(row_seconds=100.0, new_tokens=4, repeats=2)
+    settings = Settings(row_seconds=100.0, new_tokens=4, repeats=2)
     return Bench(settings, tiny, timing.Clock(tiny.device), known={"prefill": {64: 640.0}})
 
 
@@ -467,7 +468,7 @@ def test_a_recorded_step_is_replayed(bench, monkeypatch):
 
 
 def test_what_is_compiled_or_recorded_is_measured_through_generate_and_alone():
-    settings = SimpleNamespace(batch=[1], parts=["decode"], contexts=[30], cache=["dynamic", "recorded"])
+    settings = Settings(parts=("decode",), contexts=(30,), cache=("dynamic", "recorded"))
     paths = [case.path for case in measurements.list_cases(settings)]
     assert paths == [PRODUCTS, "forward", "generate, dynamic cache", "generate, recorded", "forward, recorded"]
 
@@ -604,19 +605,23 @@ def test_the_samples_of_all_rounds_count():
     assert pooled["load"]["peak_rss_gib"] == pooled["limits"]["read_gb_per_s"] == 5.0
 
 
-def test_a_variant_is_the_options_of_a_run_of_its_own():
-    settings = SimpleNamespace(dtype="bfloat16")
-    assert Variant.parse("fp16").options(settings) == ["--dtype", "float16"]
+def test_a_variant_is_measured_by_the_settings_of_the_run_but_those_of_several():
+    run = RunSettings(contexts=(64, 128), repeats=2, variants=("bf16", "int4-torch=some/folder"), rounds=3)
+    assert words(Variant.parse("fp16").settings(run, False)) == words(
+        Settings(contexts=(64, 128), repeats=2, dtype="float16")
+    )
     variant = Variant.parse("int4-torch=some/folder")
     assert (variant.name, variant.has_kernels) == ("int4-torch of folder", False)
-    options = ["--dtype", "bfloat16", "--quant", "4", "--model", str(Path("some/folder"))]
-    assert variant.options(settings) == options
+    settings = Settings(contexts=(64, 128), repeats=2, quant=4, model=Path("some/folder"))
+    assert variant.settings(run, False) == settings
+    assert words(settings) == ["--model", "some/folder", "--quant", "4", "--contexts", "64", "128", "--repeats", "2"]
 
 
-def test_children_get_the_options_of_the_run_but_those_of_several():
-    options = ["--contexts", "64", "128", "--variants", "bf16", "int4", "--against", "formulation", "--repeats", "2"]
-    settings = benchmark.parse_options(options)
-    assert settings.child_options == ["--contexts", "64", "128", "--repeats", "2"]
+def test_the_original_is_beside_the_variant_that_is_told_so():
+    run = RunSettings(against="formulation", reference=Path("original"), layers=2, variants=("bf16", "int4"))
+    beside, alone = (Variant.parse("bf16").settings(run, is_beside) for is_beside in (True, False))
+    assert (beside.against, beside.reference, beside.layers) == ("formulation", Path("original"), 2)
+    assert (alone.against, alone.reference) == (None, None)
 
 
 def test_a_published_command_has_no_paths():

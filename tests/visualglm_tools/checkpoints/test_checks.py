@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.commands import check
 from tests.paths import ROOT
 
@@ -17,8 +18,6 @@ from tests.paths import ROOT
 FIRST, LAST = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
 EMBEDDINGS = "transformer.word_embeddings.weight"
 NUM_CHECKS = 10
-
-
 
 
 @pytest.fixture(scope="module")

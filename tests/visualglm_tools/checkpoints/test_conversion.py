@@ -1,6 +1,5 @@
 """`scripts/convert_checkpoint.py`: what it writes loads and answers as the original did; what it refuses stays away."""
 
-import importlib
 import json
 import logging
 import os
@@ -12,12 +11,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from tests.commands import convert
-from tests.paths import ROOT
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
+from tests.commands import convert
+from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
@@ -69,8 +68,6 @@ answers["lossless"] = all(torch.equal(tensor, state[key]) for key, tensor in mod
 answers["reloaded"] = [type(load(name, saved)).__name__ for name in ("AutoTokenizer", "AutoProcessor")]
 print(json.dumps(answers))
 """
-
-
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,5 @@
 """`scripts/merge_lora.py`: merged weights answer as base and adapter do, load without PEFT, and can be quantized."""
 
-import importlib
 import json
 import shutil
 import sys
@@ -8,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
 from safetensors.torch import load_file, save_file
 
-from visualglm_hf import VisualGLMForConditionalGeneration
-from tests.paths import ROOT
-from visualglm_tools.checkpoints import adapters
 from tests.commands import convert, merge, quantize
+from tests.helpers import FLOAT32_TOLERANCE, relative_error
+from tests.paths import ROOT
+from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_tools.checkpoints import adapters
 
 
 peft = pytest.importorskip("peft")
 DECODER = r"transformer\.layers\.(0|2)\.attention\.(query_key_value|dense)"
-
-
 
 
 @pytest.fixture(scope="module")

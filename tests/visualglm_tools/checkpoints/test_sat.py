@@ -1,6 +1,5 @@
 """SAT checkpoints, both ways: what comes over computes what SAT computed, and nothing in a file is executed."""
 
-import importlib
 import json
 import math
 import os
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.commands import convert as run_convert
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
 from safetensors.torch import load_file
 
+from tests.commands import convert as run_convert
+from tests.helpers import FLOAT32_TOLERANCE, relative_error
+from tests.paths import TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
-from tests.paths import ROOT, TINY
 
 
 PART = "mp_rank_00_model_states.pt"
@@ -25,8 +24,6 @@ QKV = "transformer.layers.0.attention.query_key_value.weight"
 ROTARY = "mixins.chatglm-attn.rotary_emb.inv_freq"
 BOTH_VERSIONS = pytest.mark.parametrize("version", ["0.3", "0.4"])
 LAST = 8  # positions of a case's logits that were kept
-
-
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import batch
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import wait_until
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.questions import Output, Pictures, Row, answer_rows, read_rows, seed_of
@@ -209,11 +211,8 @@ def test_ids_must_differ_and_an_output_of_other_rows_is_left_alone(tmp_path):
     ],
 )
 def test_what_cannot_work_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    from visualglm_tools.commands import batch as batch_infer
-
     write_rows(tmp_path / "in.jsonl", [{"id": 1, "text": "a"}])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["batch_infer.py", *arguments, "--device", "cpu"])
     with contextlib.suppress(SystemExit):  # argparse's way to say 2
-        assert batch_infer.main() == 2
+        assert batch(*arguments, "--device", "cpu") == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

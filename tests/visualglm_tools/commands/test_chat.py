@@ -1,6 +1,5 @@
-"""`scripts/cli_demo_hf.py` as a user meets it: in a real terminal, in a pipe, and with typing errors."""
+"""`visualglm chat` as a user meets it: in a real terminal, in a pipe, and with typing errors."""
 
-import argparse
 import json
 import os
 import re
@@ -11,22 +10,25 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.commands import chat
 from tests.paths import ROOT
+from visualglm_tools.options import parse
 
 
 pexpect = pytest.importorskip("pexpect")
 
-CLI = ROOT / "scripts" / "cli_demo_hf.py"
+CLI = ROOT / "scripts" / "cli_demo_hf.py"  # the name that it had
 CHINESE = re.compile("[\u4e00-\u9fff]")
 # One thread: on a busy machine, two wait for each other most of the time.
 ENVIRONMENT = {**os.environ, "LANG": "C.UTF-8", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
 SECONDS = 120  # until a busy machine has loaded the tiny model
 ASK_PICTURE = "请输入图像路径或URL[^\n]*："
 ASK_QUESTION = "用户："
-ANSWER = "VisualGLM-6B：([^\n]*)\r\n"
+ANSWER = "VisualGLM：([^\n]*)\r\n"  # not of the size of VisualGLM-6B
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +40,14 @@ def cli():
 
 
 @pytest.fixture
-def run_here(cli, monkeypatch, capsys, tiny_original):
-    """Run the script in this process, which is quicker; returns (exit code, stdout, stderr)."""
+def run_here(capsys, tiny_original):
+    """Run the command in this process, which is quicker; returns (exit code, stdout, stderr)."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
 
     def run(*options: str):
-        monkeypatch.setattr(sys, "argv", [str(CLI), "--model", str(tiny_original), *options])
-        code = cli.main()
+        code = chat("--model", tiny_original, *options)
         return code, *capsys.readouterr()
 
     yield run
@@ -151,14 +152,14 @@ def test_a_bad_path_and_a_too_long_conversation_are_one_line_each_and_the_questi
 
 def test_ctrl_c_ends_the_answer_and_only_twice_at_the_prompt_the_program(terminal, endless_original, golden_dir):
     child = terminal("--model", endless_original, "--image", golden_dir / "images" / "img0.png")
-    child.expect("VisualGLM-6B：..")
+    child.expect("VisualGLM：..")
     time.sleep(0.5)
     before = time.monotonic()
     child.sendintr()
     child.expect(ASK_QUESTION)
     assert time.monotonic() - before < 5, "the answer went on"
     child.sendline("然后呢？")
-    child.expect("VisualGLM-6B：..")
+    child.expect("VisualGLM：..")
     child.sendintr()
     child.expect(ASK_QUESTION)
     child.sendintr()
@@ -195,7 +196,7 @@ def test_an_interrupted_answer_stays_in_the_history_as_it_was_shown(cli, model, 
     ((query, response),) = conversation.history
     assert query == "描述这张图片。"
     assert response
-    assert shown(capsys.readouterr().out) == "VisualGLM-6B：" + shown(response)
+    assert shown(capsys.readouterr().out) == "VisualGLM：" + shown(response)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -283,22 +284,41 @@ def test_an_answer_cannot_command_the_terminal(cli, capsys):
     assert capsys.readouterr().out == "a[2Jbc\n\td\n"
 
 
+ORIGINAL_OPTIONS = {
+    "max_length": "200",
+    "top_p": "0.5",
+    "top_k": "3",
+    "temperature": "0.9",
+    "quant": "4",
+    "from_pretrained": "there",
+    "prompt_zh": "--这_是",
+    "prompt_en": "--what_is this",
+}
+
+
+def test_the_originals_spellings_are_understood_and_values_left_as_they_are(cli):
+    words = [f"--{name}={value}" for name, value in ORIGINAL_OPTIONS.items()]
+    options = options_of(cli, *words, "--english", "--query=--x_y")
+    read = {name: str(getattr(options, name.replace("from_pretrained", "model"))) for name in ORIGINAL_OPTIONS}
+    assert read == ORIGINAL_OPTIONS
+    assert options.english and options.query == "--x_y"
+    for value in ("--x_y z", "--x_y=a b", "-", ""):
+        assert options_of(cli, "--query", value).query == value
+
+
+def test_only_a_model_of_its_size_is_called_6b(cli, model):
+    from visualglm_hf import VisualGLMConfig
+
+    assert cli.name_of(SimpleNamespace(config=VisualGLMConfig())) == "VisualGLM-6B"
+    assert cli.name_of(model) == "VisualGLM"
+
+
 def test_help_comes_at_once_and_without_torch():
     before = time.monotonic()
     help_text = run_apart("-h").stdout
     assert time.monotonic() - before < 2
-    for option in [
-        "max_length",
-        "top_p",
-        "top_k",
-        "temperature",
-        "english",
-        "quant",
-        "from_pretrained",
-        "prompt_zh",
-        "prompt_en",
-    ]:
-        assert f"--{option}" in help_text
+    for option in ORIGINAL_OPTIONS:
+        assert f"--{option.replace('_', '-')}" in help_text
     imports = subprocess.run(
         [sys.executable, "-X", "importtime", str(CLI), "-h"], capture_output=True, encoding="utf-8", timeout=SECONDS
     ).stderr
@@ -322,15 +342,13 @@ def test_help_comes_at_once_and_without_torch():
         ("--seed", "one"),
     ],
 )
-def test_a_bad_option_is_one_line_that_names_the_value(cli, monkeypatch, capsys, option, value):
-    monkeypatch.setattr(sys, "argv", [str(CLI), f"{option}={value}"])
+def test_a_bad_option_is_one_line_that_names_the_value(capsys, option, value):
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        chat(f"{option}={value}")
     assert stop.value.code == 2
-    usage, error = capsys.readouterr().err.splitlines()
-    assert usage.startswith("usage: ")
-    assert "error: " in error
-    assert option in error
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert option.replace("_", "-") in error
     assert value in error
 
 
@@ -342,11 +360,10 @@ def test_a_bad_option_is_one_line_that_names_the_value(cli, monkeypatch, capsys,
         ('{"model_type": "chatglm", "num_layers": 28}', "not of a VisualGLM"),
     ],
 )
-def test_a_folder_without_a_visualglm_is_one_line(cli, monkeypatch, capsys, tmp_path, config, complaint):
+def test_a_folder_without_a_visualglm_is_one_line(capsys, tmp_path, config, complaint):
     if config is not None:
         (tmp_path / "config.json").write_text(config, encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", [str(CLI), "--model", str(tmp_path), "--query", "你好"])
-    assert cli.main() == 2
+    assert chat("--model", tmp_path, "--query", "你好") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert str(tmp_path) in line
@@ -394,9 +411,14 @@ def test_quant_answers_as_the_quantized_model(run_here, tokenizer, tiny_original
     assert f"{bits} bits" in err
 
 
+def options_of(cli, *words: str):
+    """What the command line says."""
+    return parse(cli.Options, words, "visualglm chat", "")
+
+
 def test_compile_reaches_the_model_and_a_missing_compiler_is_one_line(cli, run_here, monkeypatch):
-    arguments = cli.build_parser().parse_args(["--compile"])
-    assert cli.answer_options(arguments, None)["compile"] is True
+    assert cli.answer_keywords(options_of(cli), None)["compile"] is False
+    assert cli.answer_keywords(options_of(cli, "--compile"), None)["compile"] is True
     monkeypatch.setenv("CXX", "no-such-compiler")
     code, out, err = run_here("--query", "你好", "--compile")
     assert (code, out) == (2, "")
@@ -404,13 +426,12 @@ def test_compile_reaches_the_model_and_a_missing_compiler_is_one_line(cli, run_h
 
 
 def test_record_reaches_the_model_and_is_refused_on_a_cpu_in_one_line(cli, run_here):
-    arguments = cli.build_parser().parse_args(["--record"])
-    assert cli.answer_options(arguments, None)["compile"].backend == "cudagraphs"
+    assert cli.answer_keywords(options_of(cli, "--record"), None)["compile"].backend == "cudagraphs"
     code, out, err = run_here("--query", "你好", "--record", "--device", "cpu")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and "are for CUDA, not for 'cpu'" in err
     with pytest.raises(SystemExit):
-        cli.build_parser().parse_args(["--record", "--compile"])
+        options_of(cli, "--record", "--compile")
 
 
 def test_a_cpu_computes_in_float32_if_that_fits_into_the_free_memory(cli, monkeypatch, tiny_original):
@@ -421,7 +442,7 @@ def test_a_cpu_computes_in_float32_if_that_fits_into_the_free_memory(cli, monkey
     size = loading.size_in_float32(tiny_original)
     assert size == pytest.approx(2 * 1.18e6, rel=0.05)  # two shards of float16
     for free, expected in ((2 * size, torch.float32), (size, torch.bfloat16)):
-        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: argparse.Namespace(available=free))
+        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert loading.choose_dtype("auto", torch.device("cpu"), tiny_original) == expected
     assert loading.choose_dtype("auto", torch.device("cuda"), tiny_original) == torch.float16
     assert loading.choose_dtype("bfloat16", torch.device("cuda"), tiny_original) == torch.bfloat16

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import http.server
 import io
@@ -22,13 +23,17 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.commands import serve as serve_command
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, health, open_door, serve, wait_until
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.commands import serve as api_hf
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.commands import serve as serve_options
+from visualglm_tools.options import from_values
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http import public_urls
+from visualglm_tools.serving.http.app import ApiOptions
 
 
 MODEL = "visualglm-tiny"
@@ -601,11 +606,21 @@ def test_the_door_drains_on_sigterm(door):  # the last that uses it
         (["--device", "abacus"], "no device is called"),
     ],
 )
-def test_a_door_that_cannot_open_says_why_in_one_line(options, found, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["api_hf.py", "--port", str(free_port()), *options])
-    assert api_hf.main() == 2
+def test_a_door_that_cannot_open_says_why_in_one_line(options, found, capsys):
+    assert serve_command("--port", free_port(), *options) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert found in line
+
+
+def test_an_option_that_is_not_given_leaves_the_engine_and_the_api_as_they_are():
+    options = from_values(serve_options.Options, {})
+    assert serve_options.limits_of(options) == Limits()
+    api = serve_options.api_of(options, None)
+    assert api == dataclasses.replace(ApiOptions(model_name=TINY.name), allowed_hosts=["127.0.0.1"])
+    options = from_values(serve_options.Options, {"max_body_mib": "0.5", "allowed_hosts": "a,b", "timeout": 1})
+    assert serve_options.limits_of(options).timeout == 1
+    api = serve_options.api_of(options, None)
+    assert api.max_body_bytes == 2**19 and api.allowed_hosts == ["127.0.0.1", "a", "b"]
 
 
 def test_help_is_quick_and_names_the_options():
@@ -615,7 +630,8 @@ def test_help_is_quick_and_names_the_options():
 
 
 @pytest.mark.parametrize(
-    "options", [["--port", "x"], ["--max-batch-size", "0"], ["--timeout", "inf"], ["--quant", "3"]]
+    "options",
+    [["--port", "x"], ["--max-batch-size", "0"], ["--timeout", "inf"], ["--max-body-mib", "1e308"], ["--quant", "3"]],
 )
 def test_bad_options_are_refused_at_once(options):
     command = [sys.executable, str(ROOT / "scripts" / "api_hf.py"), *options]

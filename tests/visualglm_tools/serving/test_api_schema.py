@@ -11,7 +11,8 @@ import pytest
 from tests.paths import TINY
 from tests.serving_helpers import serve
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"

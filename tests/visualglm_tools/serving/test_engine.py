@@ -12,15 +12,15 @@ from PIL import Image
 
 from tests.paths import ROOT, TINY
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.serving.engine.engine import (
+from visualglm_tools.serving.engine.answers import (
     AnswerTimeout,
     Completion,
-    Engine,
     EngineClosed,
     EngineError,
     Limits,
     QueueFull,
 )
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.engine.text import GrowingText
 

@@ -21,7 +21,8 @@ import pytest
 from tests.paths import PICTURES, TINY
 from tests.serving_helpers import health, open_door, serve, wait_until
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.serving.engine.engine import Engine, Limits
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.engine.engine import Engine
 
 
 LOAD_SECONDS = float(os.environ.get("VISUALGLM_LOAD_SECONDS", "600"))

@@ -1,13 +1,12 @@
 """The web demo in a real browser.
 
-`PYTHONPATH=scripts python tests/test_web_demo.py docs/web_demo.png` renews the screenshot.
+`python -m tests.visualglm_tools.serving.test_page docs/web_demo.png` renews the screenshot.
 """
 
 import asyncio
 import base64
 import contextlib
 import functools
-import importlib
 import json
 import shutil
 import socket
@@ -22,10 +21,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.commands import web as web_command
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, open_door, wait_until
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.serving.engine.engine import Answer, Completion, Engine, QueueFull
+from visualglm_tools.serving.engine.answers import Answer, Completion, QueueFull
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import Prompt
 from visualglm_tools.serving.engine.sampling import Settings
 
@@ -493,7 +494,7 @@ def test_a_full_queue_says_so_and_keeps_the_question(engine, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--model", "nowhere"), "no checkpoint in 'nowhere'"), (("--quant", "3"), "3"), (("--port", "0"), "port")],
+    [(("--model", "nowhere"), "no checkpoint in 'nowhere'"), (("--quant", "3"), "3"), (("--port", "70000"), "port")],
 )
 def test_the_door_refuses_wrong_options_in_one_line(options, message):
     command = [sys.executable, str(ROOT / "scripts" / "web_demo_hf.py"), *options]
@@ -509,7 +510,7 @@ def test_a_port_that_is_taken_is_one_line():
         taken.listen()
         with open_door("--port", str(taken.getsockname()[1]), script="web_demo_hf.py") as (_, process, log):
             assert process.wait(60) == 2
-            assert log.read_text().splitlines()[-1].startswith("error: ")
+            assert log.read_text().splitlines()[-1].startswith("error: cannot listen at '127.0.0.1', port ")
             assert "Loading" not in log.read_text()
 
 
@@ -522,8 +523,7 @@ def test_only_the_option_makes_a_public_link(monkeypatch, options):
     launched = []
     monkeypatch.setattr(web.gr.Blocks, "launch", launch)
     monkeypatch.setenv("GRADIO_SHARE", "True")  # would decide if we left it to gradio
-    monkeypatch.setattr(sys, "argv", ["web_demo_hf.py", "--model", str(TINY), "--device", "cpu", *options])
-    assert importlib.import_module("visualglm_tools.commands.web").main() == 2
+    assert web_command("--port", 0, "--model", TINY, "--device", "cpu", *options) == 2
     [arguments] = launched
     assert arguments["share"] is bool(options)
     assert arguments["server_name"] == "127.0.0.1"

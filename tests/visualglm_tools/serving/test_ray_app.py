@@ -102,9 +102,11 @@ def test_answers_stream_through_ray(service):
 
 
 def test_more_replicas_at_least_than_at_most_are_refused():
-    from visualglm_tools.serving.http.ray_app import ServiceOptions, create_service
+    from visualglm_tools.serving.http.ray_app import create_service
 
     with pytest.raises(ValueError, match="min_replicas=3"):
-        create_service(ServiceOptions(min_replicas=3, max_replicas=2))
-    with pytest.raises(ValueError, match="max_replica"):
-        ServiceOptions(max_replica=2)
+        create_service({"min_replicas": "3", "max_replicas": 2})
+    with pytest.raises(ValueError, match="there is no option 'max_replica'"):
+        create_service({"max_replica": "2"})
+    with pytest.raises(ValueError, match="quant: must be one of 8, 4, found 3"):
+        create_service({"quant": "3"})

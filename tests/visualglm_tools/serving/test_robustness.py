@@ -1,8 +1,6 @@
 """What a long-lived process does to the package: other inputs than foreseen, large activations, threads, neighbours."""
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,22 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.commands import HEAVY, modules_after
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
 from visualglm_hf.conversation import clean_response
 
 
 DOORS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-HEAVY = {
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "gradio",
-    "fastapi",
-    "uvicorn",
-    "matplotlib",
-}  # a second or more
+ANSWERING = (
+    ("chat", ()),
+    ("serve", ()),
+    ("web", ()),
+    ("batch", ("examples/example_inputs.jsonl", "answers.jsonl")),
+)
 QUERIES = ["你好", "这是什么？", "What is it?", "红色", "one", "two words", "描述这张图片。", "Hello, 世界"]
 
 FIELDS = st.sampled_from(
@@ -117,13 +112,6 @@ def test_eight_chats_at_once_on_one_model_give_their_solo_answers(model, tokeniz
         assert list(threads.map(answer, chats)) == alone
 
 
-def modules_after(code: str) -> set[str]:
-    """What a fresh interpreter has imported after this code."""
-    command = [sys.executable, "-c", f"{code}\nimport sys; print(); print(*sys.modules)"]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    return set(finished.stdout.splitlines()[-1].split())
-
-
 def test_the_package_imports_a_library_when_it_is_first_needed():
     modeling = {"visualglm_hf.modeling_visualglm", "transformers.modeling_utils"}
     assert not modules_after("import visualglm_hf; dir(visualglm_hf)") & HEAVY
@@ -159,3 +147,10 @@ def test_help_of_a_door_waits_for_no_library(door):
 )
 def test_a_folder_without_a_model_is_said_before_any_library_is_needed(door, needed):
     assert not modules_of_door(door, *needed, "--model", "nowhere", code=2) & HEAVY
+
+
+@pytest.mark.parametrize(("command", "needed"), ANSWERING)
+def test_a_folder_without_an_adapter_is_said_before_any_library_is_needed(command, needed):
+    words = [command, *needed, "--adapter", "nowhere"]
+    code = f"from visualglm_tools.__main__ import main; assert main({words!r}) == 2"
+    assert not modules_after(code) & HEAVY

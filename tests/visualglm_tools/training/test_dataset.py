@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.training_helpers import assistant, user
 from visualglm_hf.conversation import build_prompt, expand_images
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import IGNORED, Collator, Encoder, describe_truncation
@@ -33,14 +34,6 @@ def rows(tmp_path):
 @pytest.fixture(scope="module")
 def encoder(processor):
     return Encoder(processor, 256, 64, 2048)
-
-
-def user(*content):
-    return {"role": "user", "content": content[0] if len(content) == 1 else list(content)}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def original_row(golden_dir, case):

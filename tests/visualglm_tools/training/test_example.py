@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.paths import COMMAND, ROOT
+from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS
 from tools.tiny import backgrounds as draw_backgrounds
 from visualglm_tools.checkpoints.loading import load_model
 
 
 DOCUMENT = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE = ROOT / "examples" / "background"
 COMMANDS = re.findall(r"^visualglm (finetune .*--save out/(\w+))$", DOCUMENT, re.MULTILINE)
 NEW_DRAWINGS = 20  # of each kind
 
@@ -41,7 +41,7 @@ def count_right(adapter: Path | None = None) -> int:
 
 
 def test_the_example_has_twenty_pictures_and_no_row_in_both_parts():
-    trained, held_out = (json.loads((EXAMPLE / name).read_text("utf-8")) for name in ("dataset.json", "held_out.json"))
+    trained, held_out = (json.loads(file.read_text("utf-8")) for file in (ROWS, HELD_OUT))
     names = [row["img"] for row in trained + held_out]
     assert len(names) == len(set(names)) == len(list(EXAMPLE.glob("*.jpg"))) == 20
     assert {row["label"] for row in trained} == {row["label"] for row in held_out}

@@ -1,6 +1,5 @@
-"""`scripts/finetune_visualglm.py` as users run it: results, resuming, refusals."""
+"""`visualglm finetune` as users run it: results, resuming, refusals."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,71 +8,48 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.paths import ROOT, TINY
+from tests.commands import command
+from tests.paths import COMMAND, ROOT, TINY
+from tests.training_helpers import (
+    EXAMPLE,
+    HELD_OUT,
+    ROWS,
+    At,
+    adapter_in,
+    interrupt,
+    is_same,
+    run_out_of_memory,
+    short_run,
+    silent,
+)
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
 from visualglm_tools.checkpoints.adapters import attach_adapter
 from visualglm_tools.checkpoints.loading import load_model
-from visualglm_tools.commands import finetune as finetune_visualglm
 from visualglm_tools.training import memory
-from visualglm_tools.training.run import Settings, complete_checkpoints, finetune
+from visualglm_tools.training.output import complete_checkpoints
+from visualglm_tools.training.run import finetune
 
 
-DOOR = ROOT / "scripts" / "finetune_visualglm.py"
-MODEL = TINY
-EXAMPLE = ROOT / "examples" / "background"
 QUESTION = "这张图片的背景里有什么内容？"
 PICTURE = EXAMPLE / "sand_4.jpg"
-
-# The original's command line, of its fine-tuning scripts, without the launcher.
-ORIGINAL_OPTIONS = (
-    "--experiment-name finetune-visualglm-6b --model-parallel-size 1 --mode finetune --train-iters 300 "
-    "--resume-dataloader --max_source_length 64 --max_target_length 256 --lora_rank 10 --layer_range 0 14 "
-    "--pre_seq_len 4 --train-data dataset.json --valid-data dataset.json --distributed-backend nccl "
-    "--lr-decay-style cosine --warmup .02 --checkpoint-activations --save-interval 300 --eval-interval 10000 "
-    "--save ./checkpoints --split 1 --eval-iters 10 --eval-batch-size 8 --zero-stage 1 --lr 0.0001 --batch-size 4 "
-    "--skip-init --fp16 --use_lora"
-)
 
 
 @pytest.fixture
 def settings(tmp_path):
-    """A run of four steps that checks everything and learns nearly nothing."""
-    return Settings(
-        MODEL,
-        (EXAMPLE / "dataset.json",),
-        "lora",
-        save=tmp_path / "out",
-        layer_range=("0", "3"),
-        train_iters=4,
-        batch_size=2,
-        save_interval=2,
-        log_interval=1,
-        lr=1e-2,
-    )
-
-
-def silent(line):
-    pass
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    first, second = load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors")
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return short_run(tmp_path / "out", save_interval=2)
 
 
 # ---------------------------------------------------------------- results
 
 
 def test_a_run_writes_an_adapter_curves_and_a_report(settings):
-    settings = replace(settings, valid_data=(EXAMPLE / "held_out.json",), eval_interval=2, seed=0)
+    settings = replace(settings, valid_data=(HELD_OUT,), eval_interval=2, seed=0)
     report = finetune(settings, silent)
     assert sorted(path.name for path in (settings.save / "adapter").iterdir()) == [
         "adapter_config.json",
@@ -86,7 +62,7 @@ def test_a_run_writes_an_adapter_curves_and_a_report(settings):
     assert sorted(losses) == [2, 4]
     best = min(losses, key=losses.get)
     assert report["best_checkpoint"] == f"checkpoint-{best}"
-    assert same_tensors(settings.save / "adapter", settings.save / f"checkpoint-{best}")
+    assert is_same(adapter_in(settings.save), adapter_in(settings.save, f"checkpoint-{best}"))
 
 
 def test_warm_up_and_cosine_are_the_originals(settings):
@@ -114,7 +90,7 @@ def test_every_way_trains_its_adapter_alone_and_loads_again(changes, settings):
         pytest.importorskip("bitsandbytes")
     settings = replace(settings, train_iters=1, save_interval=1, **changes)
     finetune(settings, silent)
-    stored = load_file(settings.save / "adapter" / "adapter_model.safetensors")
+    stored = adapter_in(settings.save)
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
     parts = {"qformer" if ".qformer." in name else "glm_proj" if "glm_proj" in name else "decoder" for name in stored}
     assert not any(".vit." in name for name in stored)
@@ -126,10 +102,10 @@ def test_every_way_trains_its_adapter_alone_and_loads_again(changes, settings):
     }
     assert layers == (set() if changes.get("method") == "ptuning" else {0, 3})
 
-    base = VisualGLMForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32)
+    base = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, settings.save / "adapter").eval()
     attached = attach_adapter(
-        VisualGLMForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32), settings.save / "adapter"
+        VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), settings.save / "adapter"
     )
     text = base.config.text_config
     input_ids = torch.tensor([[7, 8, text.gmask_token_id, text.bos_token_id]])
@@ -155,7 +131,7 @@ def test_doors_answer_with_the_adapter(settings, capsys):
     finetune(settings, silent)
     answers = []
     for options in ({}, {"adapter": settings.save / "adapter"}, {"adapter": settings.save / "adapter", "quant": 8}):
-        model, tokenizer = load_model(MODEL, "cpu", "float32", **options)
+        model, tokenizer = load_model(TINY, "cpu", "float32", **options)
         answers.append(model.chat(tokenizer, str(PICTURE), QUESTION, do_sample=False)[0])
     assert not answers[0].startswith("这张图片的背景是")
     assert all(answer.startswith("这张图片的背景是") for answer in answers[1:])
@@ -164,26 +140,15 @@ def test_doors_answer_with_the_adapter(settings, capsys):
 # ---------------------------------------------------------------- interruptions
 
 
-class Interrupt(TrainerCallback):
-    """Ctrl-C at a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("method", ["lora", "ptuning"])
 def test_an_interrupted_run_resumes_to_the_same_adapter(method, settings, tmp_path):
-    settings = replace(settings, method=method, lora_dropout=0.1)
+    settings = replace(settings, method=method, lora_dropout=0.1 if method == "lora" else 0.0)
     uninterrupted = finetune(settings, silent)
     interrupted = replace(settings, save=tmp_path / "interrupted")
     with pytest.raises(KeyboardInterrupt):
-        finetune(interrupted, silent, [Interrupt(3)])
+        finetune(interrupted, silent, [At(3, interrupt)])
     resumed = finetune(replace(interrupted, resume=True), silent)
-    assert same_tensors(settings.save / "adapter", interrupted.save / "adapter")
+    assert is_same(adapter_in(settings.save), adapter_in(interrupted.save))
     assert [entry.get("loss") for entry in resumed["log"]] == [entry.get("loss") for entry in uninterrupted["log"]]
 
 
@@ -194,13 +159,13 @@ def test_another_seed_is_another_run_and_the_same_seed_the_same(settings, tmp_pa
     ]
     for run in runs:
         finetune(run, silent)
-    assert same_tensors(runs[0].save / "adapter", runs[1].save / "adapter")
-    assert not same_tensors(runs[0].save / "adapter", runs[2].save / "adapter")
+    assert is_same(adapter_in(runs[0].save), adapter_in(runs[1].save))
+    assert not is_same(adapter_in(runs[0].save), adapter_in(runs[2].save))
 
 
 def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(settings):
     with pytest.raises(KeyboardInterrupt):
-        finetune(settings, silent, [Interrupt(3)])
+        finetune(settings, silent, [At(3, interrupt)])
     half = settings.save / "checkpoint-3"
     half.mkdir()
     (half / "trainer_state.json").write_text("{", encoding="utf-8")
@@ -235,12 +200,8 @@ def test_a_loss_that_is_no_number_ends_the_run(settings):
 
 
 def test_too_little_memory_is_one_error_with_the_remedies(settings):
-    class Allocate(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-
     with pytest.raises(ValueError, match="Tried to allocate 9 GiB. Try --checkpoint-activations"):
-        finetune(settings, silent, [Allocate()])
+        finetune(settings, silent, [At(0, run_out_of_memory)])
 
 
 # ---------------------------------------------------------------- refusals
@@ -257,7 +218,7 @@ def test_too_little_memory_is_one_error_with_the_remedies(settings):
         ({"strict": True, "max_target_length": 5}, "15 target.* of 15 examples are too long"),
         ({"model": ROOT / "docs"}, "no checkpoint in .*docs"),
         ({"method": "qlora", "qlora_backend": "nf4", "bits": 8}, "nf4 has 4 bits, not 8"),
-        ({"eval_interval": 3, "valid_data": (EXAMPLE / "held_out.json",)}, "must be a multiple of --eval-interval 3"),
+        ({"eval_interval": 3, "valid_data": (HELD_OUT,)}, "must be a multiple of --eval-interval 3"),
         ({"train_data": (EXAMPLE / "sea_1.jpg",)}, "cannot be read"),
         ({"resume": True}, "has no complete checkpoint to resume from"),
     ],
@@ -297,7 +258,7 @@ def test_two_runs_cannot_share_an_output_folder(settings, tmp_path):
 
 def test_resuming_with_other_options_is_refused(settings):
     with pytest.raises(KeyboardInterrupt):
-        finetune(settings, silent, [Interrupt(2 + 1)])
+        finetune(settings, silent, [At(3, interrupt)])
     with pytest.raises(ValueError, match="lora_rank was 10 and is 3"):
         finetune(replace(settings, resume=True, lora_rank=3), silent)
 
@@ -311,7 +272,7 @@ def test_an_adapter_of_another_base_model_is_refused(settings, tmp_path, tiny_or
     (adapter / "base_model.json").unlink()  # as other programs write adapters: the shapes must do
     with pytest.raises(ValueError, match="does not fit this model"):
         attach_adapter(other, adapter)
-    same_shapes = VisualGLMForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32)
+    same_shapes = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
     with torch.no_grad():
         same_shapes.transformer.word_embeddings.weight.mul_(1.5)
     finetune(replace(settings, train_iters=1, save=tmp_path / "again"), silent)
@@ -324,101 +285,13 @@ def test_a_damaged_or_missing_adapter_is_one_error(settings, tmp_path, model):
         attach_adapter(model, tmp_path)
     finetune(replace(settings, train_iters=1), silent)
     weights = settings.save / "adapter" / "adapter_model.safetensors"
-    base = VisualGLMForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32)
+    base = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="does not fit this model"):
         attach_adapter(base, settings.save / "adapter")
 
 
 # ---------------------------------------------------------------- command line
-
-
-def test_the_originals_command_line_is_understood_and_what_means_nothing_is_said(capsys):
-    arguments, said = parse(ORIGINAL_OPTIONS), []
-    settings = finetune_visualglm.read_settings(arguments, said.append)
-    assert settings == Settings(
-        finetune_visualglm.DEFAULT_MODEL,
-        (Path("dataset.json"),),
-        "lora",
-        valid_data=(Path("dataset.json"),),
-        checkpoint_activations=True,
-        eval_iters=10,
-        precision="float16" if torch.cuda.is_available() else "float32",
-    )
-    without = (
-        "--experiment-name",
-        "--resume-dataloader",
-        "--distributed-backend",
-        "--split",
-        "--zero-stage",
-        "--skip-init",
-    )
-    assert {line.split()[0] for line in arguments.obsolete} == set(without)
-    assert torch.cuda.is_available() or said == ["--fp16 has no effect: a CPU trains in float32 (or --bf16)."]
-
-
-def parse(options):
-    """Parse a command line as `main` does."""
-    parser = finetune_visualglm.build_parser()
-    arguments = parser.parse_args(options.split())
-    finetune_visualglm.check_arguments(parser, arguments)
-    return arguments
-
-
-def test_either_spelling_of_an_option_will_do():
-    one = parse("--use_lora --train-data a --lora_rank 3 --layer_range 1 2 --train-iters 7")
-    other = parse("--use-lora --train_data a --lora-rank 3 --layer-range 1 2 --train_iters 7")
-    assert vars(one) == vars(other)
-
-
-def test_qlora_has_the_batch_of_the_originals_qlora_script():
-    settings = finetune_visualglm.read_settings(parse("--use_qlora --train-data a"), silent)
-    assert (settings.batch_size, settings.gradient_accumulation_steps) == (1, 4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--train-data a", "choose what to train"),
-        ("--use_lora", "--train-data is missing"),
-        ("--use_lora --use_ptuning --train-data a", "not allowed with"),
-        ("--use_lora --train-data a --fp16 --bf16", "exclude each other"),
-        ("--use_lora --train-data a --model-parallel-size 2", "divided among GPUs by FSDP or DeepSpeed"),
-        ("--use_lora --train-data a --bits 4", "--bits belongs to --use_qlora"),
-        ("--use_lora --train-data a --lr -1", "must be above 0, found '-1'"),
-        ("--use_lora --train-data a --batch-size 0", "must be a whole number, 1 or more, found '0'"),
-        ("--use_lora --train-data a --mode pretrain", "invalid choice"),
-        ("--use_lora --train-data a --train-itres 3", "unrecognized arguments"),
-    ],
-)
-def test_a_usage_error_names_the_option(options, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse(options)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_an_error_is_said_in_words_without_a_traceback(tmp_path, capsys):
-    bad = tmp_path / "bad.json"
-    bad.write_text('[{"img": "gone.png", "prompt": "x", "label": "y"}]', encoding="utf-8")
-    code = finetune_visualglm.main(
-        ["--use_lora", "--layer_range", "0", "--train-data", str(bad), "--save", str(tmp_path / "out")]
-    )
-    said = capsys.readouterr().err
-    assert code == 2 and "error: 1 bad row(s)" in said and "bad.json, row 1: there is no picture 'gone.png'" in said
-    assert "Traceback" not in said
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code = finetune_visualglm.main(["--use_lora", "--train-data", "a", "--save", str(tmp_path / "out")])
-    assert code == 2 and "peft is not installed: pip install -e '.[train]'" in capsys.readouterr().err
-
-
-def test_help_does_not_wait_for_torch():
-    code = "import sys; from visualglm_tools.commands import finetune as door\n"
-    code += "door.build_parser().format_help(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_tensorboard_gets_events_if_asked(settings):
@@ -439,7 +312,7 @@ def test_weights_of_the_memory_table_are_those_of_the_real_checkpoint(golden_dir
 
 
 def test_computed_memory_grows_with_the_batch_and_shrinks_with_checkpoints():
-    config = VisualGLMConfig.from_pretrained(MODEL)
+    config = VisualGLMConfig.from_pretrained(TINY)
     one, two = (memory.estimate(config, 0, batch, 40, False, [0, 3]) for batch in (1, 2))
     kept = memory.estimate(config, 0, 2, 40, True, [0, 3])
     assert one.activations < two.activations <= 2.01 * one.activations
@@ -449,7 +322,7 @@ def test_computed_memory_grows_with_the_batch_and_shrinks_with_checkpoints():
 
 @pytest.mark.slow
 def test_the_documented_memory_table_is_the_computed_one(capsys):
-    assert finetune_visualglm.main(["--memory"]) == 0
+    assert command("finetune", "--memory") == 0
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 
 
@@ -461,11 +334,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
     finetune(one, silent)
     options = (
         f"--use_lora --layer_range 0 3 --train-iters 2 --save-interval 2 --batch-size 2 --lr 0.01 --cpu "
-        f"--train-data {EXAMPLE / 'dataset.json'} --save {tmp_path / 'two'}"
+        f"--train-data {ROWS} --save {tmp_path / 'two'}"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(DOOR)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *COMMAND[1:]]
     finished = subprocess.run(
-        [*command, *options.split()],
+        [*launch, "finetune", *options.split()],
         capture_output=True,
         text=True,
         timeout=300,
@@ -473,6 +346,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("The adapter is in") == 1
-    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    first, second = (adapter_in(tmp_path / name) for name in ("one", "two"))
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-4), name

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
-from tests.paths import ROOT, TINY
+from tests.paths import TINY
+from tests.training_helpers import EXAMPLE, ROWS, assistant, trl_trainer, user
 from visualglm_hf import register
 from visualglm_tools.training.adapters import lora_config
 from visualglm_tools.training.dataset import read_dataset
@@ -15,46 +16,28 @@ from visualglm_tools.training.encoding import Collator, Encoder
 from visualglm_tools.training.report import measure
 
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-
-MODEL = TINY
-EXAMPLE = ROOT / "examples" / "background"
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
 
 
 @pytest.fixture(scope="module")
 def parts():
     register()
-    return AutoProcessor.from_pretrained(MODEL), json.loads((EXAMPLE / "dataset.json").read_text(encoding="utf-8"))
+    return AutoProcessor.from_pretrained(TINY), json.loads(ROWS.read_text(encoding="utf-8"))
 
 
 def prompt_and_completion(row, images):
-    prompt = [{"role": "user", "content": row["prompt"]}]
-    return {"images": images, "prompt": prompt, "completion": [{"role": "assistant", "content": row["label"]}]}
+    return {"images": images, "prompt": [user(row["prompt"])], "completion": [assistant(row["label"])]}
 
 
 def messages(row, images):
-    turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["label"]}]
-    return {"images": images, "messages": turns}
+    return {"images": images, "messages": [user(row["prompt"]), assistant(row["label"])]}
 
 
 def trainer_for(parts, rows, folder, adapter=None, **options):
-    processor, _ = parts
-    usual = {"per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1}
-    return trl.SFTTrainer(
-        model=AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32),
-        processing_class=processor,
-        train_dataset=datasets.Dataset.from_list(rows),
-        args=trl.SFTConfig(
-            output_dir=str(folder),
-            max_length=None,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            **{**usual, **options},
-        ),
-        peft_config=adapter or lora_config(8, range(4), alpha=8),
-    )
+    usual = {"per_device_train_batch_size": 3, "learning_rate": 1e-2}
+    adapter = adapter or lora_config(8, range(4), alpha=8)
+    return trl_trainer("SFT", folder, rows, TINY, parts[0], adapter, **{**usual, **options})
 
 
 @pytest.mark.parametrize("layout", [prompt_and_completion, messages])

@@ -16,7 +16,6 @@ except ImportError:  # Windows
     resource = None
 
 
-MIB = 2**20
 LIMITS = "limited memory and time"
 SECCOMP = "no files, no network, no other processes"
 

@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from fastapi import Request
 
-from visualglm_tools.serving.engine.engine import Answer, Completion, Engine, EngineClosed
+from visualglm_tools.serving.engine.answers import Answer, Completion, EngineClosed
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import PictureTooLarge
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http.errors import ApiError, client_has_left

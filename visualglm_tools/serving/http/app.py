@@ -1,4 +1,4 @@
-"""The HTTP application: every route on one engine. Doors put a server around it (`api_hf.py`, `ray_app.py`)."""
+"""The HTTP application: every route on one engine. Doors put a server around it (`commands/serve.py`, `ray_app.py`)."""
 
 import functools
 import threading
@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
-from visualglm_tools.serving.engine.engine import Engine, EngineClosed
+from visualglm_tools.serving.engine.answers import EngineClosed
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.http.api_key import check_key
 from visualglm_tools.serving.http.guards import Normalize, RefuseOtherPages, RequireKey
 from visualglm_tools.serving.http.intake import Intake

@@ -6,7 +6,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from visualglm_tools.serving.engine.engine import AnswerTimeout, EngineClosed, EngineError, QueueFull
+from visualglm_tools.serving.engine.answers import AnswerTimeout, EngineClosed, EngineError, QueueFull
 
 
 LONGEST_TEXT = 1000  # characters of a message, which may quote what the client sent

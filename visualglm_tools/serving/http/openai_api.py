@@ -15,7 +15,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from visualglm_tools.serving.engine.engine import Answer, Completion, Engine, EngineError
+from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import MAX_SEED, MAX_STOP_CHARACTERS, MAX_STOPS, Settings
 from visualglm_tools.serving.http.answering import ask, check_complete, complete
 from visualglm_tools.serving.http.errors import ASKING, ApiError, of_engine, responses

@@ -1,7 +1,7 @@
 """What stands between the page's server and whoever reaches it: an ASGI middleware in front of gradio's application.
 
 It lets in what the page itself asks for, of a size that the page would send. Gradio has many more routes: they open
-addresses, keep files, or do what this page has no need of. Pages of others are kept out by `guards.py`.
+addresses, keep files, or do what this page has no need of. Pages of others are kept out by `serving/http/guards.py`.
 """
 
 import collections

@@ -1,8 +1,8 @@
 """The page of the web demo: a picture on the left, the talk about it on the right.
 
 Each tab has a `Session` of its own on the server. What the browser may send is an uploaded picture, texts and numbers;
-of the conversation it only sees a copy. Not here: what runs in the browser (`web_client.py`), what it may ask the
-server for (`web_gate.py`), and where uploads lie (`uploads.py`).
+of the conversation it only sees a copy. Not here: what runs in the browser (`client.py`), what it may ask the
+server for (`gate.py`), and where uploads lie (`uploads.py`).
 """
 
 import asyncio
@@ -17,7 +17,8 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
-from visualglm_tools.serving.engine.engine import Answer, Engine, EngineError, QueueFull
+from visualglm_tools.serving.engine.answers import Answer, EngineError, QueueFull
+from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import DecoderNotStarted, PoolClosed
 from visualglm_tools.serving.engine.prompts import QUESTIONS, Prompt, conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings

@@ -1,0 +1,1 @@
+../../visualglm_hf/code_links.py

@@ -1,0 +1,74 @@
+"""The training of the tiny model, a few steps of it: a run that was stopped computes what it would have computed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tools.tiny import train
+from tools.tiny.options import Options
+from visualglm_hf import VisualGLMForConditionalGeneration
+
+
+STEPS, VISION_STEPS, STOP = 6, 2, 4
+
+
+class Killed(Exception):
+    """What ends a run."""
+
+
+def options_for(folder) -> Options:
+    return Options(output=folder, steps=STEPS, vision_steps=VISION_STEPS, batch_size=2, seed=5)
+
+
+@pytest.fixture
+def losses(monkeypatch) -> list[tuple[float, float]]:
+    """What is computed, step by step."""
+    noted, compute = [], train.compute_losses
+
+    def note(*arguments):
+        exam, words, marks = compute(*arguments)
+        noted.append((exam.item(), words.item()))
+        return exam, words, marks
+
+    monkeypatch.setattr(train, "compute_losses", note)
+    monkeypatch.setattr(train, "CHECKPOINT_INTERVAL", 2)
+    return noted
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, losses, monkeypatch):
+    train.train(options_for(tmp_path / "whole"))
+    whole = list(losses)
+    assert len(whole) == STEPS
+    assert all((words > 0) == (step >= VISION_STEPS) for step, (_, words) in enumerate(whole))  # eyes first
+    losses.clear()
+
+    note = train.compute_losses
+
+    def stop(*arguments):
+        if len(losses) == STOP:
+            raise Killed
+        return note(*arguments)
+
+    monkeypatch.setattr(train, "compute_losses", stop)
+    with pytest.raises(Killed):
+        train.train(options_for(tmp_path / "stopped"))
+    monkeypatch.setattr(train, "compute_losses", note)
+    assert (tmp_path / "stopped.checkpoint.pt").exists()
+    train.train(options_for(tmp_path / "stopped"))
+    assert losses == whole
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
+
+    model = VisualGLMForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    assert model.dtype == torch.float16
+    assert not any(path.is_symlink() for path in (tmp_path / "whole").iterdir())
+    record = json.loads((tmp_path / "whole" / "training.json").read_text(encoding="utf-8"))
+    assert (record["steps"], record["vision_steps"], record["batch_size"], record["seed"]) == (
+        STEPS,
+        VISION_STEPS,
+        2,
+        5,
+    )

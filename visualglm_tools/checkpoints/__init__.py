@@ -1,0 +1,1 @@
+"""Folders with a checkpoint: what is in them, and turning one into another."""

@@ -1,0 +1,175 @@
+"""What an engine gives for a request: an answer that grows and ends, or an error that says why there is none.
+
+Not here: the engine, and who is answered when (`waiting.py`).
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from visualglm_tools.serving.engine.prompts import Prompt
+from visualglm_tools.serving.engine.sampling import Settings
+
+
+class EngineError(RuntimeError):
+    """The engine, not the request, is why there is no answer."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may.
+
+    Args:
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(self, waiting: int, retry_after: int):
+        super().__init__(f"{waiting} requests are waiting already. Try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class EngineClosed(EngineError):
+    """The engine takes no more requests."""
+
+
+class AnswerTimeout(EngineError):
+    """The answer was not complete in time."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine takes on.
+
+    Args:
+        max_batch_size: answers generated at a time; of the real model in half precision, each takes up to 0.94 GB.
+        max_waiting: requests that may wait beyond these.
+        max_new_tokens: of an answer; None for what the context leaves.
+        max_pictures: of a conversation.
+        max_picture_bytes: of one encoded picture. Its pixels are limited by `visualglm_hf`'s image processor.
+        timeout: seconds from the request, or from `submit`, to the end of the answer.
+    """
+
+    max_batch_size: int = 8
+    max_waiting: int = 64
+    max_new_tokens: int | None = None
+    max_pictures: int = 8
+    max_picture_bytes: int = 20 * 2**20
+    timeout: float = 300
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A complete answer.
+
+    Args:
+        text: cleaned up as the original does.
+        finish_reason: "stop" (the model ended it, or a stop text), "length" (a limit) or "cancelled".
+        prompt_tokens, completion_tokens: how many there were, image tokens and the end token included.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Answer:
+    """An answer that was asked for. Iterate for its growing text, or wait for its `result`."""
+
+    def __init__(
+        self, prompt: Prompt, settings: Settings, timeout: float, on_cancel: Callable, asked_at: float | None = None
+    ):
+        self.prompt, self.settings = prompt, settings
+        self.asked_at = time.monotonic() if asked_at is None else asked_at
+        self.deadline = self.asked_at + timeout
+        self.first_token_at: float | None = None
+        self.is_cancelled = False
+        self.is_watched = False
+        self.text = ""
+        self.future: Future[Completion] = Future()
+        self._on_cancel = on_cancel
+        self._lock = threading.Lock()
+        self._listeners: list[Callable] = []
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the complete answer.
+
+        Raises:
+            ValueError: the model computed NaN.
+            EngineError: the engine could not finish it; `AnswerTimeout` if it took too long.
+            TimeoutError: `timeout` seconds have passed; the answer goes on.
+        """
+        return self.future.result(timeout)
+
+    async def completion(self) -> Completion:
+        """`result` for coroutines; cancelling the task does not cancel the answer."""
+        return await asyncio.shield(asyncio.wrap_future(self.future))
+
+    def cancel(self) -> None:
+        """Let the answer end with what it has; the model stops within one token."""
+        self.is_cancelled = True
+        self._on_cancel(self)
+
+    def __iter__(self) -> Iterator[str]:
+        """The text so far, whenever it has grown; each begins with the one before, the last is that of `result`."""
+        changed, shown = threading.Event(), ""
+        self._listen(changed.set)
+        while True:
+            changed.wait()
+            changed.clear()
+            text, is_done = self._current()
+            if text != shown:
+                shown = text
+                yield shown
+            if is_done:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        changed, shown = asyncio.Event(), ""
+        loop = asyncio.get_running_loop()
+        self._listen(lambda: loop.is_closed() or loop.call_soon_threadsafe(changed.set))
+        while True:
+            await changed.wait()
+            changed.clear()
+            text, is_done = self._current()
+            if text != shown:
+                shown = text
+                yield shown
+            if is_done:
+                return
+
+    def publish(self, text: str) -> None:
+        """For the engine: the text so far."""
+        if text != self.text:
+            self.text = text
+            self._notify()
+
+    def finish(self, outcome: Completion | Exception) -> None:
+        """For the engine: the end."""
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+        self._notify()
+
+    def _current(self) -> tuple[str, bool]:
+        """The text so far, and whether it is the whole; raises what `result` raises."""
+        return (self.result().text, True) if self.future.done() else (self.text, False)
+
+    def _listen(self, listener: Callable) -> None:
+        with self._lock:
+            self._listeners.append(listener)
+        self.is_watched = True
+        listener()
+
+    def _notify(self) -> None:
+        with self._lock:
+            listeners = tuple(self._listeners)
+        for listener in listeners:
+            listener()
+
+
+def late(timeout: float) -> AnswerTimeout:
+    return AnswerTimeout(f"The answer was not complete after {timeout:g} s. Ask for fewer tokens, or again later.")
