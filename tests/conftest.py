@@ -118,10 +118,16 @@ def undo_what_doors_set_for_their_process():
 @pytest.fixture
 def torch_operators(monkeypatch):
     """Low-bit products on the CPU as they are where llvmlite is not installed."""
+    from visualglm_hf.cpu_many_rows import CPU_MANY_ROWS
     from visualglm_hf.cpu_products import CPU_PRODUCTS
+    from visualglm_hf.kernel_choice import NoKernelsError
 
-    monkeypatch.setitem(CPU_PRODUCTS.found, None, None)
-    monkeypatch.setitem(CPU_PRODUCTS.reasons, None, "llvmlite is not installed")
+    def make(device):
+        raise NoKernelsError("llvmlite is not installed")
+
+    for user in (CPU_PRODUCTS, CPU_MANY_ROWS):
+        monkeypatch.setattr(user, "found", {})
+        monkeypatch.setattr(user, "make", make)
 
 
 @pytest.fixture
@@ -136,12 +142,14 @@ def with_kernels():
 @pytest.fixture
 def renew_products(monkeypatch):
     """Makes what multiplies low-bit matrices on a CPU anew."""
-    from visualglm_hf import lowbit_products
+    from visualglm_hf import cpu_many_rows, lowbit_products
+    from visualglm_hf.cpu_many_rows import CpuManyRows
     from visualglm_hf.cpu_products import CpuProducts
 
     def make() -> CpuProducts:
         products = CpuProducts()
         monkeypatch.setattr(lowbit_products, "CPU_PRODUCTS", products)
+        monkeypatch.setattr(cpu_many_rows, "CPU_MANY_ROWS", CpuManyRows())
         return products
 
     return make

@@ -27,6 +27,7 @@ ARROWS = {
     "modeling_visualglm": (
         {
             "cache_naming",
+            "calibration",
             "chat",
             "configuration_visualglm",
             "cpu_attention",
@@ -81,7 +82,11 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
-    "quantization": ({"adapters", "lowbit_format", "lowbit_products"}, {"transformers", "torch"}),
+    "quantization": (
+        {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products"},
+        {"transformers", "torch"},
+    ),
+    "calibration": ({"lowbit_codes", "lowbit_format", "quantization"}, {"torch"}),
     "cpu_attention": ({"cpu_language", "cpu_layer", "cpu_runtime", "kernel_choice"}, {"torch"}),
     "cpu_decoder": (
         {
@@ -89,6 +94,7 @@ ARROWS = {
             "cpu_attention",
             "cpu_language",
             "cpu_layer",
+            "cpu_many_rows",
             "cpu_products",
             "cpu_runtime",
             "growing_cache",
@@ -98,11 +104,30 @@ ARROWS = {
     ),
     "cpu_language": (set(), {"torch"}),
     "cpu_layer": ({"cpu_language", "cpu_runtime"}, {"torch"}),
+    "cpu_arithmetic": ({"cpu_language", "cpu_products", "cpu_runtime", "instruction_trial"}, {"torch"}),
+    "cpu_many_rows": (
+        {"cpu_arithmetic", "cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_format"},
+        {"torch"},
+    ),
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
+    "cpu_quantizing": (
+        {"cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_codes"},
+        {"torch"},
+    ),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
+    "instruction_trial": (set(), set()),
     "kernel_choice": (set(), set()),
     "kernel_report": (
-        {"adapters", "cpu_attention", "cpu_decoder", "cpu_language", "growing_cache", "kernel_choice"},
+        {
+            "adapters",
+            "cpu_arithmetic",
+            "cpu_attention",
+            "cpu_decoder",
+            "cpu_language",
+            "cpu_many_rows",
+            "growing_cache",
+            "kernel_choice",
+        },
         {"torch"},
     ),
     "cuda_products": (
@@ -112,9 +137,10 @@ ARROWS = {
     "cuda_runtime": ({"kernel_choice"}, {"torch"}),
     "cuda_source": (set(), set()),
     "cuda_tiles": (set(), set()),
+    "lowbit_codes": ({"lowbit_format"}, {"torch"}),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (
-        {"cpu_language", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
+        {"cpu_language", "cpu_many_rows", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
         {"torch"},
     ),
 }
@@ -137,12 +163,12 @@ TOOL_ROOMS = {
         packages="argcomplete",
     ),
     "commands": Room(
-        tools="benchmarking.report benchmarking.run benchmarking.settings checkpoints.checks checkpoints.conversion "
-        "checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging checkpoints.quantizing "
-        "checkpoints.remote_code options output_files printing serving.engine.engine serving.engine.sampling "
-        "serving.engine.text serving.http.api_key serving.http.app serving.listening serving.options "
-        "serving.page.page serving.page.uploads serving.questions shipped training.memory training.run "
-        "training.settings",
+        tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
+        "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
+        "checkpoints.quantizing checkpoints.remote_code options output_files printing serving.engine.engine "
+        "serving.engine.sampling serving.engine.text serving.http.api_key serving.http.app serving.listening "
+        "serving.options serving.page.page serving.page.uploads serving.questions shipped training.memory "
+        "training.run training.settings",
         model="compilation fetching image_processing_visualglm",
         packages="accelerate torch tqdm transformers uvicorn",
     ),
@@ -180,6 +206,11 @@ TOOL_ROOMS = {
         tools="checkpoints.adapters checkpoints.folder checkpoints.loading options printing shipped",
         model="configuration_visualglm image_processing_visualglm modeling_visualglm processing_visualglm quantization",
         packages="filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
+    ),
+    "calibration": Room(
+        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing printing serving.questions",
+        model="quantization visualglm_hf",
+        packages="torch tqdm",
     ),
     "benchmarking": Room(
         tools="checkpoints.loading options packages",
@@ -234,7 +265,7 @@ def test_arrows_have_no_circle():
 
 
 def is_in_basement(room: str) -> bool:
-    return room.startswith(("cpu_", "cuda_", "kernel_choice", "lowbit_"))
+    return room.startswith(("cpu_", "cuda_", "instruction_trial", "kernel_choice", "lowbit_"))
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -251,11 +282,11 @@ def functions_of(room: str) -> set[str]:
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith("cpu_")])
 def test_every_kernel_has_a_naive_twin_of_its_name(room):
-    """In torch, beside it or, of the low-bit format, there. A program has none: it runs kernels."""
+    """In torch, beside it or, of low bits, with their definition. A program has none: it runs kernels."""
     kernels = {
         name.removesuffix("_kernel") for name in functions_of(room) if re.fullmatch(r"(?!write_)\w+_kernel", name)
     }
-    twins = functions_of(room) | functions_of("lowbit_format")
+    twins = functions_of(room) | functions_of("lowbit_format") | functions_of("lowbit_codes")
     assert {name for name in kernels - {"program"} if f"{name}_naive" not in twins} == set()
 
 

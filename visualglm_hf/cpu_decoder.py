@@ -33,7 +33,8 @@ from .adapters import find_wrapped
 from .cpu_attention import CPU_ATTENTION, AttentionKernels, AttentionTask
 from .cpu_language import BYTES, HALVES, I32, I64, INTEGERS, Kernel, Pointer, write_function
 from .cpu_layer import GeluTask, NarrowTask, NormTask, ResidualTask, RotateTask, write_stage
-from .cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, Plan, matrix_obstacle
+from .cpu_many_rows import MOST_OUTPUTS, ManyRowsPlan, many_rows_obstacle, plan_many_rows
+from .cpu_products import CPU_PRODUCTS, FEW_ROWS, KINDS, CpuKernels, Plan, matrix_obstacle
 from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Kernels, Stage, Task
 from .growing_cache import GrowingCache
 from .kernel_choice import KernelError, name_of
@@ -41,6 +42,7 @@ from .kernel_choice import KernelError, name_of
 
 CHECK_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative error of the self-check: a few last bits
 RECORDED = ("output_hidden_states", "output_attentions")  # what a call, or the config of a part, may ask for
+MOST_SEQUENCES = 64  # in a program, of weights in low bits
 SPINS = 4096  # of a thread that waits, before it gives its processor to another
 
 
@@ -140,11 +142,25 @@ class Linear(NamedTuple):
         kind = KINDS.get(self.form)
         if kind is None:
             return f"{name_of(self.form)} weights"
-        if batch > kind.most_rows:
-            return f"{batch} sequences, and {kind.name} weights take {kind.most_rows}"
+        most = MOST_SEQUENCES if self.has_low_bits else FEW_ROWS
+        if batch > most:
+            return f"{batch} sequences, and {kind.name} weights take {most}"
         if not self.has_low_bits and (self.form != dtype or type(self.weight) is not nn.Parameter):
             return f"weights that are no plain parameter in {name_of(dtype)}"
+        if batch > FEW_ROWS:
+            return self.many_rows_obstacle(batch)
         return matrix_obstacle(self.weight, self.weight_scale, self.in_features, kind)
+
+    def many_rows_obstacle(self, batch: int) -> str | None:
+        if len(self.weight) % MOST_OUTPUTS:
+            return f"a matrix of {len(self.weight)} rows, no multiple of {MOST_OUTPUTS}"
+        return many_rows_obstacle(torch.float32, batch, *self[:2], self.in_features, self.form)
+
+    def plan(self, batch: int, products: CpuKernels) -> Plan | ManyRowsPlan:
+        """Plan the product of so many rows of activations."""
+        if batch > FEW_ROWS:
+            return plan_many_rows(batch, self.weight_scale, self.in_features, self.form)
+        return products.find_plan(self.form, batch, self.in_features, *self[:2])
 
 
 class Norm(NamedTuple):
@@ -260,7 +276,7 @@ class StepProgram:
         self.batch, self.dtype, self.alpha, self.eps = batch, dtype, part.alpha, part.eps
         self.lock = threading.Lock()
         widest = max(linear.weight.shape[0] for linear in part.linears)
-        quantized_bytes = max(self.plan(linear).quantized_bytes for linear in part.linears)
+        quantized_bytes = max(linear.plan(batch, products).quantized_bytes for linear in part.linears)
         heads = (batch, part.num_heads, part.head_dim)
         with torch.inference_mode(False):  # or no other mode may write here
             self.hidden, self.normed, self.narrowed = torch.empty(3, batch, part.hidden_size, **FLOATS)
@@ -277,9 +293,6 @@ class StepProgram:
         self.entries = (ProgramStage * len(self.stages))(*entries)
         self.program = Program(ctypes.addressof(self.entries), len(self.stages), kernels.give_way)
 
-    def plan(self, linear: Linear) -> Plan:
-        return self.products.find_plan(linear.form, self.batch, linear.in_features, linear.weight, linear.weight_scale)
-
     def add_layer(self, layer: Layer) -> None:
         self.add_norm(layer.input_norm)
         self.add_product(self.normed, layer.query_key_value)
@@ -294,7 +307,8 @@ class StepProgram:
 
     def add_product(self, x: torch.Tensor, linear: Linear) -> None:
         addresses = addresses_of(x, self.quantized)
-        self.stages += self.plan(linear).stages(*addresses, linear.weight, linear.weight_scale, self.product.data_ptr())
+        plan = linear.plan(self.batch, self.products)
+        self.stages += plan.stages(*addresses, linear.weight, linear.weight_scale, self.product.data_ptr())
 
     def add(self, task: Task, columns: int) -> None:
         self.stages.append(self.kernels.stage(self.dtype, columns, task))
@@ -349,7 +363,7 @@ class StepProgram:
                 rotation.write_to(key, value)
                 attention.attend_to(key, value, bias, scores)
             for stage in self.stages:
-                stage.task.next_chunk = 0
+                stage.task.restart()
             self.kernels.pool.run(self.kernels.program, self.program, torch.get_num_threads())
             return self.hidden.to(self.dtype)[:, None]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small language for kernels on a CPU: Python expressions over numbers and vectors, written as LLVM code.
 
-Not here: kernels (`cpu_products.py`, `cpu_attention.py`, `cpu_layer.py`), and what compiles and runs them
-(`cpu_runtime.py`). No other file has LLVM code in it.
+Not here: kernels (`cpu_products.py`, `cpu_many_rows.py`, `cpu_attention.py`, `cpu_layer.py`), and what compiles and
+runs them (`cpu_runtime.py`). No other file has LLVM code in it.
 
 A kernel is a Python function that is called once, to write the code. What it computes with are a `Value`, of a `Type`
 such as `F32` or `F32[16]`, and a `Pointer`, to memory in a `Form`. Each operator on them writes one instruction:
@@ -377,6 +377,30 @@ def join(first: Value, second: Value) -> Value:
     return shuffle(first, second, range(2 * first.type.lanes))
 
 
+def vector_of(numbers: Iterable[Value]) -> Value:
+    """A vector of some numbers of one type."""
+    numbers = list(numbers)
+    type, kernel = numbers[0].type[len(numbers)], numbers[0].kernel
+    vector = Value(kernel, type, "poison")
+    for lane, number in enumerate(numbers):
+        vector = kernel.emit(type, f"insertelement {type} {vector}, {number.type} {number}, i64 {lane}")
+    return vector
+
+
+def transpose(rows: list[Value]) -> list[Value]:
+    """The columns of as many vectors as each has lanes, a power of two: lane i of row j becomes lane j of row i."""
+    count, distance = len(rows), len(rows) // 2
+    while distance:  # change places between the vectors that are so far apart
+        first = [lane + (count - distance if lane & distance else 0) for lane in range(count)]
+        second = [lane + (count if lane & distance else distance) for lane in range(count)]
+        moved = list(rows)
+        for row in (row for row in range(count) if not row & distance):
+            pair = rows[row], rows[row + distance]
+            moved[row], moved[row + distance] = (shuffle(*pair, lanes) for lanes in (first, second))
+        rows, distance = moved, distance // 2
+    return rows
+
+
 def where(condition: Value, then: Number, otherwise: Number) -> Value:
     """One of two numbers in each lane; at least one of them is a value."""
     known = then if isinstance(then, Value) else otherwise
@@ -423,12 +447,20 @@ def minimum(a: Value, b: Number) -> Value:
     return call_for("umin", a, b)
 
 
+def clamp(value: Value, low: float, high: float) -> Value:
+    """The nearest number that is neither below `low` nor above `high`; NaN stays NaN."""
+    value = where(value < low, low, value)
+    return where(value.compare("ogt", "ugt", high), high, value)
+
+
 def square_root(value: Value) -> Value:
     return call_for("sqrt", value)
 
 
 def total_of(vector: Value, start: Value | None = None) -> Value:
-    """The sum of all lanes, in any order, and of a number to begin with."""
+    """The sum of all lanes, in any order, and of a number to begin with, if they are floats."""
+    if not vector.type.is_float:
+        return vector.kernel.call(vector.type[0], f"llvm.vector.reduce.add.{suffix(vector.type)}", vector)
     start = start or vector.kernel.zero(vector.type[0])
     name = f"llvm.vector.reduce.fadd.{suffix(vector.type)}"
     return vector.kernel.call(vector.type[0], name, start, vector, flags="reassoc")
@@ -488,6 +520,50 @@ def exp(x: Value) -> Value:
     return (power.bits(integers) + (shifted.bits(integers) << 23)).bits(x.type)
 
 
+# Matrix instructions (AMX)
+
+
+class TileRegisters:
+    """A processor's eight registers of up to 16 rows of up to 64 bytes each, from `shape` to `release`."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel, self.shapes = kernel, ()
+
+    def call(self, name: str, *arguments: Number) -> None:
+        values = [
+            argument if isinstance(argument, Value) else self.kernel.constant(I8, argument) for argument in arguments
+        ]
+        self.kernel.call(None, f"llvm.x86.{name}", *values)
+
+    def shape(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Say how many rows of how many bytes each register has; what they had is lost."""
+        self.shapes = tuple(shapes)
+        settings = self.kernel.room(64, BYTES)
+        settings.store(self.kernel.zero(I8[64]))
+        settings.store(self.kernel.constant(I8, 1))
+        for number, (rows, columns) in enumerate(self.shapes):
+            settings[16 + 2 * number].store(self.kernel.constant(I8, columns))
+            settings[48 + number].store(self.kernel.constant(I8, rows))
+        self.call("ldtilecfg", settings)
+
+    def clear(self, number: int) -> None:
+        self.call("tilezero", number)
+
+    def load(self, number: int, at: Pointer, pitch: int) -> None:
+        """Read a register, whose rows are so many bytes apart."""
+        self.call("tileloadd64", number, at, self.kernel.integer(pitch))
+
+    def store(self, number: int, at: Pointer, pitch: int) -> None:
+        self.call("tilestored64", number, at, self.kernel.integer(pitch))
+
+    def add_dot(self, total: int, a: int, b: int) -> None:
+        """Add to 32-bit integers [M, N] the product of signed bytes [M, K, 4] and unsigned ones [K, N, 4]."""
+        self.call("tdpbsud", total, a, b)
+
+    def release(self) -> None:
+        self.call("tilerelease")
+
+
 # Kernels
 
 
@@ -495,7 +571,7 @@ FIELD_TYPES = {ctypes.c_void_p: ADDRESS, ctypes.c_int64: I64, ctypes.c_float: F3
 
 
 class Fields:
-    """The fields of a task by their names, and the number of a `chunk` of its work."""
+    """The fields of a task by their names, the number of a `chunk` of its work, and the `room` of the thread."""
 
     def __init__(self, kernel: Kernel, task_class: type[ctypes.Structure]):
         for name, kind in task_class._fields_:
@@ -503,6 +579,18 @@ class Fields:
             value = Pointer(kernel, f"%{name}", BYTES) if is_address else Value(kernel, FIELD_TYPES[kind], f"%{name}")
             setattr(self, name, value)
         self.chunk = Value(kernel, I64, "%chunk")
+        self.room = Pointer(kernel, "%room", BYTES)
+
+
+@contextmanager
+def take_room(k: Kernel, task: Pointer, task_class: type[ctypes.Structure], read: Callable) -> Iterator[Pointer]:
+    """Take a room for a thread, if the task has any; a thread for which none is left does nothing."""
+    if not hasattr(task_class, "next_room"):
+        yield Pointer(k, "null", BYTES)
+        return
+    number = task[task_class.next_room.offset].exchange_add(1, "monotonic")
+    with k.when(number < read("room_count", I64)):
+        yield task[task_class.rooms.offset].follow(BYTES)[number * read("room_bytes", I64)]
 
 
 def write_kernel(
@@ -513,7 +601,8 @@ def write_kernel(
     Args:
         name: of the function.
         task_class: what the function is given the address of: a subclass of `Task`, whose own fields are how many
-            chunks there are, and the next one.
+            chunks there are, and the next one. If it has `rooms`, each thread has one, its own: `room_count` of
+            `room_bytes` each, of which `next_room` is the first that no thread has taken.
         work: writes what is done with a chunk.
         is_apart: promise that what one address leads to is not reached from another, so that LLVM may read ahead of
             what is written.
@@ -523,7 +612,8 @@ def write_kernel(
     work(inner, Fields(inner, task_class))
     types = FIELD_TYPES | {ctypes.c_void_p: "ptr noalias" if is_apart else "ptr"}
     parameters = "".join(f"{types[kind]} %{field}, " for field, kind in fields)
-    functions = [inner.finish(f"internal void @work({parameters}i64 %chunk) alwaysinline")]
+    room_type = types[ctypes.c_void_p]
+    functions = [inner.finish(f"internal void @work({parameters}{room_type} %room, i64 %chunk) alwaysinline")]
 
     outer = Kernel()
     task = Pointer(outer, "%task", BYTES)
@@ -534,10 +624,10 @@ def write_kernel(
 
     chunks, following = read("chunks", I64), task[task_class.next_chunk.offset]
     values = [read(field, FIELD_TYPES[kind]) for field, kind in fields]
-    with outer.repeat() as leave_when:
+    with take_room(outer, task, task_class, read) as room, outer.repeat() as leave_when:
         chunk = following.exchange_add(1, "monotonic")
         leave_when(chunk.compare("", "uge", chunks))
-        outer.call(None, "work", *values, chunk)
+        outer.call(None, "work", *values, room, chunk)
     functions.append(outer.finish(f"void @{name}(ptr %task)"))
     return "\n".join([*inner.declarations.values(), *functions])
 

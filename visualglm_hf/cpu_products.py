@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with low-bit and half-precision matrices on a CPU: kernels, and how they are launched.
+"""Products of a few rows with low-bit and half-precision matrices on a CPU: kernels, and how they are launched.
 
-Not here: the language they are written in (`cpu_language.py`), the compiler and the threads (`cpu_runtime.py`), the
-format's bytes and the naive twins of the kernels (`lowbit_format.py`), and when they are used (`lowbit_products.py`).
+Not here: products of many rows (`cpu_many_rows.py`), the language (`cpu_language.py`), the compiler and the threads
+(`cpu_runtime.py`), the format's bytes and the naive twins of the kernels (`lowbit_format.py`), and when they are used
+(`lowbit_products.py`).
 
 How it is fast: a decoded token reads every matrix once, so memory is the limit, and the work per byte must hide behind
 it. Matrices are read as they are stored, from the first byte to the last: processors fetch ahead of a thread that reads
 one row after the other, and not of one that reads several at a time, which halves the speed on some. For integer codes
 the activations are quantized to 16 bits with a scale per 64 columns, which costs no measurable accuracy; sums are exact
-in 32 bits, and scaled in float32. Threads take rows of the matrix, a chunk at a time, without Python. For more
-activations than that pays for, the matrix is written out in float32, for torch to multiply.
+in 32 bits, and scaled in float32. Threads take rows of the matrix, a chunk at a time, without Python. For gradients,
+the matrix is written out in float32, some rows at a time, for torch to multiply.
 
 Shapes: M rows of activations, N outputs, K inputs, n groups of K / n neighbours in a row of the matrix. A line is 64
 bytes of a row; a cell is what has a scale of the matrix and one of the activations in common, some columns of a line.
@@ -54,7 +55,7 @@ from .kernel_choice import KernelError, name_of
 from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
 
-TILE_ROWS = 4  # rows of activations in registers
+FEW_ROWS = 4  # of activations, whose sums registers hold; many are multiplied faster elsewhere
 MOST_LINES = 4  # at a time; 1, 2, 4 or 8
 LINE_BYTES = 64  # of the matrix
 AHEAD = 3072  # bytes that are asked for before they are needed
@@ -223,7 +224,6 @@ class Kind:
         columns: of the matrix in a line.
         x_bytes: of the activations in a line.
         quantize_line: writes how a line of activations is quantized; None if they stay float32.
-        most_rows: M up to which the kernels are used; for more, torch has better ways.
         values: writes how the matrix in a line is read, without its scales; None if it has none.
         is_offset: whether a line multiplies with 8 more than the codes. That adds 8 times the activations, which is
             taken off for each cell as a whole.
@@ -234,7 +234,6 @@ class Kind:
     columns: int
     x_bytes: int
     quantize_line: Callable[..., tuple] | None
-    most_rows: int
     values: Callable[..., Value] | None
     is_offset: bool
 
@@ -245,10 +244,10 @@ class Kind:
 
 
 KINDS = {
-    4: Kind("int4", add_line_int4, 128, 256, quantize_line_int4, 16, values_int4, True),
-    8: Kind("int8", add_line_int8, 64, 128, quantize_line_int8, 16, values_int8, False),
+    4: Kind("int4", add_line_int4, 128, 256, quantize_line_int4, values_int4, True),
+    8: Kind("int8", add_line_int8, 64, 128, quantize_line_int8, values_int8, False),
     **{
-        dtype: Kind(str(dtype), partial(add_line_half, half=half), 32, 128, None, TILE_ROWS, None, False)
+        dtype: Kind(str(dtype), partial(add_line_half, half=half), 32, 128, None, None, False)
         for dtype, half in HALVES.items()
     },
 }
@@ -328,8 +327,8 @@ def rows_of(task: Fields) -> tuple[Value, Value]:
     return first, minimum(first + task.rows, task.outputs)
 
 
-def multiply_kernel(k: Kernel, task: Fields, kind: Kind, lines: int, groups: int, tile: int) -> None:
-    """Some rows of a matrix times `tile` rows of activations.
+def multiply_kernel(k: Kernel, task: Fields, kind: Kind, lines: int, groups: int, rows: int) -> None:
+    """Some rows of a matrix times `rows` rows of activations.
 
     The scales of all cells in the lines that are done at a time, of the matrix times of the activations, go through
     memory: a number is loaded into all lanes for nothing, but moving it there from another lane takes an instruction.
@@ -338,16 +337,16 @@ def multiply_kernel(k: Kernel, task: Fields, kind: Kind, lines: int, groups: int
     unroll, per_line = scaling.choose_unroll(), scaling.cells_per_line
     cells = unroll * per_line
     x_scales, x_corrections = task.x_scales.of(FLOATS32), task.x_corrections.of(FLOATS32)
-    room = k.room(tile * cells, FLOATS32)
+    room = k.room(rows * cells, FLOATS32)
     first_row, end = rows_of(task)
     with k.loop(end, start=first_row) as row:
         codes, row_scales = task.matrix[row * (lines * LINE_BYTES)], task.scales.of(FLOAT16)[row * groups]
-        totals = [k.variable(k.zero(F32[LANES])) for _ in range(tile)]
-        corrections = [k.variable(k.zero(F32[cells])) for _ in range(tile if kind.is_offset else 0)]
+        totals = [k.variable(k.zero(F32[LANES])) for _ in range(rows)]
+        corrections = [k.variable(k.zero(F32[cells])) for _ in range(rows if kind.is_offset else 0)]
         with k.loop(lines, unroll) as i:
             if groups:
                 scales, cell = scaling.read(row_scales, i, unroll, cells), i * per_line
-                for t in range(tile):
+                for t in range(rows):
                     at = cell + t * lines * per_line
                     room[t * cells].store(scales * x_scales[at].load(cells))
                     if kind.is_offset:
@@ -399,7 +398,7 @@ def quantize_kernel(k: Kernel, task: Fields, kind: Kind, lines: int, cells: int)
             task.corrections.of(FLOATS32)[i * cells].store(sums.to(F32) * (scales * -8.0))
 
 
-def write_product(name: str, kind: Kind, lines: int, groups: int, tile: int) -> str:
+def write_product(name: str, kind: Kind, lines: int, groups: int, rows: int) -> str:
     """Write the code of a kernel that multiplies.
 
     Args:
@@ -407,9 +406,9 @@ def write_product(name: str, kind: Kind, lines: int, groups: int, tile: int) -> 
         kind: of the matrix.
         lines: in a row of the matrix.
         groups: scales in a row of the matrix; 0 for none.
-        tile: rows of activations.
+        rows: of activations.
     """
-    work = partial(multiply_kernel, kind=kind, lines=lines, groups=groups, tile=tile)
+    work = partial(multiply_kernel, kind=kind, lines=lines, groups=groups, rows=rows)
     return write_kernel(name, ProductTask, work)
 
 
@@ -424,15 +423,6 @@ def write_quantization(name: str, kind: Kind, lines: int, cells: int) -> str:
 
 
 # Launch
-
-
-class Tile(NamedTuple):
-    """Some rows of activations, which a kernel takes together; bytes that come before theirs."""
-
-    kernel: Function
-    x: int
-    cells: int
-    out: int
 
 
 class ProductTask(Task):
@@ -466,9 +456,9 @@ class Plan(NamedTuple):
 
     rows: int  # M
     quantize: Function | None  # None for activations that are read as they are
+    multiply: Function
     x_bytes: int  # of the codes in all rows of the activations
     cells_bytes: int  # of the scales of their cells, and of the corrections
-    tiles: tuple[Tile, ...]
 
     @property
     def quantized_bytes(self) -> int:
@@ -494,12 +484,8 @@ class Plan(NamedTuple):
         outputs = weight.shape[0]
         threads, chunks, rows = divide(outputs, weight.nbytes)
         matrix = (weight.data_ptr(), None if weight_scale is None else weight_scale.data_ptr())
-        for kernel, x_bytes, cells_bytes, out_bytes in self.tiles:
-            activations = (x + x_bytes, at_scales + cells_bytes, at_corrections + cells_bytes)
-            sizes = (outputs, rows)
-            task = ProductTask(chunks, 0, *matrix, *activations, out + out_bytes, *sizes)
-            stages.append(Stage(kernel, task, threads))
-        return stages
+        task = ProductTask(chunks, 0, *matrix, x, at_scales, at_corrections, out, outputs, rows)
+        return [*stages, Stage(self.multiply, task, threads)]
 
 
 class CpuKernels(Kernels):
@@ -515,19 +501,14 @@ class CpuKernels(Kernels):
         kind = self.kinds[form]
         lines = columns // kind.columns
         cells = Scaling(kind, lines, groups).cells_per_line
-        cells_bytes = lines * cells * torch.float32.itemsize  # of a row
-        tiles = []
-        for first in range(0, rows, TILE_ROWS):
-            tile = min(TILE_ROWS, rows - first)
-            write = partial(write_product, kind=kind, lines=lines, groups=groups, tile=tile)
-            kernel = self.compiled(f"{kind.name}_{lines}_{groups}_{tile}", write)
-            before = (lines * kind.x_bytes, cells_bytes, outputs * torch.float32.itemsize)
-            tiles.append(Tile(kernel, *(first * row_bytes for row_bytes in before)))
+        write = partial(write_product, kind=kind, lines=lines, groups=groups, rows=rows)
+        multiply = self.compiled(f"{kind.name}_{lines}_{groups}_{rows}", write)
         quantize = None
         if kind.quantize_line is not None:
             write = partial(write_quantization, kind=kind, lines=lines, cells=cells)
             quantize = self.compiled(f"{kind.name}_{lines}_{cells}_quantization", write)
-        return Plan(rows, quantize, rows * lines * kind.x_bytes, rows * cells_bytes, tuple(tiles))
+        cells_bytes = lines * cells * torch.float32.itemsize  # of a row
+        return Plan(rows, quantize, multiply, rows * lines * kind.x_bytes, rows * cells_bytes)
 
     def find_plan(
         self, form: int | torch.dtype, rows: int, columns: int, weight: torch.Tensor, weight_scale: torch.Tensor | None
@@ -579,25 +560,31 @@ def divide(rows: int, nbytes: int) -> tuple[int, int, int]:
     return threads, -(-rows // chunk), chunk
 
 
-def activations_obstacle(dtype: torch.dtype, rows: int, kind: Kind) -> str | None:
+def activations_obstacle(dtype: torch.dtype, rows: int) -> str | None:
     """Why no kernel multiplies with activations [M, K]; float64 asks for more than they give."""
     if dtype not in ACTIVATIONS:
         return f"{name_of(dtype)} activations"
-    if not 0 < rows <= kind.most_rows:
-        return f"{rows} rows of activations, not 1 to {kind.most_rows}"
+    if not 0 < rows <= FEW_ROWS:
+        return f"{rows} rows of activations, not 1 to {FEW_ROWS}"
+    return None
+
+
+def storage_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> str | None:
+    """Why kernels cannot read a matrix, whatever its groups are: it has to have whole lines."""
+    if columns == 0 or columns % kind.columns or weight.shape[0] == 0:
+        return f"a matrix [{weight.shape[0]}, {columns}], whose columns are no multiple of {kind.columns}"
+    if not weight.is_contiguous():
+        return "a matrix that is not contiguous"
+    if weight_scale is not None and (weight_scale.dtype != torch.float16 or not weight_scale.is_contiguous()):
+        return "scales that are not float16 and contiguous"
     return None
 
 
 def matrix_obstacle(weight: torch.Tensor, weight_scale: torch.Tensor | None, columns: int, kind: Kind) -> str | None:
     """Why the kernels cannot read a matrix: whole lines, and whole scales in a line or whole lines in a scale."""
-    if columns == 0 or columns % kind.columns or weight.shape[0] == 0:
-        return f"a matrix [{weight.shape[0]}, {columns}], whose columns are no multiple of {kind.columns}"
-    if not weight.is_contiguous():
-        return "a matrix that is not contiguous"
-    if weight_scale is None:
-        return None
-    if weight_scale.dtype != torch.float16 or not weight_scale.is_contiguous():
-        return "scales that are not float16 and contiguous"
+    obstacle = storage_obstacle(weight, weight_scale, columns, kind)
+    if obstacle is not None or weight_scale is None:
+        return obstacle
     lines, groups = columns // kind.columns, count_groups(weight_scale)
     if lines % groups and (groups % lines or 16 % (groups // lines)):
         return f"groups of {columns // groups} columns"
@@ -612,7 +599,7 @@ class CpuProducts(CpuKernelUser):
     def check(self, kernels: CpuKernels) -> None:
         random = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
         floats = {**random, **FLOATS}
-        x = torch.randn(TILE_ROWS + 1, 512, **floats)
+        x = torch.randn(FEW_ROWS, 512, **floats)
         matrices = [(torch.randn(33, 512, **floats).to(dtype), None, dtype) for dtype in HALVES]
         for bits, groups in ((4, 8), (4, 1), (8, 1)):
             codes = torch.randint(-128, 128, (33, 512 * bits // 8), **random).to(torch.int8)

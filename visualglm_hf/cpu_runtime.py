@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code for this CPU: LLVM compiles it, and several threads run it.
 
-Not here: how the code is written (`cpu_language.py`), what it computes (`cpu_products.py`, `cpu_attention.py`,
-`cpu_layer.py`), and whether it is used (`kernel_choice.py`).
+Not here: how the code is written (`cpu_language.py`), what it computes (`cpu_products.py`, `cpu_many_rows.py`,
+`cpu_attention.py`, `cpu_layer.py`), and whether it is used (`kernel_choice.py`).
 
 The code is compiled for the CPU that runs it, when it is first needed, by the LLVM inside the Python package llvmlite:
 `pip install llvmlite` is all there is to install.
@@ -97,6 +97,10 @@ class Task(ctypes.Structure):
         ("next_chunk", ctypes.c_int64),  # the first chunk that no thread has taken
     )
 
+    def restart(self) -> None:
+        """Let it be done once more."""
+        self.next_chunk = 0
+
 
 class Stage(NamedTuple):
     """A kernel, what it works on, and how many threads are worth it."""
@@ -176,8 +180,9 @@ class CpuKernelUser(KernelUser):
         """The kernels, or None for the torch way."""
         return self.find()
 
-    def make(self, device: None) -> Kernels:
+    def make(self, device: tuple | None) -> Kernels:
+        """Make the kernels, those of a tuple of what they are for, or all."""
         llvm = load_llvm()
         if llvm is None:
             raise NoKernelsError("llvmlite is not installed; get it with: pip install llvmlite")
-        return self.kernels_class(llvm)
+        return self.kernels_class(llvm, *(device or ()))

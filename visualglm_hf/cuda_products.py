@@ -16,7 +16,7 @@ import torch
 
 from .cuda_runtime import Driver, Launch, compile_kernels
 from .cuda_source import HELPERS, SOURCE
-from .cuda_tiles import MOST_WARPS, PADDING, STAGES, STEP, WARP_OUTPUTS, TileKernel, tile_source
+from .cuda_tiles import PADDING, STAGES, STEP, TOGETHER, TileKernel, tile_source
 from .kernel_choice import KernelError, KernelUser, NoKernelsError, name_of
 from .lowbit_format import count_groups, dequantize_naive, multiply_naive
 
@@ -31,6 +31,8 @@ WARP_MEMORY = (8 * (BLOCK_OUTPUTS + 1) + 1) * 4  # bytes of shared memory for th
 MAX_BLOCKS = 2**16 - 1  # along the second dimension of a grid
 MAX_ELEMENTS = 2**31  # of a matrix, for 32-bit offsets
 DEQUANTIZE_THREADS = 256
+WARP_TILES = 2  # of 16 outputs, that a warp of the tile kernel has
+MOST_WARPS = 8  # of its blocks; registers allow no more with 64 rows
 OLDEST_CAPABILITY = (7, 5)  # Turing: the first with m16n8k8
 BFLOAT16_CAPABILITY = (8, 0)
 
@@ -41,16 +43,14 @@ class Tiles(NamedTuple):
     Args:
         row_tiles: a block has 8 rows of x so many times.
         across, along: warps of a block: so many divide its outputs, and so many its columns.
-        together: steps of a warp in a round.
-        most_cluster: blocks that divide the columns once more, at most.
+        clusters: how many blocks may divide the columns once more, of which the one that takes the least time is taken.
         most_load: pieces of a product that are 64 outputs wide and as many rows high, for each processor, at most.
     """
 
     row_tiles: int
     across: int
     along: int
-    together: int
-    most_cluster: int
+    clusters: tuple[int, ...]
     most_load: float = math.inf
 
     @property
@@ -59,18 +59,18 @@ class Tiles(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        return WARP_OUTPUTS * self.across
+        return 16 * WARP_TILES * self.across
 
     @property
     def warps(self) -> int:
         return self.across * self.along
 
     def kernel(self, bits: int, dtype: torch.dtype) -> TileKernel:
-        return TileKernel(bits, name_of(dtype), self.row_tiles, self.together)
+        return TileKernel(bits, name_of(dtype), WARP_TILES, self.row_tiles, 32 * MOST_WARPS)
 
     def memory(self, bits: int) -> int:
         """Bytes of shared memory: of all stages, and later of the sums in their place."""
-        stage = self.along * self.together * STEP * (2 * self.rows + self.outputs * bits // 8)
+        stage = self.along * TOGETHER * STEP * (2 * self.rows + self.outputs * bits // 8)
         return max(STAGES * stage, self.along * self.rows * (self.outputs + PADDING) * 4)
 
     def choose_cluster(self, blocks: int, processors: int) -> int:
@@ -79,18 +79,19 @@ class Tiles(NamedTuple):
         A processor's time grows with its blocks, but for the first few, until it has `MOST_WARPS`.
         """
         free = MOST_WARPS // self.warps
-        sizes = [size for size in (1, 2) if size <= self.most_cluster]
-        return min(sizes, key=lambda size: max(-(-blocks * size // processors), free) / size)
+        return min(self.clusters, key=lambda size: max(-(-blocks * size // processors), free) / size)
 
 
 class TileChoice(NamedTuple):
     """For which products the tile kernel is the fastest way, and with which tiles.
 
     Args:
-        last_rows: by bits.
+        first_rows: from so many rows,
+        last_rows: to so many, by bits.
         tiles: those for few rows first, and of those for as many rows the ones for few outputs.
     """
 
+    first_rows: int
     last_rows: dict[int, int]
     tiles: tuple[Tiles, ...]
 
@@ -103,20 +104,19 @@ class TileChoice(NamedTuple):
         )
 
 
-# By compute capability: only what was measured there.
+# By compute capability: only what was measured there (docs/benchmarks.md).
 TILE_CHOICES = {
     (9, 0): TileChoice(
+        first_rows=9,
         last_rows={4: 256, 8: 128},
         tiles=(
-            Tiles(1, 1, 8, 2, 1, most_load=1),
-            Tiles(1, 1, 4, 2, 1),
-            Tiles(2, 1, 8, 2, 1, most_load=1),
-            Tiles(2, 2, 2, 2, 2),
-            Tiles(4, 2, 4, 2, 2, most_load=1),
-            Tiles(4, 2, 2, 1, 2),
-            Tiles(8, 2, 4, 1, 2, most_load=0.5),
-            Tiles(8, 4, 2, 2, 2, most_load=1),
-            Tiles(8, 4, 1, 2, 2),
+            Tiles(2, 1, 8, clusters=(1,), most_load=1),
+            Tiles(2, 2, 2, clusters=(1, 2)),
+            Tiles(4, 2, 4, clusters=(2,), most_load=1),
+            Tiles(4, 2, 2, clusters=(1, 2)),
+            Tiles(8, 2, 2, clusters=(2,), most_load=0.5),
+            Tiles(8, 4, 2, clusters=(2,), most_load=1),
+            Tiles(8, 4, 1, clusters=(1, 2)),
         ),
     )
 }
@@ -201,11 +201,9 @@ class DeviceKernels:
 
     def find_tiles(self, rows: int, outputs: int, inputs: int, groups: int, bits: int) -> Tiles | None:
         """The tiles of a product without an obstacle; None for the kernel for a few rows."""
-        if self.choice is None or inputs // groups % STEP:
+        if self.choice is None or not self.choice.first_rows <= rows <= self.choice.last_rows[bits]:
             return None
-        if not rows_at_once(inputs, groups, bits) < rows <= self.choice.last_rows[bits]:
-            return None  # the codes are read once by the other kernel, too
-        return self.choice.find(rows, outputs, self.processors)
+        return None if inputs // groups % STEP else self.choice.find(rows, outputs, self.processors)
 
     def load(self, image: bytes, names: list[str]) -> dict[str, ctypes.c_void_p]:
         module = self.driver.load_module(image)
@@ -236,16 +234,15 @@ class DeviceKernels:
         tiles = self.find_tiles(rows, outputs, inputs, groups, bits)
         if tiles is not None:
             return self.plan_tiles(tiles, dtype, rows, outputs, inputs, groups, bits)
-        shift = 31 if groups == 1 else (inputs // groups).bit_length() - 1
+        width = inputs // groups
+        shift = 31 if groups == 1 else width.bit_length() - 1
         chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
+        rows_per_block = 8 if groups == 1 else 8 * min(width, chunk) // chunk
         blocks = outputs // BLOCK_OUTPUTS
         # A device full of warps, which hide each other's waiting, even if there are few outputs.
         warps = max(MIN_WARPS, MAX_WARPS >> (-(-blocks // self.processors) - 1).bit_length())
         warps = min(warps, -(-inputs // chunk))
-        grid = (
-            -(-rows // rows_at_once(inputs, groups, bits)),
-            blocks,
-        )  # blocks that read the same codes are neighbours
+        grid = (-(-rows // rows_per_block), blocks)  # blocks that read the same codes are neighbours
         sizes = (rows, outputs, inputs, groups, shift)
         function = self.functions[function_name("multiply", bits, dtype)]
         return Launch(self.driver, function, grid, 32 * warps, WARP_MEMORY * warps, 5, sizes)
@@ -315,12 +312,6 @@ class DeviceKernels:
         launch = self.find_dequantize(dtype, outputs, in_features, count_groups(weight_scale), bits)
         launch(self, weight.data_ptr(), weight_scale.data_ptr(), out.data_ptr())
         return out
-
-
-def rows_at_once(inputs: int, groups: int, bits: int) -> int:
-    """How many rows of x the kernel for a few rows multiplies with codes that it has read."""
-    chunk = 4 * LANE_BITS // bits  # columns that a warp takes at a time
-    return 8 if groups == 1 else 8 * min(inputs // groups, chunk) // chunk
 
 
 def function_name(kind: str, bits: int, dtype: torch.dtype) -> str:

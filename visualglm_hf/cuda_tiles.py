@@ -6,34 +6,34 @@ from typing import NamedTuple
 
 
 STEP = 64  # columns that a warp takes at a time, within one group
+TOGETHER = 2  # steps of a warp in a round
 STAGES = 3  # rounds that are in shared memory or on their way there
 PADDING = 4  # floats between the sums of neighbouring rows, so many that they are in different banks
-WARP_OUTPUTS = 32  # of a warp: two tiles of the tensor cores
-MOST_WARPS = 8  # of a block; registers allow no more with 64 rows
 
 
 class TileKernel(NamedTuple):
-    """One of the kernels: a block has 8 rows `row_tiles` times, a warp takes `together` steps in a round."""
+    """One of the kernels: a warp has 16 outputs `warp_tiles` times, and 8 rows `row_tiles` times."""
 
     bits: int
     dtype: str
+    warp_tiles: int
     row_tiles: int
-    together: int
+    threads: int  # of a block, at most
 
     @property
     def name(self) -> str:
-        return f"tiles_int{self.bits}_{self.dtype}_{self.row_tiles}x{self.together}"
+        return f"tiles_int{self.bits}_{self.dtype}_{self.warp_tiles}x{self.row_tiles}"
 
     @property
     def source(self) -> str:
         is_bfloat16 = "true" if self.dtype == "bfloat16" else "false"
-        return f"TILE_KERNEL({self.bits}, {self.dtype}, {is_bfloat16}, {self.row_tiles}, {self.together})"
+        sizes = f"{self.warp_tiles}, {self.row_tiles}, {self.threads}"
+        return f"TILE_KERNEL({self.bits}, {self.dtype}, {is_bfloat16}, {sizes})"
 
 
 def tile_source(kernels: Iterable[TileKernel]) -> str:
     """The source of some kernels, which follows `HELPERS` of `cuda_source.py`."""
-    constants = {"STEP": STEP, "STAGES": STAGES, "PADDING": PADDING, "WARP_OUTPUTS": WARP_OUTPUTS}
-    constants["MOST_THREADS"] = 32 * MOST_WARPS
+    constants = {"STEP": STEP, "TOGETHER": TOGETHER, "STAGES": STAGES, "PADDING": PADDING}
     defines = [f"#define {name} {value}" for name, value in constants.items()]
     return "\n".join((*defines, TILES, *(kernel.source for kernel in kernels)))
 
@@ -148,18 +148,18 @@ template <int BITS, bool BF16> DEVICE void expand_in_order(const u32* words, u32
 }
 
 // Bytes of a step: of a row of the matrix, of the activations of a block, of the codes of a warp.
-template <int BITS, int ROW_TILES> struct Bytes {
-    static constexpr u32 CODES = STEP * BITS / 8, X = ROW_TILES * 8 * STEP * 2, WARP = WARP_OUTPUTS * CODES;
+template <int BITS, int WARP_TILES, int ROW_TILES> struct Bytes {
+    static constexpr u32 CODES = STEP * BITS / 8, X = ROW_TILES * 8 * STEP * 2, WARP = WARP_TILES * 16 * CODES;
 };
 
-template <int BITS, bool BF16, int ROW_TILES>
+template <int BITS, bool BF16, int WARP_TILES, int ROW_TILES>
 DEVICE void accumulate_tiles(u32 codes, u32 x, u32 mask, const u16 (*scale)[2], float (*total)[ROW_TILES][4]) {
     constexpr u32 LANE = 2 * BITS;  // bytes of 16 codes
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 a[TILES][2][8];
-    float factor[TILES][2];
+    u32 a[WARP_TILES][2][8];
+    float factor[WARP_TILES][2];
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+    for (int tile = 0; tile < WARP_TILES; tile++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const u32 place = codes + ((tile * 16 + half * 8 + g) * 4 + t) * LANE;
@@ -179,7 +179,7 @@ DEVICE void accumulate_tiles(u32 codes, u32 x, u32 mask, const u16 (*scale)[2], 
         const int first = 2 * t + (g & 1), second = first ^ 1;
         const Words b[2] = {load_shared(row + first * 16), load_shared(row + second * 16)};
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
+        for (int tile = 0; tile < WARP_TILES; tile++) {
             float part[4] = {};
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -225,11 +225,11 @@ template <bool BF16> DEVICE void add_tiles(int parts, int rows_of_block, int out
 //
 // inputs is a multiple of STEP, outputs of 8; groups (per row) of STEP << group_shift columns. All is contiguous,
 // pointers to x, weight, bias and out are multiples of 16.
-template <int BITS, bool BF16, int ROW_TILES, int TOGETHER>
+template <int BITS, bool BF16, int WARP_TILES, int ROW_TILES>
 DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out,
                            int rows, int outputs, int inputs, int groups, int group_shift, int warps_across) {
-    constexpr int ROWS = ROW_TILES * 8;
-    typedef Bytes<BITS, ROW_TILES> B;
+    constexpr int ROWS = ROW_TILES * 8, WARP_OUTPUTS = WARP_TILES * 16;
+    typedef Bytes<BITS, WARP_TILES, ROW_TILES> B;
     constexpr int PIECES = TOGETHER * B::CODES / 16;  // of a row of the matrix, that a warp copies in a round
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int g = lane / 4, t = lane % 4;
@@ -252,41 +252,39 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
     const u32 piece_place = piece / 8 * B::X + ((piece % 8) ^ (piece_row & 1)) * 16;
     auto copy = [&](int round, u32 stage) {
         const int step = round * steps_of_round, own_step = step + along * TOGETHER;
-        const int x_step = step + piece / 8 < steps ? step + piece / 8 : steps - 1;
-        for (int m = piece_row; m < ROWS; m += piece_rows) {
-            const int row = first_row + m < rows ? first_row + m : rows - 1;
-            copy_to_shared(stage + piece_place + m * STEP * 2,
-                           x + (size_t)row * inputs + x_step * STEP + piece % 8 * 8);
-        }
+        if (step + piece / 8 < steps)
+            for (int m = piece_row; m < ROWS; m += piece_rows) {
+                const int row = first_row + m < rows ? first_row + m : rows - 1;
+                copy_to_shared(stage + piece_place + m * STEP * 2, x + (size_t)row * inputs + step * STEP + piece * 8);
+            }
         const int own_piece = lane % PIECES, at = own_piece * 16 / B::CODES;
-        const int code_step = own_step + at < steps ? own_step + at : steps - 1;
         const u32 place = stage + own_codes + at * B::WARP + lane / PIECES * B::CODES + own_piece * 16 % B::CODES;
+        if (own_step + at < steps)
 #pragma unroll
-        for (int i = 0; i < WARP_OUTPUTS * PIECES / 32; i++) {
-            const int output = warp_output + i * (32 / PIECES) + lane / PIECES;
-            const size_t row = output < outputs ? output : outputs - 1;
-            copy_to_shared(place + i * (32 / PIECES) * B::CODES,
-                           weight + (row * steps + code_step) * B::CODES + own_piece * 16 % B::CODES);
-        }
+            for (int i = 0; i < WARP_OUTPUTS * PIECES / 32; i++) {
+                const int output = warp_output + i * (32 / PIECES) + lane / PIECES;
+                const size_t row = output < outputs ? output : outputs - 1;
+                copy_to_shared(place + i * (32 / PIECES) * B::CODES,
+                               weight + (row * steps + own_step) * B::CODES + own_piece * 16);
+            }
     };
-    auto load_scales = [&](int round, u16 (*scale_of)[TILES][2]) {
+    auto load_scales = [&](int round, u16 (*scale_of)[WARP_TILES][2]) {
         const int step = round * steps_of_round + along * TOGETHER;
 #pragma unroll
         for (int at = 0; at < TOGETHER; at++) {
-            const int group = (step + at < steps ? step + at : steps - 1) >> group_shift;
+            if (round >= end || step + at >= steps) return;
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
+            for (int tile = 0; tile < WARP_TILES; tile++)
                 for (int half = 0; half < 2; half++) {
                     const int output = warp_output + tile * 16 + half * 8 + g;
                     const int row = output < outputs ? output : outputs - 1;
-                    const u16 here = load_half(scale + (row * groups + group));
-                    scale_of[at][tile][half] = step + at < steps ? here : 0;
+                    scale_of[at][tile][half] = load_half(scale + (row * groups + (step + at >> group_shift)));
                 }
         }
     };
 
-    float total[TILES][ROW_TILES][4] = {};
-    u16 now[TOGETHER][TILES][2] = {}, next[TOGETHER][TILES][2] = {};
+    float total[WARP_TILES][ROW_TILES][4] = {};
+    u16 now[TOGETHER][WARP_TILES][2] = {}, next[TOGETHER][WARP_TILES][2] = {};
     for (int i = 0; i < STAGES - 1; i++) {
         if (begin + i < end) copy(begin + i, i * stage_bytes);
         end_copies();
@@ -295,7 +293,7 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
     u32 stage = 0, free_stage = (STAGES - 1) * stage_bytes;
     for (int round = begin; round < end; round++) {
         for (int at = 0; at < TOGETHER; at++)
-            for (int tile = 0; tile < TILES; tile++)
+            for (int tile = 0; tile < WARP_TILES; tile++)
                 for (int half = 0; half < 2; half++) now[at][tile][half] = next[at][tile][half];
         wait_for_copies<STAGES - 2>();
         __syncthreads();  // all have copied, and are done with the stage of the round before
@@ -303,19 +301,17 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
         end_copies();
         load_scales(round + 1, next);
 #pragma unroll
-        for (int at = 0; at < TOGETHER; at++) {
-            // With 64 rows one after the other, if at all: there are not the registers for two at once.
-            if (ROW_TILES < 8 || round * steps_of_round + along * TOGETHER + at < steps)
-                accumulate_tiles<BITS, BF16, ROW_TILES>(stage + own_codes + at * B::WARP, stage + own_x + at * B::X,
-                                                        mask, now[at], total);
-        }
+        for (int at = 0; at < TOGETHER; at++)
+            if (round * steps_of_round + along * TOGETHER + at < steps)
+                accumulate_tiles<BITS, BF16, WARP_TILES, ROW_TILES>(
+                    stage + own_codes + at * B::WARP, stage + own_x + at * B::X, mask, now[at], total);
         free_stage = stage;
         stage = stage == (STAGES - 1) * stage_bytes ? 0 : stage + stage_bytes;
     }
     wait_for_copies<0>();
     __syncthreads();
     float* sums = shared_memory() + along * ROWS * (outputs_of_block + PADDING);  // [warps_along][ROWS][outputs]
-    for (int tile = 0; tile < TILES; tile++)
+    for (int tile = 0; tile < WARP_TILES; tile++)
         for (int row_tile = 0; row_tile < ROW_TILES; row_tile++)
             for (int i = 0; i < 4; i++)
                 sums[(row_tile * 8 + 2 * t + i % 2) * (outputs_of_block + PADDING) + across * WARP_OUTPUTS + tile * 16 +
@@ -326,11 +322,11 @@ DEVICE void multiply_tiles(const u16* x, const signed char* weight, const u16* s
     wait_for_cluster();  // nobody leaves whose memory is still read
 }
 
-#define TILE_KERNEL(BITS, DTYPE, BF16, ROW_TILES, TOGETHER)                                                           \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) tiles_int##BITS##_##DTYPE##_##ROW_TILES##x##TOGETHER(  \
+#define TILE_KERNEL(BITS, DTYPE, BF16, WARP_TILES, ROW_TILES, THREADS)                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) tiles_int##BITS##_##DTYPE##_##WARP_TILES##x##ROW_TILES(     \
         const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out, int rows, int outputs,  \
         int inputs, int groups, int group_shift, int warps_across) {                                                  \
-        multiply_tiles<BITS, BF16, ROW_TILES, TOGETHER>(x, weight, scale, bias, out, rows, outputs, inputs, groups,   \
-                                                        group_shift, warps_across);                                   \
+        multiply_tiles<BITS, BF16, WARP_TILES, ROW_TILES>(x, weight, scale, bias, out, rows, outputs, inputs, groups, \
+                                                          group_shift, warps_across);                                 \
     }
 """

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from .adapters import unwrap
+from .cpu_arithmetic import AMX
 from .cpu_attention import CPU_ATTENTION, query_obstacle, states_obstacle
 from .cpu_decoder import CpuDecoder, call_obstacle, step_obstacle
 from .cpu_language import HALVES
+from .cpu_many_rows import find_instructions
 from .growing_cache import make_cache
 from .kernel_choice import name_of, read_choice
 
@@ -65,6 +67,8 @@ def report_kernels(model: nn.Module, decoder: CpuDecoder) -> KernelReport:
     head = unwrap(model.get_output_embeddings())
     rows = report_products(lambda count: ask_layers(text.layers, dtype, count))
     rows += report_products(lambda count: [("output layer", ask_linear(head, dtype, count))])
+    if model.config.quantization_bit and device.type == "cpu":
+        rows += ask_instructions()
     rows.append(Row("attention of 1 query", name_layers(text.layers), ask_attention(text.config, dtype, device)))
     steps = ask_step(text, decoder, dtype, device)
     rows += [Row("decode step", name_layers(blocks), outcome) for outcome, blocks in steps]
@@ -113,6 +117,14 @@ def ask_linear(layer: nn.Module, dtype: torch.dtype, rows: int) -> Outcome:
     if layer.weight.dtype in HALVES:
         obstacle += ", which have one in the program of a decode step alone"
     return Outcome("torch", (("our kernel", obstacle),))
+
+
+def ask_instructions() -> Iterator[Row]:
+    """Ask what the kernels for many rows, which have been asked for, multiply with."""
+    instructions = find_instructions()
+    if instructions is not None:
+        name, obstacle = instructions
+        yield Row("products of many rows", "instructions", Outcome(name, ((AMX.name, obstacle),) if obstacle else ()))
 
 
 def ask_attention(config: Any, dtype: torch.dtype, device: torch.device) -> Outcome:

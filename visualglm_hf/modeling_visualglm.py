@@ -21,9 +21,10 @@ original.
 Shapes: B batch, S query length, T key length, H heads, D head dimension, C hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_naming import CACHE_NAME, OLD_NAME, takes_cache
+from .calibration import quantize_calibrated
 from .chat import ChatMixin
 from .configuration_visualglm import VisualGLMConfig, VisualGLMTextConfig, check_tensor_parallel
 from .cpu_attention import query_obstacle, single_query_attention
@@ -405,7 +407,11 @@ class VisualGLMForConditionalGeneration(
         return VisualGLMBackbone(self)
 
     def quantize(
-        self, bits: int, group_size: int | None = None, lm_head: bool = False
+        self,
+        bits: int,
+        group_size: int | None = None,
+        lm_head: bool = False,
+        calibration: Iterable[Mapping[str, Any]] | None = None,
     ) -> "VisualGLMForConditionalGeneration":
         """Quantize the decoder's linear layers in place; before or after `.half()`, on any device.
 
@@ -414,6 +420,8 @@ class VisualGLMForConditionalGeneration(
             group_size: columns that share a scale, for 4 bits: None for 64, -1 for one scale per row as the original's.
             lm_head: quantize `lm_head` too, to 8 bits. It reads half as much per token but is no longer one tensor
                 with the word embeddings.
+            calibration: inputs of this model, of 32 prompts or so, to find better codes with, of 4 bits. It takes
+                minutes, and changes neither the format nor the speed.
 
         Returns:
             This model. `save_pretrained` writes the low-bit weights, and `from_pretrained` reads them as they are.
@@ -421,6 +429,8 @@ class VisualGLMForConditionalGeneration(
         Raises:
             ValueError: other bits, a group size that does not fit, a model that is quantized already.
         """
+        if calibration is not None:
+            return quantize_calibrated(self, calibration, bits, group_size, lm_head)
         return quantize_model(self, bits, group_size, lm_head)
 
     def kernel_report(self) -> KernelReport:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-bit linear layers: choosing the codes, the layer, and putting it in the place of `nn.Linear`, in any module.
+"""Low-bit linear layers: quantizing a matrix, the layer, and putting it in the place of `nn.Linear`, in any module.
 
-Not here: the format's bytes (`lowbit_format.py`) and how to multiply with them (`lowbit_products.py`). Weights are
-quantized once and never trained; gradients flow through the layer to whatever is before it.
+Not here: how codes are chosen (`lowbit_codes.py`, `cpu_quantizing.py`), the format's bytes (`lowbit_format.py`) and how
+to multiply with them (`lowbit_products.py`). Weights are quantized once and never trained; gradients flow through the
+layer to whatever is before it.
 
 Two ways lead here, and the results are alike: `quantize_model` on a model in memory, and
 `from_pretrained(folder, quantization_config=LowBitConfig(...))`, which never holds more than one full matrix.
@@ -23,7 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import find_adapted, record_untied, unwrap
-from .lowbit_format import dequantize_naive, pack_int4
+from .cpu_quantizing import CPU_QUANTIZING, weight_obstacle
+from .lowbit_codes import LARGEST_CODE, quantize_naive
+from .lowbit_format import dequantize_naive
 from .lowbit_products import (
     Product,
     Tell,
@@ -39,10 +42,6 @@ from .lowbit_products import (
 QUANT_METHOD = "lowbit"
 DEFAULT_GROUP_SIZE = 64  # of 4 bits: 0.25 bits of scale per weight
 PER_ROW = -1  # the group size of the original
-LARGEST_CODE = {4: 7, 8: 127}
-# The largest weight of a group becomes code -7 to -10, of which -8 is the least there is: clipping it a little pays.
-DIVISORS = (7.0, 7.6, 8.2, 9.0, 10.0)
-SMALLEST_SCALE = 2.0**-24  # of float16
 CHUNK = 2**16  # elements quantized at a time on a CPU, so that all intermediate results stay in its cache
 DEVICE_CHUNK = 2**24  # elements
 PRODUCTS = (torch.ops.visualglm.quantized_matmul, torch.ops.visualglm.quantized_matmul.default)
@@ -108,78 +107,16 @@ def quantize_tensor(
     """
     group_size = resolve_group_size(bits, group_size)
     check_columns(weight.shape[1], group_size)
-    step = max(1, (CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK) // weight.shape[1])
-    parts = [quantize_rows(rows, bits, group_size) for rows in weight.detach().split(step)]
-    codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    weight = weight.detach()
+    if (weight_obstacle(weight, group_size) or CPU_QUANTIZING.obstacle()) is None:
+        codes, scales = CPU_QUANTIZING.kernels.quantize(weight, bits, group_size)
+    else:
+        step = max(1, (CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK) // weight.shape[1])
+        parts = [quantize_naive(rows, bits, group_size) for rows in weight.split(step)]
+        codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     if not scales.isfinite().all():
         raise ValueError("The weights are not finite, or too large for a scale in float16.")
     return codes, scales
-
-
-def quantize_rows(weight: torch.Tensor, bits: int, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if group_size is None:
-        codes, scales = round_per_row(weight, LARGEST_CODE[bits])
-    else:
-        codes, scales = search_scales(weight.float().unflatten(1, (-1, group_size)))
-    return pack_int4(codes) if bits == 4 else codes.to(torch.int8), scales
-
-
-def round_per_row(weight: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round as the original did, in the weight's own dtype, where the original was right.
-
-    It was not where the rounded scale came out too small for the row, whose largest codes then overflowed, or 0.
-
-    Returns:
-        Codes [N, K] of the weight's dtype, scales float16 [N].
-    """
-    peak = weight.abs().amax(dim=1)
-    scale = (peak / largest).half()
-    scale = torch.where(peak > 0, scale.clamp(min=SMALLEST_SCALE), scale)
-    is_too_small = (peak / nonzero(scale)).round() > largest
-    scale = torch.where(is_too_small, next_half(scale), scale)
-    return (weight / nonzero(scale)[:, None]).round().clamp(-largest, largest), scale
-
-
-def next_half(scale: torch.Tensor) -> torch.Tensor:
-    """The next larger float16 of a positive one; torch's `nextafter` does not take float16 everywhere."""
-    return (scale.view(torch.int16) + 1).view(torch.float16)
-
-
-def search_scales(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the scale of each group, positive or negative, with the smallest squared error of a few candidates.
-
-    Each candidate maps the group's largest weight to a number near the smallest code, -8; is refitted once to the
-    codes it leads to, by least squares; and is rounded to float16 before the final codes are chosen. Five candidates
-    are as good as thirty-six.
-
-    Args:
-        groups: [N, n, G], float32.
-
-    Returns:
-        Codes [N, K] in [-8, 7], float32; scales float16 [N, n].
-    """
-    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best_error = torch.full_like(peak, torch.inf)
-    best_scale = torch.zeros_like(peak)
-    for divisor in DIVISORS:
-        codes = round_to_codes(groups, peak / -divisor)
-        norm = codes.square().sum(-1, keepdim=True)
-        scale = ((groups * codes).sum(-1, keepdim=True) / nonzero(norm)).half().float()
-        codes = round_to_codes(groups, scale)
-        error = (groups - codes * scale).square().sum(-1, keepdim=True)
-        is_better = ~(error >= best_error)  # NaN is better, so that it is found
-        best_error = torch.where(is_better, error, best_error)
-        best_scale = torch.where(is_better, scale, best_scale)
-    return round_to_codes(groups, best_scale).flatten(1), best_scale.squeeze(-1).half()
-
-
-def round_to_codes(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (groups / nonzero(scale)).round_().clamp_(-8, 7)
-
-
-def nonzero(divisor: torch.Tensor) -> torch.Tensor:
-    """1 where the divisor is 0: an all-zero row or group has scale 0 and codes 0."""
-    return torch.where(divisor == 0, 1, divisor)
 
 
 class LowBitCodes(nn.Parameter):
@@ -278,7 +215,18 @@ class QuantizedLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int, group_size: int | None = None) -> "QuantizedLinear":
         """Quantize `linear`; the new layer shares its bias."""
-        weight, weight_scale = quantize_tensor(linear.weight, bits, group_size)
+        return cls.from_codes(linear, *quantize_tensor(linear.weight, bits, group_size), bits, group_size)
+
+    @classmethod
+    def from_codes(
+        cls,
+        linear: nn.Linear,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bits: int,
+        group_size: int | None = None,
+    ) -> "QuantizedLinear":
+        """Make a layer of codes and scales for the weights of `linear`, whose bias it shares."""
         with torch.device("meta"):
             quantized = cls(linear.in_features, linear.out_features, bits, group_size, bias=False)
         quantized.weight = nn.Parameter(weight, requires_grad=False)

@@ -88,7 +88,7 @@ template <typename... A> struct Caller<void(A...)> {
 struct Kind { const char* name; void (*run)(void*, void**); };
 static const Kind kinds[] = {
     {"multiply", Caller<decltype(multiply_int4_float16)>::run},
-    {"tiles", Caller<decltype(tiles_int4_float16_8x2)>::run},
+    {"tiles", Caller<decltype(tiles_int4_float16_2x8)>::run},
     {"dequantize", Caller<decltype(dequantize_int4_float16)>::run},
 };
 struct Function { std::string name; void* kernel; const Kind* kind; size_t most_memory; };

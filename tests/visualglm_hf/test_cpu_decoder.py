@@ -119,11 +119,13 @@ def test_a_program_computes_what_the_layers_compute(runs, bits, quantization, dt
 
 @torch.no_grad()
 def test_many_sequences_are_several_tiles(model, runs):
-    ids, mask = make_ids(batch=16, padded=5)
-    assert are_close(decode(model, ids, mask)[0], decode_by_layers(model, ids, mask)[0])
-    assert runs == [16] * 6
-    decode(model, *make_ids(batch=17))
-    assert len(runs) == 6
+    for batch in (4, 5, 64):
+        ids, mask = make_ids(batch=batch, padded=5)
+        assert are_close(decode(model, ids, mask)[0], decode_by_layers(model, ids, mask)[0])
+        assert runs == [batch] * 6
+        runs.clear()
+    decode(model, *make_ids(batch=65))
+    assert not runs
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from visualglm_hf.cpu_language import (
     INTEGERS,
     Form,
     absolute,
+    clamp,
     exp,
     fma,
     join,
@@ -32,6 +33,8 @@ from visualglm_hf.cpu_language import (
     splat,
     square_root,
     total_of,
+    transpose,
+    vector_of,
     where,
     write_function,
     write_kernel,
@@ -87,6 +90,7 @@ ON_FLOATS = {
     "absolute": (lambda a, b: absolute(a), A.abs()),
     "maximum": (lambda a, b: maximum(a, b), torch.maximum(A, B)),
     "maximum, constant": (lambda a, b: maximum(a, 0.5), A.clamp(min=0.5)),
+    "clamp": (lambda a, b: clamp(a, -1.5, 0.25), A.clamp(-1.5, 0.25)),
     "square root": (lambda a, b: square_root(absolute(a)), A.abs().sqrt()),
     "fma": (lambda a, b: fma(a, b, 1.0), (A.double() * B.double() + 1).float()),
     "multiply_add": (lambda a, b: multiply_add(a, b, a), A * B + A),
@@ -164,6 +168,26 @@ def test_the_exponential_ends_at_the_smallest_normal_number_and_keeps_nan():
     out = torch.empty(16)
     run(lambda k, t: t.out.of(FLOATS32).store(exp(t.a.of(FLOATS32).load(16))), x, out, out)
     assert torch.allclose(out, x.clamp(min=-87).exp(), rtol=3e-7, equal_nan=True)
+
+
+def test_what_is_no_number_is_not_clamped_to_one():
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1.0] * 4)
+    out = torch.empty(16)
+    run(lambda k, t: t.out.of(FLOATS32).store(clamp(t.a.of(FLOATS32).load(16), -8, 7)), x, out, out)
+    assert torch.equal(out.nan_to_num(100), torch.tensor([100.0, 7, -8, 1] * 4))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_rows_become_columns(count):
+    x, out = torch.arange(float(count * count)), torch.empty(count, count)
+
+    def turn(k, t):
+        rows = [t.a.of(FLOATS32)[row * count].load(count) for row in range(count)]
+        for column, values in enumerate(transpose(rows)):
+            t.out.of(FLOATS32)[column * count].store(values)
+
+    run(turn, x, out, out)
+    assert torch.equal(out, x.view(count, count).T)
 
 
 def test_loops_count_in_steps_from_a_start_and_run_at_least_once():
@@ -250,3 +274,53 @@ def test_room_in_memory_and_addresses_that_lie_there_are_followed():
 def test_an_operation_that_a_type_lacks_is_refused_while_writing():
     with pytest.raises(TypeError, match="no such operation for <16 x float>"):
         write_kernel("wrong", ArrayTask, lambda k, t: t.a.of(FLOATS32).load(16) % 2)
+
+
+@pytest.mark.parametrize("lanes", [2, 4, 16])
+def test_vectors_are_transposed(lanes):
+    square = torch.arange(lanes * lanes, dtype=torch.int32).view(lanes, lanes)
+    out = torch.empty_like(square)
+
+    def work(k, task):
+        rows = [task.a.of(INTS32)[row * lanes].load(lanes) for row in range(lanes)]
+        for row, column in enumerate(transpose(rows)):
+            task.out.of(INTS32)[row * lanes].store(column)
+
+    run(work, square, square, out)
+    assert torch.equal(out, square.T)
+
+
+def test_a_vector_of_numbers_and_the_total_of_integers():
+    numbers, out = torch.tensor([3, -8, 5, 2], dtype=torch.int32), torch.empty(5, dtype=torch.int32)
+
+    def work(k, task):
+        vector = vector_of(task.a.of(INTS32)[lane].load() for lane in (3, 2, 1, 0))
+        task.out.of(INTS32).store(vector)
+        task.out.of(INTS32)[4].store(total_of(vector))
+
+    run(work, numbers, numbers, out)
+    assert out.tolist() == [2, 5, -8, 3, 2]
+
+
+def test_each_run_of_a_kernel_has_a_room_of_its_own_while_there_are_any():
+    class RoomTask(Task):
+        _fields_ = (
+            ("out", ctypes.c_void_p),
+            ("rooms", ctypes.c_void_p),
+            ("room_bytes", ctypes.c_int64),
+            ("room_count", ctypes.c_int64),
+            ("next_room", ctypes.c_int64),
+        )
+
+    def work(k, task):
+        task.room.of(INTEGERS).store(task.chunk + 5)
+        task.out.of(INTEGERS)[task.chunk].store(task.chunk + 1)
+
+    kernel = COMPILER.compile("rooms", write_kernel("rooms", RoomTask, work))
+    out, rooms = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64)
+    task = RoomTask(1, 0, out.data_ptr(), rooms.data_ptr(), 16, 2, 0)
+    for number in range(3):
+        task.next_chunk, task.chunks = number, number + 1
+        kernel.call(ctypes.byref(task))
+    assert rooms.tolist() == [[5, 0], [6, 0], [0, 0]]
+    assert out.tolist() == [1, 2, 0]  # for the third there was no room

@@ -11,17 +11,19 @@ from visualglm_hf import (
     VisualGLMConfig,
     VisualGLMForConditionalGeneration,
     cpu_decoder,
+    cpu_many_rows,
     kernel_report,
     lowbit_products,
     modeling_visualglm,
 )
+from visualglm_hf.cpu_arithmetic import AMX
 from visualglm_hf.cpu_attention import CpuAttention
 from visualglm_hf.cpu_decoder import CpuDecoder
 from visualglm_hf.cuda_products import CudaProducts
 from visualglm_hf.kernel_report import KernelReport
 
 
-KERNEL, PACKED, DEQUANTIZED, TORCH = (way.name for way in lowbit_products.WAYS["cpu"])
+KERNEL, MANY_ROWS, PACKED, DEQUANTIZED, TORCH = (way.name for way in lowbit_products.WAYS["cpu"])
 
 
 @pytest.fixture
@@ -49,7 +51,16 @@ def rows_of(report: KernelReport) -> dict[str, tuple[str, list[str]]]:
 
 FEW, MANY = "products of 1, 4 rows", "products of 256 rows"
 ALL = "products of 1, 4, 256 rows"
-TOO_MANY = [f"256 rows of activations, not 1 to {most}" for most in (16, 15)]
+TOO_MANY = "256 rows of activations, not 1 to 4"
+
+
+INSTRUCTIONS = "products of many rows, instructions"
+
+
+def find_instructions() -> tuple[str, list[str]]:
+    """What this processor multiplies with, and why not with matrix instructions."""
+    kernels = next(filter(None, cpu_many_rows.CPU_MANY_ROWS.found.values()))
+    return kernels.arithmetic.name, [kernels.amx_obstacle] if kernels.amx_obstacle else []
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -58,9 +69,10 @@ def test_a_model_of_few_bits_goes_the_fastest_way(bits):
     report = make_small_model(bits=bits).kernel_report()
     assert rows_of(report) == {
         f"{FEW}, layers 0-2": (KERNEL, []),
-        f"{MANY}, layers 0-2": (DEQUANTIZED, TOO_MANY),
+        f"{MANY}, layers 0-2": (MANY_ROWS, [TOO_MANY]),
         f"{FEW}, output layer": (KERNEL, []),
         f"{MANY}, output layer": ("torch", ["256 rows of activations, not 1 to 4"]),
+        INSTRUCTIONS: find_instructions(),
         "attention of 1 query, layers 0-2": (KERNEL, []),
         "decode step, layers 0-2": ("in one call", []),
     }
@@ -70,7 +82,7 @@ def test_a_model_of_few_bits_goes_the_fastest_way(bits):
 @pytest.mark.usefixtures("with_kernels")
 def test_an_output_layer_of_few_bits_is_one_of_them():
     rows = rows_of(make_small_model(lm_head=True).kernel_report())
-    assert rows[f"{MANY}, output layer"] == (DEQUANTIZED, TOO_MANY)
+    assert rows[f"{MANY}, output layer"] == (MANY_ROWS, [TOO_MANY])
 
 
 @pytest.mark.usefixtures("with_kernels")
@@ -79,6 +91,18 @@ def test_full_weights_of_half_precision_have_kernels_in_a_program_alone():
     alone = "bfloat16 weights, which have one in the program of a decode step alone"
     assert rows[f"{ALL}, layers 0-2"] == ("torch", [alone])
     assert rows["decode step, layers 0-2"] == ("in one call", [])
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_the_instructions_are_named_with_what_keeps_a_processor_from_faster_ones(monkeypatch, renew):
+    obstacle = "a child process that tried AMX died of SIGILL"
+    monkeypatch.setattr(cpu_many_rows, "amx_obstacle", lambda processor, features: obstacle)
+    renew()
+    report = make_small_model().kernel_report()
+    name, obstacles = rows_of(report)[INSTRUCTIONS]
+    assert name != AMX.name
+    assert obstacles == [obstacle]
+    assert f"not AMX: {obstacle}" in str(report)
 
 
 @pytest.mark.usefixtures("with_kernels")
@@ -99,8 +123,9 @@ def test_without_llvmlite_that_is_why(monkeypatch, renew):
     renew()
     rows = rows_of(make_small_model().kernel_report())
     missing = "llvmlite is not installed; get it with: pip install llvmlite"
-    assert rows[f"{FEW}, layers 0-2"] == (PACKED, [missing])
-    assert rows[f"{MANY}, layers 0-2"] == (TORCH, [*TOO_MANY, missing])
+    assert rows[f"{FEW}, layers 0-2"] == (PACKED, [missing, missing])
+    assert rows[f"{MANY}, layers 0-2"][0] == TORCH
+    assert rows[f"{MANY}, layers 0-2"][1] == [TOO_MANY, missing, "256 rows of activations, not 1 to 15", missing]
     assert rows[f"{FEW}, output layer"] == ("torch", [missing])
     assert rows["attention of 1 query, layers 0-2"] == ("sdpa", [missing])
     assert rows["decode step, layers 0-2"] == ("layer by layer", [missing])
@@ -113,7 +138,7 @@ def test_the_environment_is_why(monkeypatch, renew):
     assert report.machine.endswith("VISUALGLM_KERNELS: torch")
     rows = rows_of(report)
     for what in (FEW, "attention of 1 query", "decode step"):
-        assert rows[f"{what}, layers 0-2"][1] == ["VISUALGLM_KERNELS is torch"]
+        assert set(rows[f"{what}, layers 0-2"][1]) == {"VISUALGLM_KERNELS is torch"}
 
 
 @pytest.mark.usefixtures("with_kernels")
@@ -178,7 +203,7 @@ def test_sizes_are_named_with_the_matrices_that_have_them():
     rows = rows_of(make_other(intermediate_size=96).quantize(4, group_size=32).kernel_report())
     odd = "a matrix [128, 96], whose columns are no multiple of 128"
     assert rows[f"{FEW}, query_key_value, dense, dense_h_to_4h of layers 0-2"] == (KERNEL, [])
-    assert rows[f"{FEW}, dense_4h_to_h of layers 0-2"] == (PACKED, [odd])
+    assert rows[f"{FEW}, dense_4h_to_h of layers 0-2"] == (PACKED, [odd, odd])
     assert rows["decode step, layers 0-2"] == ("layer by layer", [odd])
     rows = rows_of(make_other(num_attention_heads=4).kernel_report())
     assert rows["decode step, layers 0-2"] == ("layer by layer", ["heads of 32 numbers, no multiple of 64"])
@@ -217,6 +242,6 @@ def test_the_report_changes_nothing_and_is_a_table():
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model.generate(ids, **options), before)
     assert text.splitlines()[1] == "products of 1, 4 rows   layers 0-2     our kernel"
-    assert "  not torch's packed operator: 256 rows of activations, not 1 to 15" in text
+    assert "  not our kernel: 256 rows of activations, not 1 to 4" in text
     assert repr(model.kernel_report()) == text
     assert max(map(len, text.splitlines())) <= 120

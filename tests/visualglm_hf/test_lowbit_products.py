@@ -230,7 +230,7 @@ def test_the_same_file_can_be_imported_twice():
 # The choice
 
 
-KERNEL, PACKED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cpu"])
+KERNEL, MANY_ROWS, PACKED, DEQUANTIZED, TORCH = (way.name for way in WAYS["cpu"])
 
 
 def make_product(change: dict) -> Product:
@@ -256,24 +256,36 @@ BIT8 = {"bits": 8, "groups": 1}
     ("change", "way", "reasons"),
     [
         ({}, KERNEL, []),
-        ({"rows": 16}, KERNEL, []),
+        ({"rows": 4}, KERNEL, []),
         ({"dtype": torch.float32}, KERNEL, []),
         (BIT8, KERNEL, []),
-        ({"rows": 17}, DEQUANTIZED, ["17 rows of activations, not 1 to 16", "17 rows of activations, not 1 to 15"]),
-        ({"rows": 0}, DEQUANTIZED, ["0 rows", "0 rows"]),
-        ({"transposed": True}, DEQUANTIZED, ["gradients", "gradients"]),
-        ({"dtype": torch.float64}, TORCH, ["float64 activations", "float64 activations", "float64 activations"]),
-        ({"inputs": 192, "groups": 3}, PACKED, [r"\[32, 192\], whose columns are no multiple of 128"]),
-        ({"inputs": 384}, PACKED, ["groups of 96 columns"]),
-        ({**BIT8, "inputs": 96}, PACKED, ["no multiple of 64"]),
-        ({**BIT8, "inputs": 34}, TORCH, ["no multiple of 64", "34 columns, no multiple of 32", "no multiple of 64"]),
-        ({**BIT8, "groups": 2, "inputs": 192}, TORCH, ["groups of 96", "8 bits with groups", "groups of 96"]),
-        ({"inputs": 192, "groups": 4}, TORCH, ["of 128", "no multiple of 32 columns", "of 128"]),
-        ({"inputs": 192, "groups": 3, "outputs": 33}, TORCH, ["of 128", "33 rows, no multiple of 16", "of 128"]),
+        ({"rows": 5}, MANY_ROWS, ["5 rows of activations, not 1 to 4"]),
+        ({"rows": 256, "outputs": 33}, MANY_ROWS, ["256 rows"]),
+        ({**BIT8, "rows": 4}, KERNEL, []),
+        ({**BIT8, "rows": 5}, MANY_ROWS, ["5 rows of activations, not 1 to 4"]),
+        ({"rows": 0}, DEQUANTIZED, ["0 rows", "no rows", "0 rows"]),
+        ({"transposed": True}, DEQUANTIZED, ["gradients", "gradients", "gradients"]),
+        ({"dtype": torch.float64}, TORCH, ["float64 activations"] * 4),
+        ({"inputs": 384}, MANY_ROWS, ["groups of 96 columns"]),
+        ({**BIT8, "rows": 17, "groups": 64}, DEQUANTIZED, ["17 rows", "groups of 4 columns", "not 1 to 15"]),
+        ({"inputs": 192, "groups": 3}, PACKED, [r"\[32, 192\], whose columns are no multiple of 128"] * 2),
+        ({**BIT8, "inputs": 96}, PACKED, ["no multiple of 64"] * 2),
+        (
+            {**BIT8, "inputs": 34},
+            TORCH,
+            ["no multiple of 64", "no multiple of 64", "34 columns, no multiple of 32", "no multiple of 64"],
+        ),
+        ({**BIT8, "groups": 2, "inputs": 192}, MANY_ROWS, ["groups of 96"]),
+        ({"inputs": 192, "groups": 4}, TORCH, ["of 128", "of 128", "no multiple of 32 columns", "of 128"]),
+        (
+            {"inputs": 192, "groups": 3, "outputs": 33},
+            TORCH,
+            ["of 128", "of 128", "33 rows, no multiple of 16", "of 128"],
+        ),
         (
             {"inputs": 64, "groups": 1, "dtype": torch.float32},
             TORCH,
-            ["of 128", "float32 activations", "of 128"],
+            ["of 128", "of 128", "float32 activations", "of 128"],
         ),
     ],
     ids=str,
@@ -283,7 +295,7 @@ def test_a_product_goes_the_first_way_without_an_obstacle(change, way, reasons):
     product = make_product(change)
     chosen, told = ask(product)
     assert chosen == way
-    assert list(told) == [KERNEL, PACKED, DEQUANTIZED, TORCH][: len(reasons)]
+    assert list(told) == [KERNEL, MANY_ROWS, PACKED, DEQUANTIZED, TORCH][: len(reasons)]
     assert all(re.search(reason, text) for reason, text in zip(reasons, told.values(), strict=True))
     x = torch.ones(product.rows, product.weight.shape[0] if product.transposed else product.in_features)
     multiply(x.to(product.dtype), *product.arguments)
@@ -292,7 +304,7 @@ def test_a_product_goes_the_first_way_without_an_obstacle(change, way, reasons):
 @pytest.mark.usefixtures("with_kernels")
 def test_the_operator_goes_the_way_that_was_told(monkeypatch):
     taken = []
-    for changes in ({}, {"rows": 17}, {"inputs": 384}, {"dtype": torch.float64}):
+    for changes in ({}, {"rows": 17}, {"rows": 0}, {"inputs": 192, "groups": 3}, {"dtype": torch.float64}):
         product = make_product(changes)
         ways = [
             way._replace(multiply=lambda x, product, way=way: taken.append(way.name) or way.multiply(x, product))
@@ -301,7 +313,7 @@ def test_the_operator_goes_the_way_that_was_told(monkeypatch):
         monkeypatch.setitem(WAYS, "cpu", tuple(ways))
         multiply(torch.ones(product.rows, product.in_features, dtype=product.dtype), *product.arguments)
         monkeypatch.undo()
-    assert taken == [KERNEL, DEQUANTIZED, PACKED, TORCH]
+    assert taken == [KERNEL, MANY_ROWS, DEQUANTIZED, PACKED, TORCH]
 
 
 def test_devices_without_ways_of_their_own_have_torchs():
@@ -311,7 +323,7 @@ def test_devices_without_ways_of_their_own_have_torchs():
 
 @pytest.mark.usefixtures("torch_operators")
 def test_without_kernels_the_reason_is_told():
-    assert ask(make_product({})) == (PACKED, {KERNEL: "llvmlite is not installed"})
+    assert ask(make_product({})) == (PACKED, dict.fromkeys((KERNEL, MANY_ROWS), "llvmlite is not installed"))
     way, reasons = ask(make_product({"rows": 17}))
     assert way == TORCH
     assert reasons[DEQUANTIZED] == "llvmlite is not installed"
@@ -364,4 +376,4 @@ def test_without_llvmlite_torch_does_the_work_silently(monkeypatch, renew_produc
 def test_the_environment_decides(monkeypatch, renew_products):
     monkeypatch.setenv("VISUALGLM_KERNELS", "torch")
     renew_products()
-    assert ask(make_product({})) == (PACKED, {KERNEL: "VISUALGLM_KERNELS is torch"})
+    assert ask(make_product({})) == (PACKED, dict.fromkeys((KERNEL, MANY_ROWS), "VISUALGLM_KERNELS is torch"))

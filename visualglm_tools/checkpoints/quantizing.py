@@ -3,8 +3,10 @@
 `visualglm quantize` is the command.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -26,6 +28,9 @@ from visualglm_tools.checkpoints.prepared import (
 )
 
 
+Codes = dict[str, tuple[torch.Tensor, torch.Tensor]]  # and scales, by the key of the matrix
+
+
 def plan(checkpoint: Checkpoint, bits: int, group_size: int | None) -> dict[str, Entry]:
     """Write the quantization into the checkpoint's config; returns what its tensors will then be.
 
@@ -43,11 +48,15 @@ def plan(checkpoint: Checkpoint, bits: int, group_size: int | None) -> dict[str,
     return expected_tensors(config)
 
 
-def quantize_shard(entries: dict[str, Entry], file: Path, planned: dict[str, Entry], config: VisualGLMConfig) -> dict:
-    """Map one weight file and quantize what is planned; the rest stays as it is."""
+def quantize_shard(
+    entries: dict[str, Entry], file: Path, planned: dict[str, Entry], config: VisualGLMConfig, codes: Codes
+) -> dict:
+    """Map one weight file and quantize what is planned, if there are no codes for it; the rest stays as it is."""
     mapped, tensors = map_tensors(file), {}
     for key in (key for key, entry in entries.items() if entry.file == file):
-        if f"{key}_scale" in planned:
+        if key in codes:
+            tensors[key], tensors[f"{key}_scale"] = codes[key]
+        elif f"{key}_scale" in planned:
             group_size = config.quantization_group_size or -1
             tensors[key], tensors[f"{key}_scale"] = quantize_tensor(
                 mapped.pop(key), config.quantization_bit, group_size
@@ -57,7 +66,9 @@ def quantize_shard(entries: dict[str, Entry], file: Path, planned: dict[str, Ent
     return tensors
 
 
-def write_shards(folder: Path, entries: dict[str, Entry], planned: dict[str, Entry], config: VisualGLMConfig) -> None:
+def write_shards(
+    folder: Path, entries: dict[str, Entry], planned: dict[str, Entry], config: VisualGLMConfig, codes: Codes
+) -> None:
     """Write one file for each file of the source."""
     files = list(dict.fromkeys(entry.file for entry in entries.values()))
     weight_map, total = {}, 0
@@ -66,7 +77,7 @@ def write_shards(folder: Path, entries: dict[str, Entry], planned: dict[str, Ent
             suffix = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
             name = WEIGHT_FILE.format(suffix=suffix)
             progress.set_description(name)
-            tensors = quantize_shard(entries, file, planned, config)
+            tensors = quantize_shard(entries, file, planned, config, codes)
             save_safetensors(folder / name, tensors)
             weight_map.update(dict.fromkeys(tensors, name))
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -84,7 +95,12 @@ def planned_bytes(entries: dict[str, Entry], planned: dict[str, Entry]) -> int:
 
 
 def quantize_checkpoint(
-    source: Path, target: Path, bits: int, group_size: int | None = None, vocabulary: Path | None = None
+    source: Path,
+    target: Path,
+    bits: int,
+    group_size: int | None = None,
+    vocabulary: Path | None = None,
+    choose_codes: Callable[[Checkpoint], Codes] | None = None,
 ) -> Checkpoint:
     """Quantize the checkpoint in `source` into the new folder `target`.
 
@@ -94,6 +110,8 @@ def quantize_checkpoint(
         bits: 4 or 8.
         group_size: columns that share a scale, for 4 bits; None for 64, -1 for one scale per row as in the original.
         vocabulary: an ice_text.model, or a folder that has it; `source` by default.
+        choose_codes: gives codes and scales that are better than those of the weights alone; called when all checks
+            have passed.
 
     Raises:
         ValueError: something is missing or damaged, does not belong together, or cannot be quantized so.
@@ -104,8 +122,9 @@ def quantize_checkpoint(
     planned = plan(checkpoint, bits, group_size)
     entries = kept_entries(checkpoint)
     check_space(target, SPARE_BYTES + planned_bytes(entries, planned))
+    codes = choose_codes(checkpoint) if choose_codes else {}
     with written_whole(target) as folder:
-        write_shards(folder, entries, planned, checkpoint.config)
+        write_shards(folder, entries, planned, checkpoint.config, codes)
         write_description(folder, checkpoint.config, checkpoint.tokenizer)
         keep_generation_config(source, folder)
     return checkpoint

@@ -1,0 +1,1 @@
+../../visualglm_hf/cpu_arithmetic.py

@@ -1,0 +1,1 @@
+../../visualglm_hf/lowbit_codes.py

@@ -1,0 +1,1 @@
+"""Better codes for a checkpoint, with prompts of the user's own."""
