@@ -130,9 +130,13 @@ ARROWS = {
         },
         {"torch"},
     ),
-    "cuda_products": ({"cuda_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
-    "cuda_runtime": ({"cuda_source", "kernel_choice"}, {"torch"}),
+    "cuda_products": (
+        {"cuda_runtime", "cuda_source", "cuda_tiles", "kernel_choice", "lowbit_format"},
+        {"torch"},
+    ),
+    "cuda_runtime": ({"kernel_choice"}, {"torch"}),
     "cuda_source": (set(), set()),
+    "cuda_tiles": (set(), set()),
     "lowbit_codes": ({"lowbit_format"}, {"torch"}),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (

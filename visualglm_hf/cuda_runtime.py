@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code for an NVIDIA GPU: NVRTC compiles it, the driver loads and launches it.
 
-Not here: the code (`cuda_source.py`), what is launched for which sizes (`cuda_products.py`), and whether it is used
-(`kernel_choice.py`).
+Not here: the code (`cuda_source.py`, `cuda_tiles.py`), what is launched for which sizes (`cuda_products.py`), and
+whether it is used (`kernel_choice.py`).
 
 The source is compiled when a device is first used, by the NVRTC that comes with torch, to machine code for that
 device. Nothing else is needed: no compiler, no toolkit, no headers. Importing this file touches no GPU and no library.
@@ -11,12 +11,11 @@ device. Nothing else is needed: no compiler, no toolkit, no headers. Importing t
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from .cuda_source import SOURCE
 from .kernel_choice import KernelError
 
 
@@ -27,6 +26,9 @@ NVRTC_NAMES = {
     11: ("libnvrtc.so.11.2", "nvrtc64_112_0.dll"),
 }
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+MOST_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+USUAL_MEMORY = 48 * 1024  # bytes of shared memory that a block has without asking
 
 
 def find_nvrtc() -> Iterator[ctypes.CDLL]:
@@ -77,7 +79,7 @@ def supported_architectures(nvrtc: ctypes.CDLL) -> list[int]:
     return sorted(architectures)
 
 
-def compile_with(nvrtc: ctypes.CDLL, capability: tuple[int, int], source: str = SOURCE) -> bytes:
+def compile_with(nvrtc: ctypes.CDLL, capability: tuple[int, int], source: str) -> bytes:
     """Compile to a CUBIN; for a GPU that this NVRTC does not know yet to PTX, which the driver finishes.
 
     PTX is the exception because a driver refuses it if it is older than NVRTC.
@@ -104,12 +106,12 @@ def compile_with(nvrtc: ctypes.CDLL, capability: tuple[int, int], source: str = 
     return image.raw
 
 
-def compile_kernels(capability: tuple[int, int]) -> bytes:
+def compile_kernels(capability: tuple[int, int], source: str) -> bytes:
     """Compile with the first NVRTC that can."""
     reasons = []
     for nvrtc in find_nvrtc():
         try:
-            return compile_with(nvrtc, capability)
+            return compile_with(nvrtc, capability, source)
         except (KernelError, AttributeError) as error:  # an old NVRTC lacks functions
             reasons.append(str(error))
     raise KernelError("; ".join(reasons) or "NVRTC, which comes with torch for CUDA, was not found.")
@@ -119,14 +121,47 @@ def load_driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
+def current_stream(index: int) -> int:
+    """The address of torch's current stream on a device, without the object around it, which takes longer to make."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute with a value of three dimensions."""
+
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_uint * 3),
+        ("unused", ctypes.c_uint * 13),
+    ]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("memory", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
 class Driver:
     """The functions of CUDA's driver that are needed here, with errors as exceptions."""
 
     def __init__(self):
         self.library = load_driver()
-        self.launch_kernel = self.library.cuLaunchKernel  # with types, or each call works them out
-        pointer, number = ctypes.c_void_p, ctypes.c_uint
+        pointer, number = ctypes.c_void_p, ctypes.c_uint  # with types, or each call works them out
+        self.launch_kernel = self.library.cuLaunchKernel
         self.launch_kernel.argtypes = (pointer, *[number] * 7, pointer, pointer, pointer)
+        self.launch_clusters = getattr(self.library, "cuLaunchKernelEx", None)  # old drivers lack it, and clusters
+        if self.launch_clusters is not None:
+            self.launch_clusters.argtypes = (pointer, pointer, pointer, pointer)
+        self.allowed: dict[int, int] = {}  # by function
 
     def check(self, code: int) -> None:
         if code:
@@ -149,11 +184,18 @@ class Driver:
         self.check(self.library.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         return function
 
-    def launch(self, context: ctypes.c_void_p, *call) -> None:
-        code = self.launch_kernel(*call)
-        if code == INVALID_CONTEXT:  # a thread whose first work on the device this is
+    def allow_memory(self, function: ctypes.c_void_p, memory: int) -> None:
+        """Let blocks of a kernel have so many bytes of shared memory, or more."""
+        if memory <= self.allowed.get(function.value, USUAL_MEMORY):
+            return
+        self.allowed[function.value] = memory
+        self.check(self.library.cuFuncSetAttribute(function, MOST_SHARED_MEMORY, memory))
+
+    def launch_again(self, context: ctypes.c_void_p, code: int, call: Callable[..., int], arguments: tuple) -> None:
+        """Make up for a launch that failed, for a thread whose first work on the device it is; else raise."""
+        if code == INVALID_CONTEXT:
             self.check(self.library.cuCtxSetCurrent(context))
-            code = self.launch_kernel(*call)
+            code = call(*arguments)
         self.check(code)
 
 
@@ -161,27 +203,59 @@ class Launch:
     """A kernel and all that stays the same from call to call: how often it runs, and its sizes.
 
     Args:
-        function: of the driver.
+        driver, function: of the kernel.
         grid: blocks, in two dimensions.
         threads, memory: of a block; bytes of shared memory.
         tensors: how many pointers the kernel takes.
         sizes: what it takes after them, as 32-bit integers.
+        cluster: how many neighbours of the grid's first dimension share their memory.
     """
 
     def __init__(
-        self, function: ctypes.c_void_p, grid: tuple[int, int], threads: int, memory: int, tensors: int, sizes: tuple
+        self,
+        driver: Driver,
+        function: ctypes.c_void_p,
+        grid: tuple[int, int],
+        threads: int,
+        memory: int,
+        tensors: int,
+        sizes: tuple,
+        cluster: int = 1,
     ):
-        self.call = (function, *grid, 1, threads, 1, 1, memory)
-        self.pointers = [ctypes.c_void_p() for _ in range(tensors)]
-        self.sizes = [ctypes.c_int(size) for size in sizes]
-        addresses = [ctypes.addressof(value) for value in (*self.pointers, *self.sizes)]
+        self.driver, self.function = driver, function
+        self.pointers = (ctypes.c_uint64 * tensors)()
+        self.sizes = (ctypes.c_int * len(sizes))(*sizes)
+        addresses = [ctypes.addressof(self.pointers) + 8 * i for i in range(tensors)]
+        addresses += [ctypes.addressof(self.sizes) + 4 * i for i in range(len(sizes))]
         self.arguments = (ctypes.c_void_p * len(addresses))(*addresses)
+        self.call = (function, *grid, 1, threads, 1, 1, memory)
+        self.config = None
+        if cluster > 1:
+            self.attribute = LaunchAttribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1))
+            self.config = LaunchConfig((*grid, 1), (threads, 1, 1), memory, None, ctypes.pointer(self.attribute), 1)
+            self.config_address = ctypes.addressof(self.config)
+        driver.allow_memory(function, memory)
         self.lock = threading.Lock()  # several threads may generate; the driver reads the arguments before it returns
 
-    def __call__(self, kernels, *tensors: torch.Tensor) -> None:
-        """Start it on torch's current stream."""
-        with torch.cuda.device(kernels.device), self.lock:
-            for pointer, tensor in zip(self.pointers, tensors, strict=True):
-                pointer.value = tensor.data_ptr()
-            stream = torch.cuda.current_stream(kernels.device).cuda_stream
-            kernels.driver.launch(kernels.context, *self.call, stream, self.arguments, None)
+    def __call__(self, kernels, *addresses: int) -> None:
+        """Start it on torch's current stream, with the addresses of the tensors."""
+        if kernels.device.index == torch.cuda.current_device():
+            return self.start(kernels, addresses)
+        with torch.cuda.device(kernels.device):
+            return self.start(kernels, addresses)
+
+    def start(self, kernels, addresses: tuple[int, ...]) -> None:
+        stream = current_stream(kernels.device.index)
+        with self.lock:
+            self.pointers[:] = addresses
+            if self.config is None:
+                call, arguments = self.driver.launch_kernel, (*self.call, stream, self.arguments, None)
+            else:
+                self.config.stream = stream
+                call, arguments = (
+                    self.driver.launch_clusters,
+                    (self.config_address, self.function, self.arguments, None),
+                )
+            code = call(*arguments)
+            if code:
+                self.driver.launch_again(kernels.context, code, call, arguments)

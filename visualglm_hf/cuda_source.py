@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA C source of the kernels for low-bit matrices, and nothing else."""
+"""The CUDA C source of the kernels for low-bit matrices and a few rows, and of what all kernels share; nothing else."""
 
-SOURCE = r"""
+HELPERS = r"""
 // Low-bit matrices times half precision. No headers: halves are integers, and what C lacks is PTX.
 //
 // Codes as in lowbit_format.py: 8 bits, or 4 with the even column in the high half of the byte.
@@ -116,6 +116,11 @@ template <bool BF16> DEVICE void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u
 }
 #endif  // VISUALGLM_SIMT
 
+template <bool BF16> DEVICE float to_float(u16 half) {
+    if constexpr (BF16) return bits_to_float((u32)half << 16);
+    return half_to_float(half);
+}
+
 // Codes as exact 16-bit floats, without conversion instructions, which are slow: a code, made unsigned by flipping its
 // sign bit, becomes the last bits of 1024 (float16) or 128 (bfloat16), from which the excess is subtracted.
 // Of 8 codes of 4 bits come the pairs (1, 5), (0, 4), (3, 7), (2, 6); of 4 codes of 8 bits (0, 1), (2, 3).
@@ -142,6 +147,9 @@ template <int BITS, bool BF16> DEVICE u32 expand_mask() {
     return (BITS == 4 ? 0x000f000f : BF16 ? 0x43004300 : 0x64646464) * blockDim.z;
 }
 
+"""
+
+FEW_ROWS = r"""
 // Activations in the order of expand's pairs: those that belong to the codes of word i.
 template <int BITS> DEVICE void arrange(const Words* x, int i, u32* pair) {
     if constexpr (BITS == 4) {
@@ -198,8 +206,8 @@ template <int BITS, bool BF16> DEVICE void accumulate(const Operands<128 / BITS>
 
 // out[m, output] for a block's rows of x, of which `rows` are left: add up what its warps have, and what is in columns
 // of b for the same row. Neighbouring threads share a sum if there are more of them than sums.
-template <bool BF16> DEVICE void add(const float* sums, int warps, int rows_per_block, int rows, u16* out,
-                                     int outputs) {
+template <bool BF16> DEVICE void add(const float* sums, int warps, int rows_per_block, int rows, const u16* bias,
+                                     u16* out, int outputs) {
     const int results = (rows < rows_per_block ? rows : rows_per_block) * OUTPUTS;
     const int parts = 8 / rows_per_block, shift = parts == 1 ? 0 : parts == 2 ? 1 : 2;
     int sharers = 32;
@@ -211,22 +219,27 @@ template <bool BF16> DEVICE void add(const float* sums, int warps, int rows_per_
         for (int j = place; j < warps << shift; j += sharers)
             sum += sums[(j >> shift) * SUMS + (m + (j & (parts - 1)) * rows_per_block) * (OUTPUTS + 1) + output];
         for (int distance = sharers / 2; distance > 0; distance /= 2) sum += from_other_lane(sum, distance);
-        if (place == 0) out[(size_t)m * outputs + output] = (u16)floats_to_pair<BF16>(sum, 0);
+        if (place != 0) continue;
+        if (bias) sum += to_float<BF16>(load_half(bias + output));
+        out[(size_t)m * outputs + output] = (u16)floats_to_pair<BF16>(sum, 0);
     }
 }
 
-// out[M, N] = x[M, K] weight[N, K]^T, a block for 32 outputs and some rows of x; its warps divide the columns.
+// out[M, N] = x[M, K] weight[N, K]^T + bias[N], where there is a bias: a block for 32 outputs and some rows of x; its
+// warps divide the columns.
 //
 // The matrix's rows are rows of the tensor cores' a, rows of x are columns of b; both columns in any order, if it is
 // the same. So each lane loads 16 bytes as they are, and the four lanes of a row span 128 columns (8 bits: 64).
 // A sum over them must not cross groups, which have scales of their own: if groups are narrower than that, the 8
 // columns of b are divided among the groups. Column (group, m) has row m of x, and 0 outside of the group's lanes.
-// Codes are exact and scales are applied in float32, so the only rounding is that of the sum and of the result.
+// Codes are exact and scales are applied in float32, so the only rounding is that of the sum and of the result. The
+// bias is added before the result is rounded.
 //
 // inputs is a multiple of 128 / BITS, outputs of 32; groups (per row) of 2^group_shift columns. All is contiguous,
 // pointers to x and weight are multiples of 16.
-template <int BITS, bool BF16> DEVICE void multiply(const u16* x, const signed char* weight, const u16* scale, u16* out,
-                                                    int rows, int outputs, int inputs, int groups, int group_shift) {
+template <int BITS, bool BF16> DEVICE void multiply(const u16* x, const signed char* weight, const u16* scale,
+                                                    const u16* bias, u16* out, int rows, int outputs, int inputs,
+                                                    int groups, int group_shift) {
     constexpr int SPAN = 128 / BITS;  // columns of a lane at a time
     float* sums = shared_memory();  // [warps][8][33], and one after each warp's
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -248,7 +261,7 @@ template <int BITS, bool BF16> DEVICE void multiply(const u16* x, const signed c
             sums[warp * SUMS + (2 * t + i % 2) * (OUTPUTS + 1) + tile * 16 + i / 2 * 8 + g] = total[tile][i];
     __syncthreads();
     u16* first_out = out + ((size_t)first_row * outputs + first_output);
-    add<BF16>(sums, warps, rows_per_block, rows - first_row, first_out, outputs);
+    add<BF16>(sums, warps, rows_per_block, rows - first_row, bias ? bias + first_output : bias, first_out, outputs);
 }
 
 template <bool BF16> DEVICE u32 scale_pair(u32 pair, u16 scale) {  // rounded once
@@ -287,9 +300,9 @@ template <int BITS, bool BF16> DEVICE void dequantize(const signed char* weight,
 
 #define KERNELS(BITS, DTYPE, BF16)                                                                                    \
     extern "C" __global__ void __launch_bounds__(MAX_WARPS * 32) multiply_int##BITS##_##DTYPE(                        \
-        const u16* x, const signed char* weight, const u16* scale, u16* out, int rows, int outputs, int inputs,       \
-        int groups, int group_shift) {                                                                                \
-        multiply<BITS, BF16>(x, weight, scale, out, rows, outputs, inputs, groups, group_shift);                      \
+        const u16* x, const signed char* weight, const u16* scale, const u16* bias, u16* out, int rows, int outputs,  \
+        int inputs, int groups, int group_shift) {                                                                    \
+        multiply<BITS, BF16>(x, weight, scale, bias, out, rows, outputs, inputs, groups, group_shift);                \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256) dequantize_int##BITS##_##DTYPE(                                 \
         const signed char* weight, const u16* scale, u16* out, int outputs, int inputs, int groups, int width) {      \
@@ -303,3 +316,5 @@ KERNELS(4, bfloat16, true)
 KERNELS(8, bfloat16, true)
 #endif
 """
+
+SOURCE = HELPERS + FEW_ROWS

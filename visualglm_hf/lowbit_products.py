@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .cpu_language import HALVES
 from .cpu_many_rows import many_rows_obstacle, multiply_many_rows
 from .cpu_products import CPU_PRODUCTS, KINDS, activations_obstacle, matrix_obstacle
-from .cuda_products import CUDA_PRODUCTS, reading_obstacle
+from .cuda_products import CUDA_PRODUCTS, can_add, reading_obstacle
 from .kernel_choice import KernelError, name_of
 from .lowbit_format import count_groups, dequantize_naive, unpack_int4
 
@@ -70,12 +70,12 @@ class Way(NamedTuple):
     Args:
         name: as people call it.
         obstacle: says what keeps a product from it; None if nothing does.
-        multiply: computes the product, of the activations and all the rest.
+        multiply: computes the product, of the activations and all the rest; on a GPU of a bias, too, if there is one.
     """
 
     name: str
     obstacle: Callable[[Product], str | None]
-    multiply: Callable[[torch.Tensor, Product], torch.Tensor]
+    multiply: Callable[..., torch.Tensor]
 
 
 Tell = Callable[[str, str], None]  # takes the name of a way that a product does not go, and its obstacle
@@ -118,7 +118,7 @@ def multiply_by_rows(
     compute_dtype = torch.promote_types(x.dtype, torch.float32) if on_cpu else x.dtype
     step = max(1, (CPU_CHUNK if on_cpu else chunk) // max(in_features, 1))
     x_compute = x.to(compute_dtype)
-    out = x_compute.new_zeros(x.shape[0], in_features if transposed else weight.shape[0])
+    out = x_compute.new_zeros(x.shape[0], in_features) if transposed else x_compute.new_empty(x.shape[0], len(weight))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         matrix = (to_matrix or dequantize_naive)(weight[rows], weight_scale[rows], bits, in_features, compute_dtype)
@@ -129,8 +129,20 @@ def multiply_by_rows(
     return out.to(x.dtype)
 
 
-def multiply_plainly(x: torch.Tensor, product: Product) -> torch.Tensor:
-    return multiply_by_rows(x, *product.arguments)
+def multiply_plainly(x: torch.Tensor, product: Product, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return multiply_flat(x, product, bias)
+
+
+def multiply_flat(
+    x: torch.Tensor, product: Product, bias: torch.Tensor | None, to_matrix: Callable[..., torch.Tensor] | None = None
+) -> torch.Tensor:
+    """`multiply_by_rows` for activations of any number of dimensions, and a bias."""
+    out = multiply_by_rows(x.reshape(-1, x.shape[-1]), *product.arguments, to_matrix)
+    return add_bias(out.view(*x.shape[:-1], out.shape[-1]), bias)
+
+
+def add_bias(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 ANYWHERE = Way("torch, a few rows of the matrix at a time", no_obstacle, multiply_plainly)
@@ -301,9 +313,12 @@ def cuda_kernel_obstacle(product: Product) -> str | None:
     return obstacle or reading_obstacle(product.weight, product.weight_scale)
 
 
-def multiply_with_cuda_kernel(x: torch.Tensor, product: Product) -> torch.Tensor:
+def multiply_with_cuda_kernel(x: torch.Tensor, product: Product, bias: torch.Tensor | None = None) -> torch.Tensor:
     kernels = CUDA_PRODUCTS.loaded(x.device)
-    return kernels.multiply(x, product.weight, product.weight_scale, product.form, product.in_features)
+    matrix = (product.weight, product.weight_scale, product.form, product.in_features)
+    if can_add(bias, x.dtype):
+        return kernels.multiply(x, *matrix, bias)
+    return add_bias(kernels.multiply(x, *matrix), bias)
 
 
 def cuda_dequantize_obstacle(product: Product) -> str | None:
@@ -315,8 +330,12 @@ def cuda_dequantize_obstacle(product: Product) -> str | None:
     )
 
 
-def multiply_dequantized_on_cuda(x: torch.Tensor, product: Product) -> torch.Tensor:
-    return multiply_by_rows(x, *product.arguments, CUDA_PRODUCTS.loaded(x.device).dequantize)
+def multiply_dequantized_on_cuda(x: torch.Tensor, product: Product, bias: torch.Tensor | None = None) -> torch.Tensor:
+    to_matrix = CUDA_PRODUCTS.loaded(x.device).dequantize
+    if product.transposed or len(product.weight) * product.in_features > DEVICE_CHUNK:
+        return multiply_flat(x, product, bias, to_matrix)
+    matrix = to_matrix(product.weight, product.weight_scale, product.form, product.in_features, x.dtype)
+    return torch.nn.functional.linear(x, matrix, None if bias is None else bias.to(x.dtype))
 
 
 # The choice
@@ -391,17 +410,65 @@ def multiply_half_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def multiply_on_cuda(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int, in_features: int, transposed: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bits: int,
+    in_features: int,
+    transposed: bool,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `multiply`. A kernel that the driver does not launch is the last one that it is asked for."""
+    """See `multiply`; x may have more dimensions here. A kernel that the driver does not launch is the last one that it
+    is asked for.
+    """
     x = x.contiguous()
-    product = Product(x.dtype, x.shape[0], weight, weight_scale, bits, in_features, transposed, x.data_ptr())
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    product = Product(x.dtype, rows, weight, weight_scale, bits, in_features, transposed, x.data_ptr())
     way = choose_way(WAYS["cuda"], product)
     try:
-        return way.multiply(x, product)
+        return way.multiply(x, product, bias)
     except KernelError as error:
         CUDA_PRODUCTS.give_up(x.device, error)
-        return multiply_plainly(x, product)
+        return multiply_plainly(x, product, bias)
+
+
+def multiply_straight(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bits: int,
+    in_features: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x @ W.T + bias on a GPU: as `multiply_on_cuda` chose it for such a product before, if the kernel was chosen."""
+    kernels = CUDA_PRODUCTS.found.get(x.device)
+    if kernels is not None and x.is_contiguous():
+        try:
+            out = kernels.multiply_again(x, weight, weight_scale, bits, in_features, bias)
+        except KernelError as error:
+            CUDA_PRODUCTS.give_up(x.device, error)
+            out = None
+        if out is not None:
+            return out
+    return multiply_on_cuda(x, weight, weight_scale, bits, in_features, False, bias)
+
+
+def is_watched(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether somebody has to see the operator: a tracer, a mode, a transform, or a kind of tensor."""
+    return (
+        type(x) is not torch.Tensor
+        or type(weight).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def goes_straight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a product on a GPU needs no operator, which takes the host longer than all the rest of it."""
+    if not weight.is_cuda or x.get_device() != weight.get_device() or is_watched(x, weight):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
 
 
 # The operators
@@ -501,9 +568,12 @@ def quantized_linear(
     """A linear layer with a low-bit matrix, [..., K] -> [..., N]; under autocast in its dtype. See `multiply`."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.is_cuda and not torch.compiler.is_compiling():
+        with torch._C.DisableTorchFunctionSubclass():  # the codes', which is Python and refuses what is not done here
+            if goes_straight(x, weight, bias):
+                return multiply_straight(x, weight, weight_scale, bits, in_features, bias)
     out = multiply(x.reshape(-1, in_features), weight, weight_scale, bits, in_features)
-    out = out.view(*x.shape[:-1], out.shape[-1])
-    return out if bias is None else out + bias.to(out.dtype)
+    return add_bias(out.view(*x.shape[:-1], out.shape[-1]), bias)
 
 
 def half_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,7 +1,13 @@
-// A libcuda that launches visualglm_hf/cuda_source.py's source on the CPU (simt.h), for tensors in ordinary memory.
+// A libcuda that launches the package's CUDA kernels on the CPU (simt.h), for tensors in ordinary memory.
 //
 // It exports what the launcher calls, with the driver's signatures, and simt_* for the tests.
 // Compiled with -DSOURCE='"path of the source"'.
+#include <dlfcn.h>
+
+#include <map>
+#include <string>
+#include <utility>
+
 #include "simt.h"
 
 #include SOURCE
@@ -16,6 +22,47 @@ Words load_cached(const void* address, bool is_wanted) { return is_wanted ? load
 
 uint16_t load_half(const uint16_t* address) { return simt::can_access(address, 2) ? *address : 0; }
 
+static char* shared(int rank, uint32_t offset, uint32_t bytes) {
+    auto& memory = simt::blocks[rank].memory;
+    static float nowhere[4];
+    if (offset % bytes == 0 && offset + bytes <= memory.size() * 4) return (char*)memory.data() + offset;
+    simt::problem = "shared memory that the block does not have";
+    return (char*)nowhere;
+}
+
+static bool is_late;  // copies are made when they are waited for, not when they are asked for
+
+static void copy_now(uint32_t offset, const void* address) {
+    const Words v = load_once(address);
+    memcpy(shared(cluster_rank(), offset, 16), &v, 16);
+}
+
+void copy_to_shared(uint32_t offset, const void* address) {
+    if (!is_late) return copy_now(offset, address);
+    auto& copies = simt::current->copies;
+    if (copies.empty()) copies.emplace_back();
+    copies.back().push_back({offset, address});
+}
+
+void end_copies() { simt::current->copies.emplace_back(); }
+
+template <int LEFT> void wait_for_copies() {
+    auto& copies = simt::current->copies;
+    for (int i = 0; i + LEFT + 1 < (int)copies.size(); i++) {  // the last group is still open
+        for (auto& copy : copies[i]) copy_now(copy.first, copy.second);
+        copies[i].clear();
+    }
+}
+
+Words load_shared_of(uint32_t offset, uint32_t rank) {
+    Words v;
+    memcpy(&v, shared(rank, offset, 16), 16);
+    return v;
+}
+
+Words load_shared(uint32_t offset) { return load_shared_of(offset, cluster_rank()); }
+void load_shared_pair(uint32_t offset, uint32_t* word) { memcpy(word, shared(cluster_rank(), offset, 8), 8); }
+
 void store(void* address, Words v) {
     if (simt::can_access(address, 16)) memcpy(address, &v, 16);
 }
@@ -29,29 +76,23 @@ static bool has_context = true;  // this thread
 
 template <typename T> static T get(void** arguments, int i) { return *(T*)arguments[i]; }
 
-template <void (*KERNEL)(const u16*, const signed char*, const u16*, u16*, int, int, int, int, int)>
-static void run_multiply(void** a) {
-    KERNEL(get<u16*>(a, 0), get<signed char*>(a, 1), get<u16*>(a, 2), get<u16*>(a, 3), get<int>(a, 4), get<int>(a, 5),
-           get<int>(a, 6), get<int>(a, 7), get<int>(a, 8));
-}
-
-template <void (*KERNEL)(const signed char*, const u16*, u16*, int, int, int, int)>
-static void run_dequantize(void** a) {
-    KERNEL(get<signed char*>(a, 0), get<u16*>(a, 1), get<u16*>(a, 2), get<int>(a, 3), get<int>(a, 4), get<int>(a, 5),
-           get<int>(a, 6));
-}
-
-struct Function { const char* name; void (*run)(void**); };
-static const Function functions[] = {
-    {"multiply_int4_float16", run_multiply<multiply_int4_float16>},
-    {"multiply_int8_float16", run_multiply<multiply_int8_float16>},
-    {"multiply_int4_bfloat16", run_multiply<multiply_int4_bfloat16>},
-    {"multiply_int8_bfloat16", run_multiply<multiply_int8_bfloat16>},
-    {"dequantize_int4_float16", run_dequantize<dequantize_int4_float16>},
-    {"dequantize_int8_float16", run_dequantize<dequantize_int8_float16>},
-    {"dequantize_int4_bfloat16", run_dequantize<dequantize_int4_bfloat16>},
-    {"dequantize_int8_bfloat16", run_dequantize<dequantize_int8_bfloat16>},
+template <typename T> struct Caller;
+template <typename... A> struct Caller<void(A...)> {
+    template <size_t... I> static void call(void* kernel, void** a, std::index_sequence<I...>) {
+        ((void (*)(A...))kernel)(get<A>(a, I)...);
+    }
+    static void run(void* kernel, void** a) { call(kernel, a, std::index_sequence_for<A...>()); }
 };
+
+// The kernels by the first word of their names; each is a symbol of this library.
+struct Kind { const char* name; void (*run)(void*, void**); };
+static const Kind kinds[] = {
+    {"multiply", Caller<decltype(multiply_int4_float16)>::run},
+    {"tiles", Caller<decltype(tiles_int4_float16_2x8)>::run},
+    {"dequantize", Caller<decltype(dequantize_int4_float16)>::run},
+};
+struct Function { std::string name; void* kernel; const Kind* kind; size_t most_memory; };
+static std::map<std::string, Function> functions;
 
 static bool is_to_fail(const char* function) { return fails && !strcmp(fails, function); }
 
@@ -78,23 +119,63 @@ int cuModuleLoadData(void** module, const void* image) {
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     if (is_to_fail("cuModuleGetFunction")) return fails_with;
     if (module != &image_kind) return INVALID_VALUE;
-    for (auto& known : functions)
-        if (!strcmp(known.name, name)) {
-            *function = (void*)&known;
+    void* kernel = dlsym(RTLD_DEFAULT, name);
+    Dl_info here, there;
+    dladdr((void*)&cuModuleGetFunction, &here);
+    if (!kernel) {  // this library is not among those that all see
+        void* self = dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+        kernel = dlsym(self, name);
+        dlclose(self);
+    }
+    if (!kernel || !dladdr(kernel, &there) || strcmp(here.dli_fname, there.dli_fname)) return NOT_FOUND;
+    for (auto& kind : kinds)
+        if (!strncmp(name, kind.name, strlen(kind.name))) {
+            *function = &functions.insert({name, {name, kernel, &kind, 48 * 1024}}).first->second;
             return SUCCESS;
         }
     return NOT_FOUND;
 }
 
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared_bytes, void* stream, void** arguments, void** extra) {
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+    if (attribute != 8 || value > 227 * 1024) return INVALID_VALUE;  // the most shared memory of a block
+    ((Function*)function)->most_memory = value;
+    return SUCCESS;
+}
+
+static int start(void* function, simt::Dim grid, simt::Dim block, unsigned shared_bytes, int cluster, void* stream,
+                 void** arguments, void** extra) {
     if (is_to_fail("cuLaunchKernel")) return fails_with;
     if (!has_context) return INVALID_CONTEXT;
-    if (!gx || !gy || gz != 1 || !bx || by != 1 || bz != 1 || extra) return INVALID_VALUE;
+    if (!grid.x || !grid.y || grid.z != 1 || !block.x || block.y != 1 || block.z != 1 || extra) return INVALID_VALUE;
     launches++;
     last_stream = stream;
-    auto run = ((const Function*)function)->run;
-    return simt::launch({(int)gx, (int)gy, 1}, bx, shared_bytes, [=] { run(arguments); }) ? SUCCESS : ILLEGAL_ADDRESS;
+    const auto& known = *(Function*)function;
+    return simt::launch(grid, block.x, shared_bytes, known.most_memory, cluster,
+                        [&] { known.kind->run(known.kernel, arguments); }) ? SUCCESS : ILLEGAL_ADDRESS;
+}
+
+int cuLaunchKernel(void* function, int gx, int gy, int gz, int bx, int by, int bz, unsigned shared_bytes, void* stream,
+                   void** arguments, void** extra) {
+    return start(function, {gx, gy, gz}, {bx, by, bz}, shared_bytes, 1, stream, arguments, extra);
+}
+
+struct Attribute { int id; int padding; int value[16]; };
+struct Configuration {
+    simt::Dim grid, block;
+    unsigned shared_bytes;
+    void* stream;
+    Attribute* attributes;
+    unsigned count;
+};
+
+int cuLaunchKernelEx(const Configuration* how, void* function, void** arguments, void** extra) {
+    int cluster = 1;
+    for (unsigned i = 0; i < how->count; i++) {
+        const Attribute& each = how->attributes[i];
+        if (each.id != 4 || each.value[1] != 1 || each.value[2] != 1) return INVALID_VALUE;  // the cluster's dimensions
+        cluster = each.value[0];
+    }
+    return start(function, how->grid, how->block, how->shared_bytes, cluster, how->stream, arguments, extra);
 }
 
 int cuGetErrorString(int code, const char** text) {
@@ -113,6 +194,7 @@ void simt_allow(const void* start, size_t bytes) {
     else simt::allowed.clear();
 }
 
+void simt_delay_copies(bool wanted) { is_late = wanted; }
 void simt_lose_context() { has_context = false; }
 int simt_launches() { return launches; }
 void* simt_last_stream() { return last_stream; }

@@ -1,8 +1,8 @@
 // Enough of a GPU to run visualglm_hf/cuda_source.py's source on a CPU, unchanged but for its PTX helpers.
 //
-// A thread of a block is a fiber that runs until it waits for others: at a block's barrier, or for its warp, at an mma
-// or an exchange. Blocks run one after the other. Whoever waits for someone who has left, or reads or writes where it
-// may not, is reported: launch() returns an error and `simt::problem` says why.
+// A thread of a block is a fiber that runs until it waits for others: at a barrier of its block or of its cluster of
+// blocks, or for its warp, at an mma or an exchange. Clusters run one after the other. Whoever waits for someone who has
+// left, or reads or writes where it may not, is reported: launch() returns an error and `simt::problem` says why.
 #pragma once
 #include <ucontext.h>
 
@@ -18,37 +18,43 @@
 #define VISUALGLM_SIMT
 #define __CUDA_ARCH__ 800
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DEVICE static inline
 #define threadIdx (simt::current->index)
-#define blockIdx (simt::block)
+#define blockIdx (simt::current->block->index)
 #define blockDim (simt::block_size)
 #define __syncthreads() simt::wait_for_block()
 
 namespace simt {
 
 struct Dim { int x, y, z; };
-struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack;
-    Dim index;
-    bool is_done;
-    int waits_for;  // a generation of its warp or of the block, or -1
-    bool on_block;
-};
-struct Warp {
-    int arrived = 0, generation = 0;
+struct Meeting { int arrived = 0, generation = 0; };  // of those who wait for each other
+struct Warp : Meeting {
     uint32_t a[32][4], b[32][2];
     float* d[32];
     float values[2][32];  // exchanged, by turns
 };
+struct Block : Meeting {
+    Dim index;
+    std::vector<Warp> warps;
+    std::vector<float> memory;  // shared; NaN until it is written
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    Dim index;
+    Block* block;
+    bool is_done;
+    Meeting* waits_at;  // or nullptr
+    int waits_for;      // a generation of the meeting
+    std::vector<std::vector<std::pair<uint32_t, const void*>>> copies;  // to shared memory, in groups
+};
 
 static std::vector<Fiber> fibers;
-static std::vector<Warp> warps;
+static std::vector<Block> blocks;  // of a cluster
+static Meeting cluster;
 static Fiber* current;
-static Dim block, block_size;
-static std::vector<float> memory;  // shared by a block; NaN until it is written
-static int block_arrived, block_generation;
+static Dim block_size;
 static ucontext_t scheduler;
 static std::function<void()> kernel;
 static const char* problem;
@@ -56,36 +62,26 @@ static std::vector<std::pair<uintptr_t, size_t>> allowed;  // memory of the "dev
 
 static void yield() { swapcontext(&current->context, &scheduler); }
 
-static void wait(bool on_block, int generation) {
-    current->on_block = on_block;
-    current->waits_for = generation;
+// The last one to come does what is to be done when all are there.
+template <typename Action> static void wait_at(Meeting& meeting, int expected, Action action) {
+    if (++meeting.arrived == expected) {
+        action();
+        meeting.arrived = 0;
+        meeting.generation++;
+        return;
+    }
+    current->waits_at = &meeting;
+    current->waits_for = meeting.generation;
     yield();
 }
 
-static void wait_for_block() {
-    const int generation = block_generation;
-    if (++block_arrived == (int)fibers.size()) {
-        block_arrived = 0;
-        block_generation++;
-    } else
-        wait(true, generation);
-}
+static void wait_for_block() { wait_at(*current->block, block_size.x, [] {}); }
+static void wait_for_cluster() { wait_at(cluster, (int)fibers.size(), [] {}); }
 
-// The last of the warp to come does what is to be done when all are there.
-template <typename Action> static void wait_for_warp(Warp& warp, Action action) {
-    const int generation = warp.generation;
-    if (++warp.arrived == 32) {
-        action();
-        warp.arrived = 0;
-        warp.generation++;
-    } else
-        wait(false, generation);
-}
+static Warp& current_warp() { return current->block->warps[current->index.x / 32]; }
+template <typename Action> static void wait_for_warp(Warp& warp, Action action) { wait_at(warp, 32, action); }
 
-static bool is_blocked(const Fiber& fiber) {
-    if (fiber.waits_for < 0) return false;
-    return fiber.waits_for == (fiber.on_block ? block_generation : warps[fiber.index.x / 32].generation);
-}
+static bool is_blocked(const Fiber& fiber) { return fiber.waits_at && fiber.waits_at->generation == fiber.waits_for; }
 
 static void enter() {
     kernel();
@@ -102,17 +98,22 @@ static bool can_access(const void* address, size_t bytes) {
     return !problem;
 }
 
-static void run_block() {
-    block_arrived = 0;
-    std::fill(memory.begin(), memory.end(), NAN);
-    warps.assign(block_size.x / 32, Warp());
-    fibers.resize(block_size.x);
-    for (int i = 0; i < block_size.x; i++) {
+static void run_cluster() {
+    cluster = Meeting();
+    for (Block& block : blocks) {
+        block.arrived = 0;
+        std::fill(block.memory.begin(), block.memory.end(), NAN);
+        block.warps.assign(block_size.x / 32, Warp());
+    }
+    fibers.resize(blocks.size() * block_size.x);
+    for (int i = 0; i < (int)fibers.size(); i++) {
         Fiber& fiber = fibers[i];
         fiber.stack.resize(64 * 1024);
-        fiber.index = {i, 0, 0};
+        fiber.index = {i % block_size.x, 0, 0};
+        fiber.block = &blocks[i / block_size.x];
         fiber.is_done = false;
-        fiber.waits_for = -1;
+        fiber.waits_at = nullptr;
+        fiber.copies.clear();
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -123,7 +124,7 @@ static void run_block() {
         moved = false;
         for (Fiber& fiber : fibers) {
             if (fiber.is_done || is_blocked(fiber)) continue;
-            fiber.waits_for = -1;
+            fiber.waits_at = nullptr;
             current = &fiber;
             swapcontext(&scheduler, &fiber.context);
             moved = true;
@@ -133,16 +134,19 @@ static void run_block() {
         if (!fiber.is_done) problem = "a thread waits for one that does not come";
 }
 
-static bool launch(Dim grid, int threads, size_t memory_bytes, std::function<void()> body) {
-    memory.resize(memory_bytes / sizeof(float));
+static bool launch(Dim grid, int threads, size_t memory_bytes, size_t most_memory, int cluster_size,
+                   std::function<void()> body) {
     problem = nullptr;
     kernel = std::move(body);
     block_size = {threads, 1, 1};
-    if (threads % 32 || threads > 1024 || grid.y > 65535 || memory_bytes > 48 * 1024) problem = "an impossible grid";
+    if (threads % 32 || threads > 1024 || grid.y > 65535 || memory_bytes > most_memory) problem = "an impossible grid";
+    if (cluster_size < 1 || cluster_size > 8 || grid.x % cluster_size) problem = "an impossible cluster";
+    blocks.resize(cluster_size);
+    for (Block& block : blocks) block.memory.resize((memory_bytes + 15) / 16 * 4);
     for (int y = 0; y < grid.y && !problem; y++)
-        for (int x = 0; x < grid.x && !problem; x++) {
-            block = {x, y, 0};
-            run_block();
+        for (int x = 0; x < grid.x && !problem; x += cluster_size) {
+            for (int rank = 0; rank < cluster_size; rank++) blocks[rank].index = {x + rank, y, 0};
+            run_cluster();
         }
     return !problem;
 }
@@ -214,7 +218,16 @@ template <bool BF16> DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c
 }
 
 DEVICE void start_loads() {}
-DEVICE float* shared_memory() { return simt::memory.data(); }
+DEVICE float* shared_memory() { return simt::current->block->memory.data(); }
+DEVICE uint32_t cluster_rank() { return simt::current->block - simt::blocks.data(); }
+DEVICE uint32_t cluster_size() { return simt::blocks.size(); }
+DEVICE void wait_for_cluster() { simt::wait_for_cluster(); }
+DEVICE void end_copies();
+template <int LEFT> void wait_for_copies();
+DEVICE void copy_to_shared(uint32_t offset, const void* address);
+DEVICE Words load_shared(uint32_t offset);
+DEVICE Words load_shared_of(uint32_t offset, uint32_t rank);
+DEVICE void load_shared_pair(uint32_t offset, uint32_t* word);
 DEVICE float half_to_float(uint16_t half) { return simt::from_half(half); }
 DEVICE float bits_to_float(uint32_t bits) { return simt::from_bits(bits); }
 
@@ -243,7 +256,7 @@ static void compute_mma(bool bf16, simt::Warp& warp) {
 template <bool BF16> DEVICE void mma(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                      uint32_t b1) {
     const int lane = threadIdx.x % 32;
-    simt::Warp& warp = simt::warps[threadIdx.x / 32];
+    simt::Warp& warp = simt::current_warp();
     const uint32_t a[] = {a0, a1, a2, a3}, b[] = {b0, b1};
     memcpy(warp.a[lane], a, sizeof a);
     memcpy(warp.b[lane], b, sizeof b);
@@ -253,7 +266,7 @@ template <bool BF16> DEVICE void mma(float* d, uint32_t a0, uint32_t a1, uint32_
 
 DEVICE float from_other_lane(float value, int distance) {
     const int lane = threadIdx.x % 32;
-    simt::Warp& warp = simt::warps[threadIdx.x / 32];
+    simt::Warp& warp = simt::current_warp();
     float* values = warp.values[warp.generation % 2];
     values[lane] = value;
     simt::wait_for_warp(warp, [] {});

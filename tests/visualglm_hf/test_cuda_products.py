@@ -1,14 +1,12 @@
 """The CUDA kernels without a GPU: compiled by the real NVRTC, run by a CPU that plays the GPU, launched through a fake
 driver, against the torch reference."""
 
-import contextlib
 import ctypes
 import itertools
 import re
 import shutil
 import subprocess
 import sys
-import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 
 from tests.helpers import assert_product_is_exact, seeded
 from visualglm_hf import cuda_products, cuda_runtime, lowbit_products
-from visualglm_hf.cuda_products import FUSED_ROWS, CudaProducts, DeviceKernels
+from visualglm_hf.cuda_products import FUSED_ROWS, DeviceKernels
 from visualglm_hf.cuda_runtime import Launch, compile_with, find_nvrtc
 from visualglm_hf.cuda_source import SOURCE
 from visualglm_hf.kernel_choice import KernelError
@@ -33,7 +31,6 @@ from visualglm_hf.lowbit_products import (
 from visualglm_hf.quantization import QuantizedLinear, quantize_tensor
 
 
-SIMT = Path(__file__).parents[1] / "simt"
 ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 DTYPES = [torch.float16, torch.bfloat16]
 DEVICE = torch.device("cpu")  # the fake driver's
@@ -59,61 +56,6 @@ def nvrtc() -> ctypes.CDLL:
     return found
 
 
-@pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory) -> ctypes.CDLL:
-    """A libcuda whose kernels are the real source, built by g++ for this CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++, to run the kernels on the CPU")
-    folder = tmp_path_factory.mktemp("simt")
-    (folder / "kernels.cu").write_text(SOURCE)
-    library = folder / "libcuda.so"
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SIMT}", f'-DSOURCE="{folder / "kernels.cu"}"']
-    subprocess.run(["g++", *options, "-o", str(library), str(SIMT / "driver.cpp")], check=True)
-    driver = ctypes.CDLL(str(library))
-    driver.simt_last_stream.restype = ctypes.c_void_p
-    driver.simt_image_kind.restype = ctypes.c_char
-    return driver
-
-
-@pytest.fixture
-def fake_gpu(fake_driver, monkeypatch):
-    """Let the launcher find the fake driver, and a device with compute capability 8.0 and few processors."""
-    state = types.SimpleNamespace(driver=fake_driver, capability=(8, 0), processors=2, capturing=False, entered=[])
-    monkeypatch.setattr(cuda_runtime, "load_driver", lambda: fake_driver)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda device: types.SimpleNamespace(multi_processor_count=state.processors),
-    )
-    monkeypatch.setattr(torch.cuda, "device", lambda device: state.entered.append(device) or contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=1234))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.delenv("VISUALGLM_KERNELS", raising=False)
-
-    def renew():
-        state.products = CudaProducts()
-        monkeypatch.setattr(lowbit_products, "CUDA_PRODUCTS", state.products)
-
-    state.renew = renew
-    renew()
-    yield state
-    fake_driver.simt_fail(None, 0)
-    fake_driver.simt_allow(None, ctypes.c_size_t(0))
-
-
-@pytest.fixture
-def without_compiling(monkeypatch):
-    monkeypatch.setattr(cuda_products, "compile_kernels", lambda capability: b"\x7fELF")
-
-
-@pytest.fixture
-def kernels(fake_gpu, without_compiling) -> DeviceKernels:
-    kernels = fake_gpu.products.found[DEVICE] = DeviceKernels(DEVICE)
-    return kernels
-
-
 def way_of(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> str:
     """The name of the way that the operator takes on the fake GPU."""
     product = Product(x.dtype, len(x), codes, scale, bits, x.shape[1], address=x.data_ptr())
@@ -127,7 +69,7 @@ def way_of(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int)
 def test_nvrtc_compiles_the_source_to_machine_code(nvrtc, architecture):
     if architecture not in cuda_runtime.supported_architectures(nvrtc):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
-    image = compile_with(nvrtc, divmod(architecture, 10))
+    image = compile_with(nvrtc, divmod(architecture, 10), SOURCE)
     assert image.startswith(b"\x7fELF")
     for dtype, bits in itertools.product(DTYPES, (4, 8)):
         for kind in ("multiply", "dequantize"):
@@ -137,13 +79,13 @@ def test_nvrtc_compiles_the_source_to_machine_code(nvrtc, architecture):
 
 def test_a_gpu_that_nvrtc_does_not_know_yet_gets_ptx_of_the_newest_that_it_does(nvrtc):
     newest = cuda_runtime.supported_architectures(nvrtc)[-1]
-    image = compile_with(nvrtc, (99, 0)).decode()
+    image = compile_with(nvrtc, (99, 0), SOURCE).decode()
     assert f".target sm_{newest}" in image
 
 
 def test_a_gpu_older_than_nvrtc_knows_is_refused(nvrtc):
     with pytest.raises(KernelError, match="sm_20"):
-        compile_with(nvrtc, (2, 0))
+        compile_with(nvrtc, (2, 0), SOURCE)
 
 
 def test_errors_of_the_compiler_come_with_its_log(nvrtc):
@@ -197,7 +139,7 @@ def test_hot_loop_converts_no_integers_and_is_short(nvrtc, tmp_path, architectur
     disassembler = find_disassembler()
     if disassembler is None:
         pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
-    (tmp_path / "kernels.cubin").write_bytes(compile_with(nvrtc, divmod(architecture, 10)))
+    (tmp_path / "kernels.cubin").write_bytes(compile_with(nvrtc, divmod(architecture, 10), SOURCE))
     command = [disassembler, "-c", str(tmp_path / "kernels.cubin")]
     assembly = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     for dtype in DTYPES:
@@ -239,6 +181,71 @@ def test_fused_product_equals_the_reference(kernels, bits, outputs, inputs, grou
         )
 
 
+@pytest.fixture(params=[False, True], ids=["early", "late"])
+def tile_kernels(request, fake_gpu, without_compiling) -> DeviceKernels:
+    """Kernels of a device with plans for tiles, whose copies to shared memory are there at once or when waited for."""
+    fake_gpu.capability = (9, 0)
+    fake_gpu.driver.simt_delay_copies(request.param)
+    kernels = fake_gpu.products.found[DEVICE] = DeviceKernels(DEVICE)
+    yield kernels
+    fake_gpu.driver.simt_delay_copies(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "outputs", "inputs", "groups"),
+    [
+        (4, 32, 64, 0),
+        (4, 96, 1344, 21),  # no multiple of what a block takes at a time, in either direction
+        (4, 64, 1024, 8),  # groups of 128
+        (4, 160, 768, 0),
+        (8, 32, 192, 0),
+        (8, 96, 1344, 21),
+        (8, 64, 1024, 4),
+    ],
+)
+def test_tiles_equal_the_reference(tile_kernels, bits, outputs, inputs, groups, dtype):
+    for rows in (9, 16, 27, 33, 64, 65, 128):
+        x, codes, scale = make_problem(rows, outputs, inputs, bits, groups, dtype)
+        assert way_of(x, codes, scale, bits) == FUSED
+        for tile_kernels.processors in (1, 2, 4, 1000):  # other tiles, and clusters of more blocks
+            assert tile_kernels.find_tiles(rows, outputs, inputs, groups or 1, bits) is not None
+            out = tile_kernels.multiply(x, codes, scale, bits, inputs)
+            assert_product_is_exact(out, x, codes, scale, bits, inputs, SUM_ERROR)
+            tile_kernels.launches.clear()
+
+
+@pytest.fixture
+def checked_kernels(tile_kernels) -> DeviceKernels:
+    """Those for tiles that are compiled and checked already."""
+    tile_kernels.plan_multiply(torch.float16, 9, 96, 1344, 21, 4)
+    return tile_kernels
+
+
+def test_tiles_stay_inside_their_tensors(checked_kernels, fake_gpu, guards):
+    bias = torch.randn(96, generator=seeded()).half()
+    for rows, checked_kernels.processors in itertools.product((9, 29, 66), (1, 1000)):
+        checked_kernels.launches.clear()
+        problem = make_problem(rows, 96, 1344, 4, 21, torch.float16)
+        fake_gpu.driver.simt_allow(None, ctypes.c_size_t(0))
+        for tensor in (*problem, bias):
+            allow(fake_gpu.driver, tensor)
+        assert checked_kernels.multiply(*problem, 4, 1344, bias).isfinite().all()
+        assert all(guard.eq(7).all() for guard in guards)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 16, 70])
+def test_a_bias_is_added_before_the_result_is_rounded(tile_kernels, rows, dtype):
+    x, codes, scale = make_problem(rows, 64, 256, 4, 4, dtype)
+    bias = torch.randn(64, generator=seeded()).to(dtype)
+    matrix = dequantize_naive(codes, scale, 4, 256, torch.float64)
+    expected = (x.double() @ matrix.T + bias.double()).to(dtype)
+    out = tile_kernels.multiply(x, codes, scale, 4, 256, bias)
+    assert (out == expected).float().mean() > 0.98  # a sum's last bit decides about a few
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_however_the_columns_are_divided_among_warps(kernels, bits):
     x, codes, scale = make_problem(3, 64, 3072, bits, 0, torch.float16)
@@ -273,16 +280,23 @@ def test_dequantized_matrix_equals_the_reference_bit_for_bit(kernels, bits, outp
     assert torch.equal(out.view(torch.int16), dequantize_naive(codes, scale, bits, inputs, dtype).view(torch.int16))
 
 
+def allow(driver: ctypes.CDLL, tensor: torch.Tensor) -> None:
+    """Let kernels read and write a tensor, and nothing else that is not allowed, too."""
+    driver.simt_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
+
+
 @pytest.fixture
-def guards(monkeypatch) -> list[torch.Tensor]:
-    """What lies around each tensor that `new_empty` makes; to stay 7."""
+def guards(monkeypatch, fake_driver) -> list[torch.Tensor]:
+    """What lies around each tensor that `new_empty` makes, where the kernels may write; to stay 7."""
     memory = []
 
     def new_empty(self, *shape, dtype=None):
         shape = torch.Size(shape[0] if isinstance(shape[0], (tuple, list)) else shape)
         guarded = torch.full((shape.numel() + 64,), 7, dtype=dtype or self.dtype)
         memory.extend((guarded[:32], guarded[-32:]))
-        return guarded[32:-32].view(shape)
+        out = guarded[32:-32].view(shape)
+        allow(fake_driver, out)
+        return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     return memory
@@ -294,15 +308,17 @@ def guards(monkeypatch) -> list[torch.Tensor]:
 def test_fused_kernel_stays_inside_its_tensors(kernels, fake_gpu, guards, bits, inputs, groups):
     problem = make_problem(5, 32, inputs, bits, groups, torch.float16)
     for tensor in problem:
-        fake_gpu.driver.simt_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
+        allow(fake_gpu.driver, tensor)
     assert_product_is_exact(kernels.multiply(*problem, bits, inputs), *problem, bits, inputs, SUM_ERROR)
     assert all(guard.eq(7).all() for guard in guards)
     with pytest.raises(KernelError, match="outside"):
         kernels.multiply(problem[0].clone(), *problem[1:], bits, inputs)
 
 
-def test_dequantization_stays_inside_its_tensors(kernels, guards):
+def test_dequantization_stays_inside_its_tensors(kernels, fake_gpu, guards):
     _, codes, scale = make_problem(1, 5, 224, 4, 7, torch.float16)
+    for tensor in (codes, scale):
+        allow(fake_gpu.driver, tensor)
     out = kernels.dequantize(codes, scale, 4, 224, torch.float16)
     assert torch.equal(out, dequantize_naive(codes, scale, 4, 224, torch.float16))
     assert all(guard.eq(7).all() for guard in guards)
@@ -465,23 +481,23 @@ def test_missing_libraries_give_one_warning_and_the_torch_way(fake_gpu, monkeypa
 
 
 def test_an_nvrtc_that_fails_makes_room_for_the_next(monkeypatch):
-    def compile_one(nvrtc, capability):
+    def compile_one(nvrtc, capability, source):
         if nvrtc == "broken":
             raise KernelError("NVRTC_ERROR_BUILTIN_OPERATION_FAILURE")
         return b"image"
 
     monkeypatch.setattr(cuda_runtime, "compile_with", compile_one)
     monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(("broken", "sound")))
-    assert cuda_runtime.compile_kernels((8, 0)) == b"image"
+    assert cuda_runtime.compile_kernels((8, 0), SOURCE) == b"image"
     monkeypatch.setattr(cuda_runtime, "find_nvrtc", lambda: iter(("broken",)))
     with pytest.raises(KernelError, match="BUILTIN"):
-        cuda_runtime.compile_kernels((8, 0))
+        cuda_runtime.compile_kernels((8, 0), SOURCE)
 
 
-@pytest.mark.parametrize("kind", ["multiply", "dequantize"])
-def test_a_kernel_that_computes_something_else_is_not_used(fake_gpu, without_compiling, monkeypatch, kind):
-    right = getattr(DeviceKernels, kind)
-    monkeypatch.setattr(DeviceKernels, kind, lambda self, *arguments: right(self, *arguments) * 1.1)
+@pytest.mark.parametrize(("kind", "method"), [("multiply", "launch_multiply"), ("dequantize", "dequantize")])
+def test_a_kernel_that_computes_something_else_is_not_used(fake_gpu, without_compiling, monkeypatch, kind, method):
+    right = getattr(DeviceKernels, method)
+    monkeypatch.setattr(DeviceKernels, method, lambda self, *arguments: right(self, *arguments) * 1.1)
     arguments, expected = problem_and_reference()
     with pytest.warns(RuntimeWarning, match=f"{kind}_int4_float16 is off by 0.1"):
         assert torch.equal(multiply_on_cuda(*arguments), expected)

@@ -1,20 +1,32 @@
 """What only a CUDA device can show of low-bit layers: parity at the model's sizes, graphs, streams, devices, speed.
 
-`pytest -m gpu -s tests/test_gpu_quantization.py` prints milliseconds and GB/s.
+`pytest -m gpu -s tests/visualglm_hf/test_gpu_quantization.py` prints milliseconds and GB/s.
 """
 
 import itertools
+import statistics
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from tests.helpers import ROUNDING, assert_product_is_exact
 from visualglm_hf import lowbit_products
-from visualglm_hf.cuda_products import BFLOAT16_CAPABILITY, CUDA_PRODUCTS, FUSED_ROWS, CudaProducts, DeviceKernels
+from visualglm_hf.cuda_products import (
+    BFLOAT16_CAPABILITY,
+    CUDA_PRODUCTS,
+    FUSED_ROWS,
+    CudaProducts,
+    DeviceKernels,
+    sizes_of,
+)
 from visualglm_hf.lowbit_format import dequantize_naive
 from visualglm_hf.lowbit_products import multiply, multiply_by_rows, multiply_on_cuda
 from visualglm_hf.quantization import QuantizedLinear
+from visualglm_tools.benchmarking.engines import ModelEngine, Prompts, Runner
+from visualglm_tools.benchmarking.models import GEOMETRIES, build_model
+from visualglm_tools.benchmarking.timing import Clock
 
 
 pytestmark = [
@@ -27,6 +39,7 @@ FORMATS = [(4, 64), (4, 128), (4, None), (8, None)]  # bits, group size
 DTYPES = [torch.float16, torch.bfloat16]
 SUM_ERROR = 2.0**-18  # tensor cores truncate where they align products
 REPEATS = 20
+ROWS = (1, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +81,31 @@ def test_products_equal_the_reference(outputs, inputs, bits, group_size, dtype):
             assert_product_is_exact(out, *problem[:5], SUM_ERROR)
         else:  # the matrix is rounded too
             assert difference(out, reference(*problem)) < 4 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_products_of_many_rows_equal_the_reference(outputs, inputs, bits, group_size, dtype):
+    """Of those that tiles multiply, to the last row of the last block; of others, a matrix that is rounded."""
+    skip_without(dtype)
+    for rows in (48, 63, 65, 96, 127, 128, 129, 192, 255, 256, 257):
+        problem = make_problem(rows, outputs, inputs, bits, group_size, dtype)
+        kernels = CUDA_PRODUCTS.find(problem[0].device)
+        is_read_as_codes = kernels.multiply_obstacle(*sizes_of(*problem[:5])) is None
+        out = multiply_on_cuda(*problem)
+        if is_read_as_codes:
+            assert_product_is_exact(out, *problem[:5], SUM_ERROR)
+        else:
+            assert difference(out, reference(*problem)) < 4 * ROUNDING[dtype]
+
+
+def test_a_bias_is_added_before_the_result_is_rounded():
+    for rows in (1, 16, 100):
+        problem = make_problem(rows, 4096, 4096, 4, 64, torch.float16)
+        bias = torch.randn(4096, device="cuda", dtype=torch.float16)
+        out = multiply_on_cuda(*problem, bias=bias)
+        assert difference(out, reference(*problem) + bias.double()) < ROUNDING[torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,14 +251,64 @@ def test_print_speed():
         )
 
 
-def test_print_speed_of_fused_and_dequantized_by_rows():
-    """Where one overtakes the other says what FUSED_ROWS should be on this device."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, None)])
+def test_print_speed_of_every_way_by_rows(bits, group_size, dtype):
+    """Where one overtakes another says what FUSED_ROWS and the plans for tiles should be on this device."""
+    skip_without(dtype)
     device = torch.device("cuda", torch.cuda.current_device())
     kernels: DeviceKernels = CUDA_PRODUCTS.find(device)
-    print("\n   M   fused   dequantized (microseconds, int4 g64)")
-    for (outputs, inputs), rows in itertools.product(SHAPES, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)):
-        x, codes, scale, bits, *_ = make_problem(rows, outputs, inputs, 4, 64, torch.float16)
-        copied = [(x, codes.clone(), scale.clone(), bits, inputs) for _ in range(8)]
-        fused = seconds_per_call(kernels.multiply, copied)
-        by_rows = seconds_per_call(lambda *arguments: multiply_by_rows(*arguments, False, kernels.dequantize), copied)
-        print(f"{rows:>4} {fused * 1e6:>7.1f} {by_rows * 1e6:>13.1f}   {outputs} x {inputs}")
+    few = DeviceKernels(device)
+    few.choice = None
+    print(f"\n{torch.cuda.get_device_name()}, {bits} bits, {dtype}; microseconds")
+    print("   M   a few rows     tiles   dequantized      GEMM    N x K")
+    for (outputs, inputs), rows in itertools.product(SHAPES, ROWS):
+        x, codes, scale, *_ = make_problem(rows, outputs, inputs, bits, group_size, dtype)
+        copied = [(x, codes.clone(), scale.clone(), bits, inputs) for _ in range(256 * 2**20 // codes.nbytes)]
+        sizes = sizes_of(*copied[0])
+        times = [few.multiply if few.multiply_obstacle(*sizes) is None else None]
+        is_planned = kernels.multiply_obstacle(*sizes) is None and kernels.find_tiles(*sizes[1:]) is not None
+        times.append(kernels.multiply if is_planned else None)
+        times.append(lambda *arguments: multiply_by_rows(*arguments, False, kernels.dequantize))
+        times = [seconds_per_call(call, copied) * 1e6 if call else float("nan") for call in times]
+        matrices = [(x, torch.randn(outputs, inputs, device="cuda", dtype=dtype)) for _ in range(3)]
+        times.append(seconds_per_call(torch.nn.functional.linear, matrices) * 1e6)
+        print("{:>4} {:>12.1f} {:>9.1f} {:>13.1f} {:>9.1f}".format(rows, *times), f"   {outputs} x {inputs}")
+
+
+@pytest.mark.slow
+def test_print_prompts_and_pictures_in_turns():
+    """Milliseconds of the whole model, full size, and kernels that the GPU ran for it: what low bits cost or save.
+
+    One encoder, of float16, encodes in all: where its times differ, something else than the weights does it.
+    """
+    clock = Clock(torch.device("cuda"))
+    works, times = {}, {}
+    with torch.no_grad():
+        for name, bits in (("float16", None), ("8 bits", 8), ("4 bits", 4)):
+            model = build_full_model(bits)
+            prompts = Prompts(model, 1)
+            works["picture", name] = partial(model.get_image_features, prompts.pictures())
+            for length in (64, 128, 256, 512):
+                works[f"prompt of {length}", name] = partial(Runner(ModelEngine(model), prompts, clock).start, length)
+        for _ in range(14):
+            for what, work in works.items():
+                times.setdefault(what, []).append(clock(work)[0])
+        print(f"\n{torch.cuda.get_device_name()}: milliseconds (median, least, most), kernels")
+        for what, work in works.items():
+            kept = times[what][2:]
+            figures = (statistics.median(kept), min(kept), max(kept), count_kernels(work))
+            print("{:<16} {:<8} {:>8.2f} {:>8.2f} {:>8.2f} {:>6}".format(*what, *figures))
+
+
+def build_full_model(bits: int | None):
+    model = build_model(GEOMETRIES["full"], torch.float16, torch.device("cuda"), bits)
+    model.set_attn_implementation("sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def count_kernels(work) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return sum(each.count for each in profiler.key_averages())
