@@ -1,7 +1,7 @@
 """What tests of several rooms compare with."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -82,6 +82,13 @@ def make_small_model(dtype: torch.dtype = torch.bfloat16, bits: int | None = 4, 
     return model.quantize(bits, **quantization) if bits else model
 
 
+def load_float32(folder, **options):
+    """The model of a checkpoint in float32, in which our tests compare it with others."""
+    from visualglm_hf import VisualGLMForConditionalGeneration
+
+    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -118,6 +125,18 @@ def assert_product_is_exact(
     assert out.shape == expected.shape
     tolerance = ROUNDING[x.dtype] * expected.abs() + sum_error * magnitude + SUBNORMAL
     assert ((out.double() - expected).abs() <= tolerance).all()
+
+
+def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """The same names, and under each of them the same tensor: to the last bit, and in the same dtype."""
+    assert found.keys() == expected.keys()
+    pairs = ((key, found[key], tensor) for key, tensor in expected.items())
+    assert [key for key, one, other in pairs if one.dtype != other.dtype or not torch.equal(one, other)] == []
+
+
+def assert_same_state(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Two models have the same names and the same numbers."""
+    assert_same(model.state_dict(), other.state_dict())
 
 
 def kept_positions(case: dict, dtype: str) -> int:

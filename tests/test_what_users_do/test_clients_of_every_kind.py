@@ -1,6 +1,5 @@
 """What clients of OpenAI's API, of HTTP and of browsers send, taken as it was meant or refused by its name."""
 
-import base64
 import json
 import os
 import shutil
@@ -13,8 +12,7 @@ import httpx
 import pytest
 
 from tests.paths import PICTURES, ROOT, TINY
-from tests.serving_helpers import serve, wait_until
-from visualglm_tools.checkpoints.loading import load_model
+from tests.serving_helpers import HELLO, MODEL, answer_of, data_uri, error_of, post_chat, serve, wait_until
 from visualglm_tools.serving.engine import prompts
 from visualglm_tools.serving.engine.answers import Limits, QueueFull
 from visualglm_tools.serving.engine.engine import Engine
@@ -25,45 +23,13 @@ from visualglm_tools.serving.http.app import ApiOptions
 from visualglm_tools.serving.listening import address_of, listen
 
 
-MODEL = "visualglm-tiny"
 EXACT = {"temperature": 0, "repetition_penalty": 1, "max_tokens": 12}
-PICTURE = "data:image/png;base64," + base64.b64encode(PICTURES[0].read_bytes()).decode()
+PICTURE = data_uri(PICTURES[0].read_bytes())
 IMAGE = {"type": "image_url", "image_url": {"url": PICTURE}}
-HELLO = {"role": "user", "content": "Hello"}
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model(TINY, "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def engine(loaded):
-    with Engine(*loaded) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with serve(engine) as url:
-        yield url
 
 
 def chat(url: str, messages: list | None = None, **fields) -> httpx.Response:
-    body = {"model": MODEL, "messages": messages or [HELLO], **EXACT, **fields}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-
-
-def answer_of(response: httpx.Response) -> str:
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["message"]["content"]
-
-
-def error_of(response: httpx.Response, status: int) -> dict:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
+    return post_chat(url, **{"messages": messages or [HELLO], **EXACT, **fields})
 
 
 # ------------------------------------------------------------------------------------------------ what changes nothing

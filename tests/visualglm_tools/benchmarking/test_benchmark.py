@@ -1,7 +1,6 @@
 """`visualglm bench`: the shape and the sanity of its report, never its times; its yardstick against our logits."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -11,8 +10,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.commands import command
+from tests.commands import command, modules_after, script
 from tests.fake_graphs import play_graphs
+from tests.helpers import load_float32
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration, generation_visualglm
 from visualglm_hf.compilation import RecordedCall, call_model
@@ -33,7 +33,6 @@ from visualglm_tools.benchmarking.settings import RunSettings, Settings
 from visualglm_tools.options import words
 
 
-SECONDS = 300  # until a busy machine is done
 QUICK = ("--geometry", "tiny", "--dtype", "float32", "--threads", "1", "--contexts", "16", "40")
 QUICK += ("--new-tokens", "4", "--repeats", "2", "--bandwidth-gib", "0.02", "--bandwidth-repeats", "1")
 # A stand-in with the interface of the original's `modeling_chatglm.GLMBlock`.
@@ -91,9 +90,7 @@ def run_here(capfd):
 
 def run_apart(*options) -> subprocess.CompletedProcess:
     """Run the command under its old name in a process of its own, as a user does."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=SECONDS, env=environment)
+    return script("benchmark.py", *options, code=None)
 
 
 def report_of(code: int, stdout: str, stderr: str) -> dict:
@@ -275,17 +272,15 @@ def test_impossible_options_are_one_clear_line(run_here, options, message):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from visualglm_tools.__main__ import open_command\n"
-    code += "open_command('bench')[1].format_help(); print('torch' in sys.modules)"
-    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT)
-    assert completed.stdout.strip() == "False", completed.stderr
+    code = "from visualglm_tools.__main__ import open_command; open_command('bench')[1].format_help()"
+    assert "torch" not in modules_after(code)
     assert "--against" in run_apart("-h").stdout
 
 
 @pytest.fixture(scope="module", params=["random weights", "the tiny original"])
 def model(request, tiny_original):
     if request.param == "the tiny original":
-        return VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+        return load_float32(tiny_original)
     return build_model(TINY, torch.float32, torch.device("cpu")).eval()
 
 

@@ -4,15 +4,12 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.commands import check
-from tests.paths import ROOT
+from tests.commands import check, script
 
 
 FIRST, LAST = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
@@ -79,10 +76,7 @@ def test_whole_checkpoint_passes(tiny_original, capsys):
 
 
 def test_script_runs_by_itself_and_answers(tiny_original):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(ROOT / "scripts" / "selftest.py"), str(tiny_original), "--generate"]
-    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = script("selftest.py", tiny_original, "--generate", environment={"PYTHONIOENCODING": "utf-8"})
     assert verdicts(result.stdout)["answer"] == "ok"
 
 

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
-from tests.commands import convert
+from tests.commands import complaint, convert, python
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -91,11 +90,9 @@ def converted(tiny_original, tmp_path_factory) -> Path:
 def as_a_user(converted, golden_dir, tmp_path_factory) -> dict:
     """What the user's program found out in a process of its own."""
     home = tmp_path_factory.mktemp("elsewhere")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", USER_PROGRAM, str(converted), str(golden_dir), str(home / "saved")]
-    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    environment = {"PYTHONPATH": None, "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    arguments = (converted, golden_dir, home / "saved")
+    result = python("-c", USER_PROGRAM, *arguments, cwd=home, environment=environment)
     return {**json.loads(result.stdout.splitlines()[-1]), "saved": home / "saved"}
 
 
@@ -156,18 +153,6 @@ def quantize(tensors: dict[str, torch.Tensor], bits: int) -> None:
         levels = (weight / scale[:, None]).round().to(torch.int8)
         packed = levels if bits == 8 else (levels[:, ::2] << 4) | (levels[:, 1::2] & 0xF)
         tensors |= {key: packed, f"{key}_scale": scale}
-
-
-def refuse(capsys, source: Path, target: Path, *options: str) -> str:
-    """Run the script, which must fail, print one line and leave nothing; returns the line."""
-    before = sorted(target.parent.iterdir())
-    assert convert(str(source), str(target), *options) == 2
-    assert sorted(target.parent.iterdir()) == before
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in captured.err
-    return lines[0]
 
 
 # ---- what it writes
@@ -374,7 +359,7 @@ def test_links_need_no_space(source, tmp_path, monkeypatch):
 def test_target_with_content_is_not_touched(tiny_original, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert "not an empty folder" in refuse(capsys, tiny_original, tmp_path / "out")
+    assert "not an empty folder" in complaint(capsys, convert, tiny_original, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
@@ -385,7 +370,7 @@ def test_empty_target_is_filled(tiny_original, tmp_path):
 
 
 def test_missing_source_is_refused(tmp_path, capsys):
-    assert "is no folder" in refuse(capsys, tmp_path / "nowhere", tmp_path / "out")
+    assert "is no folder" in complaint(capsys, convert, tmp_path / "nowhere", tmp_path / "out")
 
 
 def remove_config(folder):
@@ -514,7 +499,7 @@ def exchange_tokenizer(folder):
 def test_unusable_source_is_refused_before_anything_is_written(source, tmp_path, capsys, damage, message, option):
     damage(source)
     (tmp_path / "place").mkdir()
-    error = refuse(capsys, source, tmp_path / "place" / "out", *option)
+    error = complaint(capsys, convert, source, tmp_path / "place" / "out", *option)
     assert re.search(message, error), error
 
 
@@ -524,7 +509,7 @@ def test_all_wrong_keys_are_listed_at_once(source, tmp_path, capsys):
         tensors["image_encoder.glm_proj.bias"] = torch.zeros(3)
 
     make_single(source, change)
-    error = refuse(capsys, source, tmp_path / "out")
+    error = complaint(capsys, convert, source, tmp_path / "out")
     assert "1 keys are missing: transformer.final_layernorm.weight;" in error
     assert "1 keys are unexpected: transformer.final_layernorm.weights;" in error
     assert "image_encoder.glm_proj.bias is [3] float32 instead of [64]" in error
@@ -533,7 +518,7 @@ def test_all_wrong_keys_are_listed_at_once(source, tmp_path, capsys):
 def test_full_disk_is_noticed_before_anything_is_written(tiny_original, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, SPARE_BYTES))
-    assert "--link" in refuse(capsys, tiny_original, tmp_path / "out")
+    assert "--link" in complaint(capsys, convert, tiny_original, tmp_path / "out")
 
 
 def test_nothing_is_left_when_writing_fails(tiny_original, tmp_path, capsys, monkeypatch):
@@ -541,7 +526,7 @@ def test_nothing_is_left_when_writing_fails(tiny_original, tmp_path, capsys, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("visualglm_tools.checkpoints.conversion.write_description", fail)
-    assert "No space left" in refuse(capsys, tiny_original, tmp_path / "out")
+    assert "No space left" in complaint(capsys, convert, tiny_original, tmp_path / "out")
 
 
 def test_nothing_is_left_when_the_user_interrupts(tiny_original, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import batch
+from tests.commands import batch, run
+from tests.json_lines import read_lines
 from tests.paths import PICTURES, ROOT, TINY
 from tests.serving_helpers import wait_until
 from visualglm_hf.image_processing_visualglm import open_picture
-from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import conversation_messages
@@ -24,7 +23,6 @@ from visualglm_tools.serving.questions import Output, Pictures, Row, answer_rows
 
 DOOR = ROOT / "scripts" / "batch_infer.py"
 QUESTIONS = ("描述这张图片。", "图片的背景是什么？", "What colour are the shapes?", "你好")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def many_rows(count: int) -> list[dict]:
@@ -32,28 +30,6 @@ def many_rows(count: int) -> list[dict]:
         {"id": f"row {index}", "text": QUESTIONS[index % 4], "image": str(PICTURES[index % 3]) if index % 4 < 3 else ""}
         for index in range(count)
     ]
-
-
-def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def run(*options, expected: int = 0, **kwargs) -> str:
-    command = [sys.executable, str(DOOR), *map(str, options), "--device", "cpu"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **kwargs)
-    assert finished.returncode == expected, finished.stderr
-    assert "Traceback" not in finished.stderr
-    return finished.stderr
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model(TINY, device="cpu")
 
 
 def answer_all(loaded, rows: list[Row], settings: Settings, folder: Path = ROOT, **options) -> list:

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.commands import chat
+from tests.commands import chat, python, script
+from tests.helpers import load_float32
 from tests.paths import ROOT
 from visualglm_tools.options import parse
 
@@ -78,8 +79,7 @@ def terminal():
 
 def run_apart(*options) -> subprocess.CompletedProcess:
     """Run the script in a process of its own, its output in pipes."""
-    command = [sys.executable, str(CLI), *map(str, options)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=SECONDS, env=ENVIRONMENT)
+    return script("cli_demo_hf.py", *options, code=None)
 
 
 def end_of(child) -> int:
@@ -319,9 +319,7 @@ def test_help_comes_at_once_and_without_torch():
     assert time.monotonic() - before < 2
     for option in ORIGINAL_OPTIONS:
         assert f"--{option.replace('_', '-')}" in help_text
-    imports = subprocess.run(
-        [sys.executable, "-X", "importtime", str(CLI), "-h"], capture_output=True, encoding="utf-8", timeout=SECONDS
-    ).stderr
+    imports = python("-X", "importtime", CLI, "-h").stderr
     assert "argparse" in imports
     assert not re.search(r"\|\s+(torch|transformers|visualglm_hf)\b", imports)
 
@@ -400,11 +398,8 @@ def test_missing_weights_are_one_line_instead_of_random_numbers(run_here, tiny_o
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quant_answers_as_the_quantized_model(run_here, tokenizer, tiny_original, bits):
-    import torch
 
-    from visualglm_hf import VisualGLMForConditionalGeneration
-
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).quantize(bits)
+    model = load_float32(tiny_original).quantize(bits)
     expected, _ = model.chat(tokenizer, "你好", do_sample=False, max_length=40)
     code, out, err = run_here("--query", "你好", "--greedy", "--max_length", "40", "--quant", str(bits))
     assert (code, out) == (0, expected + "\n")

@@ -4,30 +4,25 @@ The long version is marked slow and takes VISUALGLM_LOAD_SECONDS (600) seconds; 
 """
 
 import asyncio
-import base64
 import itertools
 import json
 import os
 import random
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import httpx
 import psutil
 import pytest
 
-from tests.paths import PICTURES, TINY
-from tests.serving_helpers import health, open_door, serve, wait_until
-from visualglm_tools.checkpoints.loading import load_model
+from tests.paths import PICTURES
+from tests.serving_helpers import MODEL, data_uri, health, open_door, wait_until
 from visualglm_tools.serving.engine.answers import Limits
-from visualglm_tools.serving.engine.engine import Engine
 
 
 LOAD_SECONDS = float(os.environ.get("VISUALGLM_LOAD_SECONDS", "600"))
 CLIENTS = 32
-MODEL = "visualglm-tiny"
 CAPACITY = Limits().max_batch_size + Limits().max_waiting
 WARM_UP = 0.2  # of the time, after which memory must not grow
 MAX_GROWTH = 0.05
@@ -40,7 +35,7 @@ def chat_requests() -> list[dict]:
         "zh": ["描述这张图片。", "图里有什么颜色？"],
         "en": ["Describe the image.", "How many shapes are there?"],
     }
-    pictures = [None, *(base64.b64encode(path.read_bytes()).decode() for path in PICTURES)]
+    pictures = [None, *(data_uri(path.read_bytes()) for path in PICTURES)]
     settings = [
         {"temperature": 0, "repetition_penalty": 1},
         {"seed": 1},
@@ -51,7 +46,7 @@ def chat_requests() -> list[dict]:
     for question, picture, options in itertools.product(sum(questions.values(), []), pictures, settings):
         content = [{"type": "text", "text": question}]
         if picture:
-            content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}})
+            content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
         bodies.append({"model": MODEL, "messages": [{"role": "user", "content": content}], **options})
     return bodies
 
@@ -232,12 +227,6 @@ def gauge(metrics: httpx.Response, name: str) -> float:
 def is_idle(url: str) -> bool:
     metrics = httpx.get(f"{url}/metrics")
     return gauge(metrics, "visualglm_running") == gauge(metrics, "visualglm_queue_length") == 0
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with Engine(*load_model(TINY, "cpu", "float32")) as engine, serve(engine) as url:
-        yield url
 
 
 def test_a_crowd_gets_the_answers_that_each_would_get_alone(url):
