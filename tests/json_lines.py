@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
-def write_lines(path: str | Path, *lines: bytes | dict) -> Path:
-    """Write a file of objects, or of bytes where a line shall be none."""
+def write_lines(path: str | Path, *lines: Any) -> Path:
+    """Write a file of objects, and of bytes where a line shall be none."""
     written = (
         line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines
     )

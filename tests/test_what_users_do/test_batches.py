@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.commands import batch as batch_command
 from tests.json_lines import read_lines, write_lines
-from tests.paths import PICTURES, ROOT, TINY
+from tests.paths import PICTURES, ROOT, SCRIPTS, TINY
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools import output_files
 from visualglm_tools.__main__ import main
@@ -32,7 +32,7 @@ from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.questions import Output, Pictures, Problem, Row, answer_rows, read_rows
 
 
-DOOR = ROOT / "scripts" / "batch_infer.py"
+DOOR = SCRIPTS / "batch_infer.py"
 resource = pytest.importorskip("resource")  # not on Windows
 GOOD = b'{"id": "good", "text": "\xe4\xbd\xa0\xe5\xa5\xbd"}\n'
 

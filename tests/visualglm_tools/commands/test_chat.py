@@ -14,19 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.commands import chat, python, script
+from tests.commands import SECONDS, chat, python, script
 from tests.helpers import load_float32
-from tests.paths import ROOT
+from tests.paths import SCRIPTS
 from visualglm_tools.options import parse
 
 
 pexpect = pytest.importorskip("pexpect")
 
-CLI = ROOT / "scripts" / "cli_demo_hf.py"  # the name that it had
+CLI = SCRIPTS / "cli_demo_hf.py"  # the name that it had
 CHINESE = re.compile("[\u4e00-\u9fff]")
-# One thread: on a busy machine, two wait for each other most of the time.
-ENVIRONMENT = {**os.environ, "LANG": "C.UTF-8", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-SECONDS = 120  # until a busy machine has loaded the tiny model
 ASK_PICTURE = "请输入图像路径或URL[^\n]*："
 ASK_QUESTION = "用户："
 ANSWER = "VisualGLM：([^\n]*)\r\n"  # not of the size of VisualGLM-6B
@@ -67,7 +64,7 @@ def terminal():
             encoding="utf-8",
             timeout=SECONDS,
             dimensions=(40, 400),
-            env=ENVIRONMENT,
+            env={**os.environ, "LANG": "C.UTF-8", "TERM": "xterm"},
         )
         children.append(child)
         return child
@@ -79,7 +76,7 @@ def terminal():
 
 def run_apart(*options) -> subprocess.CompletedProcess:
     """Run the script in a process of its own, its output in pipes."""
-    return script("cli_demo_hf.py", *options, code=None)
+    return script(CLI.name, *options, code=None, environment={"LANG": "C.UTF-8"})
 
 
 def end_of(child) -> int:
