@@ -287,36 +287,46 @@ picture_decoder.main()
 """
 
 
-def test_preparing_counts_as_time_of_the_request_and_holds_up_nobody(loaded, monkeypatch):
+@pytest.fixture
+def hanging_decoders(monkeypatch):
+    """For engines that never get a picture decoded."""
     lane = Lane(decoders=1, pixels=10**6, memory=2**26, seconds=1, patience=1000, pictures=1)
     monkeypatch.setattr(prompts, "PicturePool", lambda: PicturePool([lane], [sys.executable, "-c", SLEEPING]))
-    with Engine(*loaded, Limits(timeout=1.5)) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
-        question = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "?"}]}]
-        waiting = [threads.submit(chat, url, question) for _ in range(3)]
-        answers = [answer_of(chat(url)) for _ in range(3)]
-        assert len(set(answers)) == 1 and not any(each.done() for each in waiting)
-        assert [error_of(each.result(), 504)["code"] for each in waiting] == ["timeout"] * 3
 
 
-def test_those_that_are_being_prepared_take_places_in_the_queue(loaded, monkeypatch):
-    lane = Lane(decoders=1, pixels=10**6, memory=2**26, seconds=1, patience=1000, pictures=1)
-    monkeypatch.setattr(prompts, "PicturePool", lambda: PicturePool([lane], [sys.executable, "-c", SLEEPING]))
-    limits = Limits(max_batch_size=1, max_waiting=1, timeout=1.5)
-    with Engine(*loaded, limits) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
-        question = [{"role": "user", "content": [IMAGE]}]
-        waiting = [threads.submit(chat, url, question) for _ in range(2)]
-        wait_until(lambda: refuses(engine))
-        assert error_of(chat(url), 429)["code"] == "queue_full"
-        assert [each.result().status_code for each in waiting] == [504] * 2
-        assert answer_of(chat(url))
-
-
-def refuses(engine: Engine) -> bool:
+def refuses(engine: Engine, requests: int = 1) -> bool:
+    """Whether an engine has no place for so many."""
     try:
-        engine.check_room()
+        engine.check_room(requests)
     except QueueFull:
         return True
     return False
+
+
+def test_preparing_holds_up_nobody(loaded, hanging_decoders):
+    with Engine(*loaded) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(chat, url, [{"role": "user", "content": [IMAGE]}]) for _ in range(3)]
+        wait_until(lambda: refuses(engine, engine.capacity - 2))
+        assert len({answer_of(chat(url)) for _ in range(3)}) == 1
+        assert not any(each.done() for each in waiting)
+        engine.close()
+        assert [error_of(each.result(), 503)["code"] for each in waiting] == ["unavailable"] * 3
+
+
+def test_preparing_counts_as_time_of_the_request(loaded, hanging_decoders):
+    with Engine(*loaded, Limits(timeout=0.5)) as engine, serve(engine) as url:
+        assert error_of(chat(url, [{"role": "user", "content": [IMAGE]}]), 504)["code"] == "timeout"
+        assert not refuses(engine, engine.capacity)  # its place is free again
+
+
+def test_those_that_are_being_prepared_take_places_in_the_queue(loaded, hanging_decoders):
+    limits = Limits(max_batch_size=1, max_waiting=1)
+    with Engine(*loaded, limits) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(chat, url, [{"role": "user", "content": [IMAGE]}]) for _ in range(2)]
+        wait_until(lambda: refuses(engine))
+        assert error_of(chat(url), 429)["code"] == "queue_full"
+        engine.close()
+        assert [each.result().status_code for each in waiting] == [503] * 2
 
 
 # ------------------------------------------------------------------------------------------------ browsers

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from tests.commands import SECONDS
 from tests.commands import web as web_command
 from tests.paths import CIRCLES, PICTURES, ROOT, STAR
 from tests.serving_helpers import EngineByHand, wait_until
@@ -62,7 +63,9 @@ def form(content: bytes, head: str = 'name="files"; filename="picture.png"') -> 
 def send(url: str, path: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, str]:
     """Status and text of the answer."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, body, headers or {}), timeout=60) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url + path, body, headers or {}), timeout=SECONDS
+        ) as response:
             return response.status, response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -161,9 +164,9 @@ def test_uploads_never_fill_the_disk_and_the_newest_stay(page_url, monkeypatch):
     monkeypatch.setattr(uploads, "max_bytes", 10**6)
     monkeypatch.setattr(uploads, "max_files", 8)
     paths = [Path(json.loads(upload(page_url, noise(500, shade))[1])[0]) for shade in range(6)]
-    wait_until(lambda: [path.exists() for path in paths] == [False] * 3 + [True] * 3, 10)
+    wait_until(lambda: [path.exists() for path in paths] == [False] * 3 + [True] * 3)
     paths = [Path(json.loads(upload(page_url, noise(10, shade))[1])[0]) for shade in range(20)]
-    wait_until(lambda: [path.exists() for path in paths] == [False] * 12 + [True] * 8, 10)
+    wait_until(lambda: [path.exists() for path in paths] == [False] * 12 + [True] * 8)
     assert all(path.exists() for path in uploads.ours)  # the examples
     assert all(any(folder.iterdir()) for folder in uploads.folder.iterdir() if folder.is_dir())
 
@@ -229,7 +232,7 @@ def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in
     said, are_opened = [], threading.Event()
     monkeypatch.setattr(web.gr, "Warning", lambda message, **kwargs: said.append(message))
     engine = EngineByHand()
-    engine.decode_picture = lambda data, name: are_opened.wait(60) and Image.new("RGB", (4, 4))
+    engine.decode_picture = lambda data, name: are_opened.wait(2 * SECONDS) and Image.new("RGB", (4, 4))
     handlers = web.Handlers(engine)
 
     async def choose():
@@ -240,9 +243,9 @@ def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in
     async def flood():
         flood = [asyncio.create_task(choose()) for _ in range(web.MAX_OPENING)]
         await asyncio.sleep(0.1)
-        await asyncio.wait_for(choose(), 10)
+        await asyncio.wait_for(choose(), SECONDS)
         updates = handlers.ask(web.Session(), "Hello", *SLIDERS)
-        assert [await asyncio.wait_for(anext(updates), 10) for _ in range(2)][1][0][-1]["content"] == "one"
+        assert [await asyncio.wait_for(anext(updates), SECONDS) for _ in range(2)][1][0][-1]["content"] == "one"
         are_opened.set()
         await asyncio.gather(*flood)
 
@@ -290,7 +293,7 @@ def test_a_killed_servers_pictures_are_removed_by_the_next_and_nobody_elses(star
     next_one, folder = start_process()
     assert not left.exists()
     assert (in_use / "picture.png").exists() and (foreign / "mine.txt").exists()
-    next_one.communicate("\n", timeout=60)
+    next_one.communicate("\n", timeout=SECONDS)
     assert not folder.exists()
 
 
@@ -453,10 +456,10 @@ def test_on_a_phone_an_answer_is_seen_without_scrolling(open_tab):
         tab.upload(CIRCLES)
         tab.wait_for("Describe the image.", "circles")
         for selector in ("#picture img", "#chat [data-testid=bot]", "#question textarea", "#submit", "#clear"):
-            wait_until(lambda s=selector: tab.browser.execute_script(WITHIN, tab.find(s)[-1]), 10)
+            wait_until(lambda s=selector: tab.browser.execute_script(WITHIN, tab.find(s)[-1]))
         tab.ask("What colour are the shapes?")
         tab.wait_for("Describe the image.", "circles", "What colour", "red")
-        wait_until(lambda: tab.browser.execute_script(WITHIN, tab.find("#chat [data-testid=bot]")[-1]), 10)
+        wait_until(lambda: tab.browser.execute_script(WITHIN, tab.find("#chat [data-testid=bot]")[-1]))
         assert tab.browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     finally:
         tab.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -468,7 +471,7 @@ def test_what_is_typed_after_enter_stays_and_so_does_a_question_that_comes_too_e
     tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
     try:
         tab.ask("Hello")
-        wait_until(lambda: tab.question == "", 10)
+        wait_until(lambda: tab.question == "")
         assert tab.messages == []  # the server has not heard of it yet
         tab.ask("And you?")
         tab.wait_for("Hello", "")
@@ -477,7 +480,7 @@ def test_what_is_typed_after_enter_stays_and_so_does_a_question_that_comes_too_e
     finally:
         normal = {**slow, "latency": 0}
         tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", normal)
-    wait_until(lambda: tab.question == "And you? Well?", 10)
+    wait_until(lambda: tab.question == "And you? Well?")
     tab.ask("")
     tab.wait_for("Hello", "", "And you? Well?", "")
     assert tab.question == ""
@@ -490,12 +493,12 @@ def test_a_question_that_is_not_answered_comes_back_in_front_of_what_was_typed(o
     tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
     try:
         tab.ask("First")
-        wait_until(lambda: tab.question == "", 10)
+        wait_until(lambda: tab.question == "")
         patiently(lambda: tab.find("#question textarea")[0].send_keys("Second"))
-        wait_until(lambda: "no answer today" in tab.warnings, 10)
+        wait_until(lambda: "no answer today" in tab.warnings)
     finally:
         tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {**slow, "latency": 0})
-    wait_until(lambda: tab.question == "First\nSecond", 10)
+    wait_until(lambda: tab.question == "First\nSecond")
     tab.wait_for()
 
 
@@ -512,15 +515,15 @@ def test_a_pasted_text_of_megabytes_is_refused_in_words_and_stays(open_tab):
     """
     tab.browser.execute_script(script)
     tab.click("submit")
-    wait_until(lambda: "too much" in tab.warnings, 30)
+    wait_until(lambda: "too much" in tab.warnings)
     length = "return document.querySelector('#question textarea').value.length"
-    wait_until(lambda: tab.browser.execute_script(length) == 2_000_000, 30)
+    wait_until(lambda: tab.browser.execute_script(length) == 2_000_000)
 
 
 @pytest.mark.parametrize(("language", "box"), [("en", "Your question"), ("zh-CN", "输入问题")])
 def test_everything_to_use_has_a_name_for_screen_readers_and_is_reached_by_the_keyboard(open_tab, language, box):
     tab = open_tab(language)
-    wait_until(lambda: tab.find(".gallery-item img[alt]"), 10)
+    wait_until(lambda: tab.find(".gallery-item img[alt]"))
     assert_named(tab, box)
     tab.click_example(STAR)
     tab.wait_for("", "")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.commands import SECONDS
 from tests.helpers import load_float32, visible_text
 from visualglm_hf import ChatGLMTokenizer, VisualGLMConfig, VisualGLMForConditionalGeneration
 from visualglm_hf.chat import IncrementalDecoder
@@ -234,23 +235,23 @@ def test_streams_grow_by_whole_characters(model, tokenizer, golden, golden_dir):
 
 
 def test_stopping_to_iterate_stops_the_model_promptly(model, tokenizer):
-    steps = []
+    steps, closes = [], threading.Event()
 
     def count(input_ids, scores):
         steps.append(1)
+        if len(steps) == 10:
+            closes.wait(SECONDS)  # however late the reader is
         time.sleep(0.01)
         scores[:, 1105] = -torch.inf  # never ends by itself
         return scores
 
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     stream = model.stream_chat(tokenizer, None, "你好", **GREEDY, max_length=2000, logits_processor=[count])
     next(stream)
+    closes.set()
     stream.close()
-    taken = len(steps)
-    time.sleep(0.2)
-    assert len(steps) == taken  # the worker has ended
-    assert taken < 50
-    assert threading.active_count() == threads
+    assert len(steps) < 50
+    assert set(threading.enumerate()) <= before  # the worker has ended
 
 
 def test_an_error_while_streaming_reaches_the_caller(model, tokenizer):

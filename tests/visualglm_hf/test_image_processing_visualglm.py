@@ -437,13 +437,13 @@ def test_a_bomb_is_refused_in_milliseconds_and_never_decoded(size, tmp_path, mon
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    begin = time.perf_counter()
+    begin = time.thread_time()  # other programs on the machine do not count
     for source, name in ((data, f"<{len(data)} bytes>"), (tmp_path / "bomb.png", "bomb.png"), (lazy, "")):
         if source is not None:
             with pytest.raises(ValueError, match="too large.*smaller") as caught:
                 open_picture(source)
             assert name in str(caught.value)
-    assert time.perf_counter() - begin < 0.1
+    assert time.thread_time() - begin < 0.1
 
 
 def test_a_bomb_is_a_value_error_where_warnings_are_errors():

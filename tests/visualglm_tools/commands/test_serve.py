@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 
-from tests.commands import python, run, script
+from tests.commands import SECONDS, python, run, script
 from tests.commands import serve as serve_command
 from tests.paths import ROOT, SCRIPTS, TINY
 from tests.serving_helpers import CAPTION, ENDLESS, error_of, free_port, health, open_door, post_chat, wait_until
@@ -59,7 +59,7 @@ def test_the_door_drains_on_sigterm(door):  # the last that uses it
 
     def ask():
         body = {"text": "a", **ENDLESS, "max_length": 600, "min_length": 600}
-        answers.append(httpx.post(url, json=body, timeout=120))
+        answers.append(httpx.post(url, json=body, timeout=SECONDS))
 
     asking = [threading.Thread(target=ask) for _ in range(3)]
     for thread in asking:
@@ -69,7 +69,7 @@ def test_the_door_drains_on_sigterm(door):  # the last that uses it
     for thread in asking:
         thread.join()
     assert [answer.status_code for answer in answers] == [200] * 3
-    process.wait(timeout=60)
+    process.wait(timeout=SECONDS)
     output = log.read_text(encoding="utf-8")
     assert process.returncode == -signal.SIGTERM, output  # as whoever sent it expects
     assert "Application shutdown complete" in output and "Traceback" not in output
