@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -31,6 +32,10 @@ MODEL = TINY.name
 CAPTION = "图片中有两个红色的圆形，背景是草地。"  # what the tiny model says about `CIRCLES`, asked to describe it
 HELLO = {"role": "user", "content": "Hello"}
 ENDLESS = {"temperature": 2, "top_p": 1, "top_k": 0, "seed": 1, "min_length": 1500}  # goes on until it is stopped
+
+
+# Of httpx, which would wait for 5 seconds.
+get, post, request = (partial(ask, timeout=SECONDS) for ask in (httpx.get, httpx.post, httpx.request))
 
 
 def free_port() -> int:
@@ -81,7 +86,7 @@ def open_door(*options: str, script: str = "api_hf.py") -> Iterator[tuple[str, s
 def health(url: str) -> int | None:
     """The status of `GET /health`; None if nobody listens."""
     try:
-        with urllib.request.urlopen(url + "/health", timeout=10) as response:
+        with urllib.request.urlopen(url + "/health", timeout=30) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -130,7 +135,7 @@ def ask_about(picture: str, text: str = "描述这张图片。") -> list[dict]:
 def post_chat(url: str, **fields) -> httpx.Response:
     """What OpenAI's route answers to `fields`; without any, to a greeting."""
     body = {"model": MODEL, "messages": [HELLO], **fields}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=SECONDS)
+    return post(f"{url}/v1/chat/completions", json=body)
 
 
 def answer_of(response: httpx.Response) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import http.client
-import io
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from PIL import Image
 from tests.commands import SECONDS
 from tests.commands import web as web_command
 from tests.paths import CIRCLES, PICTURES, ROOT, STAR
+from tests.picture_files import encoded
 from tests.serving_helpers import EngineByHand, wait_until
 from visualglm_tools.serving.engine.engine import Engine
 
@@ -43,12 +43,6 @@ WITHIN = """
     return top >= 0 && left >= 0 && bottom <= window.innerHeight && right <= window.innerWidth && window.scrollY == 0;
 """
 HAVE_NAMES = {"button", "textbox", "slider", "spinbutton", "radio", "log", "heading"}
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 def noise(side: int, shade: int = 0) -> bytes:

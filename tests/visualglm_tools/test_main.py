@@ -17,7 +17,7 @@ from visualglm_tools.__main__ import COMMANDS, main, open_command
 from visualglm_tools.options import describe
 
 
-OLD_NAMES = {
+SCRIPTS = {
     "chat": "cli_demo_hf",
     "serve": "api_hf",
     "web": "web_demo_hf",
@@ -68,11 +68,11 @@ def test_the_version_is_the_packages(capsys):
 
 
 def test_every_command_had_another_name():
-    assert OLD_NAMES.keys() == COMMANDS.keys()
+    assert SCRIPTS.keys() == COMMANDS.keys()
     scripts = (
         path for path in (ROOT / "scripts").glob("*.py") if "visualglm_tools" in path.read_text(encoding="utf-8")
     )
-    assert sorted(OLD_NAMES.values()) == sorted(path.stem for path in scripts)
+    assert sorted(SCRIPTS.values()) == sorted(path.stem for path in scripts)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -89,7 +89,7 @@ except SystemExit as end:
 
 @pytest.mark.parametrize("name", DECLARED)
 def test_both_names_of_a_command_have_the_same_help(name):
-    helps = [each.stdout for each in (run(*COMMAND, name, "-h"), script(f"{OLD_NAMES[name]}.py", "-h"))]
+    helps = [each.stdout for each in (run(*COMMAND, name, "-h"), script(f"{SCRIPTS[name]}.py", "-h"))]
     assert helps[0] == helps[1]
     assert f"\n    visualglm {name}" in helps[0]  # an example
     for option, _, _ in describe(open_command(name)[0].Options):

@@ -5,20 +5,29 @@ import re
 import signal
 import threading
 
-import httpx
 import pytest
 
 from tests.commands import SECONDS, python, run, script
 from tests.commands import serve as serve_command
 from tests.paths import ROOT, SCRIPTS, TINY
-from tests.serving_helpers import CAPTION, ENDLESS, error_of, free_port, health, open_door, post_chat, wait_until
+from tests.serving_helpers import (
+    CAPTION,
+    ENDLESS,
+    error_of,
+    free_port,
+    get,
+    health,
+    open_door,
+    post,
+    post_chat,
+    wait_until,
+)
 from visualglm_tools.commands import serve as serve_options
 from visualglm_tools.options import from_values
 from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.http.app import ApiOptions
 
 
-# The door itself
 @pytest.fixture(scope="module")
 def door(tmp_path_factory):
     """The door as the README opens it, and its answer to a request that came before the model was loaded."""
@@ -59,12 +68,12 @@ def test_the_door_drains_on_sigterm(door):  # the last that uses it
 
     def ask():
         body = {"text": "a", **ENDLESS, "max_length": 600, "min_length": 600}
-        answers.append(httpx.post(url, json=body, timeout=SECONDS))
+        answers.append(post(url, json=body))
 
     asking = [threading.Thread(target=ask) for _ in range(3)]
     for thread in asking:
         thread.start()
-    wait_until(lambda: "visualglm_running 3.0" in httpx.get(f"{url}/metrics").text)
+    wait_until(lambda: "visualglm_running 3.0" in get(f"{url}/metrics").text)
     process.send_signal(signal.SIGTERM)
     for thread in asking:
         thread.join()

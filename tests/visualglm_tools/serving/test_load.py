@@ -20,7 +20,7 @@ import pytest
 
 from tests.commands import SECONDS
 from tests.paths import PICTURES
-from tests.serving_helpers import MODEL, data_uri, health, is_idle, open_door, wait_until
+from tests.serving_helpers import MODEL, data_uri, get, health, is_idle, open_door, wait_until
 from visualglm_tools.serving.engine.answers import Limits
 
 
@@ -187,7 +187,7 @@ class Clients:
         """All at once, to a server that answers none until it goes on: when all that it has no room for are refused."""
         tally, turns = Tally(), itertools.cycle(self.alone)
         asking = [asyncio.create_task(self.ask(tally, *next(turns))) for _ in range(requests)]
-        refused = itertools.islice(asyncio.as_completed(asking, timeout=SECONDS), requests - CAPACITY)
+        refused = itertools.islice(asyncio.as_completed(asking), requests - CAPACITY)
         for each in refused:
             await each
         go_on()
@@ -268,7 +268,7 @@ def test_a_burst_beyond_the_queue_is_refused_at_once_and_the_rest_is_answered(lo
 
 
 def server_is_idle(url: str) -> bool:
-    metrics = httpx.get(f"{url}/metrics")
+    metrics = get(f"{url}/metrics")
     return gauge(metrics, "visualglm_running") == gauge(metrics, "visualglm_queue_length") == 0
 
 

@@ -5,10 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.commands import SECONDS, run
+from tests.commands import run
 from tests.paths import CIRCLES
 from tests.serving_helpers import (
     ENDLESS,
@@ -17,9 +16,12 @@ from tests.serving_helpers import (
     ask_about,
     data_uri,
     error_of,
+    get,
     health,
     is_idle,
+    post,
     post_chat,
+    request,
     sample,
     serve,
     wait_until,
@@ -29,7 +31,6 @@ from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 
 
-# Keys, origins, states
 def test_a_key_is_demanded_everywhere_but_for_health(engine):
     with serve(engine, api_key="sésame") as url:
         for wrong in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sésame".encode()}):
@@ -39,22 +40,24 @@ def test_a_key_is_demanded_everywhere_but_for_health(engine):
                 ("GET", "/v1/models"),
                 ("GET", "/metrics"),
             ):
-                response = httpx.request(method, url + path, headers=wrong)
+                response = request(method, url + path, headers=wrong)
                 assert error_of(response, 401)["code"] == "invalid_api_key"
                 assert response.headers["WWW-Authenticate"] == "Bearer"
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert get(f"{url}/health").status_code == 200
         right = {"Authorization": "Bearer sésame".encode()}
-        assert httpx.get(f"{url}/v1/models", headers=right).status_code == 200
+        assert get(f"{url}/v1/models", headers=right).status_code == 200
 
 
 def test_cors_is_off_unless_asked_for(engine, url):
     headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
-    assert "access-control-allow-origin" not in httpx.options(f"{url}/v1/chat/completions", headers=headers).headers
-    assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers=headers).headers
+    assert (
+        "access-control-allow-origin" not in request("OPTIONS", f"{url}/v1/chat/completions", headers=headers).headers
+    )
+    assert "access-control-allow-origin" not in get(f"{url}/health", headers=headers).headers
     with serve(engine, cors_origins=["https://page.example"], api_key="k") as url:
-        response = httpx.options(f"{url}/v1/chat/completions", headers=headers)
+        response = request("OPTIONS", f"{url}/v1/chat/completions", headers=headers)
         assert response.headers["access-control-allow-origin"] == "https://page.example"
-        other = httpx.get(f"{url}/health", headers={"Origin": "https://other.example"})
+        other = get(f"{url}/health", headers={"Origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
 
 
@@ -83,7 +86,7 @@ def test_a_full_queue_is_a_429_at_once_with_retry_after(loaded):
 )
 def test_when_the_client_leaves_the_model_stops(engine, url, path, body):
     cancelled = sample(engine, "requests_total", outcome="cancelled")
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=SECONDS)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
     wait_until(lambda: sample(engine, "running") == 1)
     connection.close()
@@ -93,14 +96,14 @@ def test_when_the_client_leaves_the_model_stops(engine, url, path, body):
 
 def test_an_answer_that_takes_too_long_is_a_504(loaded):
     with Engine(*loaded, Limits(timeout=0.2)) as engine, serve(engine) as url:
-        assert error_of(httpx.post(url, json={"text": "a", **ENDLESS}, timeout=60), 504)["code"] == "timeout"
+        assert error_of(post(url, json={"text": "a", **ENDLESS}), 504)["code"] == "timeout"
         streamed = post_chat(url, stream=True, min_tokens=1500).text
         assert '"code": "timeout"' in streamed.splitlines()[-2] and "[DONE]" not in streamed
 
 
 def test_metrics_are_prometheus_text(url):
     post_chat(url, max_tokens=2)
-    text = httpx.get(f"{url}/metrics").text
+    text = get(f"{url}/metrics").text
     for name in ("queue_length", "running", "requests_total", "completion_tokens_total", "request_seconds_bucket"):
         assert f"\nvisualglm_{name}" in text
 
@@ -129,7 +132,7 @@ def short_url(loaded):
 @pytest.fixture
 def schema_file(short_url, tmp_path) -> Path:
     """The server's schema with the name of its model, without which nearly all requests would be a 404."""
-    schema = httpx.get(f"{short_url}/openapi.json").json()
+    schema = get(f"{short_url}/openapi.json").json()
     schema["components"]["schemas"]["ChatRequest"]["properties"]["model"] = {"const": MODEL}
     file = tmp_path / "openapi.json"
     file.write_text(json.dumps(schema), encoding="utf-8")
@@ -142,4 +145,4 @@ def test_no_request_that_schemathesis_invents_fails_the_server(short_url, schema
     options = ("--url", short_url, "--seed", 1, "--checks", CHECKS, "--max-examples", examples)
     finished = run(schemathesis, "run", schema_file, *options, cwd=schema_file.parent, timeout=1800)
     assert "6 selected / 6 total" in finished.stdout
-    assert httpx.get(f"{short_url}/health").status_code == 200
+    assert get(f"{short_url}/health").status_code == 200

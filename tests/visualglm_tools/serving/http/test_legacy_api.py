@@ -4,16 +4,14 @@ import base64
 import json
 import time
 
-import httpx
 import pytest
 from PIL import Image
 
 from tests.commands import run
 from tests.paths import CIRCLES
-from tests.serving_helpers import CAPTION, error_of
+from tests.serving_helpers import CAPTION, error_of, post
 
 
-# The original's route
 def test_both_curl_examples_work_literally(url, tmp_path):
     # The two examples of the original's README; only the address is another.
     script = r"""
@@ -41,17 +39,15 @@ def test_line_breaks_of_gnu_base64_may_stand_raw_in_the_json(url):
     wrapped = run("base64", CIRCLES).stdout
     assert wrapped.count("\n") > 10
     body = f'{{"image":"{wrapped}","text":"描述这张图片。","history":[],"temperature":0,"repetition_penalty":1}}'
-    response = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    response = post(url, content=body, headers={"Content-Type": "application/json"})
     assert response.json()["result"].startswith(CAPTION)
 
 
 def test_the_history_that_is_returned_continues_the_conversation(url):
     picture = base64.b64encode(CIRCLES.read_bytes()).decode()
     fields = {"image": picture, "temperature": 0, "repetition_penalty": 1, "min_length": 0}
-    first = httpx.post(url, json={"text": "描述这张图片。", "history": [], **fields}, timeout=60).json()
-    second = httpx.post(
-        url, json={"text": "这张图片的背景里有什么内容？", "history": first["history"], **fields}, timeout=60
-    ).json()
+    first = post(url, json={"text": "描述这张图片。", "history": [], **fields}).json()
+    second = post(url, json={"text": "这张图片的背景里有什么内容？", "history": first["history"], **fields}).json()
     assert first["history"] == [["描述这张图片。", CAPTION]]
     assert second["history"] == [*first["history"], ["这张图片的背景里有什么内容？", second["result"]]]
     assert "草地" in second["result"]
@@ -63,7 +59,7 @@ def test_the_original_route_answers_as_chat_with_its_defaults(url, loaded):
         expected = model.chat(
             tokenizer, text, max_length=2048, min_length=50, do_sample=False, repetition_penalty=1.2, english=english
         )[0]
-        assert httpx.post(url, json={"text": text, "temperature": 0}, timeout=60).json()["result"] == expected
+        assert post(url, json={"text": text, "temperature": 0}).json()["result"] == expected
 
 
 @pytest.mark.parametrize(
@@ -86,4 +82,4 @@ def test_the_original_route_answers_as_chat_with_its_defaults(url, loaded):
 )
 def test_bad_input_to_the_original_route_is_named(url, fields, status, found):
     body = json.dumps(fields).encode()
-    assert found in error_of(httpx.post(url, content=body, timeout=60), status)["message"]
+    assert found in error_of(post(url, content=body), status)["message"]

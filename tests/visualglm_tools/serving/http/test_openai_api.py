@@ -29,7 +29,6 @@ def client(url):
         yield client
 
 
-# OpenAI's routes, by its official client
 def test_openai_client_lists_the_model(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL

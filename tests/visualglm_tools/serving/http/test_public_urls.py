@@ -16,7 +16,6 @@ from visualglm_tools.serving.http import public_urls
 MAX_BYTES = 2**20
 
 
-# Addresses of pictures
 class PictureSite(http.server.BaseHTTPRequestHandler):
     """Serves a picture, redirects, a page that never ends, and one that is too slow."""
 
