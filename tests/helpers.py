@@ -139,6 +139,16 @@ def assert_same_state(model: torch.nn.Module, other: torch.nn.Module) -> None:
     assert_same(model.state_dict(), other.state_dict())
 
 
+def user(*content: Any) -> dict:
+    """A message of the user: one text, or parts."""
+    return {"role": "user", "content": content[0] if len(content) == 1 else list(content)}
+
+
+def assistant(content: Any) -> dict:
+    """A message of the model."""
+    return {"role": "assistant", "content": content}
+
+
 def kept_positions(case: dict, dtype: str) -> int:
     """How many last positions of a golden case's logits were kept ("last 12")."""
     return int(case[f"logits.{dtype}.positions"].split()[-1])

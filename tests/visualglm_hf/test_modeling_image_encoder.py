@@ -98,7 +98,6 @@ def test_pixel_values_of_another_shape_are_refused(model, shape):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_original, pixel_values):
-
     gradients = []
     for checkpointing in (False, True):
         model = load_float32(tiny_original)

@@ -15,6 +15,21 @@ from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
 from tests.commands import complaint, convert, python
+from tests.damage import (
+    EMBEDDINGS,
+    FIRST,
+    LAST,
+    change_config,
+    change_shard,
+    cut_shard,
+    cut_tokenizer,
+    promise_quantization,
+    remove_config,
+    remove_shard,
+    remove_tokenizer,
+    shrink_vocabulary,
+)
+from tests.helpers import assert_same
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -24,8 +39,7 @@ from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 PACKAGE = ROOT / "visualglm_hf"
-FIRST, LAST = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
-EMBEDDINGS, LM_HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+LM_HEAD = "lm_head.weight"
 QUANTIZED = (".query_key_value.weight", ".dense.weight", ".dense_h_to_4h.weight", ".dense_4h_to_h.weight")
 SPARE_BYTES = 16 * 1024**2  # beside the weights
 BASE_PACKAGES = {"transformers", "torch", "numpy", "PIL", "sentencepiece", "safetensors", "huggingface_hub"}
@@ -115,24 +129,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def kept(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without what the conversion drops."""
     return {key: tensor for key, tensor in tensors.items() if "inv_freq" not in key and key != LM_HEAD}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert found[key].dtype == tensor.dtype
-        assert torch.equal(found[key], tensor), key
-
-
-def change_shard(folder: Path, name: str, change) -> None:
-    """Let `change` modify the tensors of one .bin file."""
-    tensors = torch.load(folder / name, weights_only=True)
-    change(tensors)
-    torch.save(tensors, folder / name)
-
-
-def change_json(path: Path, **fields) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def make_single(folder: Path, change=lambda tensors: None, name: str = "pytorch_model.bin") -> None:
@@ -286,7 +282,7 @@ def test_different_head_is_kept_with_a_warning(source, tmp_path, capsys):
 def test_quantized_weights_stay_as_they_are(source, tmp_path, bits):
     key = "transformer.layers.0.mlp.dense_h_to_4h.weight"
     make_single(source, lambda tensors: quantize(tensors, bits))
-    change_json(source / "config.json", quantization_bit=bits)
+    change_config(source, quantization_bit=bits)
     assert convert(str(source), str(tmp_path / "out")) == 0
     tensors = tensors_of(tmp_path / "out")
     assert_same(tensors, kept(tensors_of(source)))
@@ -373,28 +369,16 @@ def test_missing_source_is_refused(tmp_path, capsys):
     assert "is no folder" in complaint(capsys, convert, tmp_path / "nowhere", tmp_path / "out")
 
 
-def remove_config(folder):
-    (folder / "config.json").unlink()
-
-
 def cut_config(folder):
     (folder / "config.json").write_text('{"num_layers": 4,')
 
 
 def give_words_for_numbers(folder):
-    change_json(folder / "config.json", hidden_size="wide")
+    change_config(folder, hidden_size="wide")
 
 
 def give_another_model(folder):
     (folder / "config.json").write_text(json.dumps({"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}))
-
-
-def remove_shard(folder):
-    (folder / LAST).unlink()
-
-
-def cut_shard(folder):
-    os.truncate(folder / LAST, 300_000)
 
 
 def cut_safetensors(folder):
@@ -443,28 +427,12 @@ def enlarge_vocabulary(folder):
     make_single(folder, lambda tensors: tensors.update({EMBEDDINGS: rows, LM_HEAD: rows.clone()}))
 
 
-def shrink_vocabulary(folder):
-    change_json(folder / "config.json", vocab_size=1500)
-
-
 def quantize_silently(folder):
     make_single(folder, lambda tensors: quantize(tensors, 8))
 
 
-def promise_quantization(folder):
-    change_json(folder / "config.json", quantization_bit=4)
-
-
-def remove_tokenizer(folder):
-    (folder / "ice_text.model").unlink()
-
-
-def cut_tokenizer(folder):
-    os.truncate(folder / "ice_text.model", 1000)
-
-
 def exchange_tokenizer(folder):
-    change_json(folder / "config.json", bos_token_id=1304)
+    change_config(folder, bos_token_id=1304)
 
 
 @pytest.mark.parametrize(

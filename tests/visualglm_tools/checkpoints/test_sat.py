@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.commands import complaint
 from tests.commands import convert as run_convert
-from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error
+from tests.helpers import FLOAT32_TOLERANCE, assert_same, load_float32, relative_error
 from tests.paths import TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
 
@@ -75,16 +75,6 @@ def read_part(folder: Path, iteration: str = "1", number: int = 0) -> dict:
 def write_parts(folder: Path, *modules: dict) -> None:
     for number, module in enumerate(modules):
         torch.save({"module": module}, folder / "1" / f"mp_rank_{number:02d}_model_states.pt")
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    different = [
-        key
-        for key, tensor in expected.items()
-        if found[key].dtype != tensor.dtype or not torch.equal(found[key], tensor)
-    ]
-    assert not different
 
 
 def logits_of(model, case: dict, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -390,7 +390,6 @@ def test_missing_weights_are_one_line_instead_of_random_numbers(run_here, tiny_o
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quant_answers_as_the_quantized_model(run_here, tokenizer, tiny_original, bits):
-
     model = load_float32(tiny_original).quantize(bits)
     expected, _ = model.chat(tokenizer, "你好", do_sample=False, max_length=40)
     code, out, err = run_here("--query", "你好", "--greedy", "--max_length", "40", "--quant", str(bits))
