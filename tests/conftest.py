@@ -101,6 +101,15 @@ def pictures(golden_dir):
 
 
 @pytest.fixture(scope="session")
+def prompt(golden):
+    """A golden prompt in words, [1, S], and a token of the answer."""
+    import torch
+
+    case = next(case for case in golden["prompts"] if not case["image"])
+    return torch.tensor([[*case["input_ids"], 700]])
+
+
+@pytest.fixture(scope="session")
 def described(processor, pictures) -> dict:
     """A prompt with the first picture, as the model takes it."""
     text = f"<img>{processor.image_token}</img>问：描述这张图片。\n答："

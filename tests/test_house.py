@@ -7,7 +7,7 @@ Who may import whom is in `test_architecture.py`.
 import ast
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -217,6 +217,7 @@ def test_what_is_kept_without_a_use_is_there_and_has_none(known):
 
 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+SHORT_BODY = 80  # characters, which are as quickly written as they are found
 # Files of tests that have no room of their name in the package, and what they test.
 OTHERS = {
     "visualglm_hf/test_gpu": "the model on a CUDA device",
@@ -230,6 +231,21 @@ OTHERS = {
     "visualglm_tools/training/test_gpu": "training on a CUDA device",
     "visualglm_tools/training/test_trl": "TRL's trainers with what a room of training gives them",
 }
+
+
+def body_of(node: ast.FunctionDef) -> str:
+    """What a function does, without its name, its docstring and its arguments."""
+    return ast.unparse(ast.Module(node.body[ast.get_docstring(node) is not None :], []))
+
+
+def test_no_helper_of_tests_is_written_twice():
+    """What two files of tests need is in a module beside them, or a fixture of a `conftest.py` above both."""
+    places = defaultdict(list)
+    for path in TESTS:
+        for node in tree_of(path).body:
+            if isinstance(node, FUNCTIONS) and not node.name.startswith("test_") and len(body_of(node)) > SHORT_BODY:
+                places[body_of(node)].append(f"{name_of(path)}.{node.name}")
+    assert [names for names in places.values() if len(names) > 1] == []
 
 
 def without_a_room() -> set[str]:

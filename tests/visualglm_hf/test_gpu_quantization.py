@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.helpers import ROUNDING, assert_product_is_exact
+from tests.helpers import ROUNDING, assert_product_is_exact, difference
 from visualglm_hf import lowbit_products
 from visualglm_hf.cuda_products import BFLOAT16_CAPABILITY, CUDA_PRODUCTS, FUSED_ROWS, CudaProducts, DeviceKernels
 from visualglm_hf.lowbit_format import dequantize_naive
@@ -32,10 +32,6 @@ REPEATS = 20
 @pytest.fixture(autouse=True)
 def kernels_or_error(monkeypatch):
     monkeypatch.setenv("VISUALGLM_KERNELS", "cuda")
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def skip_without(dtype: torch.dtype) -> None:

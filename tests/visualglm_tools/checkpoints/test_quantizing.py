@@ -12,10 +12,6 @@ from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.checkpoints import quantizing as on_disk
 
 
-def load(folder, **kwargs) -> VisualGLMForConditionalGeneration:
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, **kwargs).eval()
-
-
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (4, -1)])
 def test_checkpoint_quantized_on_disk_equals_the_model_quantized_in_memory(tiny_original, tmp_path, bits, group_size):
     options = [] if group_size is None else ["--group-size", str(group_size)]
@@ -23,14 +19,19 @@ def test_checkpoint_quantized_on_disk_equals_the_model_quantized_in_memory(tiny_
     assert quantize(str(tiny_original), str(target), "--bits", str(bits), *options) == 0
     loaded, info = VisualGLMForConditionalGeneration.from_pretrained(target, output_loading_info=True)
     assert not any(info.values())
-    assert_same_state(loaded, load(tiny_original).quantize(bits, group_size))
+    assert_same_state(
+        loaded, VisualGLMForConditionalGeneration.from_pretrained(tiny_original).quantize(bits, group_size)
+    )
     assert (target / "lowbit_products.py").is_file()
     assert json.loads((target / "model.safetensors.index.json").read_text())["metadata"]["total_size"] > 0
 
 
 def test_original_per_row_checkpoint_is_reproduced(tiny_original, tiny_int4, tmp_path):
     on_disk.quantize_checkpoint(tiny_original, tmp_path / "out", 4, group_size=-1)
-    assert_same_state(load(tmp_path / "out"), load(tiny_int4))
+    assert_same_state(
+        VisualGLMForConditionalGeneration.from_pretrained(tmp_path / "out"),
+        VisualGLMForConditionalGeneration.from_pretrained(tiny_int4),
+    )
 
 
 def test_door_overwrites_nothing(tiny_original, tmp_path, capsys):
