@@ -59,7 +59,7 @@ TYPED = "\n你好\nstop\n"  # no picture, a question, the end
 ADDRESS = "http://127.0.0.1:8080"  # of the server; what is sent there is sent by a test of its own
 # Commands that another test runs, by what they begin with: the test, and what in it shows that it does.
 ELSEWHERE = {
-    "serve run visualglm_tools": ("tests/visualglm_tools/serving/test_ray_app.py", "http.ray_app:create_service"),
+    "serve run visualglm_tools": ("tests/visualglm_tools/serving/http/test_ray_app.py", "http.ray_app:create_service"),
     'eval "$(register-python-argcomplete': ("tests/test_documents.py", "def test_a_shell_learns_to_complete"),
 }
 NOT_OURS = ("curl http://localhost:8000/",)  # how transformers' own server fails
