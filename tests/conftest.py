@@ -1,7 +1,11 @@
-"""What several tests share: outputs of the original code (`tests/golden/`) and the tiny checkpoint they came from."""
+"""What several tests share: outputs of the original code (`tests/golden/`) and the tiny checkpoint they came from; the
+trained tiny model, an engine with it, its HTTP API and its page.
+"""
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -49,6 +53,12 @@ def tiny_original(golden_dir) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_int4(golden_dir) -> Path:
+    """The tiny checkpoint as the original code writes it after `.half().quantize(4)`."""
+    return golden_dir / "tiny-original-int4"
+
+
+@pytest.fixture(scope="session")
 def tokenizer(tiny_original):
     """The tokenizer of the tiny checkpoint; shared, so tests that change one load their own."""
     from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
@@ -59,11 +69,9 @@ def tokenizer(tiny_original):
 @pytest.fixture(scope="session")
 def model(tiny_original):
     """The tiny checkpoint in float32; shared, so tests that change one load their own."""
-    import torch
+    from tests.helpers import load_float32
 
-    from visualglm_hf import VisualGLMForConditionalGeneration
-
-    return VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+    return load_float32(tiny_original)
 
 
 @pytest.fixture(scope="session")
@@ -93,10 +101,93 @@ def pictures(golden_dir):
 
 
 @pytest.fixture(scope="session")
+def prompt(golden):
+    """A golden prompt in words, [1, S], and a token of the answer."""
+    import torch
+
+    case = next(case for case in golden["prompts"] if not case["image"])
+    return torch.tensor([[*case["input_ids"], 700]])
+
+
+@pytest.fixture(scope="session")
+def described(processor, pictures) -> dict:
+    """A prompt with the first picture, as the model takes it."""
+    text = f"<img>{processor.image_token}</img>问：描述这张图片。\n答："
+    return dict(processor(text=text, images=pictures[0], return_tensors="pt"))
+
+
+@pytest.fixture(scope="session")
 def pixel_values(golden, arrays, processor):
     """The golden input pictures as the model takes them, [5, 3, 224, 224]; resized by the original."""
     resized = [arrays[image["resized_u8"]] for image in golden["images"]]
     return processor.image_processor(resized, return_tensors="pt")["pixel_values"]
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """The trained tiny model in float32 and its tokenizer, as servers load them; what a test changes it undoes."""
+    from tests.paths import TINY
+    from visualglm_tools.checkpoints.loading import load_model
+
+    return load_model(TINY, "cpu", "float32")
+
+
+@pytest.fixture(scope="session")
+def engine(loaded):
+    """An engine with the usual limits; shared, so tests that close one or want other limits make their own."""
+    from visualglm_tools.serving.engine.engine import Engine
+
+    with Engine(*loaded) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def url(engine):
+    """The address of the HTTP API on the shared engine."""
+    from tests.serving_helpers import serve
+
+    with serve(engine) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def page_url(engine):
+    """The address of the page on the shared engine."""
+    from tests.paths import PICTURES
+    from tests.serving_helpers import free_port
+    from visualglm_tools.serving.page import page as web
+
+    page, port = web.create_page(engine, PICTURES), free_port()
+    web.launch(page, "127.0.0.1", port, engine.limits.max_picture_bytes)
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real Chromium, without which the test is skipped."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver")
+    pytest.importorskip("selenium", reason="the page is tested through selenium")
+    from tests.browser import start_browser
+
+    with start_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_tab(browser, page_url):
+    """Opens the page in a tab, in the language of a browser; it is closed when the test ends."""
+    from tests.browser import Tab
+
+    with contextlib.ExitStack() as tabs:
+
+        def open_one(language: str = "zh-CN") -> Tab:
+            tab = Tab(browser, page_url, language)
+            tabs.callback(lambda: tab.handle in browser.window_handles and tab.close())
+            return tab
+
+        yield open_one
 
 
 @pytest.fixture(autouse=True)

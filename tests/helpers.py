@@ -1,7 +1,7 @@
 """What tests of several rooms compare with."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -82,8 +82,26 @@ def make_small_model(dtype: torch.dtype = torch.bfloat16, bits: int | None = 4, 
     return model.quantize(bits, **quantization) if bits else model
 
 
+def load_float32(folder, **options):
+    """The model of a checkpoint in float32, in which our tests compare it with others."""
+    from visualglm_hf import VisualGLMForConditionalGeneration
+
+    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def make_lowbit_problem(
+    bits: int, outputs: int, inputs: int, groups: int, rows: int, dtype=torch.float32, seed: int = 0
+):
+    """Activations with outliers, codes and scales of a product in low bits."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=random).mul_(10 ** torch.randn(inputs, generator=random)).to(dtype)
+    codes = torch.randint(-128, 128, (outputs, inputs * bits // 8), generator=random).to(torch.int8)
+    scale = torch.rand((outputs, groups) if groups > 1 else (outputs,), generator=random).sub_(0.5).div_(100).half()
+    return x, codes, scale
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -118,6 +136,28 @@ def assert_product_is_exact(
     assert out.shape == expected.shape
     tolerance = ROUNDING[x.dtype] * expected.abs() + sum_error * magnitude + SUBNORMAL
     assert ((out.double() - expected).abs() <= tolerance).all()
+
+
+def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """The same names, and under each of them the same tensor: to the last bit, and in the same dtype."""
+    assert found.keys() == expected.keys()
+    pairs = ((key, found[key], tensor) for key, tensor in expected.items())
+    assert [key for key, one, other in pairs if one.dtype != other.dtype or not torch.equal(one, other)] == []
+
+
+def assert_same_state(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Two models have the same names and the same numbers."""
+    assert_same(model.state_dict(), other.state_dict())
+
+
+def user(*content: Any) -> dict:
+    """A message of the user: one text, or parts."""
+    return {"role": "user", "content": content[0] if len(content) == 1 else list(content)}
+
+
+def assistant(content: Any) -> dict:
+    """A message of the model."""
+    return {"role": "assistant", "content": content}
 
 
 def kept_positions(case: dict, dtype: str) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import command
+from tests.commands import command, run
 from tests.paths import COMMAND, PICTURES, ROOT, TINY
 from tests.serving_helpers import free_port, health, wait_until
 from visualglm_tools.__main__ import COMMANDS, list_parser, main, open_command
@@ -61,7 +61,7 @@ TYPED = "\n你好\nstop\n"  # no picture, a question, the end
 ADDRESS = "http://127.0.0.1:8080"  # of the server; what is sent there is sent by a test of its own
 # Commands that another test runs, by what they begin with: the test, and what in it shows that it does.
 ELSEWHERE = {
-    "serve run visualglm_tools": ("tests/visualglm_tools/serving/test_ray_app.py", "http.ray_app:create_service"),
+    "serve run visualglm_tools": ("tests/visualglm_tools/serving/http/test_ray_app.py", "http.ray_app:create_service"),
     'eval "$(register-python-argcomplete': ("tests/test_documents.py", "def test_a_shell_learns_to_complete"),
 }
 NOT_OURS = ("curl http://localhost:8000/",)  # how transformers' own server fails
@@ -222,7 +222,7 @@ def test_requests_of_the_documents_are_answered(reader):
         wait_until(lambda: health(url) == 200 or process.poll() is not None)
         for line in lines:
             shell = ["bash", "-c", line.replace(ADDRESS, url).replace("curl ", "curl -sS --fail ", 1)]
-            answers.append(subprocess.run(shell, capture_output=True, text=True, check=True, timeout=120).stdout)
+            answers.append(run(*shell).stdout)
     finally:
         process.terminate()
         process.wait()
@@ -236,8 +236,7 @@ def test_a_shell_learns_to_complete():
     line = next(line for line in commands_of(ROOT / "README.md") if line.startswith("eval "))
     scripts = Path(sys.executable).parent
     code = f'export PATH="{scripts}:$PATH"; {line}; complete -p visualglm'
-    finished = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 0 and "argcomplete" in finished.stdout, finished.stderr
+    assert "argcomplete" in run("bash", "-c", code).stdout
 
 
 # ---------------------------------------------------------------- the names of before

@@ -1,4 +1,5 @@
-"""The house rules of CONTRIBUTING.md that hold for every file: sizes, no dead names, one loader, no `sys.path`.
+"""The house rules of CONTRIBUTING.md that hold for every file: sizes, no dead names, one loader, no `sys.path`; and for
+every file of tests: that it has the name of what it tests, and is never skipped for a module of ours.
 
 Who may import whom is in `test_architecture.py`.
 """
@@ -6,7 +7,7 @@ Who may import whom is in `test_architecture.py`.
 import ast
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -210,3 +211,64 @@ def test_no_name_is_dead():
 @pytest.mark.parametrize("known", UNNAMED)
 def test_what_is_kept_without_a_use_is_there_and_has_none(known):
     assert any(re.fullmatch(known, name) for name in unnamed())
+
+
+# ---------------------------------------------------------------- the tests
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+SHORT_BODY = 80  # characters, which are as quickly written as they are found
+# Files of tests that have no room of their name in the package, and what they test.
+OTHERS = {
+    "visualglm_hf/test_gpu": "the model on a CUDA device",
+    "visualglm_hf/test_gpu_quantization": "low bits on a CUDA device",
+    "visualglm_hf/test_parallel": "the model in several processes, and spread over devices",
+    "visualglm_hf/test_public_api": "what `__init__` exports",
+    "visualglm_hf/test_straight_products": "`lowbit_products`: eager products on a GPU without the operator",
+    "visualglm_tools/serving/test_load": "an engine and its API under many clients",
+    "visualglm_tools/test_option_words": "`options`: command lines that say again what was read",
+    "visualglm_tools/test_packaging": "what is built and installed",
+    "visualglm_tools/training/test_example": "the documented example, from drawings to answers",
+    "visualglm_tools/training/test_gpu": "training on a CUDA device",
+    "visualglm_tools/training/test_trl": "TRL's trainers with what a room of training gives them",
+}
+
+
+def body_of(node: ast.FunctionDef) -> str:
+    """What a function does, without its name, its docstring and its arguments."""
+    return ast.unparse(ast.Module(node.body[ast.get_docstring(node) is not None :], []))
+
+
+def test_no_helper_of_tests_is_written_twice():
+    """What two files of tests need is in a module beside them, or a fixture of a `conftest.py` above both."""
+    places = defaultdict(list)
+    for path in TESTS:
+        for node in tree_of(path).body:
+            if isinstance(node, FUNCTIONS) and not node.name.startswith("test_") and len(body_of(node)) > SHORT_BODY:
+                places[body_of(node)].append(f"{name_of(path)}.{node.name}")
+    assert [names for names in places.values() if len(names) > 1] == []
+
+
+def without_a_room() -> set[str]:
+    """Files of tests below a package's name, of which the package has no module or folder of the same path."""
+    files = [path.relative_to(ROOT / "tests") for path in TESTS if path.name.startswith("test_")]
+    names = {file: file.stem.removeprefix("test_") for file in files if file.parts[0].startswith("visualglm_")}
+    rooms = {file: (f"{name}.py", f"__{name}__.py", name) for file, name in names.items()}  # `__main__.py`, too
+    return {
+        file.with_suffix("").as_posix()
+        for file, places in rooms.items()
+        if not any((ROOT / file.parent / place).exists() for place in places)
+    }
+
+
+def test_tests_have_the_names_of_the_rooms_that_they_test():
+    assert without_a_room() == OTHERS.keys()
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_no_test_is_skipped_because_a_module_of_ours_is_not_there(path):
+    """A package of others may be missing; ours under an old name would be skipped for ever, and nobody would see it."""
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call) and node.args]
+    skipping = [call.args[0] for call in calls if ast.unparse(call.func).split(".")[-1] == "importorskip"]
+    assert [ast.unparse(name) for name in skipping if not isinstance(name, ast.Constant)] == []
+    assert {name.value.partition(".")[0] for name in skipping} & {"tests", "scripts", *PACKAGES} == set()

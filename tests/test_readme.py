@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from tests.commands import python, run
 from tests.paths import COMMAND, ROOT
 from tools.notebooks import NOTEBOOKS, execute
 
@@ -17,12 +16,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SHELL_BLOCKS = [text for language, text in BLOCKS if language == "shell"]
 PYTHON_BLOCKS = [text for language, text in BLOCKS if language == "python"]
-
-
-def run(command: list[str], **kwargs) -> str:
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 def test_the_first_screen_has_the_snippet_and_the_two_setup_commands():
@@ -35,7 +28,7 @@ def test_the_first_screen_has_the_snippet_and_the_two_setup_commands():
 def test_the_first_command_describes_the_picture():
     # Its `pip install` line is run in a fresh environment by .ci/run.
     command = shlex.split(SHELL_BLOCKS[0].splitlines()[1])
-    answer = run([*COMMAND, *command[1:]])
+    answer = run(*COMMAND, *command[1:]).stdout
     assert "红色" in answer and "圆形" in answer
 
 
@@ -45,7 +38,7 @@ def test_the_snippets_run_from_top_to_bottom_and_answer_rightly(tiny_original):
     original_folder = original_folder.replace("path/to/visualglm-6b", str(tiny_original))
     blocks = [notebook, "print(history)", original_folder, 'FOLDER = "models/visualglm-tiny"', transformers_way]
     # The snippet samples, but at the tiny model's confidence top_p leaves only the likeliest token.
-    output = run([sys.executable, "-c", "\n".join(blocks)])
+    output = python("-c", "\n".join(blocks)).stdout
     assert "红色" in output and "草地" in output
     assert "red" in output.splitlines()[-1].lower()
 
@@ -85,10 +78,10 @@ def shown_by(cell: nbformat.NotebookNode) -> tuple[str, int]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_shows_what_is_stored_in_it(path):
     """After a change that is meant to change it: python -m tools.notebooks."""
-    stored, run = nbformat.read(path, as_version=4), execute(path)
+    stored, executed = nbformat.read(path, as_version=4), execute(path)
     assert path.stat().st_size < 300 * 1024
     cells = [cell for cell in stored.cells if cell.cell_type == "code"]
-    again = [cell for cell in run.cells if cell.cell_type == "code"]
+    again = [cell for cell in executed.cells if cell.cell_type == "code"]
     for cell, other in zip(cells, again, strict=True):
         assert shown_by(cell) == shown_by(other), cell.source
     shown = [shown_by(cell) for cell in cells]

@@ -81,17 +81,7 @@ def run_out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
 
-# ---------------------------------------------------------------- conversations, and TRL's trainers
-
-
-def user(*content: Any) -> dict:
-    """A message of the user: one text, or parts."""
-    return {"role": "user", "content": content[0] if len(content) == 1 else list(content)}
-
-
-def assistant(content: Any) -> dict:
-    """A message of the model."""
-    return {"role": "assistant", "content": content}
+# ---------------------------------------------------------------- TRL's trainers
 
 
 def trl_trainer(

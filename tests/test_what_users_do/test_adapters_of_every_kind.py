@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import SMALL_CONFIG
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
 from visualglm_hf.adapters import find_adapted, is_tied
 from visualglm_hf.quantization import find_quantized
@@ -16,35 +17,19 @@ from visualglm_hf.quantization import find_quantized
 
 peft = pytest.importorskip("peft")
 
-CONFIG = {
-    "text_config": {
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-        "max_position_embeddings": 64,
-        "mask_token_id": 60,
-        "gmask_token_id": 61,
-        "bos_token_id": 62,
-        "eos_token_id": 63,
-    },
-    "vision_config": {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": 28,
-    },
-    "qformer_config": {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "num_query_tokens": 4,
-        "encoder_hidden_size": 32,
-    },
+TEXT_CONFIG = {
+    **SMALL_CONFIG["text_config"],
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+    "mask_token_id": 60,
+    "gmask_token_id": 61,
+    "bos_token_id": 62,
+    "eos_token_id": 63,
 }
+CONFIG = {**SMALL_CONFIG, "text_config": TEXT_CONFIG}
 IDS = torch.tensor([[5, 6, 7, 8, 61, 62, 9, 10], [9, 6, 5, 8, 61, 62, 5, 11]])
 TOLERANCE = 2e-4  # of the largest logit
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from tests.commands import batch as batch_command
-from tests.paths import PICTURES, ROOT, TINY
+from tests.json_lines import read_lines, write_lines
+from tests.paths import PICTURES, ROOT, SCRIPTS, TINY
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools import output_files
 from visualglm_tools.__main__ import main
-from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.commands import finetune as finetune_visualglm
 from visualglm_tools.output_files import locked
 from visualglm_tools.printing import one_line
@@ -31,14 +31,9 @@ from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.questions import Output, Pictures, Problem, Row, answer_rows, read_rows
 
 
-DOOR = ROOT / "scripts" / "batch_infer.py"
+DOOR = SCRIPTS / "batch_infer.py"
 resource = pytest.importorskip("resource")  # not on Windows
 GOOD = b'{"id": "good", "text": "\xe4\xbd\xa0\xe5\xa5\xbd"}\n'
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model(TINY, device="cpu")
 
 
 @pytest.fixture
@@ -54,18 +49,8 @@ def door(loaded, tmp_path, monkeypatch, capfd):
     return run
 
 
-def write(name: str, *lines: bytes | dict) -> Path:
-    path = Path(name)
-    path.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
-    return path
-
-
 def questions(count: int) -> list[dict]:
     return [{"id": number, "text": "你好"} for number in range(count)]
-
-
-def objects(path: Path | str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]
 
 
 def question(**fields) -> bytes:
@@ -139,11 +124,11 @@ def traps(door):
 
 
 def test_no_row_ends_a_run_and_each_bad_one_is_a_line_of_the_errors_file(door, traps):
-    source = write("in.jsonl", GOOD, *BAD_LINES.values(), {"id": "last", "text": "你好"})
+    source = write_lines("in.jsonl", GOOD, *BAD_LINES.values(), {"id": "last", "text": "你好"})
     code, shown, said = door(source, "out.jsonl")
     assert (code, shown) == (1, "")
-    assert [row["id"] for row in objects("out.jsonl")] == ["good", "last"]
-    problems = objects("out.jsonl.errors.jsonl")
+    assert [row["id"] for row in read_lines("out.jsonl")] == ["good", "last"]
+    problems = read_lines("out.jsonl.errors.jsonl")
     assert [problem["line"] for problem in problems] == list(range(2, 2 + len(BAD_LINES)))
     assert all(problem["error"] for problem in problems)
     assert max(map(len, Path("out.jsonl.errors.jsonl").read_text(encoding="utf-8").split("\n"))) < 7000
@@ -168,7 +153,7 @@ GOOD_LINES = [
 
 
 def test_rows_come_out_as_they_were_written_with_their_answers_behind(door):
-    assert door(write("in.jsonl", *GOOD_LINES), "out.jsonl")[0] == 0
+    assert door(write_lines("in.jsonl", *GOOD_LINES), "out.jsonl")[0] == 0
     lines = [line.removeprefix(b"\xef\xbb\xbf").strip() for line in GOOD_LINES if line.strip()]
     written = Path("out.jsonl").read_bytes().split(b"\n")
     assert written.pop() == b""
@@ -202,14 +187,14 @@ def test_a_picture_may_be_the_text_of_one_in_base64(tmp_path):
 
 def test_pictures_of_rows_are_decoded_in_another_process(door, monkeypatch):
     rows = [{"id": path.name, "text": "描述这张图片。", "image": str(path)} for path in PICTURES]
-    source = write("in.jsonl", *rows)
+    source = write_lines("in.jsonl", *rows)
     with monkeypatch.context() as patched:
         patched.setattr(Image, "open", lambda *args, **options: pytest.fail("decoded here"))
         assert door(source, "out.jsonl")[0] == 0
-    answers = [row["answer"] for row in objects("out.jsonl")]
+    answers = [row["answer"] for row in read_lines("out.jsonl")]
     monkeypatch.setattr(Engine, "decode_picture", lambda self, data, name: open_picture(data))
     assert door(source, "again.jsonl")[0] == 0
-    assert [row["answer"] for row in objects("again.jsonl")] == answers
+    assert [row["answer"] for row in read_lines("again.jsonl")] == answers
 
 
 def test_a_server_that_sends_a_byte_now_and_then_costs_its_row_only(tmp_path, monkeypatch):
@@ -270,7 +255,7 @@ def test_a_row_whose_probabilities_are_broken_fails_alone(loaded, monkeypatch):
 
 
 def test_a_second_run_on_one_output_is_refused_before_it_loads_anything(door, monkeypatch):
-    source = write("in.jsonl", *questions(3))
+    source = write_lines("in.jsonl", *questions(3))
     Path("link.jsonl").symlink_to("out.jsonl")
     monkeypatch.setattr(runs, "answer_file", lambda *arguments: pytest.fail("it went on"))
     with locked(Path("out.jsonl").absolute()):
@@ -281,7 +266,7 @@ def test_a_second_run_on_one_output_is_refused_before_it_loads_anything(door, mo
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(door):
-    source = write("in.jsonl", *questions(2))
+    source = write_lines("in.jsonl", *questions(2))
     code = """
 import pathlib
 from visualglm_tools.output_files import locked
@@ -320,7 +305,7 @@ def test_a_lock_that_its_owner_removed_in_the_same_moment_is_not_taken_for_one(t
 
 
 def test_what_is_reported_was_counted_in_the_file(door, monkeypatch):
-    source = write("in.jsonl", *questions(9))
+    source = write_lines("in.jsonl", *questions(9))
     draw, drawn = runs.draw, []
 
     def draw_and_disturb(progress, problem):
@@ -335,30 +320,30 @@ def test_what_is_reported_was_counted_in_the_file(door, monkeypatch):
     assert "4 of 9 rows are answered." in said and "5 answers were taken out" in said
     code, _, said = door(source, "out.jsonl")
     assert code == 0 and "9 of 9 rows are answered." in said and "/5 " in said
-    assert [row["id"] for row in objects("out.jsonl")] == list(range(9))
+    assert [row["id"] for row in read_lines("out.jsonl")] == list(range(9))
 
 
 def test_a_link_stays_a_link_and_its_target_is_written(door):
-    source = write("in.jsonl", *questions(2))
+    source = write_lines("in.jsonl", *questions(2))
     Path("elsewhere").mkdir()
     for link, target in (("out.jsonl", "elsewhere/answers.jsonl"), ("again.jsonl", "out.jsonl")):
         Path(link).symlink_to(target)
     for _ in range(2):
         assert door(source, "again.jsonl")[0] == 0
         assert Path("again.jsonl").is_symlink() and Path("out.jsonl").is_symlink()
-        assert len(objects("elsewhere/answers.jsonl")) == 2
+        assert len(read_lines("elsewhere/answers.jsonl")) == 2
     assert [path.name for path in Path("elsewhere").iterdir()] == ["answers.jsonl"]
 
 
 def test_permissions_of_an_output_stay(door):
-    source, output = write("in.jsonl", *questions(2)), Path("out.jsonl")
+    source, output = write_lines("in.jsonl", *questions(2)), Path("out.jsonl")
     output.touch(0o640)
     assert door(source, output)[0] == 0
     assert output.stat().st_mode & 0o777 == 0o640
 
 
 def test_devices_and_pipes_are_written_to_and_stay_what_they_are(door):
-    source = write("in.jsonl", *questions(2), b"7\n")
+    source = write_lines("in.jsonl", *questions(2), b"7\n")
     null = os.stat(os.devnull)
     code, _, said = door(source, os.devnull)
     assert code == 1 and "2 of 3 rows are answered." in said and "named above" in said
@@ -374,7 +359,7 @@ def test_devices_and_pipes_are_written_to_and_stay_what_they_are(door):
 
 
 def test_standard_input_and_output_are_used_and_nothing_else_is_on_it(door, monkeypatch):
-    write("in.jsonl", *questions(3))
+    write_lines("in.jsonl", *questions(3))
     before = os.dup(0)
     with open("in.jsonl", "rb") as file:
         os.dup2(file.fileno(), 0)
@@ -424,14 +409,14 @@ def test_a_reader_that_has_gone_is_one_line(tmp_path):
     ],
 )
 def test_paths_that_do_not_go_together_are_one_line_and_nothing_is_touched(source, output, message, door, monkeypatch):
-    write("in.jsonl", *questions(1))
+    write_lines("in.jsonl", *questions(1))
     Path("link.jsonl").symlink_to("in.jsonl")
     Path("circle").symlink_to("circle")
     os.link("in.jsonl", "second name.jsonl")
-    write("out.jsonl.errors.jsonl", *questions(1))
-    write("out.jsonl.part3", *questions(1))
-    write("config.json", b'{"model_type": "chatglm"}')
-    write("picture.png", b"\x89PNG\r\n\x1a\x00")
+    write_lines("out.jsonl.errors.jsonl", *questions(1))
+    write_lines("out.jsonl.part3", *questions(1))
+    write_lines("config.json", b'{"model_type": "chatglm"}')
+    write_lines("picture.png", b"\x89PNG\r\n\x1a\x00")
     Path("folder").mkdir()
     Path("taken.errors.jsonl").mkdir()
     before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
@@ -442,7 +427,7 @@ def test_paths_that_do_not_go_together_are_one_line_and_nothing_is_touched(sourc
 
 
 def test_several_processes_share_neither_standard_input_nor_a_stream(door, monkeypatch):
-    write("in.jsonl", *questions(1))
+    write_lines("in.jsonl", *questions(1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for options in (("-", "out.jsonl"), ("in.jsonl", "-"), ("in.jsonl", os.devnull), ("/dev/stdin", "out.jsonl")):
         code, _, said = door(*options)
@@ -450,7 +435,7 @@ def test_several_processes_share_neither_standard_input_nor_a_stream(door, monke
 
 
 def test_a_full_disk_is_one_line_and_what_is_written_is_gone_on_from(door):
-    source = write("in.jsonl", *({**row, "mine": "x" * 1000} for row in questions(5)))
+    source = write_lines("in.jsonl", *({**row, "mine": "x" * 1000} for row in questions(5)))
     code, _, said = door(source, "/dev/full")
     assert code == 2 and said.splitlines()[-1].startswith("error: No space left on device")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -464,14 +449,14 @@ def test_a_full_disk_is_one_line_and_what_is_written_is_gone_on_from(door):
     assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.errors.jsonl"]
     code, _, said = door(source, "out.jsonl")
     assert code == 0 and "/2 " in said
-    assert [row["id"] for row in objects("out.jsonl")] == list(range(5))
+    assert [row["id"] for row in read_lines("out.jsonl")] == list(range(5))
 
 
 def test_a_folder_that_takes_no_files_is_one_line(door, monkeypatch):
     def refuse(file, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(file))
 
-    source = write("in.jsonl", *questions(1))
+    source = write_lines("in.jsonl", *questions(1))
     monkeypatch.setattr("builtins.open", refuse)  # the tests may run as root
     code, _, said = door(source, "out.jsonl")
     assert code == 2 and said.startswith("error: Permission denied: '")
@@ -479,7 +464,7 @@ def test_a_folder_that_takes_no_files_is_one_line(door, monkeypatch):
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_many_are_there_and_goes_on(number, expected, door, monkeypatch):
-    source, handler = write("in.jsonl", *questions(60)), signal.getsignal(signal.SIGTERM)
+    source, handler = write_lines("in.jsonl", *questions(60)), signal.getsignal(signal.SIGTERM)
     draw, drawn = runs.draw, []
 
     def draw_and_stop(progress, problem):
@@ -491,7 +476,7 @@ def test_a_stopped_run_says_how_many_are_there_and_goes_on(number, expected, doo
     with monkeypatch.context() as patched:
         patched.setattr(runs, "draw", draw_and_stop)
         code, _, said = door(source, "out.jsonl")
-    there = len(objects("out.jsonl"))
+    there = len(read_lines("out.jsonl"))
     assert code == expected and 3 <= there < 60
     assert f"Stopped: {there} of 60 rows are answered. The same command goes on from here." in said
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -514,27 +499,29 @@ def test_killed_at_any_byte_a_run_goes_on_with_all_that_was_complete(tmp_path):
 
 
 def test_an_answer_to_a_question_that_has_changed_is_asked_for_again(door):
-    source = write("in.jsonl", *questions(4))
+    source = write_lines("in.jsonl", *questions(4))
     assert door(source, "out.jsonl")[0] == 0
     rows = questions(4)
     rows[1]["text"], rows[2]["image"], rows[3]["mine"] = "What is it?", str(PICTURES[0]), 7
-    code, _, said = door(write("in.jsonl", *rows), "out.jsonl")
+    code, _, said = door(write_lines("in.jsonl", *rows), "out.jsonl")
     assert code == 0 and "2 rows have changed since they were answered" in said and "/2 " in said
-    assert [(row["text"], row.get("image")) for row in objects("out.jsonl")] == [
+    assert [(row["text"], row.get("image")) for row in read_lines("out.jsonl")] == [
         (row["text"], row.get("image")) for row in rows
     ]
 
 
 def test_an_answer_whose_row_was_spoiled_later_stays_until_the_row_is_right_again(door):
-    assert door(write("in.jsonl", *questions(3)), "out.jsonl")[0] == 0
+    assert door(write_lines("in.jsonl", *questions(3)), "out.jsonl")[0] == 0
     before = Path("out.jsonl").read_bytes()
-    spoiled = write("in.jsonl", questions(3)[0], b"{typo\n", questions(3)[2])
+    spoiled = write_lines("in.jsonl", questions(3)[0], b"{typo\n", questions(3)[2])
     code, _, said = door(spoiled, "out.jsonl")
     assert code == 1 and "2 of 3 rows are answered." in said
-    assert sorted(objects("out.jsonl"), key=lambda row: row["id"]) == [json.loads(line) for line in before.splitlines()]
-    assert door(write("in.jsonl", *questions(3)), "out.jsonl")[0] == 0
+    assert sorted(read_lines("out.jsonl"), key=lambda row: row["id"]) == [
+        json.loads(line) for line in before.splitlines()
+    ]
+    assert door(write_lines("in.jsonl", *questions(3)), "out.jsonl")[0] == 0
     assert Path("out.jsonl").read_bytes() == before
-    code, _, said = door(write("in.jsonl", questions(3)[0], b"{typo\n"), "out.jsonl")
+    code, _, said = door(write_lines("in.jsonl", questions(3)[0], b"{typo\n"), "out.jsonl")
     assert code == 2 and "line 3: no answer to a row" in said
     assert Path("out.jsonl").read_bytes() == before
 
@@ -549,7 +536,7 @@ def test_no_escape_sequence_of_the_data_reaches_the_terminal_or_the_errors_file(
         question(id=ESCAPES, image=f"data:{ESCAPES},a"),
         b'{"' + ESCAPES.encode() + b'": 1}\n',
     ]
-    source = write("in.jsonl", *lines)
+    source = write_lines("in.jsonl", *lines)
     Path(ESCAPES).mkdir()
     _, _, said = door(source, "out.jsonl")
     assert "title" in said

@@ -1,6 +1,5 @@
 """What clients of OpenAI's API, of HTTP and of browsers send, taken as it was meant or refused by its name."""
 
-import base64
 import json
 import os
 import shutil
@@ -13,8 +12,19 @@ import httpx
 import pytest
 
 from tests.paths import PICTURES, ROOT, TINY
-from tests.serving_helpers import serve, wait_until
-from visualglm_tools.checkpoints.loading import load_model
+from tests.serving_helpers import (
+    HELLO,
+    MODEL,
+    answer_of,
+    data_uri,
+    error_of,
+    get,
+    post,
+    post_chat,
+    request,
+    serve,
+    wait_until,
+)
 from visualglm_tools.serving.engine import prompts
 from visualglm_tools.serving.engine.answers import Limits, QueueFull
 from visualglm_tools.serving.engine.engine import Engine
@@ -25,45 +35,13 @@ from visualglm_tools.serving.http.app import ApiOptions
 from visualglm_tools.serving.listening import address_of, listen
 
 
-MODEL = "visualglm-tiny"
 EXACT = {"temperature": 0, "repetition_penalty": 1, "max_tokens": 12}
-PICTURE = "data:image/png;base64," + base64.b64encode(PICTURES[0].read_bytes()).decode()
+PICTURE = data_uri(PICTURES[0].read_bytes())
 IMAGE = {"type": "image_url", "image_url": {"url": PICTURE}}
-HELLO = {"role": "user", "content": "Hello"}
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model(TINY, "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def engine(loaded):
-    with Engine(*loaded) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with serve(engine) as url:
-        yield url
 
 
 def chat(url: str, messages: list | None = None, **fields) -> httpx.Response:
-    body = {"model": MODEL, "messages": messages or [HELLO], **EXACT, **fields}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-
-
-def answer_of(response: httpx.Response) -> str:
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["message"]["content"]
-
-
-def error_of(response: httpx.Response, status: int) -> dict:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
+    return post_chat(url, **{"messages": messages or [HELLO], **EXACT, **fields})
 
 
 # ------------------------------------------------------------------------------------------------ what changes nothing
@@ -197,7 +175,7 @@ def test_a_picture_that_is_not_the_users_is_refused_in_words(url, role):
 
 def test_half_a_character_in_a_picture_is_refused_in_words(url):
     for head, kind in (("data:;base64,", "base64"), ("data:,", "text")):
-        response = httpx.post(url, content=json.dumps({"text": "a", "image": head + "\ud83d"}), timeout=60)
+        response = post(url, content=json.dumps({"text": "a", "image": head + "\ud83d"}))
         assert f"broken {kind}" in error_of(response, 400)["message"]
 
 
@@ -256,10 +234,8 @@ def test_what_is_arranged_gets_the_answers_of_what_was_meant(url):
     greeted = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "Hi!"}, HELLO]
     assert answer_of(chat(url, greeted))
     bare = PICTURE.partition(",")[2]
-    legacy = httpx.post(url, json={"image": bare, "text": "", "temperature": 0, "min_length": 0}, timeout=60).json()
-    asked = httpx.post(
-        url, json={"image": bare, "text": "描述这张图片。", "temperature": 0, "min_length": 0}, timeout=60
-    ).json()
+    legacy = post(url, json={"image": bare, "text": "", "temperature": 0, "min_length": 0}).json()
+    asked = post(url, json={"image": bare, "text": "描述这张图片。", "temperature": 0, "min_length": 0}).json()
     assert legacy["result"] == asked["result"] and legacy["history"] == [["", legacy["result"]]]
 
 
@@ -269,23 +245,23 @@ def test_what_is_arranged_gets_the_answers_of_what_was_meant(url):
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_the_scheme_of_a_key_may_be_written_in_any_case(engine, scheme):
     with serve(engine, api_key="k") as url:
-        assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"{scheme} k"}).status_code == 200
+        assert get(f"{url}/v1/models", headers={"Authorization": f"{scheme} k"}).status_code == 200
         for wrong in (f"{scheme} K", scheme, "Basic k", "k"):
-            assert httpx.get(f"{url}/v1/models", headers={"Authorization": wrong}).status_code == 401
+            assert get(f"{url}/v1/models", headers={"Authorization": wrong}).status_code == 401
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/docs", "/openapi.json"])
 def test_head_is_answered_as_get_without_a_body(url, path):
-    head = httpx.head(url + path)
+    head = request("HEAD", url + path)
     assert (head.status_code, head.content) == (200, b"")
-    assert head.headers["content-type"] == httpx.get(url + path).headers["content-type"]
+    assert head.headers["content-type"] == get(url + path).headers["content-type"]
 
 
 def test_a_slash_at_the_end_changes_nothing(url):
-    assert httpx.get(f"{url}/v1/models/").json()["object"] == "list"
-    assert httpx.get(f"{url}/v1/models/{MODEL}/").json()["id"] == MODEL
+    assert get(f"{url}/v1/models/").json()["object"] == "list"
+    assert get(f"{url}/v1/models/{MODEL}/").json()["id"] == MODEL
     body = {"model": MODEL, "messages": [HELLO], **EXACT}
-    assert answer_of(httpx.post(f"{url}/v1/chat/completions/", json=body, timeout=60)) == answer_of(chat(url))
+    assert answer_of(post(f"{url}/v1/chat/completions/", json=body)) == answer_of(chat(url))
 
 
 @pytest.mark.parametrize(
@@ -293,16 +269,16 @@ def test_a_slash_at_the_end_changes_nothing(url):
 )
 def test_json_is_read_whatever_it_is_called(url, headers):
     body = json.dumps({"model": MODEL, "messages": [HELLO], **EXACT}).encode()
-    assert answer_of(httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers, timeout=60))
+    assert answer_of(post(f"{url}/v1/chat/completions", content=body, headers=headers))
 
 
 def test_methods_paths_and_encodings_that_are_not_there_say_so(url):
-    response = httpx.get(url)
+    response = get(url)
     assert error_of(response, 405) and response.headers["Allow"] == "POST"
-    response = httpx.delete(f"{url}/v1/models")
+    response = request("DELETE", f"{url}/v1/models")
     assert error_of(response, 405) and response.headers["Allow"] == "GET"
-    error_of(httpx.get(f"{url}/v2"), 404)
-    compressed = httpx.post(url, content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+    error_of(get(f"{url}/v2"), 404)
+    compressed = post(url, content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
     assert "compressed" in error_of(compressed, 415)["message"]
 
 
@@ -321,36 +297,46 @@ picture_decoder.main()
 """
 
 
-def test_preparing_counts_as_time_of_the_request_and_holds_up_nobody(loaded, monkeypatch):
+@pytest.fixture
+def hanging_decoders(monkeypatch):
+    """For engines that never get a picture decoded."""
     lane = Lane(decoders=1, pixels=10**6, memory=2**26, seconds=1, patience=1000, pictures=1)
     monkeypatch.setattr(prompts, "PicturePool", lambda: PicturePool([lane], [sys.executable, "-c", SLEEPING]))
-    with Engine(*loaded, Limits(timeout=1.5)) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
-        question = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "?"}]}]
-        waiting = [threads.submit(chat, url, question) for _ in range(3)]
-        answers = [answer_of(chat(url)) for _ in range(3)]
-        assert len(set(answers)) == 1 and not any(each.done() for each in waiting)
-        assert [error_of(each.result(), 504)["code"] for each in waiting] == ["timeout"] * 3
 
 
-def test_those_that_are_being_prepared_take_places_in_the_queue(loaded, monkeypatch):
-    lane = Lane(decoders=1, pixels=10**6, memory=2**26, seconds=1, patience=1000, pictures=1)
-    monkeypatch.setattr(prompts, "PicturePool", lambda: PicturePool([lane], [sys.executable, "-c", SLEEPING]))
-    limits = Limits(max_batch_size=1, max_waiting=1, timeout=1.5)
-    with Engine(*loaded, limits) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
-        question = [{"role": "user", "content": [IMAGE]}]
-        waiting = [threads.submit(chat, url, question) for _ in range(2)]
-        wait_until(lambda: refuses(engine))
-        assert error_of(chat(url), 429)["code"] == "queue_full"
-        assert [each.result().status_code for each in waiting] == [504] * 2
-        assert answer_of(chat(url))
-
-
-def refuses(engine: Engine) -> bool:
+def refuses(engine: Engine, requests: int = 1) -> bool:
+    """Whether an engine has no place for so many."""
     try:
-        engine.check_room()
+        engine.check_room(requests)
     except QueueFull:
         return True
     return False
+
+
+def test_preparing_holds_up_nobody(loaded, hanging_decoders):
+    with Engine(*loaded) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(chat, url, [{"role": "user", "content": [IMAGE]}]) for _ in range(3)]
+        wait_until(lambda: refuses(engine, engine.capacity - 2))
+        assert len({answer_of(chat(url)) for _ in range(3)}) == 1
+        assert not any(each.done() for each in waiting)
+        engine.close()
+        assert [error_of(each.result(), 503)["code"] for each in waiting] == ["unavailable"] * 3
+
+
+def test_preparing_counts_as_time_of_the_request(loaded, hanging_decoders):
+    with Engine(*loaded, Limits(timeout=0.5)) as engine, serve(engine) as url:
+        assert error_of(chat(url, [{"role": "user", "content": [IMAGE]}]), 504)["code"] == "timeout"
+        assert not refuses(engine, engine.capacity)  # its place is free again
+
+
+def test_those_that_are_being_prepared_take_places_in_the_queue(loaded, hanging_decoders):
+    limits = Limits(max_batch_size=1, max_waiting=1)
+    with Engine(*loaded, limits) as engine, serve(engine) as url, ThreadPoolExecutor() as threads:
+        waiting = [threads.submit(chat, url, [{"role": "user", "content": [IMAGE]}]) for _ in range(2)]
+        wait_until(lambda: refuses(engine))
+        assert error_of(chat(url), 429)["code"] == "queue_full"
+        engine.close()
+        assert [each.result().status_code for each in waiting] == [503] * 2
 
 
 # ------------------------------------------------------------------------------------------------ browsers
@@ -376,7 +362,7 @@ def test_a_page_of_another_origin_or_name_is_refused_where_there_is_no_key(url, 
     method = "GET" if path in ("/v1/models", "/metrics", "/docs", "/openapi.json") else "POST"
     body = json.dumps({"text": "a", "model": MODEL, "messages": [HELLO]}).encode()
     headers = {"Content-Type": "text/plain", **headers}
-    error = error_of(httpx.request(method, url + path, content=body, headers=headers), 403)
+    error = error_of(request(method, url + path, content=body, headers=headers), 403)
     assert error["code"] in ("origin_not_allowed", "host_not_allowed")
 
 
@@ -391,15 +377,15 @@ def test_own_pages_named_pages_and_own_names_are_not_refused(engine, url):
         "box",
         "a.localhost",
     ):
-        assert httpx.get(f"{url}/v1/models", headers={"Host": host, "Origin": f"http://{host}"}).status_code == 200
-    assert httpx.get(f"{url}/health", headers={"Host": "probe.example"}).status_code == 200
+        assert get(f"{url}/v1/models", headers={"Host": host, "Origin": f"http://{host}"}).status_code == 200
+    assert get(f"{url}/health", headers={"Host": "probe.example"}).status_code == 200
     page = {"Origin": "https://page.example"}
     with serve(engine, cors_origins=["https://page.example"], allowed_hosts=["api.example"]) as named:
-        assert httpx.get(f"{named}/v1/models", headers={**page, "Host": "api.example"}).status_code == 200
-        assert httpx.get(f"{named}/v1/models", headers={"Host": "other.example"}).status_code == 403
+        assert get(f"{named}/v1/models", headers={**page, "Host": "api.example"}).status_code == 200
+        assert get(f"{named}/v1/models", headers={"Host": "other.example"}).status_code == 403
     with serve(engine, api_key="k") as keyed:  # a page does not know the key
         headers = {"Origin": "https://evil.example", "Host": "evil.example", "Authorization": "Bearer k"}
-        assert httpx.get(f"{keyed}/v1/models", headers=headers).status_code == 200
+        assert get(f"{keyed}/v1/models", headers=headers).status_code == 200
 
 
 # ------------------------------------------------------------------------------------------------ starting
@@ -415,8 +401,8 @@ def test_a_key_that_no_client_can_send_is_refused(key):
 
 def test_a_key_is_stripped_of_the_line_break_that_files_end_with(engine):
     with serve(engine, api_key="sk-1\n") as url:
-        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer sk-1"}).status_code == 200
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert get(f"{url}/v1/models", headers={"Authorization": "Bearer sk-1"}).status_code == 200
+        assert get(f"{url}/v1/models").status_code == 401
 
 
 def test_a_door_that_cannot_open_says_why_in_one_line_before_it_loads_anything():

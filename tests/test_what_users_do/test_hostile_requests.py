@@ -4,19 +4,29 @@ import asyncio
 import base64
 import json
 import statistics
-import struct
 import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import httpx
 import psutil
 import pytest
 
 from tests.paths import PICTURES
-from tests.serving_helpers import health, open_door, wait_until
+from tests.picture_files import png_of_zeros
+from tests.serving_helpers import (
+    HELLO,
+    MODEL,
+    answer_of,
+    ask_about,
+    data_uri,
+    health,
+    open_door,
+    post,
+    post_chat,
+    wait_until,
+)
 from visualglm_tools.serving.http import intake
 from visualglm_tools.serving.http.errors import ApiError
 from visualglm_tools.serving.http.legacy_api import LegacyRequest
@@ -46,27 +56,14 @@ def server():
     """The door in a process of its own, ready, with its decoders started by a first picture."""
     with open_door() as (url, process, _):
         wait_until(lambda: health(url) == 200)
-        ask(url, picture_messages(PICTURES[0].read_bytes()))
+        post_chat(url, messages=ask_about(data_uri(PICTURES[0].read_bytes())))
         yield url, psutil.Process(process.pid)
-
-
-def ask(url: str, messages: list[dict]) -> str:
-    body = {"model": "visualglm-tiny", "messages": messages, "temperature": 0, "repetition_penalty": 1}
-    response = httpx.post(url + CHAT, json=body, timeout=120)
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["message"]["content"]
-
-
-def picture_messages(data: bytes) -> list[dict]:
-    url = "data:;base64," + base64.b64encode(data).decode()
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "描述这张图片。"}]
-    return [{"role": "user", "content": parts}]
 
 
 class Neighbour:
     """Another client, who asks and asks, about pictures too; how long each answer took, and what it was."""
 
-    QUESTIONS = ([{"role": "user", "content": "Hello"}], picture_messages(PICTURES[0].read_bytes()))
+    QUESTIONS = ([HELLO], ask_about(data_uri(PICTURES[0].read_bytes())))
 
     def __init__(self, url: str):
         self.url = url
@@ -74,9 +71,12 @@ class Neighbour:
         self.seconds: list[float] = []
         self.is_done = threading.Event()
 
+    def answer(self, messages: list[dict]) -> str:
+        return answer_of(post_chat(self.url, messages=messages, temperature=0, repetition_penalty=1))
+
     def ask_once(self) -> None:
         begin = time.monotonic()
-        self.answers.append("\n".join(ask(self.url, messages) for messages in self.QUESTIONS))
+        self.answers.append("\n".join(self.answer(messages) for messages in self.QUESTIONS))
         self.seconds.append(time.monotonic() - begin)
 
     def ask_until_done(self) -> None:
@@ -113,7 +113,7 @@ def json_bytes(**fields) -> bytes:
 
 
 def chat_body(content, **fields) -> bytes:
-    return json_bytes(model="visualglm-tiny", messages=[{"role": "user", "content": content}], max_tokens=1, **fields)
+    return json_bytes(model=MODEL, messages=[{"role": "user", "content": content}], max_tokens=1, **fields)
 
 
 def uri_body(uri: str) -> bytes:
@@ -122,17 +122,6 @@ def uri_body(uri: str) -> bytes:
 
 def unpacked(text: str) -> str:
     return "data:;base64," + base64.b64encode(zlib.decompress(base64.b85decode(text.replace("\n", "")))).decode()
-
-
-def png_of_zeros(side: int, bits: int, colour: int, bytes_per_pixel: int) -> str:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    packer, row = zlib.compressobj(1), bytes(1 + side * bytes_per_pixel)
-    data = b"".join([packer.compress(row) for _ in range(side)]) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    return "data:;base64," + base64.b64encode(file).decode()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +139,7 @@ HOSTILE = {
     "fewer messages": (CHAT, lambda: json_bytes(model="m", messages=[{}] * 40_000), 422),
     "messages of one word": (
         CHAT,
-        lambda: json_bytes(model="visualglm-tiny", messages=[{"role": "user", "content": "a"}] * 40_000),
+        lambda: json_bytes(model=MODEL, messages=[{"role": "user", "content": "a"}] * 40_000),
         422,
     ),
     "parts of nothing": (CHAT, lambda: chat_body([{}] * MANY), 413),
@@ -165,9 +154,7 @@ HOSTILE = {
     "a long text of blanks": (LEGACY, lambda: json_bytes(text=" a" * 2_500_000), 400),
     "many long texts": (
         CHAT,
-        lambda: json_bytes(
-            model="visualglm-tiny", messages=[{"role": "user", "content": "a" * 5000}] * 1000, max_tokens=1
-        ),
+        lambda: json_bytes(model=MODEL, messages=[{"role": "user", "content": "a" * 5000}] * 1000, max_tokens=1),
         400,
     ),
     "a text that may just fit": (CHAT, lambda: chat_body(" " * 150_000 + "a"), (200, 400)),
@@ -184,8 +171,12 @@ HOSTILE = {
     "blanks for base64": (LEGACY, lambda: json_bytes(text="a", image=" " * 26 * MIB), 400),
     "a JPEG 2000": (CHAT, lambda: uri_body(unpacked(JPEG_2000)), 400),
     "an AVIF": (CHAT, lambda: uri_body(unpacked(AVIF)), 400),
-    "a PNG of 16 bits": (CHAT, lambda: uri_body(png_of_zeros(8192, 16, 0, 2)), 200),
-    "a PNG with alpha": (LEGACY, lambda: json_bytes(text="a", image=png_of_zeros(8192, 8, 6, 4), max_length=60), 200),
+    "a PNG of 16 bits": (CHAT, lambda: uri_body(data_uri(png_of_zeros(8192, 8192, 16, 0))), 200),
+    "a PNG with alpha": (
+        LEGACY,
+        lambda: json_bytes(text="a", image=data_uri(png_of_zeros(8192, 8192, 8, 6)), max_length=60),
+        200,
+    ),
 }
 
 
@@ -218,7 +209,7 @@ def test_the_neighbour_gets_the_same_answers_about_as_soon_and_the_memory_stays(
     with ThreadPoolExecutor() as threads:
         watching = [threads.submit(beside.ask_until_done), threads.submit(memory.watch)]
         try:
-            response = httpx.post(url + path, content=body, headers=JSON, timeout=120)
+            response = post(url + path, content=body, headers=JSON)
         finally:
             beside.is_done.set()
             memory.is_done.set()
@@ -257,7 +248,7 @@ def test_many_large_bodies_at_a_time_do_not_add_up(server):
     with ThreadPoolExecutor() as threads:
         watching = threads.submit(memory.watch)
         with ThreadPoolExecutor(12) as clients:
-            responses = [clients.submit(httpx.post, url + CHAT, content=body, timeout=120) for _ in range(12)]
+            responses = [clients.submit(post, url + CHAT, content=body) for _ in range(12)]
             neighbour.ask_once()
         memory.is_done.set()
         watching.result()
@@ -334,7 +325,7 @@ def test_a_body_that_never_ends_holds_nobody_up(server):
 
     neighbour.ask_once()
     with ThreadPoolExecutor() as threads:
-        slow = [threads.submit(httpx.post, url, content=trickle(), timeout=120) for _ in range(4)]
+        slow = [threads.submit(post, url, content=trickle()) for _ in range(4)]
         neighbour.ask_once()
         assert not any(each.done() for each in slow)
         is_done.set()

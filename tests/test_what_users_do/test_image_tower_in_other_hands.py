@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from visualglm_hf import VisualGLMForConditionalGeneration
+from tests.helpers import load_float32
 
 
 REENTRANT = {"use_reentrant": True}
@@ -16,16 +16,6 @@ TARGETS = {
     "cross-attention": r"image_encoder\.qformer\..*cross_attention\.(query|key_value)",
     "both": r"image_encoder\..*dense_h_to_4h",
 }
-
-
-def load(folder):
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-
-
-@pytest.fixture
-def prompt(processor, pictures):
-    text = f"<img>{processor.image_token}</img>问：描述这张图片。\n答："
-    return processor(text=text, images=pictures[0], return_tensors="pt")
 
 
 # Checkpointed layers
@@ -51,11 +41,13 @@ def prepare_for_kbit_training(peft, model, config):
 
 @pytest.mark.parametrize("prepare", [prepare_by_hand, prepare_after_peft, prepare_for_kbit_training])
 @pytest.mark.parametrize("part", list(TARGETS))
-def test_reentrant_checkpointing_gives_gradients_to_adapters_of_the_image_encoder(tiny_original, prompt, part, prepare):
+def test_reentrant_checkpointing_gives_gradients_to_adapters_of_the_image_encoder(
+    tiny_original, described, part, prepare
+):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=TARGETS[part], r=2, init_lora_weights=False)
-    model = prepare(peft, load(tiny_original), config).train()
-    model(**prompt).logits[:, -1].square().sum().backward()
+    model = prepare(peft, load_float32(tiny_original), config).train()
+    model(**described).logits[:, -1].square().sum().backward()
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert adapters
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in adapters)
@@ -91,7 +83,7 @@ def check_batch_sizes(exported, module, read):
 
 @pytest.mark.parametrize(("part", "attention"), [*((part, "sdpa") for part in PARTS), ("features", "eager")])
 def test_exported_image_encoders_take_any_number_of_pictures(tiny_original, part, attention):
-    model = load(tiny_original).eval()
+    model = load_float32(tiny_original).eval()
     model.set_attn_implementation(attention)
     module, read = PARTS[part](model)
     shapes = ({0: torch.export.Dim("pictures", max=64)},)
@@ -101,7 +93,7 @@ def test_exported_image_encoders_take_any_number_of_pictures(tiny_original, part
 
 @pytest.mark.parametrize("part", list(PARTS))
 def test_traced_image_encoders_take_any_number_of_pictures(tiny_original, part):
-    module, read = PARTS[part](load(tiny_original).eval())
+    module, read = PARTS[part](load_float32(tiny_original).eval())
     traced = torch.jit.trace(module.eval(), torch.rand(2, 3, 224, 224), strict=False, check_trace=False)
     check_batch_sizes(traced, module, read)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import BaseStreamer, StopStringCriteria, WatermarkingConfig
 
+from tests.helpers import load_float32
 from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
 from visualglm_hf.cache_naming import CACHE_NAME
 from visualglm_hf.generation_options import ORIGINAL_OPTIONS
@@ -474,7 +475,7 @@ def test_a_wrong_other_prompt_is_refused(model, tokenizer, ids, complaint):
 @pytest.fixture
 def own_model(tiny_original):
     """A model to be changed, whose rows beyond the tokens are likelier than all others."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+    model = load_float32(tiny_original)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         model.lm_head.weight[1444:] = 2 * model.lm_head.weight[831]
@@ -520,7 +521,7 @@ def test_added_tokens_are_generated_saved_and_loaded(own_model, tiny_original, t
         own_model.lm_head.weight[1445] = 3 * own_model.lm_head.weight[831]
         own_model.lm_head.weight[1446:] = 4 * own_model.lm_head.weight[831]
     own_model.save_pretrained(tmp_path)
-    for model in (own_model, VisualGLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)):
+    for model in (own_model, load_float32(tmp_path)):
         assert model.generate(ids, max_new_tokens=1)[0, -1] == 1445
 
 

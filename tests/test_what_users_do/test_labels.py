@@ -6,8 +6,7 @@ from torch import nn
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
-from visualglm_hf import VisualGLMForConditionalGeneration
+from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error
 from visualglm_hf.conversation import ANSWER_MARK
 from visualglm_hf.glm_positions import build_glm_position_ids
 
@@ -20,7 +19,7 @@ TRAINER = {"use_cpu": True, "report_to": [], "save_strategy": "no", "max_steps":
 @pytest.fixture(scope="module")
 def trained(tiny_original):
     """A model that tests may train a little; without dropout, so that two passes are the same."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).train()
+    model = load_float32(tiny_original).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -81,7 +80,7 @@ def test_labels_on_the_context_and_on_padding_do_not_count(trained, door, on_the
 @pytest.mark.parametrize("kind", ["prefix", "virtual tokens"])
 def test_labels_on_the_context_do_not_count_through_peft(tiny_original, kind):
     peft = pytest.importorskip("peft")
-    base = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    base = load_float32(tiny_original)
     name = {"prefix": "PrefixTuningConfig", "virtual tokens": "PromptTuningConfig"}[kind]
     tuned = peft.get_peft_model(base, getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     batch = batch_of([ROW, SHORT], 3, on_the_left=True)
@@ -101,7 +100,7 @@ def test_labels_of_an_answer_after_a_cached_context_count(model):
 
 
 def test_labels_that_do_not_count_are_reported_once(tiny_original, warnings):
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = load_float32(tiny_original)
     batch = batch_of([ROW, SHORT], 3, on_the_left=True)
     model(**batch, labels=only_answers(batch))
     assert "do not count" not in warnings.text
@@ -206,7 +205,7 @@ def test_messages_in_trl_teach_answers_alone(tiny_original, processor, pictures,
         "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         None: None,
     }
-    base = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    base = load_float32(tiny_original)
     texts = [("这是什么？", "一只猫。"), ("描述这张图片。", "图片中有两个圆形。")]
     rows = [
         {
@@ -230,7 +229,7 @@ def test_messages_in_trl_teach_answers_alone(tiny_original, processor, pictures,
 def test_log_probabilities_of_sampled_answers_may_be_asked_whatever_was_sampled(tiny_original, processor, tmp_path):
     """`<sop>` and `<unk>` among them, and nothing at all, as in TRL's GRPO."""
     row = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = load_float32(tiny_original)
     model = sft_trainer(model, [row], tmp_path, processor.tokenizer).model.eval()  # which gives it a fused head
     ids = torch.tensor([[*ROW[:5], 700, 0, 1104, 702, 1105]])
     labels = ids.masked_fill(torch.arange(10) < 5, -100)
@@ -244,7 +243,7 @@ def test_log_probabilities_of_sampled_answers_may_be_asked_whatever_was_sampled(
 
 @pytest.mark.parametrize("options", [{"packing": True, "max_length": 64}, {"padding_free": True}], ids=" ".join)
 def test_packing_in_trl_is_refused_in_words(tiny_original, tokenizer, tmp_path, options):
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = load_float32(tiny_original)
     row = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
     trainer = sft_trainer(model, [row] * 4, tmp_path, tokenizer, per_device_train_batch_size=2, **options)
     with pytest.raises(ValueError, match="packing=False and padding_free=False"):
@@ -261,7 +260,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_answers_in_front_of_their_mark_are_not_learned_as_empty(tiny_original, tokenizer, tmp_path, layout):
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = load_float32(tiny_original)
     trainer = sft_trainer(model, [LAYOUTS[layout]] * 2, tmp_path, tokenizer)
     if layout in ("strings", "text"):
         with pytest.raises(ValueError, match="U[+]FFF9 where the answer begins"):

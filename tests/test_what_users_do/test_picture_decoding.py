@@ -2,7 +2,6 @@
 
 import ast
 import asyncio
-import io
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 from PIL import Image, features
 
 from tests.paths import ROOT
+from tests.picture_files import ORIENTATION, encoded
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools.serving.engine import confinement
 from visualglm_tools.serving.engine.picture_pool import USUAL, Decoder, DecoderNotStarted, Lane, PicturePool, PoolClosed
@@ -24,7 +24,6 @@ from visualglm_tools.serving.engine.picture_pool import USUAL, Decoder, DecoderN
 SIZE = (224, 224)
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"]
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"]
-ORIENTATION = 0x0112
 HAS_SECCOMP = sys.platform == "linux" and os.uname().machine in confinement.ALLOWED
 
 
@@ -42,12 +41,6 @@ def drawing(mode: str = "RGB", size: tuple[int, int] = (613, 467), seed: int = 0
         return Image.fromarray(values)
     noise = Image.fromarray(draw.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     return noise.convert("L").convert(mode) if mode == "LA" else noise.convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def writable() -> list[tuple[str, str]]:

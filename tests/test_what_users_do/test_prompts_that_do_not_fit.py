@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visualglm_hf import VisualGLMForConditionalGeneration
+from tests.helpers import load_float32
 
 
 GREET, DESCRIBE = "问：你好\n答：", "问：描述这张图片。\n答："
@@ -12,12 +12,6 @@ GREET, DESCRIBE = "问：你好\n答：", "问：描述这张图片。\n答："
 @pytest.fixture(scope="module")
 def greeting(processor) -> dict:
     return dict(processor(text=GREET, return_tensors="pt"))
-
-
-@pytest.fixture(scope="module")
-def described(processor, pictures) -> dict:
-    text = f"<img>{processor.image_token}</img>{DESCRIBE}"
-    return dict(processor(text=text, images=pictures[:1], return_tensors="pt"))
 
 
 def both_refuse(model, batch: dict, message: str) -> None:
@@ -115,7 +109,7 @@ def test_the_processor_takes_none_for_a_row_without_a_picture(processor, picture
 
 
 def test_tokens_without_a_row_are_refused_also_if_the_tokenizer_has_them(tiny_original, tokenizer, described):
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = load_float32(tiny_original)
     model.resize_token_embeddings(len(tokenizer) - 1)
     ids = torch.cat((torch.tensor([[len(tokenizer) - 1]]), described["input_ids"]), dim=1)
     with pytest.raises(ValueError, match="resize_token_embeddings"):

@@ -1,30 +1,22 @@
 """What is saved loads again, without this package: models, configs, tokenizers, processors, trainers' checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, Trainer, TrainingArguments
 
+from tests.commands import python
+from tests.helpers import load_float32
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration, VisualGLMImageProcessor, VisualGLMProcessor
-
-
-def load(tiny_original) -> VisualGLMForConditionalGeneration:
-    return VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
 
 
 def ask_without_this_package(code: str, folder: Path) -> dict:
     """Run code in a new process that knows neither the package nor a hub; it prints JSON in its last line."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    script = "import json, sys, torch, transformers\nfolder = sys.argv[1]\n" + code
-    command = [sys.executable, "-c", script, str(folder)]
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    environment = {"PYTHONPATH": None, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    program = "import json, sys, torch, transformers\nfolder = sys.argv[1]\n" + code
+    result = python("-c", program, folder, cwd=folder, environment=environment)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -32,14 +24,14 @@ def ask_without_this_package(code: str, folder: Path) -> dict:
 def saved(tiny_original, tokenizer, tmp_path_factory) -> Path:
     """Everything saved on its own, straight from the package, and what a new process says when it loads it."""
     folder = tmp_path_factory.mktemp("saved")
-    load(tiny_original).quantize(8).save_pretrained(folder / "quantized")
-    load(tiny_original).save_pretrained(folder / "plain")
+    load_float32(tiny_original).quantize(8).save_pretrained(folder / "quantized")
+    load_float32(tiny_original).save_pretrained(folder / "plain")
     tokenizer.save_pretrained(folder / "tokenizer")
     VisualGLMImageProcessor().save_pretrained(folder / "image_processor")
     VisualGLMConfig.from_pretrained(tiny_original).save_pretrained(folder / "config")
     VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer).save_pretrained(folder / "processor")
     VisualGLMProcessor(VisualGLMImageProcessor(), tokenizer).save_pretrained(folder / "plain")
-    train_one_step(load(tiny_original), tokenizer, folder)
+    train_one_step(load_float32(tiny_original), tokenizer, folder)
     return folder
 
 
@@ -58,21 +50,21 @@ def told(saved, tiny_original) -> dict:
     config = VisualGLMConfig.from_pretrained(tiny_original).text_config
     ids = [[5, 6, config.gmask_token_id, config.bos_token_id, 7, 8]]
     code = f"""
-def load(auto, name):
+def load_float32(auto, name):
     return getattr(transformers, auto).from_pretrained(f"{{folder}}/{{name}}", trust_remote_code=True)
 
 told = {{"modules": {{}}, "logits": {{}}}}
 for auto, name in {WHAT!r}:
-    loaded = load(auto, name)
+    loaded = load_float32(auto, name)
     told["modules"][f"{{auto}} {{name}}"] = type(loaded).__module__
     if auto == "AutoModel":
         with torch.no_grad():
             told["logits"][name] = loaded(input_ids=torch.tensor({ids})).logits[0, -1].tolist()
-load("AutoModelForImageTextToText", "quantized").save_pretrained(folder + "/again")
-load("AutoProcessor", "processor").save_pretrained(folder + "/again")
-load("AutoProcessor", "again")
+load_float32("AutoModelForImageTextToText", "quantized").save_pretrained(folder + "/again")
+load_float32("AutoProcessor", "processor").save_pretrained(folder + "/again")
+load_float32("AutoProcessor", "again")
 with torch.no_grad():
-    told["logits"]["again"] = load("AutoModel", "again")(input_ids=torch.tensor({ids})).logits[0, -1].tolist()
+    told["logits"]["again"] = load_float32("AutoModel", "again")(input_ids=torch.tensor({ids})).logits[0, -1].tolist()
 print(json.dumps(told))
 """
     return ask_without_this_package(code, saved) | {"ids": ids}
@@ -101,7 +93,7 @@ def test_what_was_saved_from_the_package_brings_its_code(told, auto, name):
 
 def test_it_answers_as_before_also_when_it_was_saved_twice(told, tiny_original):
     for name in ("plain", "checkpoint-1", "quantized", "again"):
-        model = load(tiny_original)
+        model = load_float32(tiny_original)
         expected = model.quantize(8) if name in ("quantized", "again") else model
         with torch.no_grad():
             logits = expected(input_ids=torch.tensor(told["ids"])).logits[0, -1]
@@ -137,7 +129,7 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_resized_embeddings_keep_what_was_there_and_are_saved(tiny_original, tmp_path, tied, bits, mean_resizing):
-    model = load(tiny_original)
+    model = load_float32(tiny_original)
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
@@ -150,18 +142,18 @@ def test_resized_embeddings_keep_what_was_there_and_are_saved(tiny_original, tmp
     assert type(model.lm_head) is kind
     assert (model.lm_head.weight is model.transformer.word_embeddings.weight) == tied
     model.save_pretrained(tmp_path)
-    reloaded = VisualGLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    reloaded = load_float32(tmp_path)
     assert torch.allclose(logits(reloaded), after, atol=1e-5)
     assert torch.allclose(resize(reloaded, rows), before, atol=1e-5)
 
 
 def quantize_the_head(folder: Path) -> VisualGLMForConditionalGeneration:
-    return load(folder).quantize(4, group_size=16, lm_head=True)
+    return load_float32(folder).quantize(4, group_size=16, lm_head=True)
 
 
 def adapt_the_head(folder: Path) -> VisualGLMForConditionalGeneration:
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(load(folder), peft.LoraConfig(target_modules=["lm_head"])).get_base_model()
+    return peft.get_peft_model(load_float32(folder), peft.LoraConfig(target_modules=["lm_head"])).get_base_model()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +161,7 @@ def adapt_the_head(folder: Path) -> VisualGLMForConditionalGeneration:
     [
         (quantize_the_head, 2000, "lm_head has few bits.*resize the embeddings, then quantize"),
         (adapt_the_head, 2000, "lm_head has an adapter"),
-        (load, 300, "would lose eos_token_id"),
+        (load_float32, 300, "would lose eos_token_id"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

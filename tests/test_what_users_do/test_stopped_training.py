@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
+from tests.helpers import load_float32
 from tests.paths import ROOT, TINY
 from tests.training_helpers import HELD_OUT, ROWS, At, adapter_in, interrupt, is_same, send, short_run, silent
-from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.training.output import complete_checkpoints, remove_old
 from visualglm_tools.training.run import finetune
 from visualglm_tools.training.stopping import SIGNALS, StopAfterStep, Stopped
@@ -250,7 +250,7 @@ def test_resuming_on_other_weights_is_refused(stopped, monkeypatch):
     settings, _ = stopped
 
     def load(*arguments):
-        model = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+        model = load_float32(TINY)
         with torch.no_grad():
             model.transformer.final_layernorm.weight.mul_(1.5)
         return model

@@ -4,6 +4,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import TextIteratorStreamer, pipeline
 
+from tests.helpers import assistant, user
 from visualglm_hf.conversation import ANSWER_MARK, END_MARK, build_prompt
 from visualglm_hf.tokenization_chatglm import SPECIAL_PIECES, WHITESPACE_PIECES
 
@@ -11,14 +12,6 @@ from visualglm_hf.tokenization_chatglm import SPECIAL_PIECES, WHITESPACE_PIECES
 TYPED = [*SPECIAL_PIECES, *WHITESPACE_PIECES[:3], WHITESPACE_PIECES[-1], "<img>x</img>", "<|endoftext|>", "<ENC>"]
 SURROUNDED = ["{}", "a{}b", " {} ", "你好{}", "{}{}"]
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
-
-
-def user(text) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text) -> dict:
-    return {"role": "assistant", "content": text}
 
 
 def system(text) -> dict:

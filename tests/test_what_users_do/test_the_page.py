@@ -2,7 +2,6 @@
 
 import asyncio
 import http.client
-import io
 import json
 import os
 import signal
@@ -18,23 +17,25 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from tests.commands import SECONDS
 from tests.commands import web as web_command
-from tests.paths import PICTURES, ROOT, TINY
-from tests.serving_helpers import free_port, wait_until
-from visualglm_tools.checkpoints.loading import load_model
+from tests.paths import CIRCLES, PICTURES, ROOT, STAR
+from tests.picture_files import encoded
+from tests.serving_helpers import EngineByHand, wait_until
 from visualglm_tools.serving.engine.engine import Engine
+
+
+pytest.importorskip("gradio", reason="the web demo needs gradio")
+pytest.importorskip("selenium", reason="the web demo is tested through selenium")
+
+import gradio
+
+from tests.browser import patiently
+from visualglm_tools.serving.page import gate as web_gate
+from visualglm_tools.serving.page import page as web
 from visualglm_tools.serving.page.uploads import LOCK, PREFIX, Uploads, own_uploads
 
 
-gradio = pytest.importorskip("gradio", reason="the web demo needs gradio")
-page_tests = pytest.importorskip(
-    "tests.visualglm_tools.serving.test_page", reason="the web demo is tested through selenium"
-)
-web = pytest.importorskip("visualglm_tools.serving.page.page")
-web_gate = pytest.importorskip("visualglm_tools.serving.page.gate")
-
-CIRCLES = next(path for path in PICTURES if "circles" in path.name)
-STAR = next(path for path in PICTURES if "star" in path.name)
 SLIDERS = (2048, 0.4, 0.8)
 PHONE = {"width": 390, "height": 664, "deviceScaleFactor": 1, "mobile": True}  # 844 without the browser's bars
 WITHIN = """
@@ -42,48 +43,6 @@ WITHIN = """
     return top >= 0 && left >= 0 && bottom <= window.innerHeight && right <= window.innerWidth && window.scrollY == 0;
 """
 HAVE_NAMES = {"button", "textbox", "slider", "spinbutton", "radio", "log", "heading"}
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine(*load_model(TINY, device="cpu")) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    page, port = web.create_page(engine, PICTURES), free_port()
-    web.launch(page, "127.0.0.1", port, engine.limits.max_picture_bytes)
-    yield f"http://127.0.0.1:{port}"
-    page.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (page_tests.CHROMIUM and page_tests.DRIVER):
-        pytest.skip("needs chromium and chromedriver")
-    profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with profile, page_tests.start_browser(profile.name) as browser:
-        yield browser
-
-
-@pytest.fixture
-def open_tab(browser, url):
-    tabs = []
-
-    def open_one(language: str = "en"):
-        tabs.append(page_tests.Tab(browser, url, language))
-        return tabs[-1]
-
-    yield open_one
-    for tab in tabs:
-        tab.close()
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 def noise(side: int, shade: int = 0) -> bytes:
@@ -98,7 +57,9 @@ def form(content: bytes, head: str = 'name="files"; filename="picture.png"') -> 
 def send(url: str, path: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, str]:
     """Status and text of the answer."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, body, headers or {}), timeout=60) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url + path, body, headers or {}), timeout=SECONDS
+        ) as response:
             return response.status, response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -131,14 +92,14 @@ def change_picture(url: str, picture) -> dict:
     return next(m for m in (json.loads(line[6:]) for line in lines if line) if m["msg"] == "process_completed")
 
 
-def test_an_example_is_shown_wherever_the_server_was_started(url, tmp_path, monkeypatch):
+def test_an_example_is_shown_wherever_the_server_was_started(page_url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = json.loads(send(url, "/config")[1])
+    config = json.loads(send(page_url, "/config")[1])
     [gallery] = [each["id"] for each in config["components"] if each["type"] == "dataset"]
     [number] = [each["id"] for each in config["dependencies"] if [gallery, "click"] in each["targets"]]
     body = {"data": [PICTURES.index(CIRCLES)], "fn_index": number, "session_hash": "example"}
     headers = {"Content-Type": "application/json"}
-    status, answer = send(url, "/gradio_api/run/predict", json.dumps(body).encode(), headers)
+    status, answer = send(page_url, "/gradio_api/run/predict", json.dumps(body).encode(), headers)
     assert status == 200 and CIRCLES.name in answer, answer
 
 
@@ -146,11 +107,11 @@ def test_an_example_is_shown_wherever_the_server_was_started(url, tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
-def test_every_kind_of_picture_that_is_read_can_be_uploaded(url, kind):
+def test_every_kind_of_picture_that_is_read_can_be_uploaded(page_url, kind):
     Image.init()
     if kind not in Image.SAVE:
         pytest.skip(f"this PIL writes no {kind}")
-    status, answer = upload(url, encoded(Image.new("RGB", (8, 8), "red"), kind))
+    status, answer = upload(page_url, encoded(Image.new("RGB", (8, 8), "red"), kind))
     assert status == 200, answer
     [path] = json.loads(answer)
     assert Path(path).is_relative_to(own_uploads().folder)
@@ -169,49 +130,51 @@ def test_every_kind_of_picture_that_is_read_can_be_uploaded(url, kind):
         (encoded(Image.new("RGB", (8, 8))), {"head": 'name="files"'}),  # a field of the form, no file
     ],
 )
-def test_what_is_no_picture_is_refused_and_not_kept(url, content, options):
+def test_what_is_no_picture_is_refused_and_not_kept(page_url, content, options):
     before = uploaded_files()
-    status, answer = upload(url, content, **options)
+    status, answer = upload(page_url, content, **options)
     assert status == 415 and "picture" in answer
     assert uploaded_files() == before
 
 
-def test_a_picture_that_is_too_large_is_refused_before_it_is_read(url, engine):
+def test_a_picture_that_is_too_large_is_refused_before_it_is_read(page_url, engine):
     before = uploaded_files()
-    status, answer = upload(url, encoded(Image.new("RGB", (8, 8))) + bytes(engine.limits.max_picture_bytes + 2**17))
+    status, answer = upload(
+        page_url, encoded(Image.new("RGB", (8, 8))) + bytes(engine.limits.max_picture_bytes + 2**17)
+    )
     assert status == 413 and str(engine.limits.max_picture_bytes + web_gate.MAX_FORM_BYTES) in answer
     assert uploaded_files() == before
 
 
-def test_an_upload_says_how_long_it_is(url):
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+def test_an_upload_says_how_long_it_is(page_url):
+    connection = http.client.HTTPConnection(page_url.removeprefix("http://"), timeout=30)
     headers = {"Content-Type": "multipart/form-data; boundary=edge"}
     connection.request("POST", "/gradio_api/upload", iter([form(noise(8))]), headers, encode_chunked=True)
     assert connection.getresponse().status == 411
 
 
-def test_uploads_never_fill_the_disk_and_the_newest_stay(url, monkeypatch):
+def test_uploads_never_fill_the_disk_and_the_newest_stay(page_url, monkeypatch):
     uploads = own_uploads()
     monkeypatch.setattr(uploads, "max_bytes", 10**6)
     monkeypatch.setattr(uploads, "max_files", 8)
-    paths = [Path(json.loads(upload(url, noise(500, shade))[1])[0]) for shade in range(6)]
-    wait_until(lambda: [path.exists() for path in paths] == [False] * 3 + [True] * 3, 10)
-    paths = [Path(json.loads(upload(url, noise(10, shade))[1])[0]) for shade in range(20)]
-    wait_until(lambda: [path.exists() for path in paths] == [False] * 12 + [True] * 8, 10)
+    paths = [Path(json.loads(upload(page_url, noise(500, shade))[1])[0]) for shade in range(6)]
+    wait_until(lambda: [path.exists() for path in paths] == [False] * 3 + [True] * 3)
+    paths = [Path(json.loads(upload(page_url, noise(10, shade))[1])[0]) for shade in range(20)]
+    wait_until(lambda: [path.exists() for path in paths] == [False] * 12 + [True] * 8)
     assert all(path.exists() for path in uploads.ours)  # the examples
     assert all(any(folder.iterdir()) for folder in uploads.folder.iterdir() if folder.is_dir())
 
 
-def test_uploads_that_never_come_make_room_for_others(url, monkeypatch):
+def test_uploads_that_never_come_make_room_for_others(page_url, monkeypatch):
     monkeypatch.setattr(web_gate, "MAX_ARRIVING", 2)
-    stalled = [http.client.HTTPConnection(url.removeprefix("http://"), timeout=30) for _ in range(2)]
+    stalled = [http.client.HTTPConnection(page_url.removeprefix("http://"), timeout=30) for _ in range(2)]
     body = form(noise(200))
     for connection in stalled:
         connection.putrequest("POST", "/gradio_api/upload")
         connection.putheader("Content-Type", "multipart/form-data; boundary=edge")
         connection.putheader("Content-Length", str(len(body)))
         connection.endheaders(body[: len(body) // 2])
-    assert [upload(url, noise(10, shade))[0] for shade in range(3)] == [200] * 3
+    assert [upload(page_url, noise(10, shade))[0] for shade in range(3)] == [200] * 3
     for connection in stalled:
         connection.send(body[len(body) // 2 :])
     assert 408 in [connection.getresponse().status for connection in stalled]
@@ -219,7 +182,7 @@ def test_uploads_that_never_come_make_room_for_others(url, monkeypatch):
 
 def test_the_picture_of_a_chat_that_is_cleared_or_gets_another_is_deleted(tmp_path):
     uploads = Uploads()
-    engine = page_tests.EngineByHand()
+    engine = EngineByHand()
     engine.decode_picture = lambda data, name: Image.new("RGB", (4, 4))
     handlers, session = web.Handlers(engine), web.Session()
 
@@ -245,9 +208,9 @@ def test_the_picture_of_a_chat_that_is_cleared_or_gets_another_is_deleted(tmp_pa
     uploads.close()
 
 
-def test_a_picture_is_not_needed_again_when_it_has_been_asked_about(url, engine):
+def test_a_picture_is_not_needed_again_when_it_has_been_asked_about(page_url, engine):
     uploads, session, handlers = own_uploads(), web.Session(), web.Handlers(engine)
-    [path] = json.loads(upload(url, STAR.read_bytes())[1])
+    [path] = json.loads(upload(page_url, STAR.read_bytes())[1])
 
     async def last(updates):
         return [update async for update in updates][-1]
@@ -262,8 +225,8 @@ def test_a_picture_is_not_needed_again_when_it_has_been_asked_about(url, engine)
 def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in_words(monkeypatch):
     said, are_opened = [], threading.Event()
     monkeypatch.setattr(web.gr, "Warning", lambda message, **kwargs: said.append(message))
-    engine = page_tests.EngineByHand()
-    engine.decode_picture = lambda data, name: are_opened.wait(60) and Image.new("RGB", (4, 4))
+    engine = EngineByHand()
+    engine.decode_picture = lambda data, name: are_opened.wait(2 * SECONDS) and Image.new("RGB", (4, 4))
     handlers = web.Handlers(engine)
 
     async def choose():
@@ -274,9 +237,9 @@ def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in
     async def flood():
         flood = [asyncio.create_task(choose()) for _ in range(web.MAX_OPENING)]
         await asyncio.sleep(0.1)
-        await asyncio.wait_for(choose(), 10)
+        await asyncio.wait_for(choose(), SECONDS)
         updates = handlers.ask(web.Session(), "Hello", *SLIDERS)
-        assert [await asyncio.wait_for(anext(updates), 10) for _ in range(2)][1][0][-1]["content"] == "one"
+        assert [await asyncio.wait_for(anext(updates), SECONDS) for _ in range(2)][1][0][-1]["content"] == "one"
         are_opened.set()
         await asyncio.gather(*flood)
 
@@ -324,7 +287,7 @@ def test_a_killed_servers_pictures_are_removed_by_the_next_and_nobody_elses(star
     next_one, folder = start_process()
     assert not left.exists()
     assert (in_use / "picture.png").exists() and (foreign / "mine.txt").exists()
-    next_one.communicate("\n", timeout=60)
+    next_one.communicate("\n", timeout=SECONDS)
     assert not folder.exists()
 
 
@@ -352,22 +315,22 @@ def test_a_killed_servers_pictures_are_removed_by_the_next_and_nobody_elses(star
         "custom_component/a/b/c/d",
     ],
 )
-def test_what_the_page_does_not_ask_for_is_not_there(url, path):
-    assert send(url, f"/gradio_api/{path}")[0] == 404
-    assert send(url, f"/gradio_api/{path}", b"{}", {"Content-Type": "application/json"})[0] == 404
+def test_what_the_page_does_not_ask_for_is_not_there(page_url, path):
+    assert send(page_url, f"/gradio_api/{path}")[0] == 404
+    assert send(page_url, f"/gradio_api/{path}", b"{}", {"Content-Type": "application/json"})[0] == 404
 
 
 @pytest.mark.parametrize("path", ["/docs", "/monitoring", "/login", "/logout", "/etc/passwd", "/static/../config.py"])
-def test_only_the_page_is_served(url, path):
-    assert send(url, path)[0] in (403, 404)
+def test_only_the_page_is_served(page_url, path):
+    assert send(page_url, path)[0] in (403, 404)
 
 
-def test_a_file_beside_the_uploads_is_not_served(url):
+def test_a_file_beside_the_uploads_is_not_served(page_url):
     folder = own_uploads().folder
     (beside := Path(f"{folder}-beside.png")).write_bytes(noise(8))
     try:
-        assert send(url, f"/gradio_api/file={beside}")[0] == 404
-        assert send(url, f"/gradio_api/file={folder}/../{beside.name}")[0] == 404
+        assert send(page_url, f"/gradio_api/file={beside}")[0] == 404
+        assert send(page_url, f"/gradio_api/file={folder}/../{beside.name}")[0] == 404
     finally:
         beside.unlink()
 
@@ -393,12 +356,12 @@ def to_name(url: str, name: str) -> str:
     ],
 )
 @pytest.mark.parametrize("path", ["/config", "/gradio_api/queue/join"])
-def test_pages_of_others_do_not_reach_the_server(url, path, host, origin, status):
-    headers = {"Host": to_name(url, host), **({} if origin is None else {"Origin": to_name(url, origin)})}
+def test_pages_of_others_do_not_reach_the_server(page_url, path, host, origin, status):
+    headers = {"Host": to_name(page_url, host), **({} if origin is None else {"Origin": to_name(page_url, origin)})}
     if path == "/config":
-        assert send(url, path, headers=headers)[0] == status
+        assert send(page_url, path, headers=headers)[0] == status
     else:  # as a page sends it without asking first; what is let in, gradio refuses by its content
-        found = send(url, path, b"{}", {"Content-Type": "text/plain", **headers})[0]
+        found = send(page_url, path, b"{}", {"Content-Type": "text/plain", **headers})[0]
         assert found == status or status == 200 and found in (400, 422)
 
 
@@ -425,11 +388,11 @@ FILE = {"meta": {"_type": "gradio.FileData"}}
         7,
     ],
 )
-def test_no_hand_made_picture_opens_a_file(url, picture):
+def test_no_hand_made_picture_opens_a_file(page_url, picture):
     if isinstance(picture, dict) and isinstance(picture.get("path"), str):
         picture = {**picture, "path": picture["path"].replace("FOLDER", str(own_uploads().folder))}
-    assert change_picture(url, picture)["success"] is False
-    assert send(url, "/")[0] == 200
+    assert change_picture(page_url, picture)["success"] is False
+    assert send(page_url, "/")[0] == 200
 
 
 def test_gradio_is_given_uploads_alone_to_delete_in_the_end():
@@ -443,9 +406,9 @@ def test_gradio_is_given_uploads_alone_to_delete_in_the_end():
 
 
 @pytest.mark.parametrize("question", ["a" * 5_000_000, [[]] * 100_000, [{}] * 100_000], ids=["text", "[]", "{}"])
-def test_a_question_that_would_keep_the_server_busy_is_refused_in_words(url, question):
+def test_a_question_that_would_keep_the_server_busy_is_refused_in_words(page_url, question):
     body = json.dumps({"data": [None, question], "fn_index": 0, "session_hash": "a"}).encode()
-    status, answer = send(url, "/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    status, answer = send(page_url, "/gradio_api/queue/join", body, {"Content-Type": "application/json"})
     assert status == 413 and "shorter" in json.loads(answer)["detail"].lower()
 
 
@@ -481,55 +444,55 @@ def test_a_conversation_that_the_server_has_forgotten_is_not_gone_on_with(action
 
 
 def test_on_a_phone_an_answer_is_seen_without_scrolling(open_tab):
-    tab = open_tab()
+    tab = open_tab("en")
     tab.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     try:
         tab.upload(CIRCLES)
         tab.wait_for("Describe the image.", "circles")
         for selector in ("#picture img", "#chat [data-testid=bot]", "#question textarea", "#submit", "#clear"):
-            wait_until(lambda s=selector: tab.browser.execute_script(WITHIN, tab.find(s)[-1]), 10)
+            wait_until(lambda s=selector: tab.browser.execute_script(WITHIN, tab.find(s)[-1]))
         tab.ask("What colour are the shapes?")
         tab.wait_for("Describe the image.", "circles", "What colour", "red")
-        wait_until(lambda: tab.browser.execute_script(WITHIN, tab.find("#chat [data-testid=bot]")[-1]), 10)
+        wait_until(lambda: tab.browser.execute_script(WITHIN, tab.find("#chat [data-testid=bot]")[-1]))
         assert tab.browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     finally:
         tab.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_what_is_typed_after_enter_stays_and_so_does_a_question_that_comes_too_early(open_tab):
-    tab = open_tab()
+    tab = open_tab("en")
     slow = {"offline": False, "latency": 700, "downloadThroughput": -1, "uploadThroughput": -1}
     tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
     try:
         tab.ask("Hello")
-        wait_until(lambda: tab.question == "", 10)
+        wait_until(lambda: tab.question == "")
         assert tab.messages == []  # the server has not heard of it yet
         tab.ask("And you?")
         tab.wait_for("Hello", "")
         assert tab.question == "And you?"
-        page_tests.patiently(lambda: tab.find("#question textarea")[0].send_keys(" Well?"))
+        patiently(lambda: tab.find("#question textarea")[0].send_keys(" Well?"))
     finally:
         normal = {**slow, "latency": 0}
         tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", normal)
-    wait_until(lambda: tab.question == "And you? Well?", 10)
+    wait_until(lambda: tab.question == "And you? Well?")
     tab.ask("")
     tab.wait_for("Hello", "", "And you? Well?", "")
     assert tab.question == ""
 
 
 def test_a_question_that_is_not_answered_comes_back_in_front_of_what_was_typed(open_tab, engine, monkeypatch):
-    tab = open_tab()
+    tab = open_tab("en")
     slow = {"offline": False, "latency": 500, "downloadThroughput": -1, "uploadThroughput": -1}
     monkeypatch.setattr(engine, "prepare", refuse)
     tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
     try:
         tab.ask("First")
-        wait_until(lambda: tab.question == "", 10)
-        page_tests.patiently(lambda: tab.find("#question textarea")[0].send_keys("Second"))
-        wait_until(lambda: "no answer today" in tab.warnings, 10)
+        wait_until(lambda: tab.question == "")
+        patiently(lambda: tab.find("#question textarea")[0].send_keys("Second"))
+        wait_until(lambda: "no answer today" in tab.warnings)
     finally:
         tab.browser.execute_cdp_cmd("Network.emulateNetworkConditions", {**slow, "latency": 0})
-    wait_until(lambda: tab.question == "First\nSecond", 10)
+    wait_until(lambda: tab.question == "First\nSecond")
     tab.wait_for()
 
 
@@ -538,7 +501,7 @@ def refuse(messages):
 
 
 def test_a_pasted_text_of_megabytes_is_refused_in_words_and_stays(open_tab):
-    tab = open_tab()
+    tab = open_tab("en")
     script = """
         const box = document.querySelector("#question textarea");
         box.value = "a".repeat(2_000_000);
@@ -546,15 +509,15 @@ def test_a_pasted_text_of_megabytes_is_refused_in_words_and_stays(open_tab):
     """
     tab.browser.execute_script(script)
     tab.click("submit")
-    wait_until(lambda: "too much" in tab.warnings, 30)
+    wait_until(lambda: "too much" in tab.warnings)
     length = "return document.querySelector('#question textarea').value.length"
-    wait_until(lambda: tab.browser.execute_script(length) == 2_000_000, 30)
+    wait_until(lambda: tab.browser.execute_script(length) == 2_000_000)
 
 
 @pytest.mark.parametrize(("language", "box"), [("en", "Your question"), ("zh-CN", "输入问题")])
 def test_everything_to_use_has_a_name_for_screen_readers_and_is_reached_by_the_keyboard(open_tab, language, box):
     tab = open_tab(language)
-    wait_until(lambda: tab.find(".gallery-item img[alt]"), 10)
+    wait_until(lambda: tab.find(".gallery-item img[alt]"))
     assert_named(tab, box)
     tab.click_example(STAR)
     tab.wait_for("", "")

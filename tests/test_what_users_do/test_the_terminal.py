@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import SECONDS
 from tests.commands import chat as chat_command
 from tests.paths import PICTURES, ROOT, TINY
 from visualglm_tools.commands import chat
@@ -95,7 +96,7 @@ edit_lines()
 print(ascii([read_line("> ") for _ in range(2)]))
 """
     options = {"cwd": str(ROOT), "env": {**os.environ, "TERM": "xterm"}, "encoding": "utf-8"}
-    child = pexpect.spawn(sys.executable, ["-c", program], timeout=60, **options)
+    child = pexpect.spawn(sys.executable, ["-c", program], timeout=SECONDS, **options)
     child.expect_exact("\x1b[?2004h")  # asks the terminal to mark what is pasted
     child.expect("> ")
     child.send("\x1b[200~What colour\rare the shapes?\x1b[201~\r")

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from tests.training_helpers import assistant, trl_trainer, user
+from tests.helpers import assistant, user
+from tests.training_helpers import trl_trainer
 
 
 peft = pytest.importorskip("peft")

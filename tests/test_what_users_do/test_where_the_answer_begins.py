@@ -3,18 +3,13 @@
 import pytest
 import torch
 
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
-from visualglm_hf import VisualGLMForConditionalGeneration
+from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error
 from visualglm_hf.glm_positions import build_glm_position_ids
 
 
 ANSWER = [700, 701, 702, 703]
 DESCRIBE, GREET, WHICH = "问：描述这张图片。\n答：", "问：你好\n答：", "问：哪个更好看，第一张还是第二张？\n答："
 PACKED = "give each answer a row of its own"
-
-
-def load(folder):
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +159,7 @@ def tuned(request, tiny_original):
     peft = pytest.importorskip("peft")
     name, options = VIRTUAL[request.param]
     config = getattr(peft, name)(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": 5, **options})
-    tuned = peft.get_peft_model(load(tiny_original), config).eval()
+    tuned = peft.get_peft_model(load_float32(tiny_original), config).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in tuned.prompt_encoder.parameters():

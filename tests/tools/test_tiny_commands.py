@@ -1,15 +1,14 @@
 """The commands that make the tiny model and its drawings, under today's names and under those that they had."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import python
 from tests.paths import ROOT
 from tools.tiny import __main__ as tiny
 from tools.tiny import backgrounds, world
@@ -24,9 +23,7 @@ SCRIPTS = {  # the name that it had: the module
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
     """Run a command without the checkout on the path."""
-    words = [sys.executable, *map(str, command)]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+    return python(*command, cwd=cwd, environment={"PYTHONPATH": None}, code=None)
 
 
 @pytest.mark.parametrize(("script", "module"), SCRIPTS.items(), ids=list(SCRIPTS))

@@ -4,20 +4,19 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.commands import python
+from tests.helpers import load_float32
 from tests.paths import ROOT, TINY
 from tools.tiny import card, exam, world
 from tools.tiny.options import Options
 from visualglm_hf import (
     ChatGLMTokenizer,
-    VisualGLMForConditionalGeneration,
     VisualGLMImageProcessor,
     VisualGLMProcessor,
 )
@@ -30,9 +29,7 @@ FOLDER = TINY
 @pytest.fixture(scope="module")
 def measured() -> dict:
     """Exact-match accuracy on a few held-out pictures, measured now."""
-    command = [sys.executable, "-m", "tools.tiny", "--output", str(FOLDER), "--evaluate", "--pictures", "24"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
+    finished = python("-m", "tools.tiny", "--output", FOLDER, "--evaluate", "--pictures", "24")
     return json.loads(finished.stdout.splitlines()[-1])
 
 
@@ -116,7 +113,7 @@ def held_out_answers():
     )
 
     def answer(bits: int | None) -> list[str]:
-        model = VisualGLMForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
+        model = load_float32(FOLDER)
         if bits:
             model.quantize(bits)
         with torch.no_grad():

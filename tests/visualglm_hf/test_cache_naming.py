@@ -16,13 +16,6 @@ from visualglm_hf.modeling_visualglm import build_glm_position_ids
 NAMES = ("cache", OLD_NAME)
 
 
-@pytest.fixture(scope="module")
-def prompt(golden):
-    """A golden prompt in words, [1, S], and an answer token."""
-    case = next(case for case in golden["prompts"] if not case["image"])
-    return torch.tensor([[*case["input_ids"], 700]])
-
-
 @torch.no_grad()
 def fill(model, input_ids, name):
     """A cache of all but the last token, and their positions."""

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import visible_text
-from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
+from tests.commands import SECONDS
+from tests.helpers import load_float32, visible_text
+from visualglm_hf import ChatGLMTokenizer, VisualGLMConfig, VisualGLMForConditionalGeneration
 from visualglm_hf.chat import IncrementalDecoder
 
 
@@ -233,23 +235,23 @@ def test_streams_grow_by_whole_characters(model, tokenizer, golden, golden_dir):
 
 
 def test_stopping_to_iterate_stops_the_model_promptly(model, tokenizer):
-    steps = []
+    steps, closes = [], threading.Event()
 
     def count(input_ids, scores):
         steps.append(1)
+        if len(steps) == 10:
+            closes.wait(SECONDS)  # however late the reader is
         time.sleep(0.01)
         scores[:, 1105] = -torch.inf  # never ends by itself
         return scores
 
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     stream = model.stream_chat(tokenizer, None, "你好", **GREEDY, max_length=2000, logits_processor=[count])
     next(stream)
+    closes.set()
     stream.close()
-    taken = len(steps)
-    time.sleep(0.2)
-    assert len(steps) == taken  # the worker has ended
-    assert taken < 50
-    assert threading.active_count() == threads
+    assert len(steps) < 50
+    assert set(threading.enumerate()) <= before  # the worker has ended
 
 
 def test_an_error_while_streaming_reaches_the_caller(model, tokenizer):
@@ -333,7 +335,7 @@ def test_a_tokenizer_of_another_checkpoint_is_noticed(model, golden_dir):
 
 
 def test_nan_is_an_error_not_an_answer(tiny_original, tokenizer):
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+    model = load_float32(tiny_original)
     model.transformer.final_layernorm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         model.chat(tokenizer, None, "你好", max_new_tokens=4)
@@ -341,7 +343,7 @@ def test_nan_is_an_error_not_an_answer(tiny_original, tokenizer):
 
 def test_what_no_tokenizer_knows_is_never_answered(tiny_original, tokenizer):
     """The model has more rows than the vocabulary has pieces; the original failed to decode them, when sampling hot."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+    model = load_float32(tiny_original)
     options = {"do_sample": False, "max_new_tokens": 4, "suppress_tokens": [7]}
     expected, _ = model.chat(tokenizer, None, "你好", **options)
     with torch.no_grad():
@@ -349,3 +351,31 @@ def test_what_no_tokenizer_knows_is_never_answered(tiny_original, tokenizer):
         model.lm_head.weight[len(tokenizer) :] = 2 * model.lm_head.weight[best]
     assert model.chat(tokenizer, None, "你好", **options)[0] == expected
     assert [answer for answer, _ in model.stream_chat(tokenizer, None, "你好", **options)][-1] == expected
+
+
+def test_two_checkpoints_in_one_process_do_not_disturb_each_other(model, tokenizer, tiny_original):
+    alone = model.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0]
+    config = VisualGLMConfig.from_pretrained(tiny_original)
+    config.text_config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    other = VisualGLMForConditionalGeneration(config).eval()
+    others = other.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0]
+    assert model.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0] == alone
+    assert other.chat(tokenizer, None, "你好", max_length=40, do_sample=False)[0] == others
+    assert len(other.transformer.layers) == 1 < len(model.transformer.layers)
+
+
+QUERIES = ["你好", "这是什么？", "What is it?", "红色", "one", "two words", "描述这张图片。", "Hello, 世界"]
+
+
+def test_eight_chats_at_once_on_one_model_give_their_solo_answers(model, tokenizer, golden_dir):
+    picture = str(sorted((golden_dir / "images").iterdir())[0])
+    chats = [(picture if index % 2 else None, query) for index, query in enumerate(QUERIES)]
+
+    def answer(chat):
+        return model.chat(tokenizer, *chat, max_length=100, min_length=60, do_sample=False)[0]
+
+    alone = [answer(chat) for chat in chats]
+    assert len(set(alone)) > 1
+    with ThreadPoolExecutor(len(chats)) as threads:
+        assert list(threads.map(answer, chats)) == alone

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import CompileConfig
 
 from tests.fake_graphs import FakeGraph, play_graphs
-from tests.paths import ROOT
+from tests.helpers import load_float32
+from tests.paths import CIRCLES, TINY
 from visualglm_hf import (
     ChatGLMTokenizer,
     VisualGLMForConditionalGeneration,
@@ -21,13 +22,12 @@ from visualglm_hf import (
 from visualglm_hf.compilation import RecordedCall, bucket_length, call_model, compile_call, resolve_compile_config
 
 
-TRAINED = ROOT / "models" / "visualglm-tiny"
 CHAT = {"do_sample": False, "min_length": 0}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def load(bits: int | None = None):
-    model = VisualGLMForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    model = load_float32(TINY)
     return model if bits is None else model.quantize(bits)
 
 
@@ -39,12 +39,12 @@ def talker():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return ChatGLMTokenizer.from_pretrained(TRAINED)
+    return ChatGLMTokenizer.from_pretrained(TINY)
 
 
 @pytest.fixture(scope="module")
 def picture():
-    return Image.open(ROOT / "examples" / "red_circles_on_grass.png")
+    return Image.open(CIRCLES)
 
 
 @pytest.fixture

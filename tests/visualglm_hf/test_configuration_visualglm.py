@@ -4,13 +4,29 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
 
 
+FIELDS = st.sampled_from(
+    ["vocab_size", "hidden_size", "num_layers", "num_attention_heads", "bos_token_id", "pre_seq_len"]
+)
+VALUES = (
+    st.none() | st.booleans() | st.integers(-10, 10**6) | st.floats(allow_nan=True) | st.text(max_size=5) | st.just([])
+)
+PARTS = st.sampled_from([None, "eva_config", "qformer_config"])
+
+
+@pytest.fixture(scope="module")
+def original_text(tiny_original) -> str:
+    return (tiny_original / "config.json").read_text(encoding="utf-8")
+
+
 @pytest.fixture
-def original(tiny_original) -> dict:
-    return json.loads((tiny_original / "config.json").read_text())
+def original(original_text) -> dict:
+    return json.loads(original_text)
 
 
 def test_original_config_is_read_into_typed_parts(original):
@@ -127,3 +143,15 @@ def test_unknown_field_of_a_part_is_reported_not_hidden(original, caplog, monkey
 def test_a_model_may_have_no_end_of_answer_token():
     config = VisualGLMConfig(text_config={"eos_token_id": None})
     assert VisualGLMConfig.from_dict(config.to_dict()).text_config.eos_token_id is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(PARTS, FIELDS, VALUES)
+def test_a_config_with_any_value_in_any_field_is_read_or_refused(original_text, part, field, value):
+    fields = json.loads(original_text)
+    (fields if part is None else fields[part])[field] = value
+    try:
+        config = VisualGLMConfig(**fields)
+    except ValueError:
+        return
+    assert VisualGLMConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()

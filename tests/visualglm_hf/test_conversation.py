@@ -167,7 +167,7 @@ def test_responses_are_cleaned_as_the_original_cleaned_them(golden):
         assert clean_response(case["inp"]) == case["out"], case["inp"]
 
 
-@given(TEXT)
+@given(st.text())
 def test_cleaning_a_clean_response_changes_nothing(text):
     once = clean_response(text)
     assert clean_response(once) == once or "[[训练时间]]" in text

@@ -228,12 +228,6 @@ def calls(monkeypatch):
     return lengths
 
 
-@pytest.fixture(scope="module")
-def prompt(golden):
-    case = next(case for case in golden["prompts"] if not case["image"])
-    return torch.tensor([[*case["input_ids"], 700]])
-
-
 def decode(model, input_ids):
     """Logits of the last token after a cached context."""
     positions = build_glm_position_ids(input_ids, None, model.config.text_config)

@@ -13,7 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import assemble, default_dtype, difference, skip_without_cpu_kernels, torch_threads
+from tests.helpers import (
+    assemble,
+    default_dtype,
+    difference,
+    make_lowbit_problem,
+    skip_without_cpu_kernels,
+    torch_threads,
+)
 from visualglm_hf import cpu_arithmetic, cpu_many_rows, cpu_runtime
 from visualglm_hf.cpu_arithmetic import AMX, ARITHMETIC_OF_WORDS, ARITHMETICS, Arithmetic, choose_arithmetic, make_trial
 from visualglm_hf.cpu_language import BYTES, I8, I32, Form, TileRegisters, splat
@@ -43,21 +50,12 @@ IS_X86 = platform.machine().lower() in cpu_runtime.X86
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def make_problem(bits: int, outputs: int, inputs: int, groups: int, rows: int, dtype=torch.float32, seed: int = 0):
-    """Arguments of `multiply_many_rows` but for the bits, with outliers among the activations."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=random).mul_(10 ** torch.randn(inputs, generator=random)).to(dtype)
-    codes = torch.randint(-128, 128, (outputs, inputs * bits // 8), generator=random).to(torch.int8)
-    scale = torch.rand((outputs, groups) if groups > 1 else (outputs,), generator=random).sub_(0.5).div_(100).half()
-    return x, codes, scale
-
-
 # The naive twins, against the definition
 
 
 def test_the_naive_twins_are_the_product_but_for_rounding_to_16_bits():
     for bits, groups in ((4, 12), (4, 1), (8, 1), (8, 3)):
-        x, codes, scale = make_problem(bits, 33, 768, groups, 5)
+        x, codes, scale = make_lowbit_problem(bits, 33, 768, groups, 5)
         numbers, scales = quantize_rows_naive(x)
         rounded = (numbers * scales[..., None]).flatten(1)
         assert ((rounded - x).abs() <= 0.501 * scales.repeat_interleave(GROUP, 1)).all()
@@ -67,7 +65,7 @@ def test_the_naive_twins_are_the_product_but_for_rounding_to_16_bits():
 def test_sixteen_bits_cost_less_than_half_precision_does_wherever_the_largest_numbers_are():
     """So a bfloat16 model loses nothing that it had: 2 ** -9 is its rounding of one number."""
     for seed in range(5):
-        x, codes, scale = make_problem(4, 64, 1024, 16, 8, torch.bfloat16, seed=seed)
+        x, codes, scale = make_lowbit_problem(4, 64, 1024, 16, 8, torch.bfloat16, seed=seed)
         exact = x.double() @ dequantize_naive(codes, scale, 4, 1024, torch.float64).T
         assert difference(many_rows_naive(x, codes, scale, 4), exact) < 2.0**-12
 
@@ -89,7 +87,7 @@ def test_sixteen_bits_cost_less_than_half_precision_does_wherever_the_largest_nu
 )
 def test_products_are_their_naive_twins_to_the_bit(bits, inputs, groups, dtype):
     for outputs, rows in ((1, 1), (33, 6), (130, 41)):
-        arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
+        arguments = make_lowbit_problem(bits, outputs, inputs, groups, rows, dtype)
         out = multiply_many_rows(*arguments, bits)
         assert out.dtype == dtype
         assert out.is_contiguous()
@@ -107,26 +105,26 @@ def test_products_are_their_naive_twins_to_the_bit(bits, inputs, groups, dtype):
 @settings(max_examples=40, deadline=None)
 def test_any_matrix_that_fits_is_multiplied_right(bits, outputs, lines, groups_per_line, rows, seed):
     inputs = 512 * lines // bits
-    x, codes, scale = make_problem(bits, outputs, inputs, max(1, groups_per_line * lines), rows, seed=seed)
+    x, codes, scale = make_lowbit_problem(bits, outputs, inputs, max(1, groups_per_line * lines), rows, seed=seed)
     assert torch.equal(multiply_many_rows(x, codes, scale, bits), many_rows_naive(x, codes, scale, bits))
 
 
 def test_more_rows_than_are_taken_at_a_time_are_all_multiplied(monkeypatch):
     monkeypatch.setattr(cpu_many_rows, "MOST_ROWS", 30)
     for rows in (30, 31, 60, 100):
-        arguments = make_problem(4, 70, 256, 4, rows)
+        arguments = make_lowbit_problem(4, 70, 256, 4, rows)
         assert torch.equal(multiply_many_rows(*arguments, 4), many_rows_naive(*arguments, 4))
 
 
 def test_rows_do_not_depend_on_those_beside_them():
-    x, codes, scale = make_problem(4, 70, 768, 12, 41)
+    x, codes, scale = make_lowbit_problem(4, 70, 768, 12, 41)
     together = multiply_many_rows(x, codes, scale, 4)
     for rows in (1, 5, 8, 23):
         assert torch.equal(multiply_many_rows(x[:rows], codes, scale, 4), together[:rows])
 
 
 def test_activations_may_be_a_part_of_others():
-    x, codes, scale = make_problem(4, 70, 768, 12, 30)
+    x, codes, scale = make_lowbit_problem(4, 70, 768, 12, 30)
     assert torch.equal(
         multiply_many_rows(x[::2, :256], codes[:, :128].contiguous(), scale[:, :4].contiguous(), 4),
         multiply_many_rows(x[::2, :256].contiguous(), codes[:, :128].contiguous(), scale[:, :4].contiguous(), 4),
@@ -136,7 +134,7 @@ def test_activations_may_be_a_part_of_others():
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(bad):
     for bits in (4, 8):
-        x, codes, scale = make_problem(bits, 8, 256, 1, 20)
+        x, codes, scale = make_lowbit_problem(bits, 8, 256, 1, 20)
         x[11, 77] = bad
         finite = multiply_many_rows(x, codes, scale, bits).isfinite()
         assert not finite[11].any()
@@ -153,7 +151,7 @@ def test_the_largest_codes_and_activations_do_not_overflow(bits):
 
 
 def test_groups_of_zeros_and_of_tiny_numbers_are_no_trouble():
-    _, codes, scale = make_problem(4, 8, 256, 4, 1)
+    _, codes, scale = make_lowbit_problem(4, 8, 256, 4, 1)
     x = torch.zeros(20, 256)
     assert multiply_many_rows(x, codes, scale, 4).eq(0).all()
     x[:, 64:128] = 1e-41  # subnormal
@@ -162,7 +160,7 @@ def test_groups_of_zeros_and_of_tiny_numbers_are_no_trouble():
 
 @pytest.mark.parametrize("has_openmp", [True, False])
 def test_threads_share_the_work_and_each_has_a_room(monkeypatch, has_openmp):
-    arguments = make_problem(4, 1000, 1024, 16, 50)
+    arguments = make_lowbit_problem(4, 1000, 1024, 16, 50)
     expected = many_rows_naive(*arguments, 4)
     multiply_many_rows(*arguments, 4)
     kernels = CPU_MANY_ROWS.find((4, 64, torch.float32))
@@ -178,7 +176,7 @@ def test_threads_share_the_work_and_each_has_a_room(monkeypatch, has_openmp):
 
 def test_threads_for_which_no_room_is_left_do_nothing():
     """As when somebody lets torch have more threads while a decode step's program has been made for fewer."""
-    x, codes, scale = make_problem(4, 640, 1024, 16, 20)
+    x, codes, scale = make_lowbit_problem(4, 640, 1024, 16, 20)
     multiply_many_rows(x, codes, scale, 4)
     kernels, out = CPU_MANY_ROWS.find((4, 64, torch.float32)), torch.zeros(20, 640)
     plan = kernels.make_plan(20, 1024)._replace(threads=1)
@@ -195,7 +193,7 @@ def test_threads_for_which_no_room_is_left_do_nothing():
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_other_defaults_of_torch_change_nothing(renew_products, default):
-    arguments = make_problem(4, 33, 768, 12, 5, torch.bfloat16)
+    arguments = make_lowbit_problem(4, 33, 768, 12, 5, torch.bfloat16)
     expected = multiply_many_rows(*arguments, 4)
     with default_dtype(default), torch.device("meta"):
         renew_products()
@@ -229,7 +227,7 @@ PROBLEMS = ((4, 4224, 66), (4, 768, 24), (4, 768, 1), (8, 768, 1), (8, 576, 36))
 def check_the_bits(dtypes: tuple[torch.dtype, ...]) -> None:
     for bits, inputs, groups in PROBLEMS:
         for dtype in dtypes:
-            arguments = make_problem(bits, 70, inputs, groups, 23, dtype)
+            arguments = make_lowbit_problem(bits, 70, inputs, groups, 23, dtype)
             assert torch.equal(multiply_many_rows(*arguments, bits), many_rows_naive(*arguments, bits).to(dtype))
 
 
@@ -304,7 +302,7 @@ def test_matrix_instructions_make_the_same_sums(monkeypatch, renew_products):
     monkeypatch.setattr(CpuManyRows, "check", lambda *arguments: None)  # of as many rows as a tile has: slow to compile
     renew_products()
     for bits, inputs, groups, rows in ((4, 256, 4, 3), (4, 128, 4, 1), (8, 128, 1, 2)):
-        arguments = make_problem(bits, 70, inputs, groups, rows)
+        arguments = make_lowbit_problem(bits, 70, inputs, groups, rows)
         assert torch.equal(multiply_many_rows(*arguments, bits), many_rows_naive(*arguments, bits))
 
 
@@ -361,7 +359,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_pro
     unpack = Arithmetic.unpack
     monkeypatch.setattr(Arithmetic, "unpack", lambda *arguments: unpack(*arguments)[::-1])
     renew_products()
-    x, codes, scale = make_problem(4, 9, 256, 4, 20)
+    x, codes, scale = make_lowbit_problem(4, 9, 256, 4, 20)
     with pytest.warns(
         RuntimeWarning, match="The CPU kernels for many rows do not work, .* with groups of 64 is off by"
     ):
@@ -378,5 +376,5 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_pro
 
 def test_only_the_kernels_that_are_needed_are_made(renew_products):
     renew_products()
-    multiply_on_cpu(*make_problem(4, 64, 256, 4, 20, torch.bfloat16), 4, 256, False)
+    multiply_on_cpu(*make_lowbit_problem(4, 64, 256, 4, 20, torch.bfloat16), 4, 256, False)
     assert list(cpu_many_rows.CPU_MANY_ROWS.found) == [(4, 64, torch.bfloat16)]

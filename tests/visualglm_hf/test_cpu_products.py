@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.helpers import assemble, default_dtype, difference, skip_without_cpu_kernels, torch_threads
+from tests.helpers import (
+    assemble,
+    default_dtype,
+    difference,
+    make_lowbit_problem,
+    skip_without_cpu_kernels,
+    torch_threads,
+)
 from visualglm_hf import cpu_products, cpu_runtime
 from visualglm_hf.cpu_language import FLOATS32, I32, write_kernel
 from visualglm_hf.cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, CpuProducts, write_matrix, write_product
@@ -60,15 +67,6 @@ def several_threads():
         yield
 
 
-def make_problem(bits: int, outputs: int, inputs: int, groups: int, rows: int, dtype=torch.float32, seed: int = 0):
-    """Arguments of `multiply`, with outliers among the activations."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=random).mul_(10 ** torch.randn(inputs, generator=random)).to(dtype)
-    codes = torch.randint(-128, 128, (outputs, inputs * bits // 8), generator=random).to(torch.int8)
-    scale = torch.rand((outputs, groups) if groups > 1 else (outputs,), generator=random).sub_(0.5).div_(100).half()
-    return x, codes, scale
-
-
 def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> bool:
     """Whether a product is as near as 16-bit activations with a scale per block, and the dtype of `x`, allow."""
     matrix = dequantize_naive(codes, scale, bits, x.shape[1], torch.float64)
@@ -90,7 +88,7 @@ def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: tor
 )
 def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, dtype):
     for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4)):
-        arguments = make_problem(bits, outputs, inputs, groups, rows, dtype)
+        arguments = make_lowbit_problem(bits, outputs, inputs, groups, rows, dtype)
         assert way_of(*arguments, bits, inputs) == KERNEL
         assert is_right(kernels.multiply(*arguments, bits), *arguments, bits)
 
@@ -101,7 +99,7 @@ def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, 
 )
 def test_the_matrix_of_the_codes_is_the_references_to_the_bit(kernels, bits, inputs, groups):
     for outputs in (1, 7, 300):
-        _, codes, scale = make_problem(bits, outputs, inputs, groups, 1)
+        _, codes, scale = make_lowbit_problem(bits, outputs, inputs, groups, 1)
         for dtype in TOLERANCE:
             matrix = kernels.dequantize(codes, scale, bits, inputs, dtype)
             assert torch.equal(matrix, dequantize_naive(codes, scale, bits, inputs, dtype))
@@ -116,7 +114,7 @@ def test_gradients_are_multiplied_with_the_matrix_of_the_kernels(kernels, monkey
     )
     for bits, groups in ((4, 16), (8, 1)):
         for dtype in TOLERANCE:
-            _, codes, scale = make_problem(bits, 1500, 1024, groups, 33, dtype)
+            _, codes, scale = make_lowbit_problem(bits, 1500, 1024, groups, 33, dtype)
             gradient = torch.randn(33, 1500).to(dtype)
             out = multiply_on_cpu(gradient, codes, scale, bits, 1024, True)
             assert (
@@ -142,12 +140,12 @@ def test_products_with_halves_equal_the_reference(kernels, inputs, dtype):
 @given(st.integers(1, 40), st.integers(1, 6), st.sampled_from([0, 1, 2, 4]), st.integers(1, 4), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
 def test_any_int4_matrix_that_fits_is_computed_right(outputs, steps, groups_per_step, rows, seed):
-    arguments = make_problem(4, outputs, 128 * steps, max(1, groups_per_step * steps), rows, seed=seed)
+    arguments = make_lowbit_problem(4, outputs, 128 * steps, max(1, groups_per_step * steps), rows, seed=seed)
     assert is_right(multiply_on_cpu(*arguments, 4, 128 * steps, False), *arguments, 4)
 
 
 def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
-    _, codes, scale = make_problem(4, 8, 256, 4, 1)
+    _, codes, scale = make_lowbit_problem(4, 8, 256, 4, 1)
     x = torch.zeros(1, 256)
     assert kernels.multiply(x, codes, scale, 4).eq(0).all()
     x[:, 64:128] = 1e-41  # subnormal
@@ -156,7 +154,7 @@ def test_blocks_of_zeros_and_of_tiny_numbers_are_no_trouble(kernels):
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_other_defaults_of_torch_change_nothing(renew_products, default):
-    arguments = make_problem(4, 33, 768, 12, 4, torch.bfloat16)
+    arguments = make_lowbit_problem(4, 33, 768, 12, 4, torch.bfloat16)
     half = torch.randn(33, 64).bfloat16()
     expected = multiply_on_cpu(*arguments, 4, 768, False), multiply_half_on_cpu(half[:2], half)
     matrix = CPU_PRODUCTS.kernels.dequantize(*arguments[1:], 4, 768, torch.float32)
@@ -171,7 +169,7 @@ def test_other_defaults_of_torch_change_nothing(renew_products, default):
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(kernels, bad):
     for bits in (4, 8):
-        x, codes, scale = make_problem(bits, 8, 256, 1, 2)
+        x, codes, scale = make_lowbit_problem(bits, 8, 256, 1, 2)
         x[1, 77] = bad
         out = kernels.multiply(x, codes, scale, bits)
         assert out[0].isfinite().all()
@@ -194,7 +192,7 @@ def test_threads_share_the_rows_and_leave_none(kernels, monkeypatch, has_openmp)
     elif kernels.pool.openmp is None:
         pytest.skip("no GNU OpenMP here")
     for outputs in (1, 63, 4096, 4099):
-        arguments = make_problem(4, outputs, 1024, 16, 2)
+        arguments = make_lowbit_problem(4, outputs, 1024, 16, 2)
         for _ in range(5):
             assert is_right(kernels.multiply(*arguments, 4), *arguments, 4)
 
@@ -204,7 +202,7 @@ def test_threads_share_the_rows_and_leave_none(kernels, monkeypatch, has_openmp)
 def test_products_at_the_same_time_do_not_disturb_each_other(kernels, monkeypatch, has_openmp):
     if not has_openmp:
         monkeypatch.setattr(kernels.pool, "openmp", None)
-    problems = [make_problem(4, 2048, 1024, 16, rows, seed=rows) for rows in (1, 2, 3, 4, 4, 3, 2, 1)]
+    problems = [make_lowbit_problem(4, 2048, 1024, 16, rows, seed=rows) for rows in (1, 2, 3, 4, 4, 3, 2, 1)]
     with ThreadPoolExecutor(8) as pool:
         outputs = pool.map(lambda problem: kernels.multiply(*problem, 4), problems * 4)
         for out, arguments in zip(outputs, problems * 4, strict=True):
@@ -220,7 +218,7 @@ def multiply_in_child(connection, kernels: CpuKernels, arguments: tuple) -> None
 def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
     monkeypatch.setattr(kernels.pool, "openmp", None)  # it cannot be forked, and nor can torch's threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    arguments = make_problem(4, 2048, 1024, 16, 2)
+    arguments = make_lowbit_problem(4, 2048, 1024, 16, 2)
     expected = kernels.multiply(*arguments, 4).tolist()
     receiver, sender = multiprocessing.Pipe()
     context = multiprocessing.get_context("fork")
@@ -260,7 +258,7 @@ def test_the_kernels_are_right_on_older_and_smaller_processors(kernels, monkeypa
     smaller = CpuProducts().kernels
     assert smaller is not None  # they passed the self-check
     assert smaller.kinds[4].name == name
-    arguments = make_problem(4, 33, 768, 12, 4)
+    arguments = make_lowbit_problem(4, 33, 768, 12, 4)
     assert is_right(smaller.multiply(*arguments, 4), *arguments, 4)
     assert torch.equal(smaller.multiply(*arguments, 4), kernels.multiply(*arguments, 4))
 
@@ -279,7 +277,9 @@ def test_activations_in_two_bytes_make_the_same_sums_as_in_one_word(monkeypatch)
         monkeypatch.setattr(cpu_products, "BYTE_DOTS", dots)
         kernels = CpuProducts().kernels
         assert kernels.kinds[4].name == "_".join(("int4", *dots))
-        arguments = [make_problem(4, 33, 768, groups, rows) for groups, rows in ((1, 1), (6, 2), (12, 1), (96, 3))]
+        arguments = [
+            make_lowbit_problem(4, 33, 768, groups, rows) for groups, rows in ((1, 1), (6, 2), (12, 1), (96, 3))
+        ]
         outs.append([kernels.multiply(*problem, 4) for problem in arguments])
     for by_bytes, by_words, problem in zip(*outs, arguments, strict=True):
         assert torch.equal(by_bytes, by_words)
@@ -288,7 +288,7 @@ def test_activations_in_two_bytes_make_the_same_sums_as_in_one_word(monkeypatch)
 
 def test_rows_do_not_depend_on_those_beside_them(kernels):
     for bits, groups in ((4, 12), (4, 1), (8, 1)):
-        x, codes, scale = make_problem(bits, 33, 768, groups, 4)
+        x, codes, scale = make_lowbit_problem(bits, 33, 768, groups, 4)
         together = kernels.multiply(x, codes, scale, bits)
         alone = torch.cat([kernels.multiply(row[None], codes, scale, bits) for row in x])
         assert torch.equal(together, alone)
@@ -348,7 +348,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_pro
 
     monkeypatch.setattr(cpu_products, "KINDS", {**KINDS, 8: replace(KINDS[8], quantize_line=quantize_line)})
     renew_products()
-    arguments = make_problem(4, 9, 256, 4, 1)
+    arguments = make_lowbit_problem(4, 9, 256, 4, 1)
     with pytest.warns(RuntimeWarning, match="int8 with 1 scales is off by"):
         out = multiply_on_cpu(*arguments, 4, 256, False)
     assert is_right(out, *arguments, 4)

@@ -9,14 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from visualglm_hf import VisualGLMForConditionalGeneration
+from tests.helpers import load_float32
 from visualglm_hf.feature_cache import FeatureCache, describe, sample
 
 
 @pytest.fixture
 def model(tiny_original):
     """A model of the test's own."""
-    return VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+    return load_float32(tiny_original)
 
 
 @pytest.fixture

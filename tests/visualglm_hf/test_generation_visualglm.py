@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList, TextIteratorStreamer
 
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
-from tests.paths import ROOT
+from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error
+from tests.paths import CIRCLES, TINY
 from visualglm_hf import (
     ChatGLMTokenizer,
     VisualGLMForConditionalGeneration,
@@ -19,18 +19,9 @@ from visualglm_hf import (
 from visualglm_hf.modeling_visualglm import build_glm_position_ids
 
 
-TRAINED = ROOT / "models" / "visualglm-tiny"
-
-
 @pytest.fixture(scope="module")
-def inputs(processor, pictures):
-    text = f"<img>{processor.image_token}</img>问：描述这张图片。\n答："
-    return processor(text=text, images=pictures[0], return_tensors="pt")
-
-
-@pytest.fixture(scope="module")
-def greedy(model, inputs):
-    return model.generate(**inputs, max_new_tokens=24, do_sample=False)
+def greedy(model, described):
+    return model.generate(**described, max_new_tokens=24, do_sample=False)
 
 
 @pytest.mark.parametrize(
@@ -44,17 +35,17 @@ def greedy(model, inputs):
     ],
     ids=str,
 )
-def test_mode_gives_the_greedy_answer(model, inputs, greedy, tokenizer, options):
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, tokenizer=tokenizer, **options)
+def test_mode_gives_the_greedy_answer(model, described, greedy, tokenizer, options):
+    output = model.generate(**described, max_new_tokens=24, do_sample=False, tokenizer=tokenizer, **options)
     assert torch.equal(output, greedy)
 
 
 @pytest.fixture(scope="module")
 def trained():
     """The tiny model that was trained to talk about shapes, its tokenizer and one of its pictures."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32).eval()
-    picture = Image.open(ROOT / "examples" / "red_circles_on_grass.png")
-    return model, ChatGLMTokenizer.from_pretrained(TRAINED), picture
+    model = load_float32(TINY)
+    picture = Image.open(CIRCLES)
+    return model, ChatGLMTokenizer.from_pretrained(TINY), picture
 
 
 @pytest.fixture
@@ -95,7 +86,7 @@ def test_prompt_lookup_says_what_was_said_before_in_fewer_steps(trained, steps):
 @pytest.mark.parametrize("quantize", [False, True])
 def test_an_assistant_gives_the_greedy_answer_about_a_picture_in_fewer_steps(trained, steps, quantize):
     model, tokenizer, picture = trained
-    assistant = VisualGLMForConditionalGeneration.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    assistant = load_float32(TINY)
     if quantize:
         assistant.quantize(4)
     options = {"do_sample": False, "min_length": 0}
@@ -169,78 +160,80 @@ def test_beams_and_return_sequences_keep_each_row_its_pictures(model, processor,
         assert together[2 * row : 2 * row + 2, : alone.shape[1]].tolist() == alone.tolist()
 
 
-def test_pictures_are_encoded_once_whatever_the_number_of_beams(model, inputs, monkeypatch):
+def test_pictures_are_encoded_once_whatever_the_number_of_beams(model, described, monkeypatch):
     calls = []
     model.image_cache.clear()  # another test may have shown this picture
     encode = model.get_image_features
     monkeypatch.setattr(model, "get_image_features", lambda *args, **kw: calls.append(1) or encode(*args, **kw))
-    model.generate(**inputs, max_new_tokens=4, num_beams=4, num_return_sequences=4, do_sample=False)
+    model.generate(**described, max_new_tokens=4, num_beams=4, num_return_sequences=4, do_sample=False)
     assert len(calls) == 1
 
 
-def test_sampling_is_reproducible_from_its_seed(model, inputs):
+def test_sampling_is_reproducible_from_its_seed(model, described):
     outputs = []
     for _ in range(2):
         torch.manual_seed(3)
-        outputs.append(model.generate(**inputs, max_new_tokens=8, do_sample=True, top_p=0.9, num_return_sequences=3))
+        outputs.append(model.generate(**described, max_new_tokens=8, do_sample=True, top_p=0.9, num_return_sequences=3))
     assert torch.equal(*outputs)
     assert len(outputs[0]) == 3
 
 
-def test_answer_to_a_picture_continues_from_a_cache_of_its_context(model, inputs, greedy):
+def test_answer_to_a_picture_continues_from_a_cache_of_its_context(model, described, greedy):
     """All of the context is cached, `<sop>` is not."""
-    ids = inputs["input_ids"]
+    ids = described["input_ids"]
     positions = build_glm_position_ids(ids, None, model.config.text_config)
     with torch.no_grad():
         context = {
             "input_ids": ids[:, :-1],
-            "pixel_values": inputs["pixel_values"],
+            "pixel_values": described["pixel_values"],
             "position_ids": positions[..., :-1],
         }
         cache = model(**context, use_cache=True).past_key_values
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=False)
+    output = model.generate(**described, past_key_values=cache, max_new_tokens=24, do_sample=False)
     assert torch.equal(output, greedy)
 
 
-def test_pictures_are_seen_at_every_step_without_a_cache(model, processor, inputs, pictures):
+def test_pictures_are_seen_at_every_step_without_a_cache(model, processor, described, pictures):
     other = processor(
         text=f"<img>{processor.image_token}</img>问：描述这张图片。\n答：", images=pictures[1], return_tensors="pt"
     )
-    for one in (inputs, other):
+    for one in (described, other):
         options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         cached, uncached = (model.generate(**one, **options, use_cache=use) for use in (True, False))
         for ours, theirs in zip(uncached.logits, cached.logits, strict=True):
             assert relative_error(ours, theirs.numpy()) < FLOAT32_TOLERANCE
 
 
-def test_inputs_embeds_alone_generate_the_same_answer(model, inputs, greedy):
-    embeds = model.embed(inputs["input_ids"], model.get_image_features(inputs["pixel_values"]).pooler_output).detach()
+def test_inputs_embeds_alone_generate_the_same_answer(model, described, greedy):
+    embeds = model.embed(
+        described["input_ids"], model.get_image_features(described["pixel_values"]).pooler_output
+    ).detach()
     new = model.generate(inputs_embeds=embeds, max_new_tokens=24, do_sample=False)
-    assert torch.equal(new, greedy[:, inputs["input_ids"].shape[1] :])
+    assert torch.equal(new, greedy[:, described["input_ids"].shape[1] :])
 
 
-def test_stop_strings_end_the_answer(model, inputs, greedy, tokenizer):
-    answer = tokenizer.decode(greedy[0, inputs["input_ids"].shape[1] :])
+def test_stop_strings_end_the_answer(model, described, greedy, tokenizer):
+    answer = tokenizer.decode(greedy[0, described["input_ids"].shape[1] :])
     stop = "正在"
     assert stop in answer
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    output = model.generate(**described, max_new_tokens=24, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
     assert output.shape[1] < greedy.shape[1]
-    assert stop in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    assert stop in tokenizer.decode(output[0, described["input_ids"].shape[1] :])
 
 
-def test_transformers_own_streamer_streams_the_answer(model, inputs, greedy, tokenizer):
+def test_transformers_own_streamer_streams_the_answer(model, described, greedy, tokenizer):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    options = {**inputs, "max_new_tokens": 24, "do_sample": False, "streamer": streamer}
+    options = {**described, "max_new_tokens": 24, "do_sample": False, "streamer": streamer}
     thread = threading.Thread(target=model.generate, kwargs=options)
     thread.start()
     text = "".join(streamer)
     thread.join()
-    assert text.strip() == tokenizer.decode(greedy[0, inputs["input_ids"].shape[1] :]).strip()
+    assert text.strip() == tokenizer.decode(greedy[0, described["input_ids"].shape[1] :]).strip()
 
 
-def test_decode_steps_never_ask_the_device(model, inputs, monkeypatch):
+def test_decode_steps_never_ask_the_device(model, described, monkeypatch):
     """Between two tokens, preparing inputs and running the model reads no tensor's value on the host."""
-    cache_inputs = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    cache_inputs = model.generate(**described, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
     sequence, cache = cache_inputs.sequences, cache_inputs.past_key_values
 
     def forbidden(*args, **kwargs):
@@ -253,20 +246,20 @@ def test_decode_steps_never_ask_the_device(model, inputs, monkeypatch):
         model(**prepared)
 
 
-def test_a_prompt_in_chunks_is_refused_because_it_would_be_answered_wrongly(model, inputs):
+def test_a_prompt_in_chunks_is_refused_because_it_would_be_answered_wrongly(model, described):
     with pytest.raises(ValueError, match="prefix-LM must be seen as a whole"):
-        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+        model.generate(**described, max_new_tokens=2, prefill_chunk_size=8)
 
 
-def test_pictures_take_the_places_of_embedded_image_tokens(model, inputs):
-    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    embedded = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+def test_pictures_take_the_places_of_embedded_image_tokens(model, described):
+    expected = model.generate(**described, max_new_tokens=4, do_sample=False)
+    embedded = {**described, "inputs_embeds": model.get_input_embeddings()(described["input_ids"])}
     torch.testing.assert_close(model.generate(**embedded, max_new_tokens=4, do_sample=False), expected)
     del embedded["input_ids"]
     answer = model.generate(**embedded, max_new_tokens=4, do_sample=False)
-    torch.testing.assert_close(answer, expected[:, inputs["input_ids"].shape[1] :])
+    torch.testing.assert_close(answer, expected[:, described["input_ids"].shape[1] :])
     with torch.no_grad():
-        torch.testing.assert_close(model(**embedded).logits, model(**inputs).logits)
+        torch.testing.assert_close(model(**embedded).logits, model(**described).logits)
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_the_picture_is_encoded(model, processor, pictures, monkeypatch):
@@ -276,11 +269,13 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_picture_is_encoded(mode
         model.generate(**processor(text=text, images=pictures[0], return_tensors="pt"))
 
 
-def test_custom_logits_processors_are_used(model, inputs):
+def test_custom_logits_processors_are_used(model, described):
     def force(input_ids, scores):
         forced = torch.full_like(scores, -torch.inf)
         forced[:, 7] = 0
         return forced
 
-    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, logits_processor=LogitsProcessorList([force]))
+    output = model.generate(
+        **described, max_new_tokens=3, do_sample=False, logits_processor=LogitsProcessorList([force])
+    )
     assert output[0, -3:].tolist() == [7, 7, 7]

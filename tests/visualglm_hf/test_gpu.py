@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from tests.helpers import HALF_LOGITS_TOLERANCE
+from tests.helpers import HALF_LOGITS_TOLERANCE, load_float32
 from visualglm_hf import VisualGLMForConditionalGeneration
 
 
@@ -20,9 +20,8 @@ def cuda_model(tiny_original):
 
 
 @pytest.fixture(scope="module")
-def inputs(processor, pictures):
-    text = f"<img>{processor.image_token}</img>问：描述这张图片。\n答："
-    return processor(text=text, images=pictures[0], return_tensors="pt").to("cuda")
+def inputs(described) -> dict:
+    return {name: tensor.cuda() for name, tensor in described.items()}
 
 
 def test_half_precision_logits_stay_within_rounding_noise(cuda_model, golden, arrays, pixel_values):
@@ -79,7 +78,7 @@ def test_compiled_static_cache_gives_the_eager_answer(cuda_model, inputs):
 def test_recorded_answers_and_streams_are_the_eager_ones_without_recompiling(
     tiny_original, tokenizer, pictures, compile
 ):
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).cuda().eval()
+    model = load_float32(tiny_original).cuda().eval()
     options = {"do_sample": False, "max_new_tokens": 16}
     queries = ("描述这张图片。", "这张图片的背景里有什么内容？")
     expected = [model.chat(tokenizer, pictures[0], query, **options)[0] for query in queries]

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.helpers import ROUNDING, assert_product_is_exact
+from tests.helpers import ROUNDING, assert_product_is_exact, difference
 from visualglm_hf import lowbit_products
 from visualglm_hf.cuda_products import (
     BFLOAT16_CAPABILITY,
@@ -45,10 +45,6 @@ ROWS = (1, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 @pytest.fixture(autouse=True)
 def kernels_or_error(monkeypatch):
     monkeypatch.setenv("VISUALGLM_KERNELS", "cuda")
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def skip_without(dtype: torch.dtype) -> None:

@@ -7,11 +7,9 @@ import json
 import os
 import re
 import shutil
-import struct
 import sys
 import time
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ import torch
 from PIL import Image, ImageFile, features
 from transformers import AutoImageProcessor, dynamic_module_utils
 
+from tests.picture_files import ORIENTATION, encoded, oriented, png_of_zeros
 from visualglm_hf import image_processing_visualglm, picture_reading
 from visualglm_hf.image_processing_visualglm import (
     CLIP_MEAN,
@@ -34,7 +33,6 @@ from visualglm_hf.picture_reading import MAX_PIXELS, MAX_SIDE
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"]
 MODES += ["I;16", "I;16L", "I;16B", "I;16N"]
-ORIENTATION = 0x0112
 SOURCES = [Path(image_processing_visualglm.__file__), Path(picture_reading.__file__)]
 
 
@@ -52,30 +50,8 @@ def picture(**size) -> Image.Image:
     return Image.fromarray(noise(**size))
 
 
-def encoded(image, file_format, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def same(image, other) -> bool:
     return image.mode == other.mode == "RGB" and np.array_equal(np.asarray(image), np.asarray(other))
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_of_zeros(width, height) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)  # 1 bit a pixel
-    pixels = zlib.compress(bytes((width // 8 + 2) * height), 1)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
-
-
-def oriented(orientation) -> Image.Exif:
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    return exif
 
 
 # ---------------------------------------------------------------------------------------------- the original's numbers
@@ -437,13 +413,13 @@ def test_a_bomb_is_refused_in_milliseconds_and_never_decoded(size, tmp_path, mon
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    begin = time.perf_counter()
+    begin = time.thread_time()  # other programs on the machine do not count
     for source, name in ((data, f"<{len(data)} bytes>"), (tmp_path / "bomb.png", "bomb.png"), (lazy, "")):
         if source is not None:
             with pytest.raises(ValueError, match="too large.*smaller") as caught:
                 open_picture(source)
             assert name in str(caught.value)
-    assert time.perf_counter() - begin < 0.1
+    assert time.thread_time() - begin < 0.1
 
 
 def test_a_bomb_is_a_value_error_where_warnings_are_errors():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
+from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error
 
 
 IMAGES = (0, 1, 2)  # those whose stages the golden data holds
@@ -98,11 +98,9 @@ def test_pixel_values_of_another_shape_are_refused(model, shape):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_original, pixel_values):
-    from visualglm_hf import VisualGLMForConditionalGeneration
-
     gradients = []
     for checkpointing in (False, True):
-        model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+        model = load_float32(tiny_original)
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()

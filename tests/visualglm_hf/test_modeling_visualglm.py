@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
-from tests.helpers import FLOAT32_TOLERANCE, HALF_LOGITS_TOLERANCE, kept_positions, relative_error
+from tests.helpers import FLOAT32_TOLERANCE, HALF_LOGITS_TOLERANCE, kept_positions, load_float32, relative_error
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.modeling_visualglm import build_attention_mask, build_glm_position_ids, compute_rotary
 
@@ -437,7 +437,7 @@ def test_device_map_splits_between_blocks(tiny_original, prompts, model):
 
 def test_gradients_of_parts_of_a_batch_add_up_to_those_of_the_batch(tiny_original, padded):
     """Rows with different numbers of labels: the sum is divided once, by the number in all parts."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = load_float32(tiny_original)
     input_ids, attention_mask = (F.pad(tensor, (0, 4), value=1) for tensor in padded)
     labels = torch.full_like(input_ids, -100)
     labels[:, -4:] = torch.arange(700, 704)
@@ -461,7 +461,7 @@ def test_gradients_of_parts_of_a_batch_add_up_to_those_of_the_batch(tiny_origina
 
 
 def test_mixed_precision_keeps_weights_and_gradients_in_float32(tiny_original, prompts):
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    model = load_float32(tiny_original)
     _, input_ids, picture = prompts[0]
     inputs = {"input_ids": input_ids, "pixel_values": picture, "labels": input_ids}
     expected = model(**inputs).loss
@@ -472,3 +472,27 @@ def test_mixed_precision_keeps_weights_and_gradients_in_float32(tiny_original, p
     assert abs(output.loss - expected) < 0.02 * expected
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_survives_activations_64_times_as_large(half_model, processor, pictures, attention):
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "这是什么？"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(images=pictures[:1], text=prompt, return_tensors="pt")
+    before = half_model.config._attn_implementation
+    half_model.set_attn_implementation(attention)
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: output * 64)
+        for layer in half_model.transformer.layers
+        for module in (layer.attention.dense, layer.mlp)
+    ]
+    try:
+        with torch.no_grad():
+            logits = half_model(**inputs).logits
+    finally:
+        half_model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+    assert torch.isfinite(logits).all()

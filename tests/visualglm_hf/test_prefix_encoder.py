@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
+from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
 
 
@@ -50,10 +50,7 @@ def original_folders(tiny_original, prefixes, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def tuned(original_folders) -> dict:
     """The models of these checkpoints."""
-    return {
-        projection: VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        for projection, folder in original_folders.items()
-    }
+    return {projection: load_float32(folder) for projection, folder in original_folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +59,7 @@ def peft_tuned(tiny_original, prefixes) -> dict:
     peft = pytest.importorskip("peft")
     models = {}
     for projection, tensors in prefixes.items():
-        base = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+        base = load_float32(tiny_original)
         config = peft.PrefixTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=64
         )
@@ -198,7 +195,7 @@ def test_chat_about_a_picture_works_where_the_original_crashed(tuned, tokenizer,
 
 
 def test_prefix_is_trained_through_checkpointed_layers(golden, original_folders):
-    model = VisualGLMForConditionalGeneration.from_pretrained(original_folders[True], dtype=torch.float32).train()
+    model = load_float32(original_folders[True]).train()
     model.transformer.prefix_encoder.dropout.eval()
     input_ids = torch.tensor([case_of(golden, True)["text_input_ids"]])  # the image encoder has dropout
     gradients = []

@@ -8,6 +8,7 @@ from types import FunctionType
 import pytest
 
 import visualglm_hf
+from tests.commands import HEAVY, modules_after
 
 
 FORWARD = visualglm_hf.VisualGLMForConditionalGeneration.forward  # methods that share its arguments refer to it
@@ -58,3 +59,9 @@ def test_every_tensor_has_a_shape(method):
         assert re.search(rf"\b{name}\b[^\n]*(\[|of shape)", text), name
     if "Tensor" in str(signature.return_annotation):
         assert re.search(r"\[[\w, ]+\]", inspect.getdoc(method))
+
+
+def test_the_package_imports_a_library_when_it_is_first_needed():
+    modeling = {"visualglm_hf.modeling_visualglm", "transformers.modeling_utils"}
+    assert not modules_after("import visualglm_hf; dir(visualglm_hf)") & HEAVY
+    assert not modules_after("from visualglm_hf import VisualGLMConfig") & modeling

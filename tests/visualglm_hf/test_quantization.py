@@ -1,21 +1,18 @@
 """Room: low bits. Models of the original, accuracy, the layer, saving, training, errors."""
 
 import copy
-import importlib
 import json
 import logging
 import pickle
 import re
 import subprocess
 import sys
-from collections import namedtuple
 
 import pytest
 import torch
 from torch import nn
 
-from tests.commands import quantize
-from tests.helpers import HALF_LOGITS_TOLERANCE, difference, seeded
+from tests.helpers import HALF_LOGITS_TOLERANCE, assert_same_state, difference, seeded
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -41,26 +38,6 @@ def make_matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 def load(folder, **kwargs) -> VisualGLMForConditionalGeneration:
     return VisualGLMForConditionalGeneration.from_pretrained(folder, **kwargs).eval()
-
-
-def assert_same_state(model: nn.Module, other: nn.Module) -> None:
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    for key, tensor in state.items():
-        assert tensor.dtype == expected[key].dtype, key
-        assert torch.equal(tensor, expected[key]), key
-
-
-@pytest.fixture
-def on_disk():
-    """The module that does its work."""
-    return importlib.import_module("visualglm_tools.checkpoints.quantizing")
-
-
-@pytest.fixture(scope="session")
-def tiny_int4(golden_dir):
-    """The tiny checkpoint as the original code writes it after `.half().quantize(4)`."""
-    return golden_dir / "tiny-original-int4"
 
 
 # Format
@@ -566,70 +543,3 @@ def test_bitsandbytes_quantizes_the_model_too(tiny_original, options):
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 7)
     with pytest.raises(ValueError, match="quantized with .* while loading"):
         model.quantize(4)
-
-
-# scripts/quantize_checkpoint.py
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (4, -1)])
-def test_checkpoint_quantized_on_disk_equals_the_model_quantized_in_memory(tiny_original, tmp_path, bits, group_size):
-    options = [] if group_size is None else ["--group-size", str(group_size)]
-    target = tmp_path / "out"
-    assert quantize(str(tiny_original), str(target), "--bits", str(bits), *options) == 0
-    loaded, info = VisualGLMForConditionalGeneration.from_pretrained(target, output_loading_info=True)
-    assert not any(info.values())
-    assert_same_state(loaded, load(tiny_original).quantize(bits, group_size))
-    assert (target / "lowbit_products.py").is_file()
-    assert json.loads((target / "model.safetensors.index.json").read_text())["metadata"]["total_size"] > 0
-
-
-def test_original_per_row_checkpoint_is_reproduced(on_disk, tiny_original, tiny_int4, tmp_path):
-    on_disk.quantize_checkpoint(tiny_original, tmp_path / "out", 4, group_size=-1)
-    assert_same_state(load(tmp_path / "out"), load(tiny_int4))
-
-
-def refused(capsys, *arguments) -> str:
-    assert quantize(*arguments) == 2
-    return capsys.readouterr().err
-
-
-def test_door_overwrites_nothing(tiny_original, tmp_path, capsys):
-    (tmp_path / "precious").touch()
-    assert "not an empty folder" in refused(capsys, tiny_original, tmp_path, "--bits", 4)
-    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-
-
-def test_door_refuses_what_it_cannot_quantize(tiny_original, tiny_int4, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert "cannot be divided" in refused(capsys, tiny_original, out, "--bits", 4, "--group-size", 48)
-    message = refused(capsys, tiny_int4, out, "--bits", 8, "--tokenizer", tiny_original)
-    assert "4 bits already" in message
-    assert not list(tmp_path.iterdir())
-
-
-def test_door_looks_at_the_disk_before_it_writes(tiny_original, tmp_path, capsys, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 0, 10**6))
-    assert "the disk has" in refused(capsys, tiny_original, tmp_path / "out", "--bits", 4)
-    assert not list(tmp_path.iterdir())
-
-
-def test_door_holds_one_shard_at_a_time(on_disk, tiny_original, tmp_path, monkeypatch):
-    mapped = []
-    map_tensors = on_disk.map_tensors
-    monkeypatch.setattr(on_disk, "map_tensors", lambda path: mapped.append(path.name) or map_tensors(path))
-    save = on_disk.save_safetensors
-    monkeypatch.setattr(
-        on_disk, "save_safetensors", lambda path, tensors: mapped.append("saved") or save(path, tensors)
-    )
-    on_disk.quantize_checkpoint(tiny_original, tmp_path / "out", 4)
-    assert mapped[1::2] == ["saved"] * 2
-    assert len(set(mapped)) == 3
-
-
-def test_door_explains_itself(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        quantize("-h")
-    assert exit_info.value.code == 0
-    assert "--group-size" in capsys.readouterr().out
-    assert sys.exc_info() == (None, None, None)

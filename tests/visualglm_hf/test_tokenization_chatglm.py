@@ -441,3 +441,10 @@ def test_shifted_ids_of_early_checkpoints_are_refused(tiny_original):
 def test_saving_into_no_folder_is_an_error(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="no directory"):
         tokenizer.save_vocabulary(str(tmp_path / "absent"))
+
+
+@properties
+@given(st.lists(st.integers(0, 895)))
+def test_any_ids_decode_to_text_that_can_be_encoded(tokenizer, ids):
+    text = tokenizer.decode([index % tokenizer.vocab_size for index in ids])
+    tokenizer.encode(text.replace("\ufffd", ""), split_special_tokens=True)

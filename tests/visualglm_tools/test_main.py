@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import HEAVY, command, modules_after
+from tests.commands import HEAVY, command, modules_after, run, script
 from tests.paths import COMMAND, PICTURES, ROOT, TINY
 from tools.reference import write_page
 from visualglm_tools.__main__ import COMMANDS, main, open_command
@@ -29,6 +29,13 @@ SCRIPTS = {
     "check": "selftest",
     "bench": "benchmark",
 }
+DOORS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+ANSWERING = (
+    ("chat", ()),
+    ("serve", ()),
+    ("web", ()),
+    ("batch", ("examples/example_inputs.jsonl", "answers.jsonl")),
+)
 MODULES = {name: importlib.import_module(f"visualglm_tools.commands.{name}") for name in COMMANDS}
 DECLARED = [name for name, module in MODULES.items() if hasattr(module, "Options")]
 
@@ -82,11 +89,7 @@ except SystemExit as end:
 
 @pytest.mark.parametrize("name", [name for name in DECLARED if name in SCRIPTS])
 def test_both_names_of_a_command_have_the_same_help(name):
-    old = [sys.executable, str(ROOT / "scripts" / f"{SCRIPTS[name]}.py")]
-    helps = [
-        subprocess.run([*words, "-h"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-        for words in ([*COMMAND, name], old)
-    ]
+    helps = [each.stdout for each in (run(*COMMAND, name, "-h"), script(f"{SCRIPTS[name]}.py", "-h"))]
     assert helps[0] == helps[1]
     assert f"\n    visualglm {name}" in helps[0]  # an example
     for option, _, _ in describe(open_command(name)[0].Options):
@@ -107,7 +110,7 @@ def complete(line: str, tmp_path: Path, **environment: str) -> set[str]:
     answer = tmp_path / "completions"
     asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n"}
     asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
-    subprocess.run(COMMAND, check=True, env={**os.environ, **asked, **environment}, cwd=ROOT, capture_output=True)
+    run(*COMMAND, environment={**asked, **environment})
     return {each.strip() for each in answer.read_text().splitlines()}
 
 
@@ -195,15 +198,13 @@ def test_a_reader_that_has_gone_is_no_news():
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as output:
-        finished = subprocess.run([*COMMAND, *question], stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert finished.returncode == 1
+        streams = {"capture_output": False, "stdout": output, "stderr": subprocess.PIPE}
+        finished = run(*COMMAND, *question, code=1, **streams)
     assert "Error" not in finished.stderr and "error" not in finished.stderr
 
 
 def test_a_terminal_that_cannot_show_chinese_shows_question_marks():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    finished = subprocess.run([*COMMAND, "chat", "-h"], env=environment, cwd=ROOT, capture_output=True)
-    assert finished.returncode == 0 and b"(default: ???????)" in finished.stdout
+    assert "(default: ???????)" in run(*COMMAND, "chat", "-h", environment={"PYTHONIOENCODING": "ascii"}).stdout
 
 
 def test_a_stream_that_is_no_file_is_left_as_it_is(monkeypatch):
@@ -238,3 +239,41 @@ def test_an_adapter_that_needs_peft_is_refused_before_the_model_is_loaded(tmp_pa
     monkeypatch.setattr("visualglm_tools.commands.chat.open_model", lambda options: pytest.fail("the model was loaded"))
     assert command("chat", "--image", PICTURES[0], "--model", TINY, "--adapter", tmp_path) == 2
     assert capsys.readouterr().err == "error: peft is missing: pip install 'visualglm-hf[train]'\n"
+
+
+def modules_of_door(door: str, *options: str, code: int) -> set[str]:
+    """What a door has imported when it ends with this exit code."""
+    return modules_after(f"""
+import runpy, sys
+sys.argv = {[door, *options]!r}
+try:
+    runpy.run_path("scripts/{door}", run_name="__main__")
+except SystemExit as end:
+    assert end.code == {code}, end
+""")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_help_of_a_door_waits_for_no_library(door):
+    assert not modules_of_door(door, "-h", code=0) & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("door", "needed"),
+    [
+        ("cli_demo_hf.py", ()),
+        ("web_demo_hf.py", ()),
+        ("api_hf.py", ()),
+        ("batch_infer.py", ("examples/example_inputs.jsonl", "answers.jsonl")),
+        ("finetune_visualglm.py", ("--use_lora", "--train-data", "examples/example_inputs.jsonl")),
+    ],
+)
+def test_a_folder_without_a_model_is_said_before_any_library_is_needed(door, needed):
+    assert not modules_of_door(door, *needed, "--model", "nowhere", code=2) & HEAVY
+
+
+@pytest.mark.parametrize(("command", "needed"), ANSWERING)
+def test_a_folder_without_an_adapter_is_said_before_any_library_is_needed(command, needed):
+    words = [command, *needed, "--adapter", "nowhere"]
+    code = f"from visualglm_tools.__main__ import main; assert main({words!r}) == 2"
+    assert not modules_after(code) & HEAVY

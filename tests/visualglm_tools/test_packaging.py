@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run as run_program
 from tests.paths import PICTURES, ROOT, TINY
 
 
@@ -33,11 +34,8 @@ print(type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)).__nam
 
 def run(*command: object, cwd: Path, path: str | Path = "", ok: bool = True) -> subprocess.CompletedProcess:
     """Run a command where nothing of the checkout is on the path unless `path` says so."""
-    environment = {**os.environ, "PYTHONPATH": str(path), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"}
-    command = [str(word) for word in command]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert not ok or result.returncode == 0, result.stderr
-    return result
+    environment = {"PYTHONPATH": str(path), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"}
+    return run_program(*command, cwd=cwd, environment=environment, code=0 if ok else None)
 
 
 def python(*arguments: object, **details) -> subprocess.CompletedProcess:

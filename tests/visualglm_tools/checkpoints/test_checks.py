@@ -2,21 +2,28 @@
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.commands import check
-from tests.paths import ROOT
+from tests.commands import check, script
+from tests.damage import (
+    EMBEDDINGS,
+    FIRST,
+    LAST,
+    change_config,
+    change_shard,
+    cut_shard,
+    cut_tokenizer,
+    promise_quantization,
+    remove_config,
+    remove_shard,
+    remove_tokenizer,
+    shrink_vocabulary,
+)
 
 
-FIRST, LAST = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
-EMBEDDINGS = "transformer.word_embeddings.weight"
 NUM_CHECKS = 10
 
 
@@ -54,17 +61,6 @@ def known(checks) -> dict:
     return json.loads(checks.KNOWN_IDS.read_text(encoding="utf-8"))
 
 
-def change_shard(folder: Path, name: str, change) -> None:
-    tensors = torch.load(folder / name, weights_only=True)
-    change(tensors)
-    torch.save(tensors, folder / name)
-
-
-def change_config(folder: Path, **fields) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def verdicts(output: str) -> dict[str, str]:
     """Check -> verdict, read off the printed table."""
     rows = [line for line in output.splitlines() if line[17:26].strip() in ("ok", "FAILED", "skipped")]
@@ -79,10 +75,7 @@ def test_whole_checkpoint_passes(tiny_original, capsys):
 
 
 def test_script_runs_by_itself_and_answers(tiny_original):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(ROOT / "scripts" / "selftest.py"), str(tiny_original), "--generate"]
-    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = script("selftest.py", tiny_original, "--generate", environment={"PYTHONIOENCODING": "utf-8"})
     assert verdicts(result.stdout)["answer"] == "ok"
 
 
@@ -113,40 +106,12 @@ def untie(folder):
     change_shard(folder, FIRST, lambda tensors: tensors.update({EMBEDDINGS: tensors[EMBEDDINGS] * 2}))
 
 
-def remove_shard(folder):
-    (folder / LAST).unlink()
-
-
-def cut_shard(folder):
-    os.truncate(folder / LAST, 300_000)
-
-
-def promise_quantization(folder):
-    change_config(folder, quantization_bit=8)
-
-
 def promise_three_bits(folder):
     change_config(folder, quantization_bit=3)
 
 
-def remove_config(folder):
-    (folder / "config.json").unlink()
-
-
-def remove_tokenizer(folder):
-    (folder / "ice_text.model").unlink()
-
-
-def cut_tokenizer(folder):
-    os.truncate(folder / "ice_text.model", 1000)
-
-
 def move_special_token(folder):
     change_config(folder, gmask_token_id=1102)
-
-
-def shrink_vocabulary(folder):
-    change_config(folder, vocab_size=1500)
 
 
 def name_missing_code(folder):
@@ -162,7 +127,7 @@ def name_missing_code(folder):
         (untie, "tied embeddings", "Set tie_word_embeddings to false"),
         (remove_shard, "weight files", f"lacks {LAST}"),
         (cut_shard, "weight files", "truncated"),
-        (promise_quantization, "quantization", "quantization_bit 8, but 0 weights are integers"),
+        (promise_quantization, "quantization", "quantization_bit 4, but 0 weights are integers"),
         (promise_three_bits, "configuration", "quantization_bit must be 0, 4 or 8"),
         (remove_config, "configuration", "has no config.json"),
         (remove_tokenizer, "tokenizer file", "Copy the one of the original visualglm-6b there"),

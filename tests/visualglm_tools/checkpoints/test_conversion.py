@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -15,7 +14,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
-from tests.commands import convert
+from tests.commands import complaint, convert, python
+from tests.damage import (
+    EMBEDDINGS,
+    FIRST,
+    LAST,
+    change_config,
+    change_shard,
+    cut_shard,
+    cut_tokenizer,
+    promise_quantization,
+    remove_config,
+    remove_shard,
+    remove_tokenizer,
+    shrink_vocabulary,
+)
+from tests.helpers import assert_same
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -25,8 +39,7 @@ from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
 
 
 PACKAGE = ROOT / "visualglm_hf"
-FIRST, LAST = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
-EMBEDDINGS, LM_HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+LM_HEAD = "lm_head.weight"
 QUANTIZED = (".query_key_value.weight", ".dense.weight", ".dense_h_to_4h.weight", ".dense_4h_to_h.weight")
 SPARE_BYTES = 16 * 1024**2  # beside the weights
 BASE_PACKAGES = {"transformers", "torch", "numpy", "PIL", "sentencepiece", "safetensors", "huggingface_hub"}
@@ -91,11 +104,9 @@ def converted(tiny_original, tmp_path_factory) -> Path:
 def as_a_user(converted, golden_dir, tmp_path_factory) -> dict:
     """What the user's program found out in a process of its own."""
     home = tmp_path_factory.mktemp("elsewhere")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", USER_PROGRAM, str(converted), str(golden_dir), str(home / "saved")]
-    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    environment = {"PYTHONPATH": None, "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    arguments = (converted, golden_dir, home / "saved")
+    result = python("-c", USER_PROGRAM, *arguments, cwd=home, environment=environment)
     return {**json.loads(result.stdout.splitlines()[-1]), "saved": home / "saved"}
 
 
@@ -120,24 +131,6 @@ def kept(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in tensors.items() if "inv_freq" not in key and key != LM_HEAD}
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert found[key].dtype == tensor.dtype
-        assert torch.equal(found[key], tensor), key
-
-
-def change_shard(folder: Path, name: str, change) -> None:
-    """Let `change` modify the tensors of one .bin file."""
-    tensors = torch.load(folder / name, weights_only=True)
-    change(tensors)
-    torch.save(tensors, folder / name)
-
-
-def change_json(path: Path, **fields) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def make_single(folder: Path, change=lambda tensors: None, name: str = "pytorch_model.bin") -> None:
     """Turn a sharded folder into one with a single weight file."""
     tensors = tensors_of(folder)
@@ -156,18 +149,6 @@ def quantize(tensors: dict[str, torch.Tensor], bits: int) -> None:
         levels = (weight / scale[:, None]).round().to(torch.int8)
         packed = levels if bits == 8 else (levels[:, ::2] << 4) | (levels[:, 1::2] & 0xF)
         tensors |= {key: packed, f"{key}_scale": scale}
-
-
-def refuse(capsys, source: Path, target: Path, *options: str) -> str:
-    """Run the script, which must fail, print one line and leave nothing; returns the line."""
-    before = sorted(target.parent.iterdir())
-    assert convert(str(source), str(target), *options) == 2
-    assert sorted(target.parent.iterdir()) == before
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in captured.err
-    return lines[0]
 
 
 # ---- what it writes
@@ -301,7 +282,7 @@ def test_different_head_is_kept_with_a_warning(source, tmp_path, capsys):
 def test_quantized_weights_stay_as_they_are(source, tmp_path, bits):
     key = "transformer.layers.0.mlp.dense_h_to_4h.weight"
     make_single(source, lambda tensors: quantize(tensors, bits))
-    change_json(source / "config.json", quantization_bit=bits)
+    change_config(source, quantization_bit=bits)
     assert convert(str(source), str(tmp_path / "out")) == 0
     tensors = tensors_of(tmp_path / "out")
     assert_same(tensors, kept(tensors_of(source)))
@@ -374,7 +355,7 @@ def test_links_need_no_space(source, tmp_path, monkeypatch):
 def test_target_with_content_is_not_touched(tiny_original, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert "not an empty folder" in refuse(capsys, tiny_original, tmp_path / "out")
+    assert "not an empty folder" in complaint(capsys, convert, tiny_original, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
@@ -385,11 +366,7 @@ def test_empty_target_is_filled(tiny_original, tmp_path):
 
 
 def test_missing_source_is_refused(tmp_path, capsys):
-    assert "is no folder" in refuse(capsys, tmp_path / "nowhere", tmp_path / "out")
-
-
-def remove_config(folder):
-    (folder / "config.json").unlink()
+    assert "is no folder" in complaint(capsys, convert, tmp_path / "nowhere", tmp_path / "out")
 
 
 def cut_config(folder):
@@ -397,19 +374,11 @@ def cut_config(folder):
 
 
 def give_words_for_numbers(folder):
-    change_json(folder / "config.json", hidden_size="wide")
+    change_config(folder, hidden_size="wide")
 
 
 def give_another_model(folder):
     (folder / "config.json").write_text(json.dumps({"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}))
-
-
-def remove_shard(folder):
-    (folder / LAST).unlink()
-
-
-def cut_shard(folder):
-    os.truncate(folder / LAST, 300_000)
 
 
 def cut_safetensors(folder):
@@ -458,28 +427,12 @@ def enlarge_vocabulary(folder):
     make_single(folder, lambda tensors: tensors.update({EMBEDDINGS: rows, LM_HEAD: rows.clone()}))
 
 
-def shrink_vocabulary(folder):
-    change_json(folder / "config.json", vocab_size=1500)
-
-
 def quantize_silently(folder):
     make_single(folder, lambda tensors: quantize(tensors, 8))
 
 
-def promise_quantization(folder):
-    change_json(folder / "config.json", quantization_bit=4)
-
-
-def remove_tokenizer(folder):
-    (folder / "ice_text.model").unlink()
-
-
-def cut_tokenizer(folder):
-    os.truncate(folder / "ice_text.model", 1000)
-
-
 def exchange_tokenizer(folder):
-    change_json(folder / "config.json", bos_token_id=1304)
+    change_config(folder, bos_token_id=1304)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +467,7 @@ def exchange_tokenizer(folder):
 def test_unusable_source_is_refused_before_anything_is_written(source, tmp_path, capsys, damage, message, option):
     damage(source)
     (tmp_path / "place").mkdir()
-    error = refuse(capsys, source, tmp_path / "place" / "out", *option)
+    error = complaint(capsys, convert, source, tmp_path / "place" / "out", *option)
     assert re.search(message, error), error
 
 
@@ -524,7 +477,7 @@ def test_all_wrong_keys_are_listed_at_once(source, tmp_path, capsys):
         tensors["image_encoder.glm_proj.bias"] = torch.zeros(3)
 
     make_single(source, change)
-    error = refuse(capsys, source, tmp_path / "out")
+    error = complaint(capsys, convert, source, tmp_path / "out")
     assert "1 keys are missing: transformer.final_layernorm.weight;" in error
     assert "1 keys are unexpected: transformer.final_layernorm.weights;" in error
     assert "image_encoder.glm_proj.bias is [3] float32 instead of [64]" in error
@@ -533,7 +486,7 @@ def test_all_wrong_keys_are_listed_at_once(source, tmp_path, capsys):
 def test_full_disk_is_noticed_before_anything_is_written(tiny_original, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, SPARE_BYTES))
-    assert "--link" in refuse(capsys, tiny_original, tmp_path / "out")
+    assert "--link" in complaint(capsys, convert, tiny_original, tmp_path / "out")
 
 
 def test_nothing_is_left_when_writing_fails(tiny_original, tmp_path, capsys, monkeypatch):
@@ -541,7 +494,7 @@ def test_nothing_is_left_when_writing_fails(tiny_original, tmp_path, capsys, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("visualglm_tools.checkpoints.conversion.write_description", fail)
-    assert "No space left" in refuse(capsys, tiny_original, tmp_path / "out")
+    assert "No space left" in complaint(capsys, convert, tiny_original, tmp_path / "out")
 
 
 def test_nothing_is_left_when_the_user_interrupts(tiny_original, tmp_path, monkeypatch):

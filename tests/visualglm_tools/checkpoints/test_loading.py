@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.commands import quantize
-from tests.paths import ROOT, TINY
+from tests.commands import python, quantize
+from tests.paths import TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.benchmarking.run import make_model
 from visualglm_tools.checkpoints import checks
@@ -89,7 +87,7 @@ for quant in (None, 4):
     print(type(model).__module__, type(tokenizer).__module__)
 """
     # In a process of its own: once this one has called `register()`, the package's classes are taken for all.
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    output = python("-c", code).stdout
     assert [word.partition(".")[0] for word in output.split()] == ["transformers_modules"] * 4
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.commands import convert, merge, quantize
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
-from tests.paths import ROOT
+from tests.commands import complaint, convert, merge, quantize
+from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error
+from tests.paths import TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.checkpoints import adapters
 
@@ -32,17 +32,13 @@ def base(tiny_original, tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder: Path) -> VisualGLMForConditionalGeneration:
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def train_nothing(folder: Path, base: Path, **options) -> Path:
     """An adapter with random numbers, as far from the base as training would take it."""
     torch.manual_seed(0)
     kind = options.pop("kind", peft.LoraConfig)
     if kind is peft.LoraConfig:
         options = {"r": 4, "lora_alpha": 4, "target_modules": DECODER, "init_lora_weights": False, **options}
-    model = peft.get_peft_model(load(base), kind(task_type="CAUSAL_LM", **options))
+    model = peft.get_peft_model(load_float32(base), kind(task_type="CAUSAL_LM", **options))
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name or (kind is not peft.LoraConfig and parameter.requires_grad):
             parameter.data += torch.randn_like(parameter)
@@ -62,34 +58,16 @@ def merged(base, adapter, tmp_path_factory) -> Path:
     return target
 
 
-@pytest.fixture(scope="module")
-def inputs(processor, pictures) -> dict:
-    text = f"<img>{processor.image_token}</img>问：描述这张图片。\n答："
-    return processor(text=text, images=pictures[0], return_tensors="pt")
-
-
 def logits(model, inputs) -> torch.Tensor:
     with torch.no_grad():
         return model(**inputs).logits
 
 
-def refuse(capsys, base: Path, adapter: Path, target: Path) -> str:
-    """Run the door; returns its one line of complaint after checking that it left nothing behind."""
-    before = sorted(target.parent.iterdir())
-    capsys.readouterr()
-    assert merge(str(base), str(adapter), str(target)) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert sorted(target.parent.iterdir()) == before
-    (error,) = [line for line in output.err.splitlines() if line.startswith("error: ")]
-    return error
-
-
-def test_merged_logits_equal_the_adapters(base, adapter, merged, inputs):
-    adapted = peft.PeftModel.from_pretrained(load(base), adapter).eval()
-    expected = logits(adapted, inputs)
-    assert relative_error(logits(load(merged), inputs), expected.numpy()) < FLOAT32_TOLERANCE
-    assert (expected - logits(load(base), inputs)).abs().max() > 0.1
+def test_merged_logits_equal_the_adapters(base, adapter, merged, described):
+    adapted = peft.PeftModel.from_pretrained(load_float32(base), adapter).eval()
+    expected = logits(adapted, described)
+    assert relative_error(logits(load_float32(merged), described), expected.numpy()) < FLOAT32_TOLERANCE
+    assert (expected - logits(load_float32(base), described)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -125,12 +103,12 @@ def test_merged_logits_equal_the_adapters(base, adapter, merged, inputs):
         "projected prefix",
     ],
 )
-def test_every_kind_of_adapter_is_merged(base, inputs, tmp_path, options):
+def test_every_kind_of_adapter_is_merged(base, described, tmp_path, options):
     adapter = train_nothing(tmp_path / "adapter", base, **options)
-    expected = logits(peft.PeftModel.from_pretrained(load(base), adapter).eval(), inputs)
+    expected = logits(peft.PeftModel.from_pretrained(load_float32(base), adapter).eval(), described)
     assert merge(str(base), str(adapter), str(tmp_path / "merged")) == 0
-    assert relative_error(logits(load(tmp_path / "merged"), inputs), expected.numpy()) < FLOAT32_TOLERANCE
-    assert (expected - logits(load(base), inputs)).abs().max() > 1e-3
+    assert relative_error(logits(load_float32(tmp_path / "merged"), described), expected.numpy()) < FLOAT32_TOLERANCE
+    assert (expected - logits(load_float32(base), described)).abs().max() > 1e-3
 
 
 def test_a_head_of_its_own_is_written_and_said_so(base, tmp_path):
@@ -158,15 +136,15 @@ def test_a_head_of_its_own_is_written_and_said_so(base, tmp_path):
 )
 def test_what_peft_cannot_fold_is_refused(base, tmp_path, capsys, options, message):
     adapter = train_nothing(tmp_path / "adapter", base, **options)
-    assert message in refuse(capsys, base, adapter, tmp_path / "merged")
+    assert message in complaint(capsys, merge, base, adapter, tmp_path / "merged")
 
 
-def test_merged_folder_loads_without_peft(merged, inputs, monkeypatch):
+def test_merged_folder_loads_without_peft(merged, described, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # an import of it would fail
     model, info = VisualGLMForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert "adapter_config.json" not in {path.name for path in merged.iterdir()}
-    assert logits(model.eval(), inputs).isfinite().all()
+    assert logits(model.eval(), described).isfinite().all()
 
 
 def test_only_what_the_adapter_touches_changes(base, merged):
@@ -184,34 +162,34 @@ def test_half_precision_is_rounded_once(tiny_original, base, adapter, merged, tm
     assert all(torch.equal(half[key], full[key].half()) for key in full)
 
 
-def test_merged_weights_can_be_quantized(base, adapter, merged, inputs, tmp_path):
+def test_merged_weights_can_be_quantized(base, adapter, merged, described, tmp_path):
     arguments = [str(merged), str(tmp_path / "int4"), "--bits", "4", "--group-size", "16"]
     assert quantize(*arguments) == 0
-    expected = load(merged).quantize(4, group_size=16)
-    assert torch.equal(logits(load(tmp_path / "int4"), inputs), logits(expected, inputs))
+    expected = load_float32(merged).quantize(4, group_size=16)
+    assert torch.equal(logits(load_float32(tmp_path / "int4"), described), logits(expected, described))
 
 
 def test_quantized_weights_are_refused_with_the_remedy(base, adapter, tmp_path, capsys):
     arguments = [str(base), str(tmp_path / "int8"), "--bits", "8"]
     assert quantize(*arguments) == 0
-    error = refuse(capsys, tmp_path / "int8", adapter, tmp_path / "merged")
+    error = complaint(capsys, merge, tmp_path / "int8", adapter, tmp_path / "merged")
     assert "quantized weights" in error and "merge there, and quantize the result" in error
 
 
 def test_adapter_of_a_model_of_another_size_is_refused(adapter, tmp_path, capsys):
-    error = refuse(capsys, ROOT / "models" / "visualglm-tiny", adapter, tmp_path / "merged")
+    error = complaint(capsys, merge, TINY, adapter, tmp_path / "merged")
     assert "does not fit this model" in error
 
 
 def test_adapter_of_other_weights_of_the_same_size_is_refused(base, adapter, tmp_path, capsys):
     files = adapters
     adapter = Path(shutil.copytree(adapter, tmp_path / "adapter"))
-    other = load(base)
+    other = load_float32(base)
     files.write_fingerprint(adapter, files.fingerprint(other))
     assert merge(str(base), str(adapter), str(tmp_path / "same")) == 0
     torch.nn.init.normal_(other.transformer.word_embeddings.weight)
     files.write_fingerprint(adapter, files.fingerprint(other))
-    assert "another base model" in refuse(capsys, base, adapter, tmp_path / "merged")
+    assert "another base model" in complaint(capsys, merge, base, adapter, tmp_path / "merged")
 
 
 def lose_weights(folder: Path) -> None:
@@ -239,13 +217,13 @@ def break_numbers(folder: Path) -> None:
 def test_unusable_adapter_is_refused(base, adapter, tmp_path, capsys, damage, message):
     adapter = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     damage(adapter)
-    assert message in refuse(capsys, base, adapter, tmp_path / "merged")
+    assert message in complaint(capsys, merge, base, adapter, tmp_path / "merged")
 
 
 def test_target_with_content_is_not_touched(base, adapter, tmp_path, capsys):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine").touch()
-    assert "nothing is overwritten" in refuse(capsys, base, adapter, tmp_path / "merged")
+    assert "nothing is overwritten" in complaint(capsys, merge, base, adapter, tmp_path / "merged")
 
 
 def test_sat_adapter_is_merged_as_sat_merges_it(golden_dir, tiny_original, tmp_path):

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from tests.commands import check, command, convert, merge, quantize
+from tests.commands import check, command, convert, merge, python, quantize
 from tests.paths import PICTURES, ROOT, TINY
 from visualglm_hf import (
     ChatGLMTokenizer,
@@ -182,9 +180,7 @@ def snapshot(folder: Path) -> dict[str, tuple]:
 
 
 def load_apart(*folders: Path, cwd: Path) -> None:
-    command = [sys.executable, "-c", LOAD, *folders]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    python("-c", LOAD, *folders, cwd=cwd)
 
 
 def test_a_checkout_may_have_blanks_in_its_path_be_linked_to_and_be_read_only(linked, tmp_path):

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.commands import complaint
 from tests.commands import convert as run_convert
-from tests.helpers import FLOAT32_TOLERANCE, relative_error
+from tests.helpers import FLOAT32_TOLERANCE, assert_same, load_float32, relative_error
 from tests.paths import TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
 
@@ -67,10 +68,6 @@ def source(golden_dir, tmp_path) -> Path:
     return Path(shutil.copytree(golden_dir / "sat", tmp_path / "source"))
 
 
-def load(folder: Path, **options) -> VisualGLMForConditionalGeneration:
-    return VisualGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **options).eval()
-
-
 def read_part(folder: Path, iteration: str = "1", number: int = 0) -> dict:
     return torch.load(folder / iteration / f"mp_rank_{number:02d}_model_states.pt", weights_only=True)["module"]
 
@@ -78,16 +75,6 @@ def read_part(folder: Path, iteration: str = "1", number: int = 0) -> dict:
 def write_parts(folder: Path, *modules: dict) -> None:
     for number, module in enumerate(modules):
         torch.save({"module": module}, folder / "1" / f"mp_rank_{number:02d}_model_states.pt")
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    different = [
-        key
-        for key, tensor in expected.items()
-        if found[key].dtype != tensor.dtype or not torch.equal(found[key], tensor)
-    ]
-    assert not different
 
 
 def logits_of(model, case: dict, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -101,30 +88,16 @@ def assert_computes(model, cases: list[dict], arrays, name: str, pixel_values) -
         assert relative_error(logits_of(model, case, pixel_values), arrays[f"{name}.{number}"]) < FLOAT32_TOLERANCE
 
 
-def refuse(capsys, *arguments: object) -> str:
-    """Run the command; returns its one line of complaint after checking that it left nothing behind."""
-    *_, target = (argument for argument in arguments if isinstance(argument, Path))
-    before = sorted(target.parent.iterdir())
-    capsys.readouterr()
-    assert run_convert(*arguments) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert sorted(target.parent.iterdir()) == before
-    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    return errors[0]
-
-
 # --- from SAT
 
 
 def test_converted_model_computes_what_sat_computed(from_sat, sat, sat_arrays, pixel_values):
     cases = sat["mapping_proof.tiny-original"]["cases"]
-    assert_computes(load(from_sat), cases, sat_arrays, "tiny-original.sat_native.logits.f32", pixel_values)
+    assert_computes(load_float32(from_sat), cases, sat_arrays, "tiny-original.sat_native.logits.f32", pixel_values)
 
 
 def test_model_of_full_depth_computes_what_both_originals_computed(convert, golden_dir, sat, sat_arrays, pixel_values):
-    model = load(convert(golden_dir / "sat28", "--sat-version", "0.4.12"))
+    model = load_float32(convert(golden_dir / "sat28", "--sat-version", "0.4.12"))
     cases = sat["mapping_proof.tiny28-original"]["cases"]
     assert_computes(model, cases, sat_arrays, "tiny28-original.hf.logits.f32", pixel_values)
 
@@ -134,7 +107,7 @@ def test_weights_are_those_of_the_hugging_face_checkpoint(from_sat, convert, tin
 
 
 def test_residual_factor_is_sats(from_sat):
-    config = load(from_sat).config.text_config
+    config = load_float32(from_sat).config.text_config
     assert math.isclose(config.residual_alpha, math.sqrt(2 * config.num_hidden_layers))
 
 
@@ -162,7 +135,7 @@ def test_row_order_of_trained_weights_is_found_out(convert, tiny_original, versi
 
 
 def test_row_order_that_cannot_be_known_is_asked_for(golden_dir, tiny_original, tmp_path, capsys):
-    error = refuse(capsys, "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new")
+    error = complaint(capsys, run_convert, "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new")
     assert "--sat-version" in error and "0.3" in error and "0.4" in error
 
 
@@ -217,7 +190,7 @@ def test_scratch_files_are_gone(to_sat):
 
 def test_low_bits_are_not_given_to_sat(golden_dir, tiny_original, tmp_path, capsys):
     arguments = ["--to", "sat", "--tokenizer", tiny_original, golden_dir / "tiny-original-int4", tmp_path / "new"]
-    assert "4 bits" in refuse(capsys, *arguments)
+    assert "4 bits" in complaint(capsys, run_convert, *arguments)
 
 
 def test_different_head_survives_the_way_there_and_back(convert, tiny_original, tmp_path):
@@ -262,7 +235,7 @@ def test_model_parallel_parts_are_joined(convert, tiny_original, tmp_path, versi
 def test_missing_part_is_named(source, tiny_original, tmp_path, capsys):
     config = json.loads((source / "model_config.json").read_text())
     (source / "model_config.json").write_text(json.dumps(config | {"model_parallel_size": 2}))
-    error = refuse(capsys, "--tokenizer", tiny_original, source, tmp_path / "new")
+    error = complaint(capsys, run_convert, "--tokenizer", tiny_original, source, tmp_path / "new")
     assert "lacks mp_rank_01_model_states.pt" in error
 
 
@@ -270,7 +243,9 @@ def test_parts_of_different_checkpoints_are_refused(source, tiny_original, tmp_p
     module = read_part(source)
     other = {key: tensor + 1 for key, tensor in module.items()}
     write_parts(source, module, other)
-    error = refuse(capsys, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new")
+    error = complaint(
+        capsys, run_convert, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new"
+    )
     assert "not the same in all parts" in error
 
 
@@ -280,7 +255,7 @@ def test_parts_of_different_checkpoints_are_refused(source, tiny_original, tmp_p
 def test_adapter_computes_what_sats_lora_computed(convert, golden_dir, sat, sat_arrays, pixel_values):
     peft = pytest.importorskip("peft")
     folder = convert(golden_dir / "sat_lora")
-    model = peft.PeftModel.from_pretrained(load(folder), folder / "adapter").eval()
+    model = peft.PeftModel.from_pretrained(load_float32(folder), folder / "adapter").eval()
     assert_computes(model, sat["lora"]["cases"], sat_arrays, "lora.unmerged.sat_native.logits.f32", pixel_values)
     adapted = {
         name.removesuffix(".lora_A.default") for name, _ in model.named_modules() if name.endswith("lora_A.default")
@@ -298,7 +273,9 @@ def test_merged_lora_is_sats_to_the_bit(convert, golden_dir, sat, sat_arrays, pi
         for name, order in (("query_key_value", "hf_order"), ("dense", "sat")):
             expected = sat_arrays[f"lora.merged.{order}.{attention}.{name}.weight"]
             assert np.array_equal(weights[f"transformer.{attention}.{name}.weight"].numpy(), expected)
-    assert_computes(load(folder), sat["lora"]["cases"], sat_arrays, "lora.merged.sat_native.logits.f32", pixel_values)
+    assert_computes(
+        load_float32(folder), sat["lora"]["cases"], sat_arrays, "lora.merged.sat_native.logits.f32", pixel_values
+    )
 
 
 def test_adapter_alone_is_written_for_weights_that_are_there(convert, golden_dir, sat, sat_arrays, pixel_values):
@@ -306,7 +283,7 @@ def test_adapter_alone_is_written_for_weights_that_are_there(convert, golden_dir
     adapter = convert(golden_dir / "sat_lora", "--lora", "only")
     assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     base = convert(golden_dir / "sat_lora", "--lora", "adapter")
-    model = peft.PeftModel.from_pretrained(load(base), adapter).eval()
+    model = peft.PeftModel.from_pretrained(load_float32(base), adapter).eval()
     assert_computes(model, sat["lora"]["cases"], sat_arrays, "lora.unmerged.sat_native.logits.f32", pixel_values)
 
 
@@ -342,19 +319,21 @@ def test_only_the_lora_of_4_bit_weights_is_taken(golden_dir, tiny_original, tmp_
     module[key.replace("weight", "quant_state")] = [torch.ones(64), [64, 64], torch.float16, 64, None, "nf4"]
     torch.save({"module": module}, folder / "8" / PART)
     arguments = ["--tokenizer", tiny_original, folder, tmp_path / "new"]
-    assert "--lora only" in refuse(capsys, *arguments)
+    assert "--lora only" in complaint(capsys, run_convert, *arguments)
     assert run_convert("--lora", "only", *arguments) == 0
 
 
 def test_missing_peft_is_noticed_before_anything_is_written(golden_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("visualglm_tools.checkpoints.sat.is_peft_available", lambda: False)
     arguments = ["--tokenizer", golden_dir / "tiny-original", golden_dir / "sat_lora", tmp_path / "new"]
-    error = refuse(capsys, *arguments)
+    error = complaint(capsys, run_convert, *arguments)
     assert "pip install" in error and "--lora merge" in error
 
 
 def test_lora_only_without_a_lora_is_refused(golden_dir, tiny_original, tmp_path, capsys):
-    error = refuse(capsys, "--lora", "only", "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new")
+    error = complaint(
+        capsys, run_convert, "--lora", "only", "--tokenizer", tiny_original, golden_dir / "sat", tmp_path / "new"
+    )
     assert "has none" in error
 
 
@@ -370,7 +349,7 @@ def with_prefix(source, sat, sat_arrays) -> Path:
 
 
 def test_prefixes_compute_what_they_computed_in_sat(convert, with_prefix, sat, sat_arrays, pixel_values):
-    model = load(convert(with_prefix, "--sat-version", "0.4"))
+    model = load_float32(convert(with_prefix, "--sat-version", "0.4"))
     assert model.config.text_config.pre_seq_len == sat["ptuning_sat"]["pre_seq_len"]
     cases = sat["mapping_proof.tiny-original"]["cases"]
     assert_computes(model, cases, sat_arrays, "ptuning_sat.sat_native.logits.f32", pixel_values)
@@ -389,7 +368,7 @@ def test_prefixes_survive_the_way_there_and_back(convert, with_prefix):
 
 def test_length_of_a_prefix_that_is_not_there_means_nothing(convert, golden_dir):
     assert json.loads((golden_dir / "sat_lora" / "model_config.json").read_text())["pre_seq_len"] == 8
-    assert load(convert(golden_dir / "sat_lora", "--lora", "merge")).config.text_config.pre_seq_len is None
+    assert load_float32(convert(golden_dir / "sat_lora", "--lora", "merge")).config.text_config.pre_seq_len is None
 
 
 # --- what may be in a file
@@ -418,7 +397,9 @@ def test_code_in_a_file_is_not_executed(source, tiny_original, tmp_path, capsys,
     module, bad = read_part(source), Malicious(function, argument)
     content = {"module": module, "rng": bad} if place == "beside" else {"module": module | {"more": bad}}
     torch.save(content, source / "1" / PART)
-    error = refuse(capsys, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new")
+    error = complaint(
+        capsys, run_convert, "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new"
+    )
     assert not mark.exists()
     assert "loading it would run" in error and function.__name__ in error
 
@@ -476,11 +457,11 @@ def test_random_states_of_deepspeed_are_passed_over(golden_dir, convert):
 def test_unusable_source_is_refused(source, tiny_original, tmp_path, capsys, damage, message):
     damage(source)
     arguments = ["--from", "sat", "--sat-version", "0.4", "--tokenizer", tiny_original, source, tmp_path / "new"]
-    assert message in refuse(capsys, *arguments)
+    assert message in complaint(capsys, run_convert, *arguments)
 
 
 def test_missing_tokenizer_is_asked_for(source, tmp_path, capsys):
-    error = refuse(capsys, "--sat-version", "0.4", source, tmp_path / "new")
+    error = complaint(capsys, run_convert, "--sat-version", "0.4", source, tmp_path / "new")
     assert "ice_text.model" in error and "--tokenizer" in error
 
 
@@ -498,7 +479,7 @@ def test_missing_tokenizer_is_asked_for(source, tmp_path, capsys):
     ids=" ".join,
 )
 def test_options_that_contradict_each_other_are_refused(source, tmp_path, capsys, options, message):
-    assert message in refuse(capsys, *options, source, tmp_path / "new")
+    assert message in complaint(capsys, run_convert, *options, source, tmp_path / "new")
 
 
 def test_sat_folder_is_written_anew_in_another_shape(convert, golden_dir):
@@ -511,5 +492,5 @@ def test_sat_folder_is_written_anew_in_another_shape(convert, golden_dir):
 def test_full_disk_is_noticed_before_anything_is_written_for_sat(tiny_original, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=16 * 1024**2)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
-    error = refuse(capsys, "--to", "sat", tiny_original, tmp_path / "new")
+    error = complaint(capsys, run_convert, "--to", "sat", tiny_original, tmp_path / "new")
     assert "GB left" in error

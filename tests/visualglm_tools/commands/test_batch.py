@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import batch
-from tests.paths import PICTURES, ROOT, TINY
+from tests.commands import batch, run, script
+from tests.json_lines import read_lines, write_lines
+from tests.paths import PICTURES, ROOT, SCRIPTS, TINY
 from tests.serving_helpers import wait_until
 from visualglm_hf.image_processing_visualglm import open_picture
-from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import conversation_messages
@@ -22,9 +21,8 @@ from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.questions import Output, Pictures, Row, answer_rows, read_rows, seed_of
 
 
-DOOR = ROOT / "scripts" / "batch_infer.py"
+DOOR = SCRIPTS / "batch_infer.py"
 QUESTIONS = ("描述这张图片。", "图片的背景是什么？", "What colour are the shapes?", "你好")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def many_rows(count: int) -> list[dict]:
@@ -34,26 +32,11 @@ def many_rows(count: int) -> list[dict]:
     ]
 
 
-def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def run(*options, expected: int = 0, **kwargs) -> str:
-    command = [sys.executable, str(DOOR), *map(str, options), "--device", "cpu"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **kwargs)
-    assert finished.returncode == expected, finished.stderr
-    assert "Traceback" not in finished.stderr
-    return finished.stderr
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model(TINY, device="cpu")
+def run_apart(*options: object, code: int = 0) -> str:
+    """Run the command in a process of its own; returns what it says on stderr."""
+    said = script(DOOR.name, *options, "--device", "cpu", code=code).stderr
+    assert "Traceback" not in said
+    return said
 
 
 def answer_all(loaded, rows: list[Row], settings: Settings, folder: Path = ROOT, **options) -> list:
@@ -77,12 +60,12 @@ def test_each_row_has_the_answer_that_it_has_alone(loaded):
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_loses_and_doubles_nothing(loaded, tmp_path):
     rows = many_rows(200)
-    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    source, output = write_lines(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
     options = [source, output, "--batch-size", "2", "--temperature", "3"]
     command = [sys.executable, str(DOOR), *map(str, options), "--device", "cpu"]
     for _ in range(2):
         before = output.stat().st_size if output.exists() else 0
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         wait_until(lambda before=before: output.exists() and output.stat().st_size > before + 2000)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -90,7 +73,7 @@ def test_a_run_that_is_killed_again_and_again_loses_and_doubles_nothing(loaded, 
             file.write('{"id": "row 1", "te')  # as if killed while writing
     interrupted = len(output.read_text(encoding="utf-8").splitlines()) - 1
     assert 0 < interrupted < len(rows)
-    assert f"/{len(rows) - interrupted} " in run(*options)  # the bar counts what is left
+    assert f"/{len(rows) - interrupted} " in run_apart(*options)  # the bar counts what is left
     answers = read_lines(output)
     assert [{name: answer[name] for name in rows[0]} for answer in answers] == rows
     in_order = [Row(number, content) for number, content in enumerate(rows, 1)]
@@ -114,7 +97,7 @@ def test_bad_rows_are_listed_by_number_and_the_rest_is_answered(tmp_path):
     ]
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
-    said = run(source, output, expected=1)
+    said = run_apart(source, output, code=1)
     assert [answer["id"] for answer in read_lines(output)] == [1, 10]
     assert read_lines(output)[1]["mine"] == [1]
     problems = read_lines(tmp_path / "out.jsonl.errors.jsonl")
@@ -124,28 +107,27 @@ def test_bad_rows_are_listed_by_number_and_the_rest_is_answered(tmp_path):
     assert "--allow-urls" in by_line[8] and "Shorten" in by_line[9]
     assert "2 of 10 rows are answered" in said and "out.jsonl.errors.jsonl" in said
     # Once they are right, the same command answers what is missing; the order stays that of the input.
-    write_rows(source, [{"id": number, "text": "你好"} for number in range(1, 11)])
-    run(source, output)
+    write_lines(source, *({"id": number, "text": "你好"} for number in range(1, 11)))
+    run_apart(source, output)
     assert [answer["id"] for answer in read_lines(output)] == list(range(1, 11))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "in.jsonl", "out.jsonl"]
 
 
 def test_two_processes_share_the_rows(tmp_path):
     rows = many_rows(21)
-    source, output = write_rows(tmp_path / "in.jsonl", [*rows, {"id": "bad"}]), tmp_path / "out.jsonl"
-    write_rows(tmp_path / "out.jsonl.part7", [{**rows[20], "answer": "from a run that was stopped"}])
+    source, output = write_lines(tmp_path / "in.jsonl", *rows, {"id": "bad"}), tmp_path / "out.jsonl"
+    write_lines(tmp_path / "out.jsonl.part7", {**rows[20], "answer": "from a run that was stopped"})
     # Without --multi_gpu accelerate's launcher takes processes on a CPU for a matter of MPI.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-    command += [str(DOOR), str(source), str(output), "--device", "cpu", "--temperature", "0"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
-    assert finished.returncode == 1, finished.stderr  # the bad row
+    command += [DOOR, source, output, "--device", "cpu", "--temperature", "0"]
+    finished = run(*command, code=1)  # the bad row
     assert finished.stderr.count("Loading " + str(TINY)) == 2
     answers = read_lines(output)
     assert [answer["id"] for answer in answers] == [row["id"] for row in rows]
     assert answers[20]["answer"] == "from a run that was stopped"
     assert [problem["line"] for problem in read_lines(tmp_path / "out.jsonl.errors.jsonl")] == [22]
     alone = tmp_path / "alone.jsonl"
-    run(write_rows(source, rows[:20]), alone, "--temperature", "0")
+    run_apart(write_lines(source, *rows[:20]), alone, "--temperature", "0")
     assert read_lines(alone) == answers[:20]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "alone.jsonl",
@@ -159,7 +141,7 @@ def test_the_command_of_the_readme_answers_the_examples(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [command] = [line for line in readme.splitlines() if line.startswith("visualglm batch")]
     command = command.replace("path/to/prepared", str(TINY)).replace("answers.jsonl", str(tmp_path / "answers.jsonl"))
-    run(*command.split()[2:], cwd=ROOT)
+    run_apart(*command.split()[2:])
     answers = [answer["answer"] for answer in read_lines(tmp_path / "answers.jsonl")]
     for answer, expected in zip(answers, ("红色", "夜空", "Three", "你好"), strict=True):
         assert expected in answer
@@ -184,16 +166,16 @@ def test_pictures_are_found_beside_the_file_or_in_the_working_directory_but_neve
 
 
 def test_ids_must_differ_and_an_output_of_other_rows_is_left_alone(tmp_path):
-    twice = write_rows(
-        tmp_path / "twice.jsonl", [{"id": 1, "text": "a"}, {"id": "1", "text": "b"}, {"id": 1, "text": "c"}]
+    twice = write_lines(
+        tmp_path / "twice.jsonl", {"id": 1, "text": "a"}, {"id": "1", "text": "b"}, {"id": 1, "text": "c"}
     )
     rows, [problem] = read_rows(twice)
     assert [row.number for row in rows] == [1, 2] and problem.number == 3
     assert "The id 1 is in line 1 already" in problem.error
-    rows, problems = read_rows(write_rows(tmp_path / "rows.jsonl", [{"id": 1, "text": "a"}]))
+    rows, problems = read_rows(write_lines(tmp_path / "rows.jsonl", {"id": 1, "text": "a"}))
     assert problems == []
     for other in ({"id": 2, "answer": "b"}, {"id": 1}, [1]):
-        output = write_rows(tmp_path / "other.jsonl", [other])
+        output = write_lines(tmp_path / "other.jsonl", other)
         before = output.read_bytes()
         with pytest.raises(ValueError, match="line 1"):
             Output(output, rows).start([])
@@ -211,7 +193,7 @@ def test_ids_must_differ_and_an_output_of_other_rows_is_left_alone(tmp_path):
     ],
 )
 def test_what_cannot_work_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    write_rows(tmp_path / "in.jsonl", [{"id": 1, "text": "a"}])
+    write_lines(tmp_path / "in.jsonl", {"id": 1, "text": "a"})
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(SystemExit):  # argparse's way to say 2
         assert batch(*arguments, "--device", "cpu") == 2

@@ -8,24 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.commands import chat
-from tests.paths import ROOT
+from tests.commands import SECONDS, chat, python, script
+from tests.helpers import load_float32
+from tests.paths import SCRIPTS
 from visualglm_tools.options import parse
 
 
 pexpect = pytest.importorskip("pexpect")
 
-CLI = ROOT / "scripts" / "cli_demo_hf.py"  # the name that it had
+CLI = SCRIPTS / "cli_demo_hf.py"  # the name that it had
 CHINESE = re.compile("[\u4e00-\u9fff]")
-# One thread: on a busy machine, two wait for each other most of the time.
-ENVIRONMENT = {**os.environ, "LANG": "C.UTF-8", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-SECONDS = 120  # until a busy machine has loaded the tiny model
 ASK_PICTURE = "请输入图像路径或URL[^\n]*："
 ASK_QUESTION = "用户："
 ANSWER = "VisualGLM：([^\n]*)\r\n"  # not of the size of VisualGLM-6B
@@ -66,7 +63,7 @@ def terminal():
             encoding="utf-8",
             timeout=SECONDS,
             dimensions=(40, 400),
-            env=ENVIRONMENT,
+            env={**os.environ, "LANG": "C.UTF-8", "TERM": "xterm"},
         )
         children.append(child)
         return child
@@ -78,8 +75,7 @@ def terminal():
 
 def run_apart(*options) -> subprocess.CompletedProcess:
     """Run the script in a process of its own, its output in pipes."""
-    command = [sys.executable, str(CLI), *map(str, options)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=SECONDS, env=ENVIRONMENT)
+    return script(CLI.name, *options, code=None, environment={"LANG": "C.UTF-8"})
 
 
 def end_of(child) -> int:
@@ -153,11 +149,9 @@ def test_a_bad_path_and_a_too_long_conversation_are_one_line_each_and_the_questi
 def test_ctrl_c_ends_the_answer_and_only_twice_at_the_prompt_the_program(terminal, endless_original, golden_dir):
     child = terminal("--model", endless_original, "--image", golden_dir / "images" / "img0.png")
     child.expect("VisualGLM：..")
-    time.sleep(0.5)
-    before = time.monotonic()
     child.sendintr()
     child.expect(ASK_QUESTION)
-    assert time.monotonic() - before < 5, "the answer went on"
+    assert len(child.before) < 5000, "the answer went on"  # to its end it has 10,000 characters
     child.sendline("然后呢？")
     child.expect("VisualGLM：..")
     child.sendintr()
@@ -313,15 +307,11 @@ def test_only_a_model_of_its_size_is_called_6b(cli, model):
     assert cli.name_of(model) == "VisualGLM"
 
 
-def test_help_comes_at_once_and_without_torch():
-    before = time.monotonic()
+def test_help_comes_without_torch():
     help_text = run_apart("-h").stdout
-    assert time.monotonic() - before < 2
     for option in ORIGINAL_OPTIONS:
         assert f"--{option.replace('_', '-')}" in help_text
-    imports = subprocess.run(
-        [sys.executable, "-X", "importtime", str(CLI), "-h"], capture_output=True, encoding="utf-8", timeout=SECONDS
-    ).stderr
+    imports = python("-X", "importtime", CLI, "-h").stderr
     assert "argparse" in imports
     assert not re.search(r"\|\s+(torch|transformers|visualglm_hf)\b", imports)
 
@@ -400,11 +390,7 @@ def test_missing_weights_are_one_line_instead_of_random_numbers(run_here, tiny_o
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quant_answers_as_the_quantized_model(run_here, tokenizer, tiny_original, bits):
-    import torch
-
-    from visualglm_hf import VisualGLMForConditionalGeneration
-
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).quantize(bits)
+    model = load_float32(tiny_original).quantize(bits)
     expected, _ = model.chat(tokenizer, "你好", do_sample=False, max_length=40)
     code, out, err = run_here("--query", "你好", "--greedy", "--max_length", "40", "--quant", str(bits))
     assert (code, out) == (0, expected + "\n")

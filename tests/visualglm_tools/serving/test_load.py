@@ -4,30 +4,28 @@ The long version is marked slow and takes VISUALGLM_LOAD_SECONDS (600) seconds; 
 """
 
 import asyncio
-import base64
 import itertools
 import json
 import os
 import random
 import statistics
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import httpx
 import psutil
 import pytest
 
-from tests.paths import PICTURES, TINY
-from tests.serving_helpers import health, open_door, serve, wait_until
-from visualglm_tools.checkpoints.loading import load_model
+from tests.commands import SECONDS
+from tests.paths import PICTURES
+from tests.serving_helpers import MODEL, data_uri, get, health, is_idle, open_door, wait_until
 from visualglm_tools.serving.engine.answers import Limits
-from visualglm_tools.serving.engine.engine import Engine
 
 
 LOAD_SECONDS = float(os.environ.get("VISUALGLM_LOAD_SECONDS", "600"))
 CLIENTS = 32
-MODEL = "visualglm-tiny"
 CAPACITY = Limits().max_batch_size + Limits().max_waiting
 WARM_UP = 0.2  # of the time, after which memory must not grow
 MAX_GROWTH = 0.05
@@ -40,7 +38,7 @@ def chat_requests() -> list[dict]:
         "zh": ["描述这张图片。", "图里有什么颜色？"],
         "en": ["Describe the image.", "How many shapes are there?"],
     }
-    pictures = [None, *(base64.b64encode(path.read_bytes()).decode() for path in PICTURES)]
+    pictures = [None, *(data_uri(path.read_bytes()) for path in PICTURES)]
     settings = [
         {"temperature": 0, "repetition_penalty": 1},
         {"seed": 1},
@@ -51,7 +49,7 @@ def chat_requests() -> list[dict]:
     for question, picture, options in itertools.product(sum(questions.values(), []), pictures, settings):
         content = [{"type": "text", "text": question}]
         if picture:
-            content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}})
+            content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
         bodies.append({"model": MODEL, "messages": [{"role": "user", "content": content}], **options})
     return bodies
 
@@ -127,10 +125,10 @@ class Clients:
         except TimeoutError:
             tally.left_early += 1
 
-    async def behave(self, tally: Tally, seed: int, deadline: float) -> None:
-        """One client until the deadline."""
+    async def behave(self, tally: Tally, seed: int, turns: Iterable) -> None:
+        """One client, again and again."""
         choice = random.Random(seed)
-        while time.monotonic() < deadline:
+        for _ in turns:
             request = choice.choice(self.alone)
             kind = choice.random()
             if kind < 0.5:
@@ -185,27 +183,38 @@ class Clients:
             "refusal, slowest [ms]": round(max(tally.refused_after) * 1000),
         }
 
-    async def burst(self, requests: int) -> Tally:
-        """All at once."""
-        tally = Tally()
-        await asyncio.gather(*(self.ask(tally, *self.alone[index % len(self.alone)]) for index in range(requests)))
+    async def burst(self, requests: int, go_on: Callable[[], None]) -> Tally:
+        """All at once, to a server that answers none until it goes on: when all that it has no room for are refused."""
+        tally, turns = Tally(), itertools.cycle(self.alone)
+        asking = [asyncio.create_task(self.ask(tally, *next(turns))) for _ in range(requests)]
+        refused = itertools.islice(asyncio.as_completed(asking), requests - CAPACITY)
+        for each in refused:
+            await each
+        go_on()
+        await asyncio.gather(*asking)
         return tally
 
 
-async def load(url: str, requests: list[dict], seconds: float, process: psutil.Process | None = None) -> dict:
+def until(deadline: float) -> Iterator[None]:
+    """Again and again until then, by `time.monotonic`."""
+    while time.monotonic() < deadline:
+        yield
+
+
+async def load(url: str, requests: list[dict], seconds: float, process: psutil.Process) -> dict:
     """Let the clients behave for `seconds`; returns the figures."""
     tally, memory = Tally(), []
     async with Clients(url, requests) as crowd:
-        deadline = time.monotonic() + seconds
         started = time.monotonic()
+        deadline = started + seconds
 
         async def watch_memory():
             while time.monotonic() < deadline:
                 memory.append((time.monotonic() - started, process.memory_info().rss))
                 await asyncio.sleep(min(1, seconds / 50))
 
-        behaving = [crowd.behave(tally, seed, deadline) for seed in range(CLIENTS)]
-        await asyncio.gather(*behaving, *([watch_memory()] if process else []))
+        behaving = [crowd.behave(tally, seed, until(deadline)) for seed in range(CLIENTS)]
+        await asyncio.gather(*behaving, watch_memory())
     figures = {
         "clients": CLIENTS,
         "seconds": round(time.monotonic() - started),
@@ -214,13 +223,12 @@ async def load(url: str, requests: list[dict], seconds: float, process: psutil.P
         "left early": tally.left_early,
         "refused": len(tally.refused_after),
     }
-    if memory:
-        warm = [rss for moment, rss in memory if moment >= seconds * WARM_UP]
-        # The mean of a tenth of the samples: single ones go up and down with the pictures in flight.
-        few = max(1, len(warm) // 10)
-        first, last = sum(warm[:few]) / few, sum(warm[-few:]) / few
-        figures |= {"MiB after warm-up": round(first / 2**20), "MiB at the end": round(last / 2**20)}
-        figures["growth"] = round(last / first - 1, 4)
+    warm = [rss for moment, rss in memory if moment >= seconds * WARM_UP]
+    # The mean of a tenth of the samples: single ones go up and down with the pictures in flight.
+    few = max(1, len(warm) // 10)
+    first, last = sum(warm[:few]) / few, sum(warm[-few:]) / few
+    figures |= {"MiB after warm-up": round(first / 2**20), "MiB at the end": round(last / 2**20)}
+    figures["growth"] = round(last / first - 1, 4)
     assert not tally.wrong, tally.wrong[:3]
     return figures
 
@@ -229,32 +237,39 @@ def gauge(metrics: httpx.Response, name: str) -> float:
     return float(next(line for line in metrics.text.splitlines() if line.startswith(f"{name} ")).split()[1])
 
 
-def is_idle(url: str) -> bool:
-    metrics = httpx.get(f"{url}/metrics")
-    return gauge(metrics, "visualglm_running") == gauge(metrics, "visualglm_queue_length") == 0
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with Engine(*load_model(TINY, "cpu", "float32")) as engine, serve(engine) as url:
-        yield url
-
-
-def test_a_crowd_gets_the_answers_that_each_would_get_alone(url):
-    figures = asyncio.run(load(url, FEW, seconds=3))
-    assert figures["answers compared"] > 20 and figures["left early"] > 0
-    wait_until(lambda: is_idle(url))
-
-
-async def burst_of(url: str, requests: int) -> Tally:
+async def few_turns(url: str) -> Tally:
+    tally = Tally()
     async with Clients(url, FEW) as crowd:
-        return await crowd.burst(requests)
+        await asyncio.gather(*(crowd.behave(tally, seed, range(3)) for seed in range(CLIENTS)))
+    return tally
 
 
-def test_a_burst_beyond_the_queue_is_refused_at_once_and_the_rest_is_answered(url):
-    tally = asyncio.run(burst_of(url, 120))
-    assert not tally.wrong and tally.answers + len(tally.refused_after) == 120
-    assert tally.answers >= CAPACITY and tally.refused_after
+def test_a_crowd_gets_the_answers_that_each_would_get_alone(engine, url):
+    tally = asyncio.run(few_turns(url))
+    assert tally.answers > CLIENTS and tally.left_early > 0 and not tally.wrong, tally.wrong[:3]
+    wait_until(lambda: is_idle(engine))
+
+
+def test_a_burst_beyond_the_queue_is_refused_at_once_and_the_rest_is_answered(loaded, url, monkeypatch):
+    head, goes_on = loaded[0].lm_head, threading.Event()
+    forward = head.forward
+
+    async def burst() -> Tally:
+        async with Clients(url, FEW) as crowd:
+            monkeypatch.setattr(head, "forward", lambda states: goes_on.wait(SECONDS) and forward(states))
+            return await crowd.burst(CAPACITY + 40, goes_on.set)
+
+    try:
+        tally = asyncio.run(burst())
+    finally:
+        goes_on.set()
+    assert (tally.answers, len(tally.refused_after)) == (CAPACITY, 40)
+    assert not tally.wrong, tally.wrong[:3]
+
+
+def server_is_idle(url: str) -> bool:
+    metrics = get(f"{url}/metrics")
+    return gauge(metrics, "visualglm_running") == gauge(metrics, "visualglm_queue_length") == 0
 
 
 @pytest.mark.slow
@@ -267,7 +282,7 @@ def test_the_server_stands_a_long_load():
     with open_door("--dtype", "float32") as (url, process, log):
         wait_until(lambda: health(url) == 200)
         figures = asyncio.run(measure(url, psutil.Process(process.pid)))
-        wait_until(lambda: is_idle(url))
+        wait_until(lambda: server_is_idle(url))
         written = log.read_text(encoding="utf-8")
         assert "Traceback" not in written, written[written.index("Traceback") - 300 :][:3000]
     print("\n" + json.dumps(figures))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training_helpers import assistant, user
+from tests.helpers import assistant, load_float32, user
 from visualglm_hf.conversation import build_prompt, expand_images
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import IGNORED, Collator, Encoder, describe_truncation
@@ -70,9 +70,7 @@ def test_the_loss_of_a_batch_is_the_originals(golden, golden_dir, processor, mod
 
 
 def test_gradients_are_the_originals(golden, golden_dir, processor, tiny_original, rows):
-    from visualglm_hf import VisualGLMForConditionalGeneration
-
-    model = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32).eval()
+    model = load_float32(tiny_original)
     case = next(case for case in golden["training"] if "grad_norms.f32 (eval mode, no dropout)" in case)
     encoder = Encoder(processor, case["max_source_length"], case["max_target_length"], 2048, english=False)
     [[example]] = rows([original_row(golden_dir, case)], convert=encoder)

@@ -3,12 +3,12 @@
 import json
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.paths import COMMAND, ROOT
+from tests.commands import run
+from tests.paths import COMMAND, ROOT, TINY
 from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS
 from tools.tiny import backgrounds as draw_backgrounds
 from visualglm_tools.checkpoints.loading import load_model
@@ -20,17 +20,15 @@ COMMANDS = re.findall(r"^visualglm (finetune .*--save out/(\w+))$", DOCUMENT, re
 NEW_DRAWINGS = 20  # of each kind
 
 
-def run(command: str, folder: Path) -> str:
+def run_documented(command: str, folder: Path) -> str:
     """Run a documented command, with `out/` in `folder`."""
     options = shlex.split(command.replace("out/", f"{folder}/"))
-    finished = subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    return run(*COMMAND, *options, timeout=900).stdout
 
 
 def count_right(adapter: Path | None = None) -> int:
     """How many new drawings `chat` describes rightly."""
-    model, tokenizer = load_model(ROOT / "models" / "visualglm-tiny", "cpu", "float32", adapter=adapter)
+    model, tokenizer = load_model(TINY, "cpu", "float32", adapter=adapter)
     right = 0
     for tint in draw_backgrounds.TINTS:
         for number in range(100, 100 + NEW_DRAWINGS):
@@ -61,7 +59,7 @@ def test_the_tiny_model_cannot_do_it_before():
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), COMMANDS, ids=[name for _, name in COMMANDS])
 def test_the_example_is_learned_from_fifteen_pictures(command, name, tmp_path):
-    run(command, tmp_path)
+    run_documented(command, tmp_path)
     report = json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
     held_out, old = report["measured"]["held out"], report["measured"]["old abilities"]
     assert held_out["before"]["right"] == 0
@@ -72,4 +70,4 @@ def test_the_example_is_learned_from_fifteen_pictures(command, name, tmp_path):
     assert right >= 0.9 * 5 * NEW_DRAWINGS
     if name == "lora":
         for answer in re.findall(r"^visualglm (chat .*out/lora.*)$", DOCUMENT + README, re.MULTILINE):
-            assert run(answer, tmp_path) == "这张图片的背景是红色的沙滩。\n"
+            assert run_documented(answer, tmp_path) == "这张图片的背景是红色的沙滩。\n"

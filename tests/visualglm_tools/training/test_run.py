@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import resource
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -15,6 +13,8 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from tests.commands import command
+from tests.commands import run as run_program
+from tests.helpers import load_float32
 from tests.paths import COMMAND, ROOT, TINY
 from tests.training_helpers import (
     EXAMPLE,
@@ -28,7 +28,7 @@ from tests.training_helpers import (
     short_run,
     silent,
 )
-from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
+from visualglm_hf import VisualGLMConfig
 from visualglm_tools.checkpoints.adapters import attach_adapter
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.training import memory
@@ -102,11 +102,9 @@ def test_every_way_trains_its_adapter_alone_and_loads_again(changes, settings):
     }
     assert layers == (set() if changes.get("method") == "ptuning" else {0, 3})
 
-    base = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    base = load_float32(TINY)
     adapted = PeftModel.from_pretrained(base, settings.save / "adapter").eval()
-    attached = attach_adapter(
-        VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), settings.save / "adapter"
-    )
+    attached = attach_adapter(load_float32(TINY), settings.save / "adapter")
     text = base.config.text_config
     input_ids = torch.tensor([[7, 8, text.gmask_token_id, text.bos_token_id]])
     with torch.no_grad():
@@ -266,13 +264,13 @@ def test_resuming_with_other_options_is_refused(settings):
 def test_an_adapter_of_another_base_model_is_refused(settings, tmp_path, tiny_original):
     finetune(replace(settings, train_iters=1), silent)
     adapter = settings.save / "adapter"
-    other = VisualGLMForConditionalGeneration.from_pretrained(tiny_original, dtype=torch.float32)
+    other = load_float32(tiny_original)
     with pytest.raises(ValueError, match="was trained on another base model"):
         attach_adapter(other, adapter)
     (adapter / "base_model.json").unlink()  # as other programs write adapters: the shapes must do
     with pytest.raises(ValueError, match="does not fit this model"):
         attach_adapter(other, adapter)
-    same_shapes = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    same_shapes = load_float32(TINY)
     with torch.no_grad():
         same_shapes.transformer.word_embeddings.weight.mul_(1.5)
     finetune(replace(settings, train_iters=1, save=tmp_path / "again"), silent)
@@ -285,7 +283,7 @@ def test_a_damaged_or_missing_adapter_is_one_error(settings, tmp_path, model):
         attach_adapter(model, tmp_path)
     finetune(replace(settings, train_iters=1), silent)
     weights = settings.save / "adapter" / "adapter_model.safetensors"
-    base = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    base = load_float32(TINY)
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="does not fit this model"):
         attach_adapter(base, settings.save / "adapter")
@@ -337,14 +335,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
         f"--train-data {ROWS} --save {tmp_path / 'two'}"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *COMMAND[1:]]
-    finished = subprocess.run(
-        [*launch, "finetune", *options.split()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert finished.returncode == 0, finished.stderr
+    finished = run_program(*launch, "finetune", *options.split(), environment={"CUDA_VISIBLE_DEVICES": ""})
     assert finished.stderr.count("The adapter is in") == 1
     first, second = (adapter_in(tmp_path / name) for name in ("one", "two"))
     for name in first:

@@ -1,7 +1,6 @@
 """What the options of `visualglm finetune` mean, before any model is loaded; and settings of earlier versions."""
 
 import json
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.paths import ROOT
+from tests.commands import python
 from tests.training_helpers import ROWS, At, adapter_in, interrupt, is_same, short_run, silent, train
 from visualglm_tools.commands.finetune import Options
 from visualglm_tools.options import describe_obsolete, parse, part, words
@@ -159,7 +158,7 @@ def test_help_does_not_wait_for_torch():
     code += (
         "open_command('finetune')[1].format_help(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    python("-c", code)
 
 
 VALUES = {

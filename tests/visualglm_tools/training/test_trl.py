@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from tests.helpers import assistant, user
 from tests.paths import TINY
-from tests.training_helpers import EXAMPLE, ROWS, assistant, trl_trainer, user
+from tests.training_helpers import EXAMPLE, ROWS, trl_trainer
 from visualglm_hf import register
 from visualglm_tools.training.adapters import lora_config
 from visualglm_tools.training.dataset import read_dataset

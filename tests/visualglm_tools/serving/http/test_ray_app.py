@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.paths import PICTURES, ROOT
-from tests.serving_helpers import wait_until
+from tests.serving_helpers import health, wait_until
 
 
 pytest.importorskip("ray.serve", reason="needs pip install 'visualglm-hf[ray]'")
@@ -43,7 +43,7 @@ def service():
         )
     try:
         url = "http://127.0.0.1:8000"  # where Ray Serve is unless a configuration file says another place
-        wait_until(lambda: is_healthy(url) or process.poll() is not None, 180)
+        wait_until(lambda: health(url) == 200 or process.poll() is not None, 180)
         assert process.poll() is None, Path(log.name).read_text()[-3000:]
         yield url, Path(log.name)
     finally:
@@ -52,14 +52,6 @@ def service():
             process.wait(60)
         process.kill()
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url + "/health", timeout=10) as response:
-            return response.status == 200
-    except (OSError, urllib.error.HTTPError):
-        return False
 
 
 def ask(url: str, path: Path) -> str:
