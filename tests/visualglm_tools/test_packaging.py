@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from tests.commands import run as run_program
 from tests.paths import PICTURES, ROOT, TINY
 
 
-pytest.importorskip("pip")
+try:
+    metadata.distribution("pip")  # to import it would leave this process without setuptools' distutils
+except metadata.PackageNotFoundError:
+    pytest.skip("needs pip", allow_module_level=True)
+
 PACKED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 FOLDERS = ("visualglm_hf", "visualglm_tools", "tools", "models", "examples")
 BUILD = "import setuptools.build_meta as backend, sys; print(getattr(backend, sys.argv[1])(sys.argv[2]))"
