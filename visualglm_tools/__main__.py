@@ -38,15 +38,14 @@ INTERRUPTED = 130  # as shells say it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show Chinese shall not end anything
-            stream.reconfigure(errors="replace")
+    prepare_streams()
     if "_ARGCOMPLETE" in os.environ:
         complete(os.environ.get("COMP_LINE", "").split())
     if not words or words[0] not in COMMANDS:
-        list_parser().parse_args(words)  # -h, --version, or an error
-    command, parser = open_command(words[0])
+        return list_commands(words)
+    command = None
     try:
+        command, parser = open_command(words[0])
         return command.run(from_namespace(command.Options, parser.parse_args(words[1:]))) or 0
     except ImportError as error:
         report(missing(str(error.name), *filter(None, [getattr(command, "EXTRA", None)])))
@@ -59,6 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def prepare_streams() -> None:
+    """Let nothing end because a terminal cannot show Chinese, or because output was closed that nobody will read."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.StringIO())
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def list_commands(words: Sequence[str]) -> int:
+    """What there is, where no command was named; returns the exit code, or ends the process as argparse does."""
+    parser = list_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        parser.error(f"the command comes before its options, found {words[0]!r} first")
+    parser.parse_args(words)  # -h, --version, or an error
+    return 0
 
 
 def open_command(name: str) -> tuple[ModuleType, Parser]:

@@ -108,6 +108,13 @@ def number(kind: type, is_valid: Callable[[Any], bool], expected: str) -> Callab
     return parse
 
 
+def path(text: str) -> Path:
+    """A `parse` for paths: an empty text would mean the folder one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, found an empty text")
+    return Path(text)
+
+
 COUNT = number(int, lambda value: 1 <= value < TOO_LARGE, "a whole number, 1 or more, below 2**63")
 COUNT_OR_NONE = number(int, lambda value: 0 <= value < TOO_LARGE, "a whole number, 0 or more, below 2**63")
 PROBABILITY = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
@@ -213,7 +220,7 @@ def read_text(kind: type, details: Option, text: str) -> Any:
     if kind is bool or details.flags:
         known = TRUTHS if kind is bool else {name: value for name, (value, _) in details.flags.items()}
         return known[checked(text.lower(), known)]
-    value = (details.parse or kind)(text)
+    value = parse_of(kind, details)(text)
     return checked(value, details.choices) if details.choices else value
 
 
@@ -234,6 +241,11 @@ def kind_of(options: type, field: dataclasses.Field) -> tuple[type, bool]:
     return hint, False
 
 
+def parse_of(kind: type, details: Option) -> Callable[[str], Any]:
+    """What makes a value of a text."""
+    return details.parse or (path if kind is Path else kind)
+
+
 def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type, is_several: bool) -> None:
     """Add what a field stands for to a parser or to one of its groups."""
     has_default = field.default is not MISSING
@@ -249,7 +261,11 @@ def add_field(target: Any, field: dataclasses.Field, details: Option, kind: type
     if kind is bool:
         keywords |= {"action": "store_true"}
     else:
-        keywords |= {"type": details.parse or kind, "metavar": details.metavar, "choices": details.choices or None}
+        keywords |= {
+            "type": parse_of(kind, details),
+            "metavar": details.metavar,
+            "choices": details.choices or None,
+        }
         if details.is_repeated:
             keywords |= {"action": "append"}
         elif is_several:

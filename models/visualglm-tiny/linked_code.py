@@ -14,7 +14,8 @@ except SyntaxError as error:
         raise
     raise ImportError(
         "The model's code is not in its folder, only the texts of links to it: git and some archives write those where "
-        "links may not be made. Have it written as files: visualglm check models/visualglm-tiny --copy-code"
+        "links may not be made. Have it written as files: visualglm check FOLDER --copy-code, in a checkout "
+        "visualglm check models/visualglm-tiny --copy-code"
     ) from error
 
 

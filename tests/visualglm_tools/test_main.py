@@ -54,11 +54,23 @@ def test_each_command_is_listed_with_what_it_does(capsys):
         assert f"  {name} " in listed and what in listed
 
 
-@pytest.mark.parametrize("words", [(), ("nope",), ("--model", "x"), ("",)])
+def test_no_command_lists_them_all(capsys):
+    assert main([]) == 2
+    listed = capsys.readouterr().err
+    assert all(f"  {name} " in listed for name in COMMANDS)
+
+
+def test_a_closed_output_is_no_traceback():
+    command = f"'{sys.executable}' -m visualglm_tools check '{TINY}' >&-"
+    finished = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0 and "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("words", [("nope",), ("--model", "x"), ("-x", "chat"), ("",)])
 def test_an_unknown_command_is_one_line_that_names_those_there_are(words, capsys):
     ends_with(2, *words)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "COMMAND" in line
+    assert line.startswith("error: ") and ("COMMAND" in line or "the command comes before" in line)
     assert "(visualglm -h lists the options)" in line
 
 

@@ -3,6 +3,7 @@
 import email
 import filecmp
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.paths import PICTURES, ROOT, TINY
 # Not looked for by importing, nor by `find_spec`: after either, setuptools can no more be imported in this process.
 HAS_PIP = any(distribution.name == "pip" for distribution in distributions())
 pytestmark = pytest.mark.skipif(not HAS_PIP, reason="no pip")
+[VERSION] = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 PACKED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 FOLDERS = ("visualglm_hf", "visualglm_tools", "tools", "models", "examples")
 BUILD = "import setuptools.build_meta as backend, sys; print(getattr(backend, sys.argv[1])(sys.argv[2]))"
@@ -170,7 +172,7 @@ def test_the_installed_tiny_model_has_the_code_as_files(installed):
 
 def test_the_installed_command_has_a_name_and_a_version(installed, tmp_path):
     (command,) = (path for path in (installed / "bin").iterdir() if path.stem == "visualglm")
-    assert run(command, "--version", cwd=tmp_path, path=installed).stdout == "0.1.0\n"
+    assert run(command, "--version", cwd=tmp_path, path=installed).stdout == f"{VERSION}\n"
 
 
 def test_the_installed_command_describes_a_picture(visualglm):

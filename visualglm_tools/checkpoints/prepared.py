@@ -52,6 +52,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_visualglm.VisualGLMProcessor",
 }
 MAX_SHARD_SIZE = "5GB"
+CONFIG_FILE = "config.json"  # without it, a folder holds no checkpoint
 GENERATION_FILE = "generation_config.json"
 WEIGHT_FILE = "model{suffix}.safetensors"
 SPARE_BYTES = 16 * 1024**2  # for everything that is no weight
@@ -106,9 +107,11 @@ def written_whole(target: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        if target.exists():
-            target.rmdir()  # empty, see check_target
-        unfinished.rename(target)
+        if target.exists():  # empty, see check_target; a shell may stand in it
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG_FILE):
+                file.rename(target / file.name)
+        else:
+            unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

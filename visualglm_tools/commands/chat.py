@@ -61,7 +61,7 @@ class Stop(Exception):
     """The user wants to leave."""
 
 
-TEMPERATURE = number(float, lambda value: 0 < value < math.inf, "above 0 (for no randomness use --greedy)")
+TEMPERATURE = number(float, lambda value: 0.001 <= value < math.inf, "0.001 or more (for no randomness use --greedy)")
 
 
 @dataclass(frozen=True, kw_only=True)

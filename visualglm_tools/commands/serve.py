@@ -53,9 +53,10 @@ def run(options: Options) -> int:
     """Serve until the process is asked to end; returns its exit code."""
     options.check()
     key = read_key(options.api_key)
+    import uvicorn  # that it is missing is said before anything else
+
     sockets = listen(options.host, options.port)
     print(f"Listening at {address_of(sockets[0])}", file=sys.stderr)  # uvicorn is silent about others' sockets
-    import uvicorn
     from transformers.utils import logging
 
     from visualglm_tools.serving.engine.engine import Engine

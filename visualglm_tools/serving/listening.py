@@ -16,6 +16,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             if os.name == "posix":  # elsewhere it lets two servers have one port
                 sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sockets[-1].bind((address, port, *more))
+            sockets[-1].listen()  # or another server could bind the same port
             port = port or sockets[0].getsockname()[1]  # the same for all addresses
     except (OSError, UnicodeError) as error:  # UnicodeError: a name with an empty or an overlong part
         close(sockets)

@@ -365,6 +365,14 @@ def test_empty_target_is_filled(tiny_original, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_the_folder_one_stands_in_is_filled_and_not_replaced(tiny_original, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = Path.cwd().stat().st_ino
+    assert convert(tiny_original, ".") == 0
+    assert Path("config.json").is_file() and Path.cwd().stat().st_ino == before
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*.unfinished"))
+
+
 def test_missing_source_is_refused(tmp_path, capsys):
     assert "is no folder" in complaint(capsys, convert, tmp_path / "nowhere", tmp_path / "out")
 

@@ -26,3 +26,10 @@ def test_a_taken_port_is_refused_and_nothing_stays_open():
             with pytest.raises(ValueError, match=f"cannot listen at '127.0.0.1', port {port}: "):
                 take("127.0.0.1", port)
     assert find_port("127.0.0.1", port) == port
+
+
+def test_of_two_servers_that_start_at_once_the_second_is_refused():
+    """Sockets that are bound and do not listen yet could share a port."""
+    (first,) = listen("127.0.0.1", 0)
+    with first, pytest.raises(ValueError, match="cannot listen"):
+        listen("127.0.0.1", first.getsockname()[1])
