@@ -222,7 +222,7 @@ def test_requests_of_the_documents_are_answered(reader):
         wait_until(lambda: health(url) == 200 or process.poll() is not None)
         for line in lines:
             shell = ["bash", "-c", line.replace(ADDRESS, url).replace("curl ", "curl -sS --fail ", 1)]
-            answers.append(run(*shell).stdout)
+            answers.append(run(*shell, cwd=Path.cwd()).stdout)
     finally:
         process.terminate()
         process.wait()
