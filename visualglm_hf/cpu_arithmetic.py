@@ -48,7 +48,6 @@ class Arithmetic:
         name: of what it does it with.
         element_bytes: 2 for words, 1 for bytes.
         add_dot: writes how the products of a vector of the matrix and one of activations are added to 16 sums, all of
-            32 bits.
             32 bits; None for a processor that multiplies with tile registers.
         is_offset: whether the elements of the matrix are unsigned: 8, or 128, more than the codes. That adds as many
             times the activations, which is taken off for each cell as a whole.
@@ -62,6 +61,11 @@ class Arithmetic:
     @property
     def has_tiles(self) -> bool:
         return self.add_dot is None
+
+    @property
+    def kind(self) -> str:
+        """What it multiplies, for the names of functions."""
+        return "tiles" if self.has_tiles else {1: "bytes", 2: "words"}[self.element_bytes]
 
     @property
     def columns(self) -> int:

@@ -16,6 +16,7 @@ bytes of a row; a cell is the columns that have a scale of the matrix and one of
 """
 
 import ctypes
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,7 @@ MOST_OUTPUTS = 64  # of any blocking
 AHEAD = 256  # bytes of a row that are asked for before they are needed
 INTEGERS32 = Form(I32)
 FORMS = {torch.float32: FLOATS32, **HALVES}  # of the activations and of the result
+MEASURED_ROWS, MEASURED_MATRIX, MEASURED_TIMES = 64, (1024, 4096), 5  # some milliseconds
 CHECK_TOLERANCE = 1e-3  # relative error of the self-check: the same bits are expected, but for a tie of half precision
 
 
@@ -113,7 +115,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}_{self.cell}_{self.blocking.vectors}x{self.rows}"
+        return f"int{self.bits}_{self.cell}_{self.blocking.vectors}x{self.rows}_{self.arithmetic.kind}"
 
     @property
     def columns(self) -> int:
@@ -507,16 +509,44 @@ class ManyRowsKernels(Kernels):
         super().__init__(llvm)
         processor, features = self.compiler.processor, self.compiler.features
         self.amx_obstacle = amx_obstacle(processor, features)
-        self.arithmetic = choose_arithmetic(features, self.amx_obstacle)
-        self.blocking = choose_blocking(features, self.arithmetic)
+        self.use(choose_arithmetic(features, self.amx_obstacle))
         self.bits, self.cell, self.dtype = bits, cell, dtype
+
+    def use(self, arithmetic: Arithmetic) -> None:
+        """Multiply with these instructions from now on."""
+        self.arithmetic, self.blocking = arithmetic, choose_blocking(self.compiler.features, arithmetic)
+
+    def drop_tiles_unless_faster(self) -> None:
+        """Go on without tile registers if they are not faster here: where they are, nobody has measured."""
+        tiles, plain = self.arithmetic, choose_arithmetic(self.compiler.features, "not asked for")
+        with_tiles, without = self.measure(tiles), self.measure(plain)
+        if with_tiles >= without:
+            self.amx_obstacle = f"it took {1000 * with_tiles:.1f} ms where {plain.name} took {1000 * without:.1f}"
+        self.use(plain if with_tiles >= without else tiles)
+
+    def measure(self, arithmetic: Arithmetic) -> float:
+        """Seconds of a product of a short prompt with these instructions, the shortest of a few."""
+        self.use(arithmetic)
+        outputs, columns = MEASURED_MATRIX
+        x = torch.ones(MEASURED_ROWS, columns, dtype=self.dtype, device="cpu")
+        codes = torch.zeros(outputs, columns * self.bits // 8, dtype=torch.int8, device="cpu")
+        scale = torch.ones(outputs, columns // self.cell, dtype=torch.float16, device="cpu")
+        self.multiply(x, codes, scale)
+        seconds = []
+        for _ in range(MEASURED_TIMES):
+            start = time.perf_counter()
+            self.multiply(x, codes, scale)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
     def make_plan(self, rows: int, columns: int) -> ManyRowsPlan:
         """Plan a product of activations [rows, columns]."""
         tiling = choose_tiling(rows, self.blocking.rows)
         shape = Shape(self.bits, self.cell, self.arithmetic, self.blocking, tiling.rows)
         multiply = self.compiled(shape.name, partial(write_many_rows, shape=shape, dtype=self.dtype))
-        quantize = self.compiled("quantize", partial(write_row_quantization, shape=shape, dtype=self.dtype))
+        quantize = self.compiled(
+            f"quantize_{self.arithmetic.kind}", partial(write_row_quantization, shape=shape, dtype=self.dtype)
+        )
         return ManyRowsPlan(shape, tiling, quantize, multiply, rows, columns, torch.get_num_threads())
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
@@ -590,6 +620,8 @@ class CpuManyRows(CpuKernelUser):
         error = ((kernels.multiply(x, codes, scale).float() - expected).norm() / expected.norm()).item()
         if not error < CHECK_TOLERANCE:
             raise KernelError(f"int{bits} of many rows with groups of {cell} is off by {error:.2g} of the result.")
+        if kernels.arithmetic.has_tiles:
+            kernels.drop_tiles_unless_faster()
 
 
 CPU_MANY_ROWS = CpuManyRows()

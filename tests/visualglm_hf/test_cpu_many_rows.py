@@ -30,6 +30,7 @@ from visualglm_hf.cpu_many_rows import (
     GROUP,
     Blocking,
     CpuManyRows,
+    ManyRowsKernels,
     Shape,
     choose_blocking,
     choose_tiling,
@@ -304,6 +305,30 @@ def test_matrix_instructions_make_the_same_sums(monkeypatch, renew_products):
     for bits, inputs, groups, rows in ((4, 256, 4, 3), (4, 128, 4, 1), (8, 128, 1, 2)):
         arguments = make_lowbit_problem(bits, 70, inputs, groups, rows)
         assert torch.equal(multiply_many_rows(*arguments, bits), many_rows_naive(*arguments, bits))
+
+
+@pytest.mark.parametrize(("with_tiles", "without"), [(0.004, 0.003), (0.003, 0.004)])
+def test_matrix_instructions_that_are_no_faster_here_are_not_used(monkeypatch, with_tiles, without):
+    kernels = ManyRowsKernels(load_llvm(), 4, 64, torch.float32)
+    plain = kernels.arithmetic
+    kernels.amx_obstacle = None
+    kernels.use(AMX)
+    monkeypatch.setattr(kernels, "measure", lambda arithmetic: with_tiles if arithmetic is AMX else without)
+    kernels.drop_tiles_unless_faster()
+    assert kernels.arithmetic is (AMX if with_tiles < without else plain)
+    assert kernels.blocking == choose_blocking(kernels.compiler.features, kernels.arithmetic)
+    said = f"it took 4.0 ms where {plain.name} took 3.0"
+    assert kernels.amx_obstacle == (None if with_tiles < without else said)
+
+
+def test_other_instructions_can_be_measured_and_give_the_same():
+    kernels = ManyRowsKernels(load_llvm(), 4, 64, torch.float32)
+    plain = kernels.arithmetic
+    problem = make_lowbit_problem(4, 70, 256, 4, 7)
+    expected = kernels.multiply(*problem)
+    assert kernels.measure(ARITHMETIC_OF_WORDS) > 0
+    assert kernels.arithmetic is ARITHMETIC_OF_WORDS and torch.equal(kernels.multiply(*problem), expected)
+    assert kernels.measure(plain) > 0
 
 
 def test_the_trial_of_matrix_instructions_expects_what_they_compute(monkeypatch):
