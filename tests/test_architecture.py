@@ -175,8 +175,8 @@ TOOL_ROOMS = {
     ),
     "checkpoints": Room(
         tools="packages printing",
-        model="adapters chat configuration_visualglm image_processing_visualglm modeling_visualglm "
-        "processing_visualglm quantization tokenization_chatglm visualglm_hf",
+        model="adapters chat configuration_visualglm image_processing_visualglm instruction_trial "
+        "modeling_visualglm processing_visualglm quantization tokenization_chatglm visualglm_hf",
         packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers",
     ),
     "serving": Room(

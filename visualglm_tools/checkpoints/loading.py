@@ -29,6 +29,7 @@ from visualglm_hf import (
 )
 from visualglm_tools.checkpoints.adapters import attach_adapter
 from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.checkpoints.precision import faster_dtype
 from visualglm_tools.packages import install
 from visualglm_tools.printing import first_line
 
@@ -36,6 +37,7 @@ from visualglm_tools.printing import first_line
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUR_CODE = "modeling_visualglm.py"  # a folder with this file brings its own, current code
 SPARE_MEMORY = 1.2  # times the weights: activations, cache, the rest of the process
+SMALL = 2**30  # bytes of weights that are multiplied in no time
 DAMAGE = (OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
@@ -53,8 +55,8 @@ def load_model(
     Args:
         folder: a prepared folder with our code beside the weights, or the original's as it was downloaded.
         device: "cuda", "cuda:1", "mps" or "cpu"; "auto" takes the first of them that is there.
-        dtype: "float32", "float16" or "bfloat16"; "auto" takes float16 on an accelerator, and on a CPU float32 where
-            it fits into the free memory, else bfloat16.
+        dtype: "float32", "float16" or "bfloat16"; "auto" takes float16 on an accelerator, and on a CPU float32 or
+            bfloat16, see `choose_dtype`.
         quant: 4 or 8 to quantize the language model to that many bits while it is loaded, unless it is stored so.
         adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
 
@@ -186,13 +188,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
-    """The number format called `name`; for "auto" see `load_model`."""
+    """The number format called `name`.
+
+    "auto" is float16 on an accelerator. On a CPU it is bfloat16 where float32 does not fit into the free memory or is
+    clearly slower, else float32; a model that is small is in float32 without asking.
+    """
     if name != "auto":
         return DTYPES[name]
     if device.type != "cpu":
         return torch.float16
-    fits = size_in_float32(folder) * SPARE_MEMORY < psutil.virtual_memory().available
-    return torch.float32 if fits else torch.bfloat16
+    size = size_in_float32(folder)
+    if size * SPARE_MEMORY >= psutil.virtual_memory().available:
+        return torch.bfloat16
+    return torch.float32 if size < SMALL else faster_dtype()
 
 
 def size_in_float32(folder: Path) -> int:
