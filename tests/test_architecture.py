@@ -157,7 +157,9 @@ class Room:
 
 
 TOOL_ROOMS = {
-    ".": Room(),  # what several rooms share
+    ".": Room(
+        packages="tqdm",
+    ),
     "__main__": Room(
         tools="options packages printing",
         packages="argcomplete",
@@ -166,7 +168,7 @@ TOOL_ROOMS = {
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
         "checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.references "
-        "evaluation.results evaluation.scoring evaluation.tables options output_files printing "
+        "evaluation.results evaluation.scoring evaluation.tables options output_files printing prompt_bar "
         "serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",

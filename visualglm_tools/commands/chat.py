@@ -18,11 +18,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from visualglm_tools.options import COUNT_OR_NONE, number, one_of, option
 from visualglm_tools.printing import printable, report
+from visualglm_tools.prompt_bar import prompt_bar
 from visualglm_tools.serving.engine.text import stable_part
 from visualglm_tools.serving.options import ModelOptions, SamplingOptions
 
@@ -236,19 +237,26 @@ class Conversation:
                 stopping_criteria=[is_pressed],
                 **self.options,
             )
-            with contextlib.closing(stream), pressed_by_interrupt(button):
-                self.show(stream)
+            is_eager = not self.options["compile"]  # what is compiled or recorded would be anew for a hook
+            bar = prompt_bar(self.model) if is_eager else contextlib.nullcontext(lambda: None)
+            with contextlib.closing(stream), pressed_by_interrupt(button), bar as end_bar:
+                self.show(stream, end_bar)
         except (ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
             report_or_stop(error, "Type 'clear' to start over." if self.history else "")
 
-    def show(self, stream: Iterable) -> None:
+    def show(self, stream: Iterable, end_bar: Callable[[], None]) -> None:
         typewriter, response, history = Typewriter(), "", self.history
-        print(ANSWER_LABEL[self.language].format(name_of(self.model)), end="", flush=True)
+        label = ANSWER_LABEL[self.language].format(name_of(self.model))
         try:
             for shown in stream:
                 response, history = shown
+                end_bar()
+                print(label, end="", flush=True)
+                label = ""
                 typewriter.show(stable_part(response))
         finally:
+            end_bar()
+            print(label, end="")
             typewriter.finish(response)
         if response:  # an answer that was stopped before its first word is no turn
             self.history = history
