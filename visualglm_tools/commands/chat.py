@@ -237,7 +237,7 @@ class Conversation:
                 stopping_criteria=[is_pressed],
                 **self.options,
             )
-            is_eager = not self.options["compile"]  # what is compiled or recorded would be anew for a hook
+            is_eager = not self.options.get("compile")  # what is compiled or recorded would be anew for a hook
             bar = prompt_bar(self.model) if is_eager else contextlib.nullcontext(lambda: None)
             with contextlib.closing(stream), pressed_by_interrupt(button), bar as end_bar:
                 self.show(stream, end_bar)
