@@ -215,7 +215,7 @@ TOOL_ROOMS = {
         packages="filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
     ),
     "calibration": Room(
-        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing printing serving.questions",
+        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar printing serving.questions",
         model="quantization visualglm_hf",
         packages="torch tqdm",
     ),

@@ -5,7 +5,9 @@ Not here: the answer, which is typed when the bar is gone (`commands/chat.py`).
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from visualglm_tools.layer_bar import counted_layers
 
 
 PATIENCE = 2.0  # seconds after which people want to know
@@ -20,27 +22,18 @@ def prompt_bar(model) -> Iterator[Callable[[], None]]:
     """
     from tqdm import tqdm
 
-    layers = model.get_decoder().layers
     bar = tqdm(
-        total=len(layers),
+        total=len(model.get_decoder().layers),
         desc="reading",
         unit="layer",
         delay=PATIENCE,
         leave=False,
         disable=not sys.stderr.isatty(),
     )
+    with bar, nullcontext(lambda: None) if bar.disable else counted_layers(model, bar) as stop_counting:
 
-    def count(*_) -> None:  # what a hook returns would be the layer's output
-        bar.update()
+        def end() -> None:
+            stop_counting()
+            bar.close()
 
-    hooks = [] if bar.disable else [layer.register_forward_hook(count) for layer in layers]
-
-    def end() -> None:
-        while hooks:
-            hooks.pop().remove()
-        bar.close()
-
-    try:
         yield end
-    finally:
-        end()

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMImageProcessor, VisualGLMProcessor
+from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMProcessor
 from visualglm_hf.quantization import find_quantized
-from visualglm_tools.checkpoints.loading import choose_device, choose_dtype, load_weights
+from visualglm_tools.checkpoints.loading import choose_device, choose_exact_dtype, load_weights, make_processor
 from visualglm_tools.checkpoints.prepared import Checkpoint
 from visualglm_tools.checkpoints.quantizing import Codes
+from visualglm_tools.layer_bar import counted_layers
 from visualglm_tools.printing import one_line
 from visualglm_tools.serving.questions import UNPREPARED, Pictures, read_rows
 
@@ -111,15 +112,10 @@ class Calibration:
     """
 
     def __init__(self, source: Path, checkpoint: Checkpoint, place: Path, is_measured: bool):
-        self.source, config = source, checkpoint.config
+        self.source = source
         self.device = choose_device("auto")
-        self.dtype = choose_dtype("auto", self.device, source)
-        side = config.vision_config.image_size
-        processor = VisualGLMProcessor(
-            VisualGLMImageProcessor(size={"height": side, "width": side}),
-            checkpoint.tokenizer,
-            num_query_tokens=config.qformer_config.num_query_tokens,
-        )
+        self.dtype = choose_exact_dtype(self.device, source)
+        processor = make_processor(checkpoint.tokenizer, checkpoint.config)
         prompts = [self.move(prompt) for prompt in read_prompts(place, processor)]
         if is_measured and len(prompts) < HELD_OUT:
             raise ValueError(
@@ -173,15 +169,6 @@ def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 @contextmanager
 def progress_of(model: VisualGLMForConditionalGeneration, prompts: int) -> Iterator[None]:
     """Draw how far the layers of a model have come with so many prompts."""
-    layers = model.get_decoder().layers
-    with tqdm(total=len(layers) * prompts * PASSES, desc="calibrating", unit="pass") as progress:
-
-        def count(*_) -> None:  # what a hook returns would be the layer's output
-            progress.update()
-
-        handles = [layer.register_forward_hook(count) for layer in layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    total = len(model.get_decoder().layers) * prompts * PASSES
+    with tqdm(total=total, desc="calibrating", unit="pass") as progress, counted_layers(model, progress):
+        yield

@@ -119,9 +119,13 @@ def load_tokenizer(folder: Path, own_code: bool = False) -> PreTrainedTokenizerB
 
 def load_processor(folder: Path, config: VisualGLMConfig) -> VisualGLMProcessor:
     """The processor that fits a checkpoint, an original or a prepared one."""
+    return make_processor(load_tokenizer(folder), config)
+
+
+def make_processor(tokenizer: PreTrainedTokenizerBase, config: VisualGLMConfig) -> VisualGLMProcessor:
+    """The processor of a model whose tokenizer is known."""
     side = config.vision_config.image_size
     image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
-    tokenizer = load_tokenizer(folder)
     return VisualGLMProcessor(image_processor, tokenizer, num_query_tokens=config.qformer_config.num_query_tokens)
 
 
@@ -195,12 +199,16 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
     """
     if name != "auto":
         return DTYPES[name]
+    dtype = choose_exact_dtype(device, folder)
+    return faster_dtype() if dtype == torch.float32 and size_in_float32(folder) >= SMALL else dtype
+
+
+def choose_exact_dtype(device: torch.device, folder: Path) -> torch.dtype:
+    """The most exact format in which a checkpoint can be computed with: on a CPU float32, if that fits."""
     if device.type != "cpu":
         return torch.float16
-    size = size_in_float32(folder)
-    if size * SPARE_MEMORY >= psutil.virtual_memory().available:
-        return torch.bfloat16
-    return torch.float32 if size < SMALL else faster_dtype()
+    fits = size_in_float32(folder) * SPARE_MEMORY < psutil.virtual_memory().available
+    return torch.float32 if fits else torch.bfloat16
 
 
 def size_in_float32(folder: Path) -> int:
