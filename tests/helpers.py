@@ -104,6 +104,22 @@ def make_lowbit_problem(
     return x, codes, scale
 
 
+def weight_family(name: str, rows: int, columns: int) -> torch.Tensor:
+    """Matrices of several families: normal; Student's t with 5 degrees of freedom; like a language model's.
+
+    The last has rows and columns of log-normal size (sigma 0.3 and 0.25) and one weight in 3,333 eight times too large.
+    """
+    generator = seeded(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    if name == "t5":
+        weight = weight / torch.randn(5, rows, columns, generator=generator).square().mean(0).sqrt()
+    if name == "llm":
+        weight = weight * (0.3 * torch.randn(rows, 1, generator=generator)).exp()
+        weight = weight * (0.25 * torch.randn(1, columns, generator=generator)).exp()
+        weight = torch.where(torch.rand(rows, columns, generator=generator) < 0.0003, 8 * weight, weight)
+    return 0.02 * weight
+
+
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the error as a fraction of the norm of what is expected."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

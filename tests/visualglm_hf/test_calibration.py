@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import difference, make_small_model, seeded
+from tests.helpers import difference, make_small_model, seeded, weight_family
 from tests.paths import TINY
 from tools.tiny import world
 from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMImageProcessor, VisualGLMProcessor
@@ -14,19 +14,6 @@ from visualglm_hf.calibration import decompose, quantize_calibrated, quantize_wi
 from visualglm_hf.lowbit_format import dequantize_naive
 from visualglm_hf.quantization import QuantizedLinear, find_quantized, quantize_tensor
 from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
-
-
-def make_weights(name: str, rows: int = 256, columns: int = 512) -> torch.Tensor:
-    """Normal; heavy tails (Student's t of 5 degrees); like a language model's: large rows, columns and outliers."""
-    generator = seeded(0)
-    weight = torch.randn(rows, columns, generator=generator)
-    if name == "t5":
-        weight = weight / torch.randn(5, rows, columns, generator=generator).square().mean(0).sqrt()
-    if name == "llm":
-        weight = weight * (0.3 * torch.randn(rows, 1, generator=generator)).exp()
-        weight = weight * (0.25 * torch.randn(1, columns, generator=generator)).exp()
-        weight = torch.where(torch.rand(rows, columns, generator=generator) < 0.0003, 8 * weight, weight)
-    return 0.02 * weight
 
 
 def make_inputs(rows: int, columns: int = 512, seed: int = 1, together: float = 1.0) -> torch.Tensor:
@@ -50,7 +37,7 @@ def error_of(codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, x:
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("family", ["gauss", "t5", "llm"])
 def test_products_with_inputs_that_were_not_shown_are_off_by_a_third_less(family, group_size):
-    weight, shown, held_out = make_weights(family), make_inputs(1500), make_inputs(400, seed=2)
+    weight, shown, held_out = weight_family(family, 256, 512), make_inputs(1500), make_inputs(400, seed=2)
     plain = quantize_tensor(weight, 4, group_size)
     calibrated = quantize_with_feedback(weight, shown.T @ shown, group_size)
     for tensor, expected in zip(calibrated, plain, strict=True):
@@ -59,26 +46,30 @@ def test_products_with_inputs_that_were_not_shown_are_off_by_a_third_less(family
 
 
 def test_inputs_that_do_not_go_together_do_no_harm():
-    weight, shown, held_out = make_weights("llm"), make_inputs(1500, together=0), make_inputs(400, seed=2, together=0)
+    weight, shown, held_out = (
+        weight_family("llm", 256, 512),
+        make_inputs(1500, together=0),
+        make_inputs(400, seed=2, together=0),
+    )
     calibrated = quantize_with_feedback(weight, shown.T @ shown)
     assert error_of(*calibrated, weight, held_out) <= error_of(*quantize_tensor(weight, 4), weight, held_out)
 
 
 def test_fewer_inputs_than_columns_do_no_harm():
-    weight, shown, held_out = make_weights("llm"), make_inputs(60), make_inputs(400, seed=2)
+    weight, shown, held_out = weight_family("llm", 256, 512), make_inputs(60), make_inputs(400, seed=2)
     calibrated = quantize_with_feedback(weight, shown.T @ shown)
     assert error_of(*calibrated, weight, held_out) <= error_of(*quantize_tensor(weight, 4), weight, held_out)
 
 
 @pytest.mark.parametrize("group_size", [16, 64, 128])
 def test_without_any_input_the_codes_are_those_of_the_search(group_size):
-    weight = make_weights("t5")
+    weight = weight_family("t5", 256, 512)
     found = quantize_with_feedback(weight, torch.zeros(512, 512), group_size)
     assert all(map(torch.equal, found, quantize_tensor(weight, 4, group_size)))
 
 
 def test_rows_that_are_quantized_apart_have_the_same_codes(monkeypatch):
-    weight, shown = make_weights("gauss"), make_inputs(1500)
+    weight, shown = weight_family("gauss", 256, 512), make_inputs(1500)
     whole = quantize_with_feedback(weight, shown.T @ shown)
     monkeypatch.setattr("visualglm_hf.calibration.ROWS", 100)
     parts = quantize_with_feedback(weight, shown.T @ shown)
@@ -105,7 +96,7 @@ def test_products_that_rounding_has_spoilt_are_damped_until_they_have_a_factor()
 
 @pytest.mark.parametrize(("weight", "x"), [(float("nan"), 1.0), (1.0, float("inf"))])
 def test_what_is_not_finite_is_refused(weight, x):
-    weights, inputs = make_weights("gauss", 4, 64), make_inputs(100, 64)
+    weights, inputs = weight_family("gauss", 4, 64), make_inputs(100, 64)
     weights[1, 3] *= weight
     inputs[5, 7] *= x
     with pytest.raises(ValueError, match="not finite"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import HALF_LOGITS_TOLERANCE, assert_same_state, difference, seeded
+from tests.helpers import HALF_LOGITS_TOLERANCE, assert_same_state, difference, seeded, weight_family
 from tests.paths import ROOT
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -108,22 +108,6 @@ def test_quantizing_in_row_chunks_changes_nothing(monkeypatch):
 # Accuracy
 
 
-def weight_family(name: str, rows: int = 512, columns: int = 4096) -> torch.Tensor:
-    """The study's families, rebuilt: normal; Student's t with 5 degrees of freedom; like a language model's.
-
-    The last has rows and columns of log-normal size (sigma 0.3 and 0.25) and one weight in 3,333 eight times too large.
-    """
-    generator = seeded(0)
-    weight = torch.randn(rows, columns, generator=generator)
-    if name == "t5":
-        weight = weight / torch.randn(5, rows, columns, generator=generator).square().mean(0).sqrt()
-    if name == "llm":
-        weight = weight * (0.3 * torch.randn(rows, 1, generator=generator)).exp()
-        weight = weight * (0.25 * torch.randn(1, columns, generator=generator)).exp()
-        weight = torch.where(torch.rand(rows, columns, generator=generator) < 0.0003, 8 * weight, weight)
-    return (0.02 * weight).half()
-
-
 def outlier_activations(rows: int = 128, columns: int = 4096) -> torch.Tensor:
     """Normal activations, one channel in a hundred ten times as large."""
     generator = seeded(1)
@@ -133,7 +117,7 @@ def outlier_activations(rows: int = 128, columns: int = 4096) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "published"), [("gauss", 8.9), ("t5", 12.3), ("llm", 10.9)])
 def test_output_error_is_no_worse_than_the_studys(family, published):
-    weight, x = weight_family(family), outlier_activations()
+    weight, x = weight_family(family, 512, 4096).half(), outlier_activations()
     expected = x @ weight.float().T
     errors = {}
     for bits, group_size in ((4, 64), (4, -1), (8, None)):
@@ -146,7 +130,7 @@ def test_output_error_is_no_worse_than_the_studys(family, published):
 
 
 def test_the_search_never_loses_to_plain_rounding():
-    groups = weight_family("t5", 64, 256)
+    groups = weight_family("t5", 64, 256).half()
     values = dequantize_naive(*quantize_tensor(groups, 4, 64), 4, 256, torch.float32)
     per_group = groups.float().reshape(-1, 64)
     rounded = dequantize_naive(*quantize_tensor(per_group.half(), 4, -1), 4, 64, torch.float32)

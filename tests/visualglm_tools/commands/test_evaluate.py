@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import command
+from tests.json_lines import read_lines, write_lines
 from tests.paths import COMMAND, ROOT, TINY
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.commands.evaluate import Options
@@ -56,16 +57,6 @@ def no_model(monkeypatch):
     return forbid
 
 
-def write(name: str, rows: list[dict]) -> Path:
-    path = Path(name)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def objects(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
 def answers(*texts: str, rows: list[dict] = ROWS) -> list[dict]:
     return [{**row, "answer": text, "finish_reason": "stop"} for row, text in zip(rows, texts, strict=False)]
 
@@ -77,7 +68,7 @@ def table_of(shown: str, number: int = 0) -> dict[tuple[str, str], list[str]]:
 
 
 def test_an_exam_is_asked_and_judged(door):
-    write("exam.jsonl", ROWS)
+    write_lines("exam.jsonl", *ROWS)
     code, shown, said = door("exam.jsonl", "answers.jsonl")
     assert code == 0 and "4 of 4 rows are answered." in said
     table = table_of(shown)
@@ -99,7 +90,7 @@ def test_an_exam_is_asked_and_judged(door):
         ["2", "1", "50.0 %"],
         ["4", "3", "75.0 %"],
     ]
-    assert [row["id"] for row in objects("answers.jsonl")] == [1, 2, 3, 4]
+    assert [row["id"] for row in read_lines("answers.jsonl")] == [1, 2, 3, 4]
     assert sorted(path.name for path in Path().iterdir()) == ["answers.jsonl", "exam.jsonl"]
 
 
@@ -112,7 +103,7 @@ def test_the_example_is_known_to_the_tiny_model_but_for_what_it_was_not_taught(d
 
 
 def test_complete_answers_are_judged_again_without_a_model_and_alike(door, no_model):
-    write("exam.jsonl", ROWS)
+    write_lines("exam.jsonl", *ROWS)
     _, first, _ = door("exam.jsonl", "answers.jsonl", "--report", "one.json", "--chart", "one.png")
     before = Path("answers.jsonl").read_bytes()
     no_model()
@@ -126,16 +117,16 @@ def test_complete_answers_are_judged_again_without_a_model_and_alike(door, no_mo
 
 
 def test_answers_are_judged_by_the_references_of_now(door, no_model):
-    write("answers.jsonl", answers("红色。", "Red.", "A circle.", "不客气！"))
+    write_lines("answers.jsonl", *answers("红色。", "Red.", "A circle.", "不客气！"))
     no_model()
-    write("exam.jsonl", [{**row, "reference": "circle"} for row in ROWS])
+    write_lines("exam.jsonl", *({**row, "reference": "circle"} for row in ROWS))
     assert table_of(door("exam.jsonl", "answers.jsonl")[1])["all", "all"][1] == "0"
     assert table_of(door("exam.jsonl", "answers.jsonl", "--match", "contains")[1])["all", "all"][1] == "1"
 
 
 def test_a_run_goes_on_where_it_was_and_judges_all(door):
-    write("exam.jsonl", ROWS)
-    write("answers.jsonl", answers("绿色。", "Red."))
+    write_lines("exam.jsonl", *ROWS)
+    write_lines("answers.jsonl", *answers("绿色。", "Red."))
     with open("answers.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": 3, "te')  # killed while it wrote
     code, shown, said = door("exam.jsonl", "answers.jsonl")
@@ -146,7 +137,7 @@ def test_a_run_goes_on_where_it_was_and_judges_all(door):
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_prints_no_table_and_goes_on(number, expected, door, monkeypatch):
-    write("exam.jsonl", [{**ROWS[3], "id": number} for number in range(40)])
+    write_lines("exam.jsonl", *({**ROWS[3], "id": number} for number in range(40)))
     draw, drawn = runs.draw, []
 
     def draw_and_stop(progress, problem):
@@ -159,7 +150,7 @@ def test_a_stopped_run_prints_no_table_and_goes_on(number, expected, door, monke
         patched.setattr(runs, "draw", draw_and_stop)
         code, shown, said = door("exam.jsonl", "answers.jsonl", "--batch-size", "2")
     assert (code, shown) == (expected, "") and "Stopped" in said
-    assert 2 <= len(objects("answers.jsonl")) < 40
+    assert 2 <= len(read_lines("answers.jsonl")) < 40
     code, shown, _ = door("exam.jsonl", "answers.jsonl")
     assert code == 0 and table_of(shown)["talk", "zh"][:2] == ["40", "40"]
 
@@ -186,7 +177,7 @@ def test_two_processes_share_an_exam_and_the_first_judges(tmp_path):
 
 
 def test_a_row_that_cannot_be_answered_is_counted_apart(door):
-    write("exam.jsonl", [ROWS[3], {**ROWS[0], "image": "nowhere.png"}])
+    write_lines("exam.jsonl", ROWS[3], {**ROWS[0], "image": "nowhere.png"})
     code, shown, said = door("exam.jsonl", "answers.jsonl")
     assert code == 1 and "nowhere.png" in said
     assert table_of(shown)["colour", "zh"] == ["1", "0", "", "", "1"]
@@ -194,15 +185,15 @@ def test_a_row_that_cannot_be_answered_is_counted_apart(door):
 
 
 def test_where_nothing_could_be_answered_there_is_a_table_and_an_empty_chart(door):
-    write("exam.jsonl", [{**ROWS[0], "image": "nowhere.png"}])
+    write_lines("exam.jsonl", {**ROWS[0], "image": "nowhere.png"})
     code, shown, _ = door("exam.jsonl", "answers.jsonl", "--chart", "a.png")
     assert code == 1 and table_of(shown) == {("colour", "zh"): ["1", "0", "", "", "1"]}
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_reader_that_has_gone_is_no_news_and_the_report_is_written(tmp_path):
-    write(str(tmp_path / "exam.jsonl"), ROWS)
-    write(str(tmp_path / "answers.jsonl"), answers("a", "b", "c", "d"))
+    write_lines(tmp_path / "exam.jsonl", *ROWS)
+    write_lines(tmp_path / "answers.jsonl", *answers("a", "b", "c", "d"))
     words = [*COMMAND, "evaluate", "exam.jsonl", "answers.jsonl", "--report", "report.json"]
     reading, writing = os.pipe()
     os.close(reading)
@@ -216,20 +207,20 @@ def test_a_reader_that_has_gone_is_no_news_and_the_report_is_written(tmp_path):
 
 
 def test_popes_files_are_asked_and_their_answers_judged(door, no_model):
-    write("coco_pope_random.json", POPE)
+    write_lines("coco_pope_random.json", *POPE)
     code, shown, _ = door("coco_pope_random.json", "answers.jsonl")
-    (answer,) = objects("answers.jsonl")
+    (answer,) = read_lines("answers.jsonl")
     assert code == 0 and answer.items() >= {**POPE[0], "id": 1, "reference": "no"}.items()
     assert ("coco_pope_random", "en") in table_of(shown)
     no_model()
-    write("answers.jsonl", [{**answer, "answer": "There is no dog in the image."}])
+    write_lines("answers.jsonl", {**answer, "answer": "There is no dog in the image."})
     assert table_of(door("coco_pope_random.json", "answers.jsonl")[1])["coco_pope_random", "en"][:2] == ["1", "1"]
 
 
 def test_two_settings_are_compared_row_by_row(door, no_model):
-    write("exam.jsonl", ROWS)
-    write("answers.jsonl", answers("红色。", "Red.", "A circle.", "不客气！"))
-    write("other.jsonl", answers("蓝色。", "Blue.", "A square."))
+    write_lines("exam.jsonl", *ROWS)
+    write_lines("answers.jsonl", *answers("红色。", "Red.", "A circle.", "不客气！"))
+    write_lines("other.jsonl", *answers("蓝色。", "Blue.", "A square."))
     no_model()
     options = ("exam.jsonl", "answers.jsonl", "--against", "other.jsonl", "--report", "report.json")
     code, shown, _ = door(*options)
@@ -279,13 +270,13 @@ def test_an_exam_is_greedy_and_without_a_penalty():
     ],
 )
 def test_what_cannot_be_judged_is_one_line_before_a_model_is_loaded(options, complaint, door, no_model):
-    write("exam.jsonl", ROWS)
-    write("empty.jsonl", [])
-    write("bad.jsonl", [ROWS[0], {"id": 2, "text": "a"}])
-    write("twice.jsonl", [ROWS[0], ROWS[0]])
-    write("others.jsonl", [{**row, "text": "?"} for row in answers("a", "b")])
-    write("strangers.jsonl", [{"id": "stranger", "text": "a", "answer": "b"}])
-    write("numbers.jsonl", [{**row, "answer": 3} for row in ROWS])
+    write_lines("exam.jsonl", *ROWS)
+    write_lines("empty.jsonl")
+    write_lines("bad.jsonl", ROWS[0], {"id": 2, "text": "a"})
+    write_lines("twice.jsonl", ROWS[0], ROWS[0])
+    write_lines("others.jsonl", *({**row, "text": "?"} for row in answers("a", "b")))
+    write_lines("strangers.jsonl", {"id": "stranger", "text": "a", "answer": "b"})
+    write_lines("numbers.jsonl", *({**row, "answer": 3} for row in ROWS))
     before = {path: path.read_bytes() for path in Path().iterdir()}
     no_model()
     code, shown, said = door(*options)
@@ -295,7 +286,7 @@ def test_what_cannot_be_judged_is_one_line_before_a_model_is_loaded(options, com
 
 
 def test_what_draws_is_asked_for_before_anything_is_answered(door, no_model, monkeypatch):
-    write("exam.jsonl", ROWS)
+    write_lines("exam.jsonl", *ROWS)
     no_model()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, said = door("exam.jsonl", "a.jsonl", "--chart", "a.png")
