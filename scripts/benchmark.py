@@ -1,9 +1,7 @@
 """Speed and memory measured: `visualglm bench` under the name that it had."""
 
-import sys
-
-from visualglm_tools.__main__ import main
+from older_names import run_command
 
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    run_command("bench")

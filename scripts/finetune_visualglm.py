@@ -1,9 +1,7 @@
 """Fine-tuning: `visualglm finetune` under the name that it had."""
 
-import sys
-
-from visualglm_tools.__main__ import main
+from older_names import run_command
 
 
 if __name__ == "__main__":
-    sys.exit(main(["finetune", *sys.argv[1:]]))
+    run_command("finetune")

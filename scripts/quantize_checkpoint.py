@@ -1,9 +1,7 @@
 """Checkpoints in low bits: `visualglm quantize` under the name that it had."""
 
-import sys
-
-from visualglm_tools.__main__ import main
+from older_names import run_command
 
 
 if __name__ == "__main__":
-    sys.exit(main(["quantize", *sys.argv[1:]]))
+    run_command("quantize")

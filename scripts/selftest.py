@@ -1,9 +1,7 @@
 """A checkpoint checked: `visualglm check` under the name that it had."""
 
-import sys
-
-from visualglm_tools.__main__ import main
+from older_names import run_command
 
 
 if __name__ == "__main__":
-    sys.exit(main(["check", *sys.argv[1:]]))
+    run_command("check")

@@ -1,15 +1,7 @@
 """A drawing of the tiny world and its captions: `python -m tools.tiny.world` under the name that it had."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-
-CHECKOUT = Path(__file__).resolve().parents[1]  # `tools` is there, and is not installed
+from older_names import run_tool
 
 
 if __name__ == "__main__":
-    path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "tools.tiny.world", *sys.argv[1:]]
-    sys.exit(subprocess.call(command, env={**os.environ, "PYTHONPATH": path}))
+    run_tool("tools.tiny.world")

@@ -75,7 +75,7 @@ def script(name: str, *options: object, **details) -> subprocess.CompletedProces
 HEAVY = {"torch", "transformers", "accelerate", "peft", "gradio", "fastapi", "uvicorn", "matplotlib"}
 
 
-def modules_after(code: str) -> set[str]:
+def modules_after(code: str, **details) -> set[str]:
     """What a fresh interpreter has imported after this code."""
-    finished = python("-c", f"{code}\nimport sys; print(); print(*sys.modules)")
+    finished = python("-c", f"{code}\nimport sys; print(); print(*sys.modules)", **details)
     return set(finished.stdout.splitlines()[-1].split())

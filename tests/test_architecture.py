@@ -82,8 +82,9 @@ ARROWS = {
         },
         {"transformers", "torch"},
     ),
+    "mapped_files": (set(), {"transformers", "torch"}),
     "quantization": (
-        {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products"},
+        {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products", "mapped_files"},
         {"transformers", "torch"},
     ),
     "calibration": ({"lowbit_codes", "lowbit_format", "quantization"}, {"torch"}),
@@ -188,7 +189,7 @@ TOOL_ROOMS = {
         packages="PIL accelerate tqdm transformers",
     ),
     "serving/engine": Room(
-        tools="checkpoints.loading printing",
+        tools="checkpoints.loading layer_bar printing",
         model="chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
         "tokenization_chatglm visualglm_hf",
         packages="PIL jinja2 numpy prometheus_client torch transformers",
@@ -200,8 +201,8 @@ TOOL_ROOMS = {
         packages="fastapi prometheus_client pydantic ray starlette",
     ),
     "serving/page": Room(
-        tools="serving.engine.answers serving.engine.engine serving.engine.picture_pool serving.engine.prompts "
-        "serving.engine.sampling serving.http.guards",
+        tools="layer_bar serving.engine.answers serving.engine.engine serving.engine.picture_pool "
+        "serving.engine.prompts serving.engine.sampling serving.http.guards",
         model="picture_reading",
         packages="PIL anyio gradio starlette",
     ),

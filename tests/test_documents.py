@@ -255,7 +255,7 @@ def test_every_name_of_before_is_in_the_table():
     assert {name.split()[1] for name in OLD_NAMES} == {
         f"scripts/{path.name}"
         for path in (ROOT / "scripts").glob("*.py")
-        if "visualglm_tools" in path.read_text(encoding="utf-8")  # others are of `tools`
+        if 'run_command("' in path.read_text(encoding="utf-8")  # others are of `tools`
     }
     assert {name.split()[1] for name in OLD_NAMES.values()} <= set(COMMANDS)
 

@@ -11,8 +11,6 @@ Two ways lead here, and the results are alike: `quantize_model` on a model in me
 Shapes: N outputs, K inputs, G columns of a group, n = K / G groups of a row.
 """
 
-import ctypes
-import mmap
 import sys
 from collections.abc import Collection
 
@@ -37,6 +35,7 @@ from .lowbit_products import (
     packed_matrices,
     quantized_linear,
 )
+from .mapped_files import find_mappings, read_as, release_mappings, release_pages, stored_dtypes
 
 
 QUANT_METHOD = "lowbit"
@@ -58,7 +57,6 @@ CODES_ARE_NO_NUMBERS = (
     "merged into them, and a layer that is trained itself need them in full. Load the model without quantization, "
     "train or merge there, and quantize the result; or keep an adapter such as LoRA beside the quantized model."
 )
-MADV_PAGEOUT = 21  # Linux 5.4: "reclaim these pages"; clean pages of a file are dropped, nothing is ever lost
 
 
 def resolve_group_size(bits: int, group_size: int | None) -> int | None:
@@ -342,12 +340,19 @@ def quantize_(module: nn.Module, bits: int, group_size: int | None = None, skip:
     """
     check_layers(find_linears(module, skip), bits, group_size)
     for name in list(find_linears(module, skip)):
-        try:
-            quantized = QuantizedLinear.from_linear(module.get_submodule(name), bits, group_size)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        module.set_submodule(name, quantized)
+        replace_(module, name, bits, group_size)
     return module
+
+
+def replace_(module: nn.Module, name: str, bits: int, group_size: int | None) -> None:
+    """Put a [`QuantizedLinear`] in the place of one plain linear layer."""
+    linear = module.get_submodule(name)
+    try:
+        quantized = QuantizedLinear.from_linear(linear, bits, group_size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    module.set_submodule(name, quantized)
+    release_pages(linear.weight)
 
 
 def check_layers(linears: dict[str, nn.Linear], bits: int, group_size: int | None) -> None:
@@ -481,20 +486,6 @@ class LowBitConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.lm_head = bits, group_size, lm_head
 
 
-def release_pages(tensor: torch.Tensor) -> None:
-    """Let go of the memory of a tensor that was mapped from a file and has been read; elsewhere than on Linux, nothing.
-
-    Otherwise every page of the checkpoint stays in the process until the last tensor is loaded, and counts as its own.
-    """
-    if sys.platform != "linux" or tensor.device.type != "cpu":
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        # Merely advice: a kernel that does not know it says so, and nothing has changed.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
-
-
 class QuantizeWhileLoading(ConversionOps):
     """Turn one full weight of the checkpoint into codes and scales."""
 
@@ -505,16 +496,26 @@ class QuantizeWhileLoading(ConversionOps):
         weight = next(iter(input_dict.values()))
         weight = weight[0] if isinstance(weight, list) else weight
         codes, scales = quantize_tensor(weight, self.config.bits, self.config.group_size)
-        release_pages(weight)
         return {full_layer_name: codes, f"{full_layer_name}_scale": scales}
 
 
 class LowBitQuantizer(HfQuantizer):
-    """Quantizes tensor by tensor while transformers loads, and leaves a model as `quantize_model` makes it."""
+    """Quantizes tensor by tensor while transformers loads, and leaves a model as `quantize_model` makes it.
+
+    Where weights are mapped from their files, transformers only maps them all, as they are stored. Then they are read
+    one after the other, and what has been read is released. Elsewhere transformers hands over one weight after the
+    other, on the device where it shall be.
+    """
 
     requires_calibration = False
     is_trainable = True
     is_compileable = True
+
+    def __init__(self, quantization_config: LowBitConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.files: list[str] = []  # that are mapped
+        self.mapped_before: set[tuple[int, int]] = set()  # of the same files, for other models
+        self.dtypes: dict[str, torch.dtype] = {}  # of mapped parameters, as they shall be
 
     @property
     def quantized_element_size(self) -> float:
@@ -523,14 +524,31 @@ class LowBitQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        device_map: dict | str | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs,
+    ) -> None:
         check_unquantized(model)
+        # transformers casts the checkpoint's tensors to the dtypes that it finds in the model.
+        if checkpoint_files and are_mapped(device_map):
+            self.files, self.mapped_before = checkpoint_files, find_mappings(checkpoint_files)
+            self.expect_stored(model, stored_dtypes(checkpoint_files))
+            return
         decoder = prepare_(model.get_decoder(), self.quantization_config.bits, self.quantization_config.group_size)
         for name in find_quantized(decoder):
-            # transformers would cast the checkpoint's tensor to the dtype that it finds here before handing it over.
             layer = decoder.get_submodule(name)
             shape = (layer.out_features, layer.in_features)
             layer.weight = nn.Parameter(torch.empty(shape, dtype=model.dtype, device="meta"), requires_grad=False)
+
+    def expect_stored(self, model: nn.Module, stored: dict[str, torch.dtype]) -> None:
+        """Let a model without weights expect them in the dtypes in which they are stored."""
+        for name, parameter in model.named_parameters():
+            if name in stored and stored[name].is_floating_point:
+                self.dtypes[name] = parameter.dtype
+                parameter.data = parameter.data.to(stored[name])
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
@@ -541,10 +559,37 @@ class LowBitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         config = self.quantization_config
+        if self.files:
+            release_mappings(find_mappings(self.files) - self.mapped_before)  # matrices that may be tied were compared
+            self.quantize_mapped(model)
         if config.lm_head:
             quantize_output_embeddings_(model)
         record(model.config, config.bits, config.group_size, config.lm_head)
         self.remove_quantization_config(model)  # the fields just recorded say it all, and are what is saved
+
+    def quantize_mapped(self, model: nn.Module) -> None:
+        """Quantize the matrices of the decoder, and read what stays, in the dtype that it shall have."""
+        bits, group_size = self.quantization_config.bits, self.quantization_config.group_size
+        decoder = model.get_decoder()
+        check_layers(find_linears(decoder), bits, group_size)
+        prefix = next(name for name, module in model.named_modules() if module is decoder)
+        for name in list(find_linears(decoder)):  # names alone: what is replaced shall be freed
+            self.read(model, [f"{prefix}.{name}.weight"])
+            replace_(decoder, name, bits, group_size)
+        self.read(model, self.dtypes)
+
+    def read(self, model: nn.Module, names: Collection[str]) -> None:
+        """Read parameters that are mapped, unless they are in the right dtype as they are."""
+        for name in names:
+            parameter, dtype = model.get_parameter(name), self.dtypes.get(name)
+            if parameter.is_floating_point() and dtype not in (None, parameter.dtype):
+                parameter.data = read_as(parameter.data, dtype)
+
+
+def are_mapped(device_map: dict | str | None) -> bool:
+    """Whether transformers maps weights that go to these places, and does not read them into memory."""
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    return sys.platform != "win32" and places <= {None, "cpu", torch.device("cpu")}
 
 
 # Plain assignment: the registering functions refuse a second import of this file, one for each checkpoint folder.

@@ -6,17 +6,25 @@ what `pip install` calls them. Errors are told here, in one line: bad input and 
 the output that is gone with 1.
 """
 
-import argparse
-import importlib
-import io
-import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
 
-from visualglm_tools.options import Parser, build_parser, from_namespace
-from visualglm_tools.packages import missing
-from visualglm_tools.printing import report
+
+INTERRUPTED = 130  # as shells say it
+
+try:
+    import argparse
+    import codecs
+    import importlib
+    import io
+    import os
+    from collections.abc import Sequence
+    from types import ModuleType
+
+    from visualglm_tools.options import Parser, build_parser, from_namespace
+    from visualglm_tools.packages import missing
+    from visualglm_tools.printing import report
+except KeyboardInterrupt:  # a tenth of a second in which nothing has begun
+    sys.exit(INTERRUPTED)
 
 
 COMMANDS = {
@@ -32,19 +40,29 @@ COMMANDS = {
     "bench": "measure speed and memory",
     "evaluate": "ask an exam, and judge the answers",
 }
-INTERRUPTED = 130  # as shells say it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    prepare_streams()
+    try:
+        if argv is None:
+            leave_ascii()
+        words = list(sys.argv[1:] if argv is None else argv)
+        prepare_streams()
+        return run(words)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a command, and tell its errors; returns the exit code."""
     if "_ARGCOMPLETE" in os.environ:
         complete(os.environ.get("COMP_LINE", "").split())
     if not words or words[0] not in COMMANDS:
         return list_commands(words)
     command = None
     try:
+        check_working_directory()
         command, parser = open_command(words[0])
         return command.run(from_namespace(command.Options, parser.parse_args(words[1:]))) or 0
     except ImportError as error:
@@ -56,8 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         report(error)
         return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+
+
+def leave_ascii() -> None:
+    """Start again in Python's UTF-8 mode where the locale knows ASCII alone: questions and names of files are Chinese.
+
+    Python does so itself in the locale C, unless it is told not to.
+    """
+    is_ascii = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if os.name == "posix" and is_ascii and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def check_working_directory() -> None:
+    """Raise a `ValueError` if it has been deleted: libraries say so in other words, or end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ValueError("the working directory has been deleted; change to one that is there.") from error
 
 
 def prepare_streams() -> None:
@@ -68,6 +102,8 @@ def prepare_streams() -> None:
             setattr(sys, name, io.StringIO())
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8")  # in which ASCII is the same
 
 
 def list_commands(words: Sequence[str]) -> int:

@@ -7,10 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
-from visualglm_tools.layer_bar import counted_layers
-
-
-PATIENCE = 2.0  # seconds after which people want to know
+from visualglm_tools.layer_bar import PATIENCE, counted_layers
 
 
 @contextmanager

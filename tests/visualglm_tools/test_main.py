@@ -13,7 +13,7 @@ import pytest
 from tests.commands import HEAVY, command, modules_after, run, script
 from tests.paths import COMMAND, PICTURES, ROOT, TINY
 from tools.reference import write_page
-from visualglm_tools.__main__ import COMMANDS, main, open_command
+from visualglm_tools.__main__ import COMMANDS, INTERRUPTED, main, open_command, prepare_streams
 from visualglm_tools.options import describe
 
 
@@ -29,7 +29,7 @@ SCRIPTS = {
     "check": "selftest",
     "bench": "benchmark",
 }
-DOORS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+DOORS = sorted({path.name for path in (ROOT / "scripts").glob("*.py")} - {"older_names.py"})
 ANSWERING = (
     ("chat", ()),
     ("serve", ()),
@@ -81,9 +81,7 @@ def test_the_version_is_the_packages(capsys):
 
 def test_every_command_but_the_newest_had_another_name():
     assert SCRIPTS.keys() == COMMANDS.keys() - {"evaluate"}
-    scripts = (
-        path for path in (ROOT / "scripts").glob("*.py") if "visualglm_tools" in path.read_text(encoding="utf-8")
-    )
+    scripts = (path for path in (ROOT / "scripts").glob("*.py") if 'run_command("' in path.read_text(encoding="utf-8"))
     assert sorted(SCRIPTS.values()) == sorted(path.stem for path in scripts)
 
 
@@ -219,6 +217,56 @@ def test_a_terminal_that_cannot_show_chinese_shows_question_marks():
     assert "(default: ???????)" in run(*COMMAND, "chat", "-h", environment={"PYTHONIOENCODING": "ascii"}).stdout
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locales")
+def test_words_are_read_where_the_locale_knows_ascii_alone():
+    ascii_alone = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": None}
+    finished = run(*COMMAND, "check", "没有的文件夹", code=2, environment=ascii_alone)
+    assert finished.stderr == "error: '没有的文件夹' is no folder; give the folder with the checkpoint.\n"
+    finished = script("selftest.py", "没有的文件夹", code=2, environment=ascii_alone)
+    assert "'没有的文件夹' is no folder" in finished.stderr
+
+
+def test_what_is_typed_is_read_where_input_is_said_to_be_ascii(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("描述\n".encode()), encoding="ascii"))
+    prepare_streams()
+    assert sys.stdin.readline() == "描述\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere it cannot be deleted")
+def test_a_working_directory_that_was_deleted_is_said_so(tmp_path):
+    program = f"mkdir gone; cd gone; rmdir ../gone; '{sys.executable}' -m visualglm_tools check '{TINY}'"
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    finished = run("sh", "-c", program, code=2, cwd=tmp_path, environment={"PYTHONPATH": paths})
+    assert finished.stderr == "error: the working directory has been deleted; change to one that is there.\n"
+
+
+@pytest.mark.parametrize("imported", ["argparse", "visualglm_tools.options", "visualglm_tools.commands.check", "torch"])
+def test_ctrl_c_before_anything_has_begun_says_nothing(imported):
+    code = f"""
+import sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {imported!r}:
+            raise KeyboardInterrupt
+
+sys.modules.pop({imported!r}, None)
+sys.meta_path.insert(0, Interrupting())
+from visualglm_tools.__main__ import main
+sys.exit(main(["check"]))
+"""
+    finished = run(sys.executable, "-c", code, code=INTERRUPTED)
+    assert finished.stderr == ""
+
+
+@pytest.mark.parametrize("name", SCRIPTS.values())
+def test_an_older_name_says_what_to_do_where_nothing_is_installed(name, tmp_path):
+    path = ROOT / "scripts" / f"{name}.py"
+    finished = run(sys.executable, "-S", path, "-h", code=2, cwd=tmp_path, environment={"PYTHONPATH": None})
+    assert finished.stdout == "" and finished.stderr.count("\n") == 1
+    assert finished.stderr.endswith(f"-m pip install -e {ROOT}\n")
+
+
 def test_a_stream_that_is_no_file_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     ends_with(0, "--version")
@@ -255,14 +303,18 @@ def test_an_adapter_that_needs_peft_is_refused_before_the_model_is_loaded(tmp_pa
 
 def modules_of_door(door: str, *options: str, code: int) -> set[str]:
     """What a door has imported when it ends with this exit code."""
-    return modules_after(f"""
+    paths = os.pathsep.join(filter(None, (str(ROOT / "scripts"), os.environ.get("PYTHONPATH"))))
+    return modules_after(
+        f"""
 import runpy, sys
 sys.argv = {[door, *options]!r}
 try:
     runpy.run_path("scripts/{door}", run_name="__main__")
 except SystemExit as end:
     assert end.code == {code}, end
-""")
+""",
+        environment={"PYTHONPATH": paths},
+    )
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -4,6 +4,7 @@ Beside PEFT's own two files there may be `base_model.json` with a few numbers of
 on. Shapes alone do not tell two models apart; these do, whatever the number format or the quantization.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from visualglm_tools.printing import first_line
 
 BASE_FILE = "base_model.json"
 SAMPLES = 8  # numbers of each tensor
+MERGED = "merged_adapters"  # in a config: digests of the adapters that are in the weights
 TOLERANCE = 0.02  # of the largest sample: two roundings to bfloat16
 
 
@@ -60,6 +62,26 @@ def check_fingerprint(folder: Path, model: PreTrainedModel) -> None:
             )
 
 
+def digest_of(folder: Path) -> str:
+    """By which an adapter's weights are known again, whatever they have changed."""
+    return hashlib.sha256((folder / ADAPTER_WEIGHT_FILE).read_bytes()).hexdigest()
+
+
+def check_not_merged(folder: Path, model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if the model's weights have the adapter in them already, as `visualglm merge` notes."""
+    if digest_of(folder) in getattr(model.config, MERGED, ()):
+        raise ValueError(
+            f"The adapter in {str(folder)!r} is merged into these weights already, and would count twice. Take them as "
+            f"they are, or give the folder that it was trained on, which was "
+            f"{read_adapter_config(folder).get('base_model_name_or_path')!r}."
+        )
+
+
+def note_merged(folder: Path, model: PreTrainedModel) -> None:
+    """Note in a model's config that the adapter is in its weights."""
+    setattr(model.config, MERGED, [*getattr(model.config, MERGED, ()), digest_of(folder)])
+
+
 def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """Put an adapter on a model, for answering.
 
@@ -71,7 +93,8 @@ def attach_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
         The same model, whose `chat`, `stream_chat` and `generate` now use the adapter.
 
     Raises:
-        ValueError: no adapter there, a damaged one, or one of another base model; PEFT is not installed.
+        ValueError: no adapter there, a damaged one, one of another base model, or one that is merged into the weights
+            already; PEFT is not installed.
     """
     load_adapter(model, Path(folder).expanduser())
     return model.eval()
@@ -81,6 +104,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     """Put an adapter on a model as `attach_adapter` does; returns PEFT's model around it, or for a prefix the model."""
     config = read_adapter_config(folder)
     check_fingerprint(folder, model)
+    check_not_merged(folder, model)
     attach = attach_prefix if config.get("peft_type") == "PREFIX_TUNING" else attach_layers
     try:
         return attach(model, folder)

@@ -18,6 +18,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import HF_MODULES_CACHE
 
 from visualglm_hf import (
     ChatGLMTokenizer,
@@ -38,6 +39,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 OUR_CODE = "modeling_visualglm.py"  # a folder with this file brings its own, current code
 SPARE_MEMORY = 1.2  # times the weights: activations, cache, the rest of the process
 SMALL = 2**30  # bytes of weights that are multiplied in no time
+NO_CACHE = (
+    ". A copy of the checkpoint's code is kept there; name a folder that can be written with the environment variable "
+    "HF_HOME, or HF_MODULES_CACHE for the code alone."
+)
 DAMAGE = (OSError, EOFError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
@@ -135,7 +140,16 @@ def damage_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}") from error
+        advice = NO_CACHE if isinstance(error, OSError) and is_of_cache(error.filename) else ""
+        raise ValueError(f"cannot load {str(folder)!r}: {first_line(error)}{advice}") from error
+
+
+def is_of_cache(path: str | None) -> bool:
+    """Whether a path belongs to where transformers keeps copies of a checkpoint's code, or leads there."""
+    if not isinstance(path, str) or not path:
+        return False
+    cache, found = Path(HF_MODULES_CACHE).absolute(), Path(path).absolute()
+    return cache.is_relative_to(found) or found.is_relative_to(cache)
 
 
 # ---------------------------------------------------------------- bits

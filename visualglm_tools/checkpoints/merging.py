@@ -11,7 +11,7 @@ import torch
 from visualglm_hf.adapters import check_plain, is_tied, record_untied
 from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
 from visualglm_hf.quantization import check_mergeable
-from visualglm_tools.checkpoints.adapters import load_adapter
+from visualglm_tools.checkpoints.adapters import load_adapter, note_merged
 from visualglm_tools.checkpoints.files import LM_HEAD, Entry, read_tensors
 from visualglm_tools.checkpoints.prepared import (
     SPARE_BYTES,
@@ -91,8 +91,8 @@ def merge(base: Path, adapter: Path, target: Path, vocabulary: Path | None = Non
         vocabulary: an ice_text.model, or a folder that has it; `base` by default.
 
     Raises:
-        ValueError: something is missing or damaged, the weights are quantized, the adapter is another model's, or PEFT
-            is not installed; nothing was written.
+        ValueError: something is missing or damaged, the weights are quantized, the adapter is another model's or
+            is in them already, or PEFT is not installed; nothing was written.
     """
     target = target.resolve()
     check_target(target)
@@ -101,6 +101,7 @@ def merge(base: Path, adapter: Path, target: Path, vocabulary: Path | None = Non
         warnings.simplefilter("ignore")  # PEFT's remarks; what matters of them is an error here
         model = fold(load_adapter(map_model(checkpoint), adapter))
     check_plain(model)
+    note_merged(adapter, model)
     if not is_tied(model):  # the adapter may have untied them
         record_untied(model)
     entries = {

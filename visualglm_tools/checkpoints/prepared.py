@@ -6,6 +6,7 @@ Shared by the doors that write one. `files.py` reads and checks what they start 
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,14 +88,26 @@ def read_checkpoint(source: Path, vocabulary: Path | None = None) -> Checkpoint:
 
 
 def check_target(target: Path) -> None:
+    """Raise a `ValueError` if there is something already, or nothing can be."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Name a new one; nothing is overwritten.")
+    for place in (nearest(target), nearest(target.parent)):
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
+        except OSError as error:
+            raise ValueError(
+                f"{target} cannot be written: {place} takes no new folder ({error.strerror}). Name another place."
+            ) from error
+
+
+def nearest(target: Path) -> Path:
+    """What there is of a path: itself, or the folder in which it would be made."""
+    return next(folder for folder in (target, *target.parents) if folder.exists())
 
 
 def check_space(target: Path, num_bytes: int, remedy: str = "Make room or take another disk.") -> None:
     """Raise a `ValueError` if the disk cannot take `num_bytes` more."""
-    place = next(folder for folder in (target, *target.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest(target)).free
     if free < num_bytes:
         raise ValueError(f"{target} needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left. {remedy}")
 

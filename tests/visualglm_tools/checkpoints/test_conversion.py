@@ -1,11 +1,13 @@
 """`scripts/convert_checkpoint.py`: what it writes loads and answers as the original did; what it refuses stays away."""
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import sys
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -350,6 +352,19 @@ def test_links_need_no_space(source, tmp_path, monkeypatch):
 
 
 # ---- what it refuses
+
+
+def test_a_place_that_takes_no_folder_is_not_said_to_be_full(tiny_original, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert convert(tiny_original, tmp_path / "file" / "out") == 2
+    assert "file takes no new folder (Not a directory)" in capsys.readouterr().err
+
+    def refuse(**options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    said = complaint(capsys, convert, tiny_original, tmp_path / "out")
+    assert f"{tmp_path} takes no new folder (Read-only file system)" in said and "GB" not in said
 
 
 def test_target_with_content_is_not_touched(tiny_original, tmp_path, capsys):

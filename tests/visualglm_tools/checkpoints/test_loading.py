@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.commands import python, quantize
-from tests.paths import TINY
+from tests.commands import python, quantize, run
+from tests.paths import COMMAND, TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.benchmarking.run import make_model
 from visualglm_tools.checkpoints import checks
@@ -122,3 +123,11 @@ def test_bits_that_contradict_those_of_the_weights_are_refused_before_anything_i
         load_weights(tmp_path / "stored", torch.float32, 4, "nf4")
     with pytest.raises(ValueError, match="has weights of 4 bits, not of 8"):
         make_model(Namespace(model=tmp_path / "stored", dtype="float32", quant=8, attn="sdpa"), CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_home_that_cannot_be_written_is_said_with_the_remedy():
+    environment = {"HOME": "/proc", "HF_HOME": None, "HF_MODULES_CACHE": None, "XDG_CACHE_HOME": None}
+    finished = run(*COMMAND, "chat", "--query", "你好", "--model", TINY, code=2, environment=environment)
+    [line] = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert "/proc/.cache" in line and "HF_HOME, or HF_MODULES_CACHE" in line

@@ -192,6 +192,18 @@ def test_adapter_of_other_weights_of_the_same_size_is_refused(base, adapter, tmp
     assert "another base model" in complaint(capsys, merge, base, adapter, tmp_path / "merged")
 
 
+def test_an_adapter_is_merged_once_alone(base, adapter, merged, tmp_path, capsys):
+    """However little it changes, and whatever becomes of the merged weights."""
+    assert "merged into these weights already" in complaint(capsys, merge, merged, adapter, tmp_path / "again")
+    assert quantize(str(merged), str(tmp_path / "int8"), "--bits", "8") == 0
+    with pytest.raises(ValueError, match="merged into these weights already"):
+        adapters.attach_adapter(load_float32(tmp_path / "int8"), adapter)
+    another = train_nothing(tmp_path / "another", merged, r=2)
+    assert merge(str(merged), str(another), str(tmp_path / "both")) == 0
+    for each in (adapter, another):
+        assert "merged into these weights already" in complaint(capsys, merge, tmp_path / "both", each, tmp_path / "x")
+
+
 def lose_weights(folder: Path) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(dict(list(tensors.items())[2:]), folder / "adapter_model.safetensors")

@@ -88,6 +88,7 @@ class Answer:
         self.is_cancelled = False
         self.is_watched = False
         self.text = ""
+        self.share_read = 0.0
         self.future: Future[Completion] = Future()
         self._on_cancel = on_cancel
         self._lock = threading.Lock()
@@ -127,18 +128,46 @@ class Answer:
                 return
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        changed, shown = asyncio.Event(), ""
-        loop = asyncio.get_running_loop()
-        self._listen(lambda: loop.is_closed() or loop.call_soon_threadsafe(changed.set))
-        while True:
-            await changed.wait()
-            changed.clear()
-            text, is_done = self._current()
+        shown = ""
+        async for text in self._states():
             if text != shown:
                 shown = text
                 yield shown
-            if is_done:
-                return
+
+    async def watch(self, patience: float) -> AsyncIterator[tuple[str, float]]:
+        """As iterating, for those who also want to see the first word come.
+
+        Args:
+            patience: seconds after which the prompt is told about, while there is no text.
+
+        Yields:
+            The text so far, and the share of the prompt that has been read, 0 to 1.
+        """
+        impatient_at, shown = time.monotonic() + patience, None
+        async for text in self._states(patience):
+            now = (text, self.share_read)
+            if now != shown and (text or time.monotonic() >= impatient_at):
+                shown = now
+                yield now
+
+    async def _states(self, patience: float | None = None) -> AsyncIterator[str]:
+        """The text so far whenever something may have changed, in the end the whole; once after `patience` seconds."""
+        changed, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._listen(lambda: loop.is_closed() or loop.call_soon_threadsafe(changed.set))
+        is_done = False
+        while not is_done:
+            try:
+                await asyncio.wait_for(changed.wait(), patience)
+            except asyncio.TimeoutError:
+                patience = None
+            changed.clear()
+            text, is_done = self._current()
+            yield text
+
+    def read(self, share: float) -> None:
+        """For the engine: so much of the prompt has been read."""
+        self.share_read = share
+        self._notify()
 
     def publish(self, text: str) -> None:
         """For the engine: the text so far."""

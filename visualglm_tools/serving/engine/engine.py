@@ -28,6 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from visualglm_hf.chat import check_tokenizer
 from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.layer_bar import counted_layers
 from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
 from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, prefill
@@ -230,7 +231,8 @@ class Engine:
         with self._failing(rows):
             for row, answer in zip(rows, answers, strict=True):
                 row.image_embeds = self._encode(answer.prompt.pixel_values)
-            return prefill(self.model, rows)
+            with counted_layers(self.model, Reading(answers, len(self.model.get_decoder().layers))):
+                return prefill(self.model, rows)
         return None
 
     def _row(self, answer: Answer) -> Row:
@@ -285,6 +287,18 @@ class Engine:
         live = len(batch.live)
         can_join = self.queue.has_waiting and live < self.limits.max_batch_size and self._steps >= JOIN_EVERY
         return can_join or live <= len(batch.rows) // 2
+
+
+class Reading:
+    """Tells those who asked how far their prompts are: a bar of `counted_layers`."""
+
+    def __init__(self, answers: Sequence[Answer], layers: int):
+        self.answers, self.layers, self.done = answers, layers, 0
+
+    def update(self) -> None:
+        self.done += 1
+        for answer in self.answers:
+            answer.read(self.done / self.layers)
 
 
 class Delivery:

@@ -221,12 +221,19 @@ class LaneWorkers:
             raise PoolClosed(CLOSED) from error
 
     def decode(self, data: bytes, name: str, size: tuple[int, int], resample: int) -> Image.Image:
-        decoder = self.decoder()
+        try:
+            decoder = self.decoder()
+        except DecoderNotStarted as error:
+            if self.is_closed:
+                raise PoolClosed(CLOSED) from error
+            raise
         try:
             return decoder.decode(data, name, size, resample)
         except DecoderDied as error:
             decoder.pictures_left = 0
             reason = decoder.end()
+            if self.is_closed:  # it was ended, whatever the picture is
+                raise PoolClosed(CLOSED) from error
             if reason == OUT_OF_TIME:
                 raise TooMuchForLane from error
             raise ValueError(f"Picture {name} cannot be decoded: {reason}. Save it as JPEG or PNG.") from error

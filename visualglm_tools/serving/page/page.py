@@ -17,6 +17,7 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
+from visualglm_tools.layer_bar import PATIENCE
 from visualglm_tools.serving.engine.answers import Answer, EngineError, QueueFull
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import DecoderNotStarted, PoolClosed
@@ -39,6 +40,7 @@ from visualglm_tools.serving.page.uploads import Upload, Uploads, own_uploads
 OPENED_AT_A_TIME, MAX_OPENING, OPENING_SECONDS = 4, 20, 10  # uploads, uploads, seconds after which to try again
 MAX_CHARACTERS = 20_000  # of a question: milliseconds of tokenizing, and more than the model takes
 MAX_SESSIONS = 1000  # that the server remembers, each with 150 kB of a picture
+BAR = 20  # characters
 UPLOAD_SECONDS = 3600  # that an uploaded file is kept, unless its tab lets it go
 
 # Options of events. The engine, not the page's queue, decides how many are answered at a time.
@@ -89,8 +91,8 @@ class Session:
         self.answer = None
         self.number += 1
 
-    async def ask(self, opener: "Opener", question: str, settings: Settings) -> AsyncIterator[str]:
-        """The growing answer of the opener's engine; in the end it is one of the `turns`.
+    async def ask(self, opener: "Opener", question: str, settings: Settings) -> AsyncIterator[tuple[str, float]]:
+        """The growing answer of the opener's engine, as `Answer.watch` gives it; in the end it is one of the `turns`.
 
         Raises:
             ValueError: the picture, the question or the settings cannot be used.
@@ -110,10 +112,10 @@ class Session:
         self.answer, self.turn = engine.submit(prompt, settings), (question, "")
         answer = self.answer
         try:
-            async for text in answer:
+            async for text, share_read in answer.watch(PATIENCE):
                 self.check_current(number)
                 self.turn = (question, text)
-                yield text
+                yield text, share_read
             self.check_current(number)  # what follows an answer's end shall not be drawn over what was begun
         finally:  # also when the tab was closed
             answer.cancel()
@@ -249,13 +251,18 @@ class Handlers:
             max_length, top_p, temperature = sliders
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
             async with contextlib.aclosing(session.ask(self.opener, question, settings)) as texts:
-                async for text in texts:
-                    yield displayed([*session.turns, (question, text)]), gr.skip()
+                async for text, share_read in texts:
+                    yield displayed([*session.turns, (question, text or bar(share_read))]), gr.skip()
         except Superseded:
             return
         except (ValueError, EngineError) as error:
             gr.Warning(html.escape(str(error)), title="")
         yield displayed(session.turns), gr.skip() if text else question
+
+
+def bar(share: float) -> str:
+    """How much of a prompt has been read, to be shown in the answer's place until there is one."""
+    return f"{'█' * round(BAR * share):░<{BAR}} {share:.0%}"
 
 
 def displayed(turns: Sequence[tuple[str, str]]) -> list[dict]:

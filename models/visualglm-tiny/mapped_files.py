@@ -1,0 +1,1 @@
+../../visualglm_hf/mapped_files.py
