@@ -320,7 +320,7 @@ def weight_obstacle(weight: torch.Tensor, group_size: int | None) -> str | None:
     if columns % LANES or group_size and columns >= ORDERED:
         return f"{'groups' if group_size else 'rows'} of {columns} columns"
     if weight.numel() < FEW_WEIGHTS:
-        return f"{weight.numel()} weights alone"
+        return f"fewer than {FEW_WEIGHTS:,} weights"
     return None
 
 
@@ -342,3 +342,8 @@ class CpuQuantizing(CpuKernelUser):
 
 
 CPU_QUANTIZING = CpuQuantizing()
+
+
+def quantizing_obstacle(weight: torch.Tensor, group_size: int | None) -> str | None:
+    """Why codes and scales of a matrix [N, K] are chosen by torch's operators, which is slow; None if by kernels."""
+    return weight_obstacle(weight, group_size) or CPU_QUANTIZING.obstacle()

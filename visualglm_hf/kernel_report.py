@@ -19,8 +19,10 @@ from .cpu_attention import CPU_ATTENTION, query_obstacle, states_obstacle
 from .cpu_decoder import CpuDecoder, call_obstacle, step_obstacle
 from .cpu_language import HALVES
 from .cpu_many_rows import find_instructions
+from .cpu_quantizing import quantizing_obstacle
 from .growing_cache import make_cache
 from .kernel_choice import name_of, read_choice
+from .quantization import DEFAULT_GROUP_SIZE
 
 
 ROWS = (1, 4, 256)  # of activations: a token's, a token's of a few sequences, a prompt's
@@ -65,13 +67,16 @@ def report_kernels(model: nn.Module, decoder: CpuDecoder) -> KernelReport:
     """Report on a `VisualGLMForConditionalGeneration`, whose decode steps `decoder` does where it can."""
     text, dtype, device = model.get_decoder(), model.dtype, model.device
     head = unwrap(model.get_output_embeddings())
-    rows = report_products(lambda count: ask_layers(text.layers, dtype, count))
+    rows = report_products(lambda count: ask_layers(text.layers, lambda layer: ask_linear(layer, dtype, count)))
     rows += report_products(lambda count: [("output layer", ask_linear(head, dtype, count))])
     if model.config.quantization_bit and device.type == "cpu":
         rows += ask_instructions()
     rows.append(Row("attention of 1 query", name_layers(text.layers), ask_attention(text.config, dtype, device)))
     steps = ask_step(text, decoder, dtype, device)
     rows += [Row("decode step", name_layers(blocks), outcome) for outcome, blocks in steps]
+    group_size = model.config.quantization_group_size if model.config.quantization_bit else DEFAULT_GROUP_SIZE
+    quantizing = ask_layers(text.layers, lambda layer: ask_quantizing(layer, dtype, device, group_size))
+    rows += [Row("quantizing", *each) for each in quantizing]
     return KernelReport(describe_machine(model), tuple(rows))
 
 
@@ -91,12 +96,12 @@ def describe_machine(model: nn.Module) -> str:
     return f"{weights} on {model.device}{threads}, VISUALGLM_KERNELS: {read_choice()}"
 
 
-def ask_layers(blocks: Iterable[nn.Module], dtype: torch.dtype, rows: int) -> Iterator[tuple[str, Outcome]]:
-    """Ask the matrices of all layers which way so many rows of activations go; those that go alike have one name."""
+def ask_layers(blocks: Iterable[nn.Module], ask: Callable[[nn.Module], Outcome]) -> Iterator[tuple[str, Outcome]]:
+    """Ask the matrices of all layers which way something goes; those that it goes alike for have one name."""
     places: dict[Outcome, dict[str, list[nn.Module]]] = defaultdict(lambda: defaultdict(list))
     for block in blocks:
         for name in LINEARS:
-            places[ask_linear(unwrap(block.get_submodule(name)), dtype, rows)][name].append(block)
+            places[ask(unwrap(block.get_submodule(name)))][name].append(block)
     for outcome, by_name in places.items():
         names: dict[str, list[str]] = defaultdict(list)
         for name, having in by_name.items():
@@ -117,6 +122,13 @@ def ask_linear(layer: nn.Module, dtype: torch.dtype, rows: int) -> Outcome:
     if layer.weight.dtype in HALVES:
         obstacle += ", which have one in the program of a decode step alone"
     return Outcome("torch", (("our kernel", obstacle),))
+
+
+def ask_quantizing(layer: nn.Linear, dtype: torch.dtype, device: torch.device, group_size: int | None) -> Outcome:
+    """Ask which way codes are chosen for a linear layer, from weights of a dtype on a device."""
+    size = (layer.out_features, layer.in_features) if device.type == "cpu" else (1, 1)
+    obstacle = quantizing_obstacle(torch.empty(size, dtype=dtype, device=device), group_size)
+    return Outcome("our kernel") if obstacle is None else Outcome("torch", (("our kernel", obstacle),))
 
 
 def ask_instructions() -> Iterator[Row]:

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters import find_adapted, record_untied, unwrap
-from .cpu_quantizing import CPU_QUANTIZING, weight_obstacle
+from .cpu_quantizing import CPU_QUANTIZING, quantizing_obstacle
 from .lowbit_codes import LARGEST_CODE, quantize_naive
 from .lowbit_format import dequantize_naive
 from .lowbit_products import (
@@ -106,7 +106,7 @@ def quantize_tensor(
     group_size = resolve_group_size(bits, group_size)
     check_columns(weight.shape[1], group_size)
     weight = weight.detach()
-    if (weight_obstacle(weight, group_size) or CPU_QUANTIZING.obstacle()) is None:
+    if quantizing_obstacle(weight, group_size) is None:
         codes, scales = CPU_QUANTIZING.kernels.quantize(weight, bits, group_size)
     else:
         step = max(1, (CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK) // weight.shape[1])

@@ -186,7 +186,7 @@ def test_layers_are_quantized_by_the_kernels(monkeypatch, bits, group_size):
         (torch.zeros(BIG), 8, "groups of 8 columns"),
         (torch.zeros(BIG), 512, "groups of 512 columns"),
         (torch.zeros(2**13, 40), None, "rows of 40 columns"),
-        (torch.zeros(4, 64), 64, "256 weights alone"),
+        (torch.zeros(4, 64), 64, "fewer than 262,144 weights"),
     ],
 )
 def test_what_the_kernels_do_not_take_has_a_reason(weight, group_size, reason):

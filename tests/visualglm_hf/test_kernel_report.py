@@ -12,6 +12,7 @@ from visualglm_hf import (
     VisualGLMForConditionalGeneration,
     cpu_decoder,
     cpu_many_rows,
+    cpu_quantizing,
     kernel_report,
     lowbit_products,
     modeling_visualglm,
@@ -19,6 +20,7 @@ from visualglm_hf import (
 from visualglm_hf.cpu_arithmetic import AMX
 from visualglm_hf.cpu_attention import CpuAttention
 from visualglm_hf.cpu_decoder import CpuDecoder
+from visualglm_hf.cpu_quantizing import CpuQuantizing
 from visualglm_hf.cuda_products import CudaProducts
 from visualglm_hf.kernel_report import KernelReport
 
@@ -36,6 +38,7 @@ def renew(monkeypatch, renew_products):
         for module in (kernel_report, cpu_decoder):
             monkeypatch.setattr(module, "CPU_ATTENTION", attention)
         decoder = modeling_visualglm.CPU_DECODER
+        monkeypatch.setattr(cpu_quantizing, "CPU_QUANTIZING", CpuQuantizing())
         monkeypatch.setattr(modeling_visualglm, "CPU_DECODER", CpuDecoder(decoder.plain, decoder.make_example))
 
     return make
@@ -51,6 +54,7 @@ def rows_of(report: KernelReport) -> dict[str, tuple[str, list[str]]]:
 
 FEW, MANY = "products of 1, 4 rows", "products of 256 rows"
 ALL = "products of 1, 4, 256 rows"
+FEW_WEIGHTS = "fewer than 262,144 weights"
 TOO_MANY = "256 rows of activations, not 1 to 4"
 
 
@@ -75,6 +79,7 @@ def test_a_model_of_few_bits_goes_the_fastest_way(bits):
         INSTRUCTIONS: find_instructions(),
         "attention of 1 query, layers 0-2": (KERNEL, []),
         "decode step, layers 0-2": ("in one call", []),
+        "quantizing, layers 0-2": ("torch", [FEW_WEIGHTS]),
     }
     assert report.machine.startswith(f"bfloat16 and {bits} bits on cpu")
 
@@ -113,9 +118,23 @@ def test_full_precision_is_named():
         f"{ALL}, output layer": ("torch", ["float32 activations"]),
         "attention of 1 query, layers 0-2": ("sdpa", ["float32 activations"]),
         "decode step, layers 0-2": ("layer by layer", ["float32 activations"]),
+        "quantizing, layers 0-2": ("torch", [FEW_WEIGHTS]),
     }
     rows = rows_of(make_small_model(torch.float32, bits=8).kernel_report())
     assert rows[f"{FEW}, layers 0-2"] == (KERNEL, [])
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_quantizing_is_told_as_it_is_done(monkeypatch, renew):
+    monkeypatch.setattr(cpu_quantizing, "FEW_WEIGHTS", 0)
+    assert rows_of(make_small_model().kernel_report())["quantizing, layers 0-2"] == (KERNEL, [])
+    model = make_small_model(bits=None)
+    model.config.quantization_bit, model.config.quantization_group_size = 4, 8
+    assert rows_of(model.kernel_report())["quantizing, layers 0-2"] == ("torch", ["groups of 8 columns"])
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    renew()
+    missing = "llvmlite is not installed; get it with: pip install llvmlite"
+    assert rows_of(make_small_model().kernel_report())["quantizing, layers 0-2"] == ("torch", [missing])
 
 
 def test_without_llvmlite_that_is_why(monkeypatch, renew):
