@@ -545,10 +545,11 @@ class LowBitQuantizer(HfQuantizer):
 
     def expect_stored(self, model: nn.Module, stored: dict[str, torch.dtype]) -> None:
         """Let a model without weights expect them in the dtypes in which they are stored."""
-        for name, parameter in model.named_parameters():
-            if name in stored and stored[name].is_floating_point:
-                self.dtypes[name] = parameter.dtype
-                parameter.data = parameter.data.to(stored[name])
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # two that are tied may turn out to differ
+        floating = {name for name in parameters.keys() & stored.keys() if stored[name].is_floating_point}
+        self.dtypes = {name: parameters[name].dtype for name in floating}
+        for name in floating:
+            parameters[name].data = parameters[name].data.to(stored[name])
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")

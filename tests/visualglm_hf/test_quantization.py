@@ -543,3 +543,15 @@ def test_weights_that_are_mapped_are_quantized_as_those_that_are_handed_over(tin
 
 def test_weights_for_another_device_are_not_mapped():
     assert not any(map(are_mapped, ["auto", "cuda", {"": 0}, {"": "disk"}, {"image_encoder": "cpu", "lm_head": 0}]))
+
+
+def test_a_head_that_turns_out_not_to_be_tied_has_the_dtype_of_the_model(tiny_original, tmp_path):
+    model = load(tiny_original, dtype=torch.float16)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded = load(tmp_path, dtype=torch.bfloat16, quantization_config=LowBitConfig(4))
+    floating = [parameter for parameter in loaded.parameters() if parameter.is_floating_point()]
+    assert {parameter.dtype for parameter in floating} == {torch.bfloat16}
+    assert torch.equal(loaded.lm_head.weight, (model.lm_head.weight.float()).bfloat16())
