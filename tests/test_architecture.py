@@ -23,7 +23,9 @@ ARROWS = {
     "picture_reading": (set(), {"PIL", "numpy"}),
     "image_processing_visualglm": ({"code_links", "picture_reading"}, {"transformers", "PIL", "numpy"}),
     "processing_visualglm": ({"code_links", "conversation", "fetching"}, {"transformers"}),
-    "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
+    "measured_choice": ({"instruction_trial"}, {"torch"}),
+    "encoder_ways": ({"measured_choice"}, {"torch"}),
+    "modeling_image_encoder": ({"configuration_visualglm", "encoder_ways"}, {"transformers", "torch"}),
     "modeling_visualglm": (
         {
             "cache_naming",
@@ -177,7 +179,7 @@ TOOL_ROOMS = {
     ),
     "checkpoints": Room(
         tools="packages printing",
-        model="adapters chat configuration_visualglm image_processing_visualglm instruction_trial "
+        model="adapters chat configuration_visualglm image_processing_visualglm measured_choice "
         "modeling_visualglm processing_visualglm quantization tokenization_chatglm visualglm_hf",
         packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers",
     ),

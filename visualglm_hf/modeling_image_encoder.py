@@ -31,6 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_visualglm import VisualGLMConfig, VisualGLMQFormerConfig, VisualGLMVisionConfig
+from .encoder_ways import attend_by_products, attends_by_products, linear
 
 
 def eager_attention_forward(
@@ -64,6 +65,13 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class VisualGLMImageLinear(nn.Linear):
+    """A linear layer that goes whatever way of torch's is the fastest on this machine."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class VisualGLMImageAttention(nn.Module):
     """Attention without a mask: over itself with one fused projection, or over the ViT's output."""
 
@@ -76,11 +84,11 @@ class VisualGLMImageAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_cross_attention = encoder_hidden_size is not None
         if self.is_cross_attention:
-            self.query = nn.Linear(config.hidden_size, config.hidden_size)
-            self.key_value = nn.Linear(encoder_hidden_size, 2 * config.hidden_size)
+            self.query = VisualGLMImageLinear(config.hidden_size, config.hidden_size)
+            self.key_value = VisualGLMImageLinear(encoder_hidden_size, 2 * config.hidden_size)
         else:
-            self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.query_key_value = VisualGLMImageLinear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = VisualGLMImageLinear(config.hidden_size, config.hidden_size)
 
     def project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
         """Query, key and value, each [B, H, S or T, D]; unlike the decoder's, their rows are contiguous blocks."""
@@ -94,17 +102,21 @@ class VisualGLMImageAttention(nn.Module):
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states, encoder_hidden_states)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling)
+        if implementation == "sdpa" and not dropout and attends_by_products(query, key, value):
+            attended, weights = attend_by_products(query, key, value, self.scaling), None
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            attended, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling)
         return self.dense(attended.flatten(2)), weights  # [B, S, H, D] -> [B, S, C]
 
 
 class VisualGLMImageMLP(nn.Module):
     def __init__(self, config: VisualGLMVisionConfig | VisualGLMQFormerConfig):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_h_to_4h = VisualGLMImageLinear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = VisualGLMImageLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states)))  # exact GELU, not the decoder's tanh

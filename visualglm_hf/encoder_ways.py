@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways of torch for what the image encoder does on a CPU, of which the fastest is measured on each machine.
+
+Not here: the encoder (`modeling_image_encoder.py`), and kernels of our own, of which there are none for full weights.
+
+- A linear layer in float32: `F.linear` takes the BLAS that torch was built with, which multiplies half as fast as
+  oneDNN where it does not know the processor's widest vectors.
+- Attention in bfloat16: the fused one multiplies in small blocks, slowly without matrix instructions. For as few
+  tokens as a picture has, two products and a softmax take less time. Scores are in float32, as in the fused one: scores
+  that are rounded to bfloat16 make two to seven times its error.
+
+Gradients, other devices and number formats, tracers and compilers get what torch does by itself.
+
+Shapes: B pictures, S query tokens, T key tokens, H heads, D head dimension, K inputs, N outputs.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from .measured_choice import measure_seconds, recall_choice
+
+
+MEMORY_FILE = "encoder_ways.json"
+CLEARLY = 0.8  # of the time of what torch does by itself
+TOKENS, WIDTH, HEADS = 257, 1408, 16  # of a picture in the ViT
+MOST_TOKENS = 512  # whose scores are written out
+
+
+def is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are numbers on a CPU that nobody else wants to see."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu" for each in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+@cache
+def choose_way(question: str, num_threads: int) -> str:
+    """The name of the way to take of `WAYS[question]`; with another number of threads it may be another one."""
+    names = [way.__name__ for way in WAYS[question]]
+    return recall_choice(MEMORY_FILE, question, names, lambda: measure_way(question))
+
+
+def measure_way(question: str) -> str:
+    """The name of the way that is faster now."""
+    own, other = WAYS[question]
+    with torch.inference_mode(), torch.device("cpu"):
+        example = EXAMPLES[question]()
+        seconds = measure_seconds(lambda: own(*example))
+        try:
+            is_faster = measure_seconds(lambda: other(*example)) < CLEARLY * seconds
+        except RuntimeError:  # torch was built without it, or the library lacks it for this processor
+            is_faster = False
+    return (other if is_faster else own).__name__
+
+
+# ---------------------------------------------------------------- linear layers
+
+
+def linear_by_blas(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, weight, bias)
+
+
+def linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def takes_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and is_plain(x, weight)
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and choose_way("linear", torch.get_num_threads()) == linear_by_onednn.__name__
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute x @ weight.T + bias, [..., K] and [N, K] -> [..., N]."""
+    return linear_by_onednn(x, weight, bias) if takes_onednn(x, weight) else linear_by_blas(x, weight, bias)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2)
+
+
+def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """softmax(scaling query key^T) value, [B, H, S or T, D] -> [B, S, H, D], of one picture after the other."""
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    for picture, (q, k, v) in enumerate(zip(query, key, value, strict=True)):
+        weights = F.softmax(torch.matmul(q.float() * scaling, k.float().transpose(1, 2)), dim=-1)
+        out[picture] = torch.matmul(weights.to(v.dtype), v).transpose(0, 1)
+    return out
+
+
+def attends_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend_by_products` is what to take instead of torch's fused attention, without dropout."""
+    return (
+        query.dtype == torch.bfloat16
+        and is_plain(query, key, value)
+        and key.shape[2] <= MOST_TOKENS
+        and choose_way("attention", torch.get_num_threads()) == attend_by_products.__name__
+    )
+
+
+def linear_example() -> tuple:
+    return tuple(torch.ones(shape, dtype=torch.float32) for shape in ((TOKENS, WIDTH), (WIDTH, WIDTH), (WIDTH,)))
+
+
+def attention_example() -> tuple:
+    states = torch.ones(1, TOKENS, HEADS, WIDTH // HEADS, dtype=torch.bfloat16).transpose(1, 2)
+    return states, states, states, 1.0
+
+
+# What torch does by itself, and the other way.
+WAYS: dict[str, tuple[Callable[..., torch.Tensor], ...]] = {
+    "linear": (linear_by_blas, linear_by_onednn),
+    "attention": (attend_fused, attend_by_products),
+}
+EXAMPLES = {"linear": linear_example, "attention": attention_example}
