@@ -66,7 +66,7 @@ ARROWS = {
     "soft_prompts": (set(), {"transformers", "torch"}),
     "cache_naming": (set(), {"transformers"}),
     "compilation": (set(), {"transformers", "torch"}),
-    "feature_cache": (set(), {"torch"}),
+    "feature_cache": ({"quantization"}, {"torch"}),
     "generation_options": (set(), {"transformers", "torch"}),
     "glm_positions": (set(), {"transformers", "torch"}),
     "glm_prompts": ({"glm_positions"}, {"transformers", "torch"}),
@@ -223,7 +223,7 @@ TOOL_ROOMS = {
     ),
     "benchmarking": Room(
         tools="checkpoints.loading options packages",
-        model="compilation glm_positions growing_cache quantization visualglm_hf",
+        model="compilation encoder_ways glm_positions growing_cache quantization visualglm_hf",
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(

@@ -54,12 +54,11 @@ def measure_way(question: str) -> str:
     own, other = WAYS[question]
     with torch.inference_mode(), torch.device("cpu"):
         example = EXAMPLES[question]()
-        seconds = measure_seconds(lambda: own(*example))
         try:
-            is_faster = measure_seconds(lambda: other(*example)) < CLEARLY * seconds
-        except RuntimeError:  # torch was built without it, or the library lacks it for this processor
-            is_faster = False
-    return (other if is_faster else own).__name__
+            seconds = measure_seconds(lambda: own(*example), lambda: other(*example))
+        except RuntimeError:  # torch was built without it, or its library lacks it for this processor
+            return own.__name__
+    return (other if seconds[1] < CLEARLY * seconds[0] else own).__name__
 
 
 # ---------------------------------------------------------------- linear layers
@@ -101,7 +100,7 @@ def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     """softmax(scaling query key^T) value, [B, H, S or T, D] -> [B, S, H, D], of one picture after the other."""
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     for picture, (q, k, v) in enumerate(zip(query, key, value, strict=True)):
-        weights = F.softmax(torch.matmul(q.float() * scaling, k.float().transpose(1, 2)), dim=-1)
+        weights = F.softmax(torch.matmul(q.float().mul_(scaling), k.float().transpose(1, 2)), dim=-1)
         out[picture] = torch.matmul(weights.to(v.dtype), v).transpose(0, 1)
     return out
 

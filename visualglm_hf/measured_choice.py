@@ -4,6 +4,7 @@
 Not here: what is measured. No list of a processor's features says how fast a library is on it.
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable, Collection
@@ -14,7 +15,7 @@ import torch
 from .instruction_trial import find_memory, read_memory, remember
 
 
-REPEATS = 3
+REPEATS = 4
 
 
 def recall_choice(file: str, what: str, choices: Collection[str], measure: Callable[[], str]) -> str:
@@ -39,11 +40,13 @@ def recall_choice(file: str, what: str, choices: Collection[str], measure: Calla
     return name
 
 
-def measure_seconds(call: Callable[[], Any]) -> float:
-    """Seconds of a call, the shortest of a few."""
-    seconds = []
-    for _ in range(1 + REPEATS):  # the first one sets things up
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def measure_seconds(*calls: Callable[[], Any]) -> list[float]:
+    """Seconds of each call, the shortest of a few; taken in turns, so that a noisy neighbour disturbs all alike."""
+    best = [math.inf] * len(calls)
+    for turn in range(1 + REPEATS):
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if turn > 0:  # the first one sets things up
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best

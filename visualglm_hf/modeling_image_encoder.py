@@ -68,6 +68,8 @@ def eager_attention_forward(
 class VisualGLMImageLinear(nn.Linear):
     """A linear layer that goes whatever way of torch's is the fastest on this machine."""
 
+    is_plain = True  # and may be quantized as any `nn.Linear`
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
