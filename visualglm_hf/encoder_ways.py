@@ -3,8 +3,8 @@
 
 Not here: the encoder (`modeling_image_encoder.py`), and kernels of our own, of which there are none for full weights.
 
-- A linear layer in float32: `F.linear` takes the BLAS that torch was built with, which multiplies half as fast as
-  oneDNN where it does not know the processor's widest vectors.
+- A linear layer: for float32 `F.linear` takes the BLAS that torch was built with, which multiplies half as fast as
+  oneDNN where it does not know the processor's widest vectors; and bias and GELU are passes of their own.
 - Attention in bfloat16: the fused one multiplies in small blocks, slowly without matrix instructions. For as few
   tokens as a picture has, two products and a softmax take less time. Scores are in float32, as in the fused one: scores
   that are rounded to bfloat16 make two to seven times its error.
@@ -15,7 +15,8 @@ Shapes: B pictures, S query tokens, T key tokens, H heads, D head dimension, K i
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ from .measured_choice import measure_seconds, recall_choice
 
 
 MEMORY_FILE = "encoder_ways.json"
-CLEARLY = 0.8  # of the time of what torch does by itself
 TOKENS, WIDTH, HEADS = 257, 1408, 16  # of a picture in the ViT
 MOST_TOKENS = 512  # whose scores are written out
 
@@ -42,51 +42,69 @@ def is_plain(*tensors: torch.Tensor) -> bool:
     )
 
 
+class Question(NamedTuple):
+    """What is to be measured.
+
+    Args:
+        own, other: what torch does by itself, and the other way to the same result.
+        example: makes what both are called with.
+        share: of the time of `own`, below which the other one is taken.
+    """
+
+    own: Callable[..., torch.Tensor]
+    other: Callable[..., torch.Tensor]
+    example: Callable[[], tuple]
+    share: float
+
+
 @cache
 def choose_way(question: str, num_threads: int) -> str:
-    """The name of the way to take of `WAYS[question]`; with another number of threads it may be another one."""
-    names = [way.__name__ for way in WAYS[question]]
+    """The name of the way to take for one of `QUESTIONS`; with another number of threads it may be another one."""
+    names = [way.__name__ for way in QUESTIONS[question][:2]]
     return recall_choice(MEMORY_FILE, question, names, lambda: measure_way(question))
 
 
 def measure_way(question: str) -> str:
     """The name of the way that is faster now."""
-    own, other = WAYS[question]
+    own, other, make_example, share = QUESTIONS[question]
     with torch.inference_mode(), torch.device("cpu"):
-        example = EXAMPLES[question]()
+        example = make_example()
         try:
             seconds = measure_seconds(lambda: own(*example), lambda: other(*example))
         except RuntimeError:  # torch was built without it, or its library lacks it for this processor
             return own.__name__
-    return (other if seconds[1] < CLEARLY * seconds[0] else own).__name__
+    return (other if seconds[1] < share * seconds[0] else own).__name__
 
 
 # ---------------------------------------------------------------- linear layers
 
 
-def linear_by_blas(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, weight, bias)
+def linear_by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, has_gelu: bool) -> torch.Tensor:
+    out = F.linear(x, weight, bias)
+    return F.gelu(out) if has_gelu else out
 
 
-def linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def linear_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, has_gelu: bool) -> torch.Tensor:
+    activation = ("gelu", [], "none") if has_gelu else ("none", [], "")  # the exact GELU
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *activation)
 
 
 def takes_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype
+        and x.dtype in LINEAR_QUESTIONS
         and is_plain(x, weight)
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and choose_way("linear", torch.get_num_threads()) == linear_by_onednn.__name__
+        and choose_way(LINEAR_QUESTIONS[x.dtype], torch.get_num_threads()) == linear_by_onednn.__name__
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute x @ weight.T + bias, [..., K] and [N, K] -> [..., N]."""
-    return linear_by_onednn(x, weight, bias) if takes_onednn(x, weight) else linear_by_blas(x, weight, bias)
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, has_gelu: bool = False) -> torch.Tensor:
+    """Compute x @ weight.T + bias, or the exact GELU of that, [..., K] and [N, K] -> [..., N]."""
+    return (linear_by_onednn if takes_onednn(x, weight) else linear_by_torch)(x, weight, bias, has_gelu)
 
 
 # ---------------------------------------------------------------- attention
@@ -111,12 +129,13 @@ def attends_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
         query.dtype == torch.bfloat16
         and is_plain(query, key, value)
         and key.shape[2] <= MOST_TOKENS
-        and choose_way("attention", torch.get_num_threads()) == attend_by_products.__name__
+        and choose_way("attention in bfloat16", torch.get_num_threads()) == attend_by_products.__name__
     )
 
 
-def linear_example() -> tuple:
-    return tuple(torch.ones(shape, dtype=torch.float32) for shape in ((TOKENS, WIDTH), (WIDTH, WIDTH), (WIDTH,)))
+def linear_example(dtype: torch.dtype) -> tuple:
+    tensors = (torch.ones(shape, dtype=dtype) for shape in ((TOKENS, WIDTH), (WIDTH, WIDTH), (WIDTH,)))
+    return (*tensors, True)
 
 
 def attention_example() -> tuple:
@@ -124,9 +143,10 @@ def attention_example() -> tuple:
     return states, states, states, 1.0
 
 
-# What torch does by itself, and the other way.
-WAYS: dict[str, tuple[Callable[..., torch.Tensor], ...]] = {
-    "linear": (linear_by_blas, linear_by_onednn),
-    "attention": (attend_fused, attend_by_products),
+LINEAR_QUESTIONS = {torch.float32: "linear in float32", torch.bfloat16: "linear in bfloat16"}
+QUESTIONS = {
+    "linear in float32": Question(linear_by_torch, linear_by_onednn, partial(linear_example, torch.float32), 0.8),
+    # The same library either way: it has nothing to lose.
+    "linear in bfloat16": Question(linear_by_torch, linear_by_onednn, partial(linear_example, torch.bfloat16), 1.0),
+    "attention in bfloat16": Question(attend_fused, attend_by_products, attention_example, 0.8),
 }
-EXAMPLES = {"linear": linear_example, "attention": attention_example}

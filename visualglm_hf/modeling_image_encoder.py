@@ -70,8 +70,8 @@ class VisualGLMImageLinear(nn.Linear):
 
     is_plain = True  # and may be quantized as any `nn.Linear`
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, has_gelu: bool = False) -> torch.Tensor:
+        return linear(x, self.weight, self.bias, has_gelu)
 
 
 class VisualGLMImageAttention(nn.Module):
@@ -121,7 +121,14 @@ class VisualGLMImageMLP(nn.Module):
         self.dense_4h_to_h = VisualGLMImageLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states)))  # exact GELU, not the decoder's tanh
+        return self.dense_4h_to_h(self.expand(hidden_states))
+
+    def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The exact GELU, not the decoder's tanh, of the first layer: in one go if nobody looks or adds in between."""
+        layer = self.dense_h_to_4h
+        if type(layer) is VisualGLMImageLinear and not layer._forward_hooks and "forward" not in vars(layer):
+            return layer(hidden_states, has_gelu=True)
+        return F.gelu(layer(hidden_states))
 
 
 class OwnVectors(nn.Parameter):
