@@ -31,7 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_visualglm import VisualGLMConfig, VisualGLMQFormerConfig, VisualGLMVisionConfig
-from .encoder_ways import attend_by_products, attends_by_products, linear
+from .encoder_ways import linear
 
 
 def eager_attention_forward(
@@ -104,13 +104,9 @@ class VisualGLMImageAttention(nn.Module):
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states, encoder_hidden_states)
-        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        if implementation == "sdpa" and not dropout and attends_by_products(query, key, value):
-            attended, weights = attend_by_products(query, key, value, self.scaling), None
-        else:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            attended, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling)
+        attended, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling)
         return self.dense(attended.flatten(2)), weights  # [B, S, H, D] -> [B, S, C]
 
 

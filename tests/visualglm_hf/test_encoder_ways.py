@@ -2,28 +2,24 @@
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from tests.helpers import FLOAT32_TOLERANCE, load_float32, relative_error, seeded
 from visualglm_hf import encoder_ways
 from visualglm_hf.encoder_ways import (
-    QUESTIONS,
-    attend_by_products,
-    attend_fused,
-    attends_by_products,
+    SHARES,
+    WAYS,
     linear,
     linear_by_onednn,
     linear_by_torch,
     measure_way,
     takes_onednn,
 )
-from visualglm_hf.modeling_image_encoder import eager_attention_forward
 
 
 def choose(monkeypatch, place: int) -> None:
     """Let all measurements have found that torch's own way, 0, or the other one, 1, is faster."""
-    monkeypatch.setattr(encoder_ways, "choose_way", lambda question, num_threads: QUESTIONS[question][place].__name__)
+    monkeypatch.setattr(encoder_ways, "choose_way", lambda dtype, num_threads: list(WAYS)[place])
 
 
 @pytest.fixture
@@ -48,22 +44,6 @@ def test_both_ways_of_a_linear_layer_compute_the_same(shape, has_bias, has_gelu,
     assert relative_error(found.float(), expected.float()) < tolerance
 
 
-@pytest.mark.parametrize(("pictures", "queries", "keys"), [(1, 257, 257), (3, 4, 33)])
-def test_attention_by_products_is_nearly_as_exact_as_the_fused_one_and_far_more_than_rounded_scores(
-    pictures, queries, keys
-):
-    query, key = random(pictures, 3, queries, 88, seed=1) * 3, random(pictures, 3, keys, 88, seed=2) * 3
-    states = [each.bfloat16() for each in (query, key, random(pictures, 3, keys, 88, seed=3))]
-    exact = attend_fused(*[each.double() for each in states], 88**-0.5)
-    rounded, _ = eager_attention_forward(nn.Identity(), *states, None, 88**-0.5)
-    with torch.no_grad():
-        found, fused = attend_by_products(*states, 88**-0.5), attend_fused(*states, 88**-0.5)
-    assert found.shape == exact.shape and found.dtype == torch.bfloat16
-    error, fused_error, rounded_error = (relative_error(each.double(), exact) for each in (found, fused, rounded))
-    assert error < 1.5 * fused_error
-    assert error < 0.25 * rounded_error
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_encoder_says_the_same_whichever_way_is_faster(tiny_original, pixel_values, monkeypatch, dtype):
     model = load_float32(tiny_original).to(dtype)
@@ -75,17 +55,13 @@ def test_the_encoder_says_the_same_whichever_way_is_faster(tiny_original, pixel_
     assert relative_error(found[1], found[0]) < (FLOAT32_TOLERANCE if dtype == torch.float32 else 1e-2)
 
 
-def test_it_takes_the_other_way_without_gradients_in_the_number_format_that_it_is_for(others):
-    x, weight, states = random(5, 96), random(40, 96), random(1, 2, 5, 16, dtype=torch.bfloat16)
+def test_it_takes_the_other_way_without_gradients_in_the_number_formats_that_it_is_for(others):
+    x, weight = random(5, 96), random(40, 96)
     with torch.no_grad():
-        assert takes_onednn(x, weight) and attends_by_products(states, states, states)
-        assert takes_onednn(x.bfloat16(), weight.bfloat16())
+        assert takes_onednn(x, weight) and takes_onednn(x.bfloat16(), weight.bfloat16())
         assert not takes_onednn(x.half(), weight.half())
         assert not takes_onednn(x.bfloat16(), weight)
         assert not takes_onednn(x[:0], weight)
-        assert not attends_by_products(*[states.float()] * 3)
-        long = states.new_zeros(1, 2, encoder_ways.MOST_TOKENS + 1, 16)
-        assert not attends_by_products(states, long, long)
         assert not takes_onednn(x.to("meta"), weight.to("meta"))
         with torch.autocast("cpu"):
             assert not takes_onednn(x, weight)
@@ -93,7 +69,7 @@ def test_it_takes_the_other_way_without_gradients_in_the_number_format_that_it_i
             assert not takes_onednn(mode.from_tensor(x), mode.from_tensor(weight))
         with torch.backends.mkldnn.flags(enabled=False):
             assert not takes_onednn(x, weight)
-    assert not takes_onednn(x, weight) and not attends_by_products(states, states, states)
+    assert not takes_onednn(x, weight)
 
 
 def test_functions_are_transformed_and_traced_as_always(others):
@@ -132,11 +108,9 @@ def test_hooks_and_adapters_of_a_layer_are_asked(others, tiny_original, pixel_va
         assert relative_error(merged.get_image_features(pixel_values[:1]).pooler_output, with_adapter) < 1e-4
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("dtype", SHARES)
 @pytest.mark.parametrize("share", [0.5, 0.9, 2.0, None])
-def test_the_other_way_is_taken_if_it_is_faster_and_works(monkeypatch, question, share):
-    place = int(share is not None and share < QUESTIONS[question].share)
-
+def test_the_other_way_is_taken_if_it_is_faster_and_works(monkeypatch, dtype, share):
     def measure(*calls):
         for call in calls:
             call()
@@ -145,4 +119,12 @@ def test_the_other_way_is_taken_if_it_is_faster_and_works(monkeypatch, question,
         return [1.0, share]
 
     monkeypatch.setattr(encoder_ways, "measure_seconds", measure)
-    assert measure_way(question) == QUESTIONS[question][place].__name__
+    place = int(share is not None and share < SHARES[dtype])
+    assert measure_way(dtype) == list(WAYS)[place]
+
+
+def test_where_torch_has_no_such_way_it_does_as_always(monkeypatch):
+    choose(monkeypatch, 1)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with torch.no_grad():
+        assert not takes_onednn(random(5, 96), random(40, 96))
