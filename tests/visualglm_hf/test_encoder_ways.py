@@ -44,9 +44,16 @@ def test_both_ways_of_a_linear_layer_compute_the_same(shape, has_bias, has_gelu,
     assert relative_error(found.float(), expected.float()) < tolerance
 
 
-def test_the_encoder_says_the_same_whichever_way_is_faster_and_in_bfloat16_no_less_exactly(
-    tiny_original, pixel_values, monkeypatch
-):
+@pytest.mark.parametrize("has_gelu", [True, False])
+def test_the_other_way_rounds_to_bfloat16_once(has_gelu):
+    x, weight, bias = (random(*shape, dtype=torch.bfloat16) for shape in ((33, 96), (40, 96), (40,)))
+    exact = linear_by_torch(x.double(), weight.double(), bias.double(), has_gelu)
+    with torch.no_grad():
+        found = linear_by_onednn(x, weight, bias, has_gelu).double()
+    assert relative_error(found, exact) < 1.02 * relative_error(exact.bfloat16().double(), exact)
+
+
+def test_the_encoder_says_the_same_whichever_way_is_faster(tiny_original, pixel_values, monkeypatch):
     model, found = load_float32(tiny_original), {}
     for dtype in SHARES:
         for place in (0, 1):
@@ -56,7 +63,7 @@ def test_the_encoder_says_the_same_whichever_way_is_faster_and_in_bfloat16_no_le
     exact = found[torch.float32, 0]
     assert relative_error(found[torch.float32, 1], exact) < FLOAT32_TOLERANCE
     own, other = (relative_error(found[torch.bfloat16, place], exact) for place in (0, 1))
-    assert 0 < other < 1.1 * own
+    assert 0 < other < 2 * own  # the roundings of all layers add up by chance
 
 
 def test_it_takes_the_other_way_without_gradients_in_the_number_formats_that_it_is_for(others):
