@@ -23,7 +23,9 @@ ARROWS = {
     "picture_reading": (set(), {"PIL", "numpy"}),
     "image_processing_visualglm": ({"code_links", "picture_reading"}, {"transformers", "PIL", "numpy"}),
     "processing_visualglm": ({"code_links", "conversation", "fetching"}, {"transformers"}),
-    "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
+    "measured_choice": ({"instruction_trial"}, {"torch"}),
+    "encoder_ways": ({"measured_choice"}, {"torch"}),
+    "modeling_image_encoder": ({"configuration_visualglm", "encoder_ways"}, {"transformers", "torch"}),
     "modeling_visualglm": (
         {
             "cache_naming",
@@ -64,7 +66,7 @@ ARROWS = {
     "soft_prompts": (set(), {"transformers", "torch"}),
     "cache_naming": (set(), {"transformers"}),
     "compilation": (set(), {"transformers", "torch"}),
-    "feature_cache": (set(), {"torch"}),
+    "feature_cache": ({"quantization"}, {"torch"}),
     "generation_options": (set(), {"transformers", "torch"}),
     "glm_positions": (set(), {"transformers", "torch"}),
     "glm_prompts": ({"glm_positions"}, {"transformers", "torch"}),
@@ -180,7 +182,7 @@ TOOL_ROOMS = {
     ),
     "checkpoints": Room(
         tools="packages printing",
-        model="adapters chat configuration_visualglm image_processing_visualglm instruction_trial "
+        model="adapters chat configuration_visualglm image_processing_visualglm measured_choice "
         "modeling_visualglm processing_visualglm quantization tokenization_chatglm visualglm_hf",
         packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers",
     ),
@@ -224,7 +226,7 @@ TOOL_ROOMS = {
     ),
     "benchmarking": Room(
         tools="checkpoints.loading options packages",
-        model="compilation glm_positions growing_cache quantization visualglm_hf",
+        model="compilation encoder_ways glm_positions growing_cache quantization visualglm_hf",
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(
@@ -269,13 +271,13 @@ def test_arrows_have_no_circle():
     def depth(room: str, above: tuple[str, ...] = ()) -> int:
         assert room not in above, f"circle: {above} -> {room}"
         below = max((depth(sibling, (*above, room)) for sibling in ARROWS[room][0]), default=0)
-        return below if is_in_basement(room) and below else 1 + below  # the kernels are one floor
+        return below if is_in_basement(room) and below else 1 + below  # kernels and their choice are one floor
 
     assert max(depth(room) for room in ARROWS) <= 4
 
 
 def is_in_basement(room: str) -> bool:
-    return room.startswith(("cpu_", "cuda_", "instruction_trial", "kernel_choice", "lowbit_"))
+    return room.startswith(("cpu_", "cuda_", "instruction_trial", "kernel_choice", "lowbit_", "measured_choice"))
 
 
 @pytest.mark.parametrize("room", ROOMS)

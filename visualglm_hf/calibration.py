@@ -67,6 +67,7 @@ def quantize_calibrated(
     bits: int = 4,
     group_size: int | None = None,
     lm_head: bool = False,
+    image_encoder: bool = False,
 ) -> nn.Module:
     """Quantize the linear layers of a transformers model's decoder to 4 bits, calibrated with prompts.
 
@@ -77,7 +78,8 @@ def quantize_calibrated(
         model: has a decoder with `layers`, each called with its hidden states first.
         calibration: inputs of the model, such as a processor makes them, on its device; 32 prompts are enough.
         bits: 4. The error of 8 is too small to be worth it.
-        group_size, lm_head: see `quantize_model`; with one scale per row it is searched for, too.
+        group_size, lm_head, image_encoder: see `quantize_model`; with one scale per row it is searched for, too. The
+            decoder is calibrated with what the quantized image encoder makes of pictures.
 
     Returns:
         The same model.
@@ -90,6 +92,8 @@ def quantize_calibrated(
         raise ValueError("8 bits gain nothing from calibration: their error is small. Leave it out, or take 4 bits.")
     decoder = model.get_decoder()
     check_layers(find_linears(decoder), bits, group_size)
+    if image_encoder:
+        quantize_(model.get_encoder("image"), bits=8)
     was_training = model.training
     model.eval()
     try:
@@ -100,7 +104,7 @@ def quantize_calibrated(
     quantize_(decoder, bits, group_size)  # what is in no block
     if lm_head:
         quantize_output_embeddings_(model)
-    record(model.config, bits, group_size, lm_head)
+    record(model.config, bits, group_size, lm_head, image_encoder)
     return model
 
 

@@ -387,6 +387,8 @@ class VisualGLMConfig(PreTrainedConfig):
         Columns that share a scale in a checkpoint of 4 bits; one scale per row, as in the original's, by default.
     quantization_lm_head (`bool`, *optional*, defaults to `False`):
         Whether `lm_head` is quantized too, to 8 bits.
+    quantization_image_encoder (`bool`, *optional*, defaults to `False`):
+        Whether the linear layers of the image encoder are quantized too, to 8 bits.
     """
 
     model_type = "chatglm"
@@ -406,6 +408,7 @@ class VisualGLMConfig(PreTrainedConfig):
     quantization_bit: int = 0
     quantization_group_size: int | None = None
     quantization_lm_head: bool = False
+    quantization_image_encoder: bool = False
 
     def __post_init__(self, **kwargs):
         if "eva_config" in kwargs or "num_layers" in kwargs:
@@ -457,6 +460,8 @@ class VisualGLMConfig(PreTrainedConfig):
             )
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"quantization_bit must be 0, 4 or 8, found {self.quantization_bit!r}.")
+        if self.quantization_image_encoder and not self.quantization_bit:
+            raise ValueError("quantization_image_encoder is for quantized weights: quantization_bit must be 4 or 8.")
 
     # Where the original has them: `from_pretrained(folder, pre_seq_len=128)` adds a prefix to be learned.
     @property

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .quantization import LowBitCodes
+
 
 REMEMBERED_PICTURES = 16  # of the real model in half precision, 256 KiB each
 ADAPTER_STATE = ("disable_adapters", "active_adapter", "merged_adapters", "scaling")  # of PEFT's layers
@@ -120,21 +122,22 @@ def describe(encoder: nn.Module) -> bytes | None:
         elif (config := vars(module).get("config")) is not None:
             settings.append(config._attn_implementation)
     for parameter in encoder.parameters():
-        if (
-            type(parameter).__torch_function__ is not nn.Parameter.__torch_function__  # sharded, or quantized by others
-            or parameter.is_meta
-            or parameter.is_inference()
-            or not parameter.numel()
-        ):
+        if not has_plain_numbers(parameter) or parameter.is_meta or parameter.is_inference() or not parameter.numel():
             return None
         identities += (id(parameter), parameter._version)
-        samples.setdefault((parameter.device, parameter.dtype), []).append(sample(parameter))
+        samples.setdefault((parameter.device, parameter.dtype), []).append(sample(parameter.detach()))
     if not identities:  # a replica of `nn.DataParallel`
         return None
     state = hashlib.sha256(repr((settings, identities)).encode())
     for parts in samples.values():
         state.update(to_bytes(torch.cat(parts)))
     return state.digest()
+
+
+def has_plain_numbers(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is neither sharded nor quantized by others."""
+    kind = type(parameter)
+    return kind is LowBitCodes or kind.__torch_function__ is nn.Parameter.__torch_function__
 
 
 def sample(parameter: torch.Tensor) -> torch.Tensor:

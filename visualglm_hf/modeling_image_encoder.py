@@ -31,6 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_visualglm import VisualGLMConfig, VisualGLMQFormerConfig, VisualGLMVisionConfig
+from .encoder_ways import linear
 
 
 def eager_attention_forward(
@@ -64,6 +65,15 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class VisualGLMImageLinear(nn.Linear):
+    """A linear layer that goes whatever way of torch's is the fastest on this machine."""
+
+    is_plain = True  # and may be quantized as any `nn.Linear`
+
+    def forward(self, x: torch.Tensor, has_gelu: bool = False) -> torch.Tensor:
+        return linear(x, self.weight, self.bias, has_gelu)
+
+
 class VisualGLMImageAttention(nn.Module):
     """Attention without a mask: over itself with one fused projection, or over the ViT's output."""
 
@@ -76,11 +86,11 @@ class VisualGLMImageAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_cross_attention = encoder_hidden_size is not None
         if self.is_cross_attention:
-            self.query = nn.Linear(config.hidden_size, config.hidden_size)
-            self.key_value = nn.Linear(encoder_hidden_size, 2 * config.hidden_size)
+            self.query = VisualGLMImageLinear(config.hidden_size, config.hidden_size)
+            self.key_value = VisualGLMImageLinear(encoder_hidden_size, 2 * config.hidden_size)
         else:
-            self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+            self.query_key_value = VisualGLMImageLinear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = VisualGLMImageLinear(config.hidden_size, config.hidden_size)
 
     def project(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None) -> list[torch.Tensor]:
         """Query, key and value, each [B, H, S or T, D]; unlike the decoder's, their rows are contiguous blocks."""
@@ -103,11 +113,18 @@ class VisualGLMImageAttention(nn.Module):
 class VisualGLMImageMLP(nn.Module):
     def __init__(self, config: VisualGLMVisionConfig | VisualGLMQFormerConfig):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_h_to_4h = VisualGLMImageLinear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = VisualGLMImageLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states)))  # exact GELU, not the decoder's tanh
+        return self.dense_4h_to_h(self.expand(hidden_states))
+
+    def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The exact GELU, not the decoder's tanh, of the first layer: in one go if nobody looks or adds in between."""
+        layer = self.dense_h_to_4h
+        if type(layer) is VisualGLMImageLinear and not layer._forward_hooks and "forward" not in vars(layer):
+            return layer(hidden_states, has_gelu=True)
+        return F.gelu(layer(hidden_states))
 
 
 class OwnVectors(nn.Parameter):

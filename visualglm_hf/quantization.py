@@ -311,12 +311,17 @@ class HalfLinear(nn.Linear):
         return choose_half_way(product, tell).name
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear`, or one of this package's that merely knows another way to the same result."""
+    return type(module) is nn.Linear or getattr(type(module), "is_plain", False) and isinstance(module, nn.Linear)
+
+
 def find_linears(module: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Linear]:
     """Find the plain linear layers by name, but those in `skip` and below."""
     return {
         name: child
         for name, child in module.named_modules()
-        if type(child) is nn.Linear and not any(name == other or name.startswith(f"{other}.") for other in skip)
+        if is_plain_linear(child) and not any(name == other or name.startswith(f"{other}.") for other in skip)
     }
 
 
@@ -428,16 +433,21 @@ def check_unquantized(model: nn.Module) -> None:
         raise ValueError(f"{name} has an adapter. Merge or remove it first, or quantize before you add it.")
 
 
-def quantize_model(model: nn.Module, bits: int, group_size: int | None = None, lm_head: bool = False) -> nn.Module:
-    """Quantize the linear layers of a transformers model's decoder, and its output layer to 8 bits if asked.
+def quantize_model(
+    model: nn.Module, bits: int, group_size: int | None = None, lm_head: bool = False, image_encoder: bool = False
+) -> nn.Module:
+    """Quantize the linear layers of a transformers model's decoder; if asked, to 8 bits, of image encoder and head.
 
     Afterwards `config.quantization_bit` and its companions say what was done. See `quantize_` for arguments and errors.
     """
     check_unquantized(model)
+    check_layers(find_linears(model.get_decoder()), bits, group_size)
+    if image_encoder:
+        quantize_(model.get_encoder("image"), bits=8)
     quantize_(model.get_decoder(), bits, group_size)
     if lm_head:
         quantize_output_embeddings_(model)
-    record(model.config, bits, group_size, lm_head)
+    record(model.config, bits, group_size, lm_head, image_encoder)
     return model
 
 
@@ -447,17 +457,20 @@ def quantize_output_embeddings_(model: nn.Module) -> None:
     record_untied(model)
 
 
-def record(config, bits: int, group_size: int | None, lm_head: bool) -> None:
+def record(config, bits: int, group_size: int | None, lm_head: bool, image_encoder: bool = False) -> None:
     """Write into a model's config how its weights are quantized."""
     config.quantization_bit = bits
     config.quantization_group_size = resolve_group_size(bits, group_size)
     config.quantization_lm_head = lm_head
+    config.quantization_image_encoder = image_encoder
 
 
 def prepare_model(model: nn.Module) -> None:
     """Make room for the low-bit weights that a config announces; to be called at the end of a model's `__init__`."""
     config = model.config
     prepare_(model.get_decoder(), config.quantization_bit, config.quantization_group_size or PER_ROW)
+    if config.quantization_image_encoder:
+        prepare_(model.get_encoder("image"), bits=8)
     if config.quantization_lm_head:
         model.set_output_embeddings(QuantizedLinear.empty_like(model.get_output_embeddings(), bits=8))
 
@@ -472,30 +485,40 @@ class LowBitConfig(QuantizationConfigMixin):
         bits: 4 or 8.
         group_size: see `quantize_tensor`.
         lm_head: whether to quantize the output layer too, to 8 bits.
+        image_encoder: whether to quantize the image encoder too, to 8 bits.
 
     Raises:
         ValueError: other bits, or an impossible group size.
     """
 
-    def __init__(self, bits: int = 4, group_size: int | None = None, lm_head: bool = False, **kwargs):
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int | None = None,
+        lm_head: bool = False,
+        image_encoder: bool = False,
+        **kwargs,
+    ):
         resolve_group_size(bits, group_size)
         unknown = sorted(set(kwargs) - {"quant_method"})
         if unknown:
-            raise ValueError(f"{type(self).__name__} takes bits, group_size and lm_head, not {', '.join(unknown)}.")
+            known = "bits, group_size, lm_head and image_encoder"
+            raise ValueError(f"{type(self).__name__} takes {known}, not {', '.join(unknown)}.")
         self.quant_method = QUANT_METHOD
-        self.bits, self.group_size, self.lm_head = bits, group_size, lm_head
+        self.bits, self.group_size = bits, group_size
+        self.lm_head, self.image_encoder = lm_head, image_encoder
 
 
 class QuantizeWhileLoading(ConversionOps):
-    """Turn one full weight of the checkpoint into codes and scales."""
+    """Turn one full weight of the checkpoint into codes and scales, as the layer that it is for has them."""
 
-    def __init__(self, config: LowBitConfig):
-        self.config = config
-
-    def convert(self, input_dict: dict, full_layer_name: str | None = None, **kwargs) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict, full_layer_name: str | None = None, model: nn.Module | None = None, **kwargs
+    ) -> dict[str, torch.Tensor]:
         weight = next(iter(input_dict.values()))
         weight = weight[0] if isinstance(weight, list) else weight
-        codes, scales = quantize_tensor(weight, self.config.bits, self.config.group_size)
+        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        codes, scales = quantize_tensor(weight, layer.bits, layer.group_size or PER_ROW)
         return {full_layer_name: codes, f"{full_layer_name}_scale": scales}
 
 
@@ -537,9 +560,10 @@ class LowBitQuantizer(HfQuantizer):
             self.files, self.mapped_before = checkpoint_files, find_mappings(checkpoint_files)
             self.expect_stored(model, stored_dtypes(checkpoint_files))
             return
-        decoder = prepare_(model.get_decoder(), self.quantization_config.bits, self.quantization_config.group_size)
-        for name in find_quantized(decoder):
-            layer = decoder.get_submodule(name)
+        for part, bits, group_size in self.parts(model):
+            prepare_(part, bits, group_size)
+        for name in find_quantized(model):
+            layer = model.get_submodule(name)
             shape = (layer.out_features, layer.in_features)
             layer.weight = nn.Parameter(torch.empty(shape, dtype=model.dtype, device="meta"), requires_grad=False)
 
@@ -556,7 +580,7 @@ class LowBitQuantizer(HfQuantizer):
         return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return QuantizeWhileLoading(self.quantization_config)
+        return QuantizeWhileLoading()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         config = self.quantization_config
@@ -565,18 +589,23 @@ class LowBitQuantizer(HfQuantizer):
             self.quantize_mapped(model)
         if config.lm_head:
             quantize_output_embeddings_(model)
-        record(model.config, config.bits, config.group_size, config.lm_head)
+        record(model.config, config.bits, config.group_size, config.lm_head, config.image_encoder)
         self.remove_quantization_config(model)  # the fields just recorded say it all, and are what is saved
 
+    def parts(self, model: nn.Module) -> list[tuple[nn.Module, int, int | None]]:
+        """What is quantized of a model, each with its bits and the size of its groups."""
+        config = self.quantization_config
+        decoder = (model.get_decoder(), config.bits, config.group_size)
+        return [decoder, (model.get_encoder("image"), 8, None)] if config.image_encoder else [decoder]
+
     def quantize_mapped(self, model: nn.Module) -> None:
-        """Quantize the matrices of the decoder, and read what stays, in the dtype that it shall have."""
-        bits, group_size = self.quantization_config.bits, self.quantization_config.group_size
-        decoder = model.get_decoder()
-        check_layers(find_linears(decoder), bits, group_size)
-        prefix = next(name for name, module in model.named_modules() if module is decoder)
-        for name in list(find_linears(decoder)):  # names alone: what is replaced shall be freed
-            self.read(model, [f"{prefix}.{name}.weight"])
-            replace_(decoder, name, bits, group_size)
+        """Quantize the matrices that shall be, and read what stays, in the dtype that it shall have."""
+        for part, bits, group_size in self.parts(model):
+            check_layers(find_linears(part), bits, group_size)
+            prefix = next(name for name, module in model.named_modules() if module is part)
+            for name in list(find_linears(part)):  # names alone: what is replaced shall be freed
+                self.read(model, [f"{prefix}.{name}.weight"])
+                replace_(part, name, bits, group_size)
         self.read(model, self.dtypes)
 
     def read(self, model: nn.Module, names: Collection[str]) -> None:

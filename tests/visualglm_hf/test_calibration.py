@@ -147,8 +147,9 @@ def make_prompts(number: int, length: int = 20) -> list[dict]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_calibrated_model_is_like_any_other_of_4_bits(dtype, tmp_path):
-    model, plain = make_small_model(dtype, bits=None), make_small_model(dtype, bits=None).quantize(4, lm_head=True)
-    assert model.train().quantize(4, lm_head=True, calibration=make_prompts(4)) is model
+    options = {"lm_head": True, "image_encoder": True}
+    model, plain = make_small_model(dtype, bits=None), make_small_model(dtype, bits=None).quantize(4, **options)
+    assert model.train().quantize(4, calibration=make_prompts(4), **options) is model
     assert model.training
     state, other = model.state_dict(), plain.state_dict()
     assert {key: (value.shape, value.dtype) for key, value in state.items()} == {

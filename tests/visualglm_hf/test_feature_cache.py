@@ -46,6 +46,17 @@ def test_a_picture_is_encoded_once_and_its_features_are_the_same_bits(model, enc
     assert encoded == [1]
 
 
+def test_a_quantized_encoder_is_remembered_too_and_is_another_one(model, encoded, pixel_values):
+    before = encode(model, pixel_values[:1])
+    model.quantize(8, image_encoder=True)
+    expected = fresh(model, pixel_values[:1])
+    encoded.clear()
+    for _ in range(2):
+        assert torch.equal(encode(model, pixel_values[:1]), expected)
+    assert encoded == [1]
+    assert not torch.equal(expected, before)
+
+
 def test_of_a_batch_only_new_pictures_are_encoded_and_doubles_once(model, encoded, pixel_values):
     first = encode(model, pixel_values[[0, 1]])
     again = encode(model, pixel_values[[2, 1, 0, 2]])

@@ -324,10 +324,11 @@ def test_quantized_model_is_never_built_in_full(tiny_int4, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "lm_head"), [(8, None, False), (4, None, False), (4, -1, False), (4, 32, True)]
+    ("bits", "group_size", "lm_head", "image_encoder"),
+    [(8, None, False, False), (4, None, False, True), (4, -1, False, False), (4, 32, True, True)],
 )
-def test_saving_and_loading_lose_nothing(tiny_original, tmp_path, bits, group_size, lm_head):
-    model = load(tiny_original).quantize(bits, group_size, lm_head)
+def test_saving_and_loading_lose_nothing(tiny_original, tmp_path, bits, group_size, lm_head, image_encoder):
+    model = load(tiny_original).quantize(bits, group_size, lm_head, image_encoder=image_encoder)
     model.save_pretrained(tmp_path)
     loaded, info = VisualGLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
@@ -337,14 +338,18 @@ def test_saving_and_loading_lose_nothing(tiny_original, tmp_path, bits, group_si
         assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "lm_head"), [(8, None, False), (4, None, True), (4, -1, False)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "lm_head", "image_encoder"),
+    [(8, None, False, True), (4, None, True, False), (4, -1, False, True), (4, 32, False, True)],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_quantizing_while_loading_equals_quantizing_afterwards(
-    tiny_original, tmp_path, bits, group_size, lm_head, dtype
+    tiny_original, tmp_path, bits, group_size, lm_head, image_encoder, dtype
 ):
-    config = LowBitConfig(bits, group_size, lm_head)
+    config = LowBitConfig(bits, group_size, lm_head, image_encoder)
     model = load(tiny_original, dtype=dtype, quantization_config=config)
-    assert_same_state(model, load(tiny_original, dtype=dtype).quantize(bits, group_size, lm_head))
+    expected = load(tiny_original, dtype=dtype).quantize(bits, group_size, lm_head, image_encoder=image_encoder)
+    assert_same_state(model, expected)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert_same_state(load(tmp_path, dtype=dtype), model.half().to(dtype))
@@ -457,6 +462,34 @@ def test_impossible_arguments_are_refused_and_change_nothing(tiny_original, argu
     assert model.config.quantization_bit == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_image_encoder_is_quantized_if_asked_alone_and_says_nearly_the_same(tiny_original, pixel_values, dtype):
+    model = load(tiny_original, dtype=dtype)
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values).pooler_output.float()
+    before = find_quantized(load(tiny_original).quantize(8))
+    assert not any(name.startswith("image_encoder.") for name in before)
+    model.quantize(8, image_encoder=True)
+    linears = [name for name, child in model.image_encoder.named_modules() if isinstance(child, nn.Linear)]
+    assert find_quantized(model.image_encoder) == linears
+    assert {model.image_encoder.get_submodule(name).bits for name in linears} == {8}
+    with torch.no_grad():
+        found = model.get_image_features(pixel_values).pooler_output.float()
+    assert 0 < difference(found, expected) < 0.05
+
+
+def test_an_impossible_decoder_leaves_the_image_encoder_as_it_was(tiny_original):
+    model = load(tiny_original)
+    with pytest.raises(ValueError, match="cannot be divided into groups"):
+        model.quantize(4, 48, image_encoder=True)
+    assert not find_quantized(model)
+
+
+def test_a_quantized_image_encoder_wants_a_quantized_decoder():
+    with pytest.raises(ValueError, match="quantization_bit must be 4 or 8"):
+        VisualGLMConfig(quantization_image_encoder=True)
+
+
 def test_quantizing_twice_is_refused(tiny_original, tiny_int4):
     model = load(tiny_original).quantize(4)
     with pytest.raises(ValueError, match="4 bits already"):
@@ -507,6 +540,24 @@ def test_lora_trains_on_quantized_layers_and_merging_is_refused(tiny_original, b
         adapted.merge_adapter()
     with pytest.raises(ValueError, match="4 bits already|8 bits already"):
         model.quantize(4)
+
+
+def test_lora_trains_beside_a_quantized_image_encoder_and_merging_is_refused(tiny_original, pixel_values):
+    peft = pytest.importorskip("peft")
+    model = load(tiny_original, dtype=torch.float32).quantize(8, image_encoder=True)
+    targets = r"image_encoder\.(vit|qformer)\..*(query_key_value|dense)"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
+    with torch.no_grad():
+        before = model.get_image_features(pixel_values[:1]).pooler_output
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):  # the first step leaves one of the factors at zero
+        model.get_image_features(pixel_values[:1]).pooler_output.square().sum().backward()
+        assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+        optimizer.step()
+    with torch.no_grad():
+        assert difference(model.get_image_features(pixel_values[:1]).pooler_output, before) > 1e-3
+    with pytest.raises(ValueError, match="without quantization"):
+        adapted.merge_and_unload()
 
 
 def test_a_model_with_an_adapter_is_not_quantized(tiny_original):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from visualglm_hf import VisualGLMForConditionalGeneration
+from visualglm_hf.encoder_ways import linear
 from visualglm_tools.benchmarking.timing import GIB, Clock, announce, collect, digits
 
 
@@ -41,7 +42,8 @@ def measure_bandwidth(clock: Clock, gib: float, repeats: int) -> float:
 def measure_gemm(model: VisualGLMForConditionalGeneration, clock: Clock) -> float:
     """Return the GFLOP/s of the MLP's first product on `GEMM_ROWS` tokens, without its bias.
 
-    In the model's dtype or in float32, whichever is faster: a processor may have no instructions for half precision.
+    In the model's dtype or in float32, whichever is faster: a processor may have no instructions for half precision. In
+    float32 by the library that is faster.
     """
     return max(measure_gemm_in(dtype, model, clock) for dtype in {model.dtype, torch.float32})
 
@@ -50,19 +52,23 @@ def measure_gemm_in(dtype: torch.dtype, model: VisualGLMForConditionalGeneration
     config, options = model.config.text_config, {"device": clock.device, "dtype": dtype}
     rows = torch.full((GEMM_ROWS, config.hidden_size), 0.5, **options)
     weight = torch.full((config.intermediate_size, config.hidden_size), 0.5, **options)
-    best = min(clock.sample(lambda: torch.nn.functional.linear(rows, weight), GEMM_REPEATS, warmup=1))
+    best = min(clock.sample(lambda: linear(rows, weight, None), GEMM_REPEATS, warmup=1))
     return digits(2 * GEMM_ROWS * weight.numel() / best / 1e6)
 
 
 def add_rates(row: dict[str, Any], model: dict[str, Any], limits: dict[str, float]) -> None:
     """Add to a measurement what it did per second, and which part of the nearest limit that is.
 
-    A prompt multiplies each of its tokens with each matrix; a token of an answer multiplies once and reads every
+    A picture is multiplied with the matrices of the image encoder, whose own time for reading is far from a limit. A
+    prompt multiplies each of its tokens with each matrix; a token of an answer multiplies once and reads every
     weight, and the keys and values of all tokens before it. Whichever of reading and multiplying takes longer at the
     machine's best rate is the limit.
     """
     if row["part"] == "encode":
-        row["pictures_per_s"] = digits(row["batch"] * 1000 / row["ms"]["median"])
+        pictures = row["batch"] * 1000 / row["ms"]["median"]
+        row["pictures_per_s"] = digits(pictures)
+        row["gflop_per_s"] = digits(pictures * model["picture_gflop"])
+        row["limit"], row["fraction_of_limit"] = "GEMM", digits(row["gflop_per_s"] / limits["gemm_gflop_per_s"])
         return
     seconds, batch, context = row["ms"]["median"] / 1000, row["batch"], row["context"]
     tokens = batch * context if row["part"] == "prefill" else batch

@@ -90,19 +90,24 @@ def materialise(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def build_model(
-    geometry: dict[str, Any], dtype: torch.dtype, device: torch.device, bits: int | None = None
+    geometry: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int | None = None,
+    image_encoder: bool = False,
 ) -> VisualGLMForConditionalGeneration:
     """Build a model with random weights, which never exist in another format.
 
     Args:
         bits: 4 or 8 for a decoder of random codes, None for full precision.
+        image_encoder: with `bits`, random codes of 8 bits for the image encoder, too.
 
     Raises:
         ValueError: the weights do not fit into the free memory.
     """
     config = VisualGLMConfig(**geometry)
     if bits:
-        record(config, bits, None, lm_head=False)
+        record(config, bits, None, lm_head=False, image_encoder=image_encoder)
     with torch.device("meta"):
         model = VisualGLMForConditionalGeneration(config).to(dtype)
     needed, free = sum(tensor.nbytes for tensor in tensors_of(model)) * SPARE_MEMORY, free_memory(device)
@@ -143,6 +148,25 @@ def head_flop(model: VisualGLMForConditionalGeneration) -> int:
     return 2 * config.hidden_size * config.vocab_size
 
 
+def picture_flop(model: VisualGLMForConditionalGeneration) -> int:
+    """Return the multiplications and additions of a picture's matrices and attention: ViT, Q-Former and projection."""
+    vision, qformer, text = (getattr(model.config, name) for name in ("vision_config", "qformer_config", "text_config"))
+    tokens, queries = vision.num_positions, qformer.num_query_tokens
+    patch = vision.num_channels * vision.patch_size**2
+    vit = (tokens - 1) * patch * vision.hidden_size + vision.num_hidden_layers * encoder_layer(vision, tokens, tokens)
+    crossing = 2 * tokens * vision.hidden_size * qformer.hidden_size  # keys and values of what the ViT gave
+    crossing += 2 * queries * qformer.hidden_size * (qformer.hidden_size + tokens)
+    looking = qformer.num_hidden_layers * encoder_layer(qformer, queries, queries)
+    looking += len(qformer.cross_attention_layers) * crossing
+    return 2 * (vit + looking + queries * qformer.hidden_size * text.hidden_size)
+
+
+def encoder_layer(config: Any, queries: int, keys: int) -> int:
+    """Return the multiplications of a layer that attends to itself."""
+    matrices = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    return queries * (matrices + 2 * keys * config.hidden_size)
+
+
 def model_figures(model: VisualGLMForConditionalGeneration) -> dict[str, Any]:
     """Return the sizes from which rates follow. Quantized weights count as parameters one by one, not as bytes."""
     config = model.config.text_config
@@ -156,5 +180,6 @@ def model_figures(model: VisualGLMForConditionalGeneration) -> dict[str, Any]:
         "cache_gb_per_token": digits(cache_bytes(model) / 1e9),
         "block_gflop": digits(block_flop(model) / 1e9),
         "head_gflop": digits(head_flop(model) / 1e9),
+        "picture_gflop": digits(picture_flop(model) / 1e9),
         "layers": config.num_hidden_layers,
     }

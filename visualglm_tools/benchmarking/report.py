@@ -125,7 +125,7 @@ def render_part(report: dict[str, Any], part: str, title: str) -> list[str]:
     for _, name, row in sorted(found, key=lambda item: item[0]):
         pictures = row.get("pictures_per_s")
         rate = number(pictures, "pictures/s") if pictures else number(row.get("tokens_per_s"), "tok/s")
-        work = number(row.get("gflop_per_s"), "GFLOP/s") if part == "prefill" else number(row.get("gb_per_s"), "GB/s")
+        work = number(row.get("gb_per_s"), "GB/s") if part == "decode" else number(row.get("gflop_per_s"), "GFLOP/s")
         share = f"{row['fraction_of_limit']:.0%} of {row['limit']}" if row.get("fraction_of_limit") else ""
         over = [over_peer(row, peer) for peer in report["peers"]]
         place = [str(row["batch"]), number(row["context"]) if "context" in row else ""]

@@ -35,6 +35,7 @@ from visualglm_tools.options import part, words
 DOOR = ("-m", "visualglm_tools", "bench")
 SHORT_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 WITHOUT_KERNELS = "-torch"
+ENCODER_TOO = "-encoder"  # which is in 8 bits
 
 
 # ---------------------------------------------------------------- one variant, here
@@ -44,9 +45,10 @@ def make_model(settings: Settings, device: torch.device) -> VisualGLMForConditio
     """Build or load what the options ask for, on its device."""
     dtype = getattr(torch, settings.dtype)
     if settings.model:
-        model = load_weights(settings.model, dtype, settings.quant)
+        model = load_weights(settings.model, dtype, settings.quant, image_encoder=settings.quant_image_encoder)
     else:
-        model = build_model(GEOMETRIES[settings.geometry], dtype, device, settings.quant)
+        geometry = GEOMETRIES[settings.geometry]
+        model = build_model(geometry, dtype, device, settings.quant, settings.quant_image_encoder)
     model.set_attn_implementation(settings.attn)
     return model.to(device).eval().requires_grad_(False)
 
@@ -90,6 +92,7 @@ def measure_variant(settings: Settings) -> dict[str, Any]:
 def variant_name(settings: Settings) -> str:
     """Return what the variant is called in reports: int4, bf16, int4-torch, …"""
     name = f"int{settings.quant}" if settings.quant else SHORT_NAMES[settings.dtype]
+    name += ENCODER_TOO if settings.quant_image_encoder else ""
     return name + (WITHOUT_KERNELS if os.environ.get("VISUALGLM_KERNELS") == "torch" else "")
 
 

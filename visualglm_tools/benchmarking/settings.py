@@ -31,6 +31,7 @@ class Settings:
     dtype: str = option("of weights and activations", "bfloat16", choices=DTYPES, **SUBJECT)
     device: str = option("cpu, cuda, cuda:1, …, auto", "cpu", **SUBJECT)
     quant: int | None = option("quantize the decoder to that many bits", None, choices=(4, 8), **SUBJECT)
+    quant_image_encoder: bool = option("the image encoder too, to 8 bits", False, **SUBJECT)
     attn: str = option("attention implementation", "sdpa", choices=("sdpa", "eager"), **SUBJECT)
     cache: tuple[str, ...] = option("in `generate`", ("dynamic",), choices=CACHES, **SUBJECT)
 
@@ -55,6 +56,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise a `ValueError` for options that cannot be."""
+        if self.quant_image_encoder and not self.quant:
+            raise ValueError("--quant-image-encoder goes with --quant 4 or --quant 8.")
         if self.reference and not (self.reference / "modeling_chatglm.py").is_file():
             raise ValueError(f"--reference: {str(self.reference)!r} has no modeling_chatglm.py.")
 

@@ -135,17 +135,17 @@ class Calibration:
         model = load_weights(self.source, self.dtype)
         return model.to(self.device).eval()
 
-    def choose_codes(self, group_size: int | None) -> tuple[Codes, Errors | None]:
+    def choose_codes(self, group_size: int | None, image_encoder: bool = False) -> tuple[Codes, Errors | None]:
         """Calibrate, and measure if that was asked for: then the checkpoint is loaded twice, one time after another."""
         plain = expected = None
         if self.held_out:
             model = self.load()
             expected = self.logits_of(model)
-            plain = difference(self.logits_of(model.quantize(4, group_size)), expected)
+            plain = difference(self.logits_of(model.quantize(4, group_size, image_encoder=image_encoder)), expected)
             del model
         model = self.load()
         with progress_of(model, len(self.shown)):
-            model.quantize(4, group_size, calibration=self.shown)
+            model.quantize(4, group_size, calibration=self.shown, image_encoder=image_encoder)
         errors = None
         if expected is not None:
             errors = Errors(len(self.held_out), plain, difference(self.logits_of(model), expected))

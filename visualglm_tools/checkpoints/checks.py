@@ -175,7 +175,8 @@ def check_quantization(subject: Subject) -> str:
             f"config.json says quantization_bit {bits}, but {len(packed)} weights are integers. Take weights and "
             "config.json from the same folder."
         )
-    return f"{bits} bits, {len(packed)} weights" if bits else "none"
+    encoder = ", those of the image encoder 8 bits" if subject.config.quantization_image_encoder else ""
+    return f"{bits} bits, {len(packed)} weights{encoder}" if bits else "none"
 
 
 def check_tying(subject: Subject) -> str:

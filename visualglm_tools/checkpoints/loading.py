@@ -52,6 +52,7 @@ def load_model(
     dtype: str = "auto",
     quant: int | None = None,
     adapter: str | Path | None = None,
+    quant_image_encoder: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint for answering; what was chosen for "auto" is said on stderr.
 
@@ -64,6 +65,7 @@ def load_model(
             bfloat16, see `choose_dtype`.
         quant: 4 or 8 to quantize the language model to that many bits while it is loaded, unless it is stored so.
         adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
+        quant_image_encoder: with `quant`, quantize the image encoder too, to 8 bits, unless it is stored so.
 
     Raises:
         ValueError: as `load_weights`; an adapter that does not fit, or a device that is not there.
@@ -72,18 +74,23 @@ def load_model(
     check_folder(folder)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, folder)
-    bits = f", {quant} bits" if quant else ""
+    bits = f", {quant} bits{', image encoder 8' if quant_image_encoder else ''}" if quant else ""
     print(f"Loading {folder} ({str(chosen_dtype).removeprefix('torch.')} on {chosen_device}{bits})", file=sys.stderr)
     own_code = (folder / OUR_CODE).is_file()
     tokenizer = load_tokenizer(folder, own_code)
-    model = load_weights(folder, chosen_dtype, quant, own_code=own_code)
+    model = load_weights(folder, chosen_dtype, quant, own_code=own_code, image_encoder=quant_image_encoder)
     if adapter:
         attach_adapter(model, adapter)
     return model.to(chosen_device).eval(), tokenizer
 
 
 def load_weights(
-    folder: Path, dtype: torch.dtype, bits: int | None = None, backend: str = "lowbit", own_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    backend: str = "lowbit",
+    own_code: bool = False,
+    image_encoder: bool = False,
 ) -> PreTrainedModel:
     """Load the model of a checkpoint, on the CPU.
 
@@ -93,16 +100,20 @@ def load_weights(
         bits: 4 or 8, of the decoder's matrices: quantized while they are loaded, or stored so. None: as it is stored.
         backend: "lowbit" for this package's own linear layers, "nf4" for those of bitsandbytes (4 bits).
         own_code: run the code beside the weights instead of this package's.
+        image_encoder: with `bits`, quantize the image encoder too, to 8 bits, or it is stored so.
 
     Raises:
         ValueError: no VisualGLM in the folder, damaged or missing weights, weights that are stored in other bits, or
-            bits that the backend does not have; bitsandbytes is not installed.
+            bits that the backend does not have; bitsandbytes is not installed; an image encoder that is asked for in 8
+            bits without a decoder in low bits.
     """
     folder = folder.expanduser()
     check_folder(folder)
     loader, options = (AutoModel, {"trust_remote_code": True}) if own_code else (VisualGLMForConditionalGeneration, {})
-    if bits and not is_stored_in(folder, bits, backend):
-        options["quantization_config"] = quantization(bits, backend, dtype)
+    if image_encoder and not bits:
+        raise ValueError("An image encoder in 8 bits goes with a language model in 8 or 4 bits. Say how many.")
+    if bits and not is_stored_in(folder, bits, backend, image_encoder):
+        options["quantization_config"] = quantization(bits, backend, dtype, image_encoder)
     with damage_refused(folder):
         model, info = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
@@ -155,19 +166,29 @@ def is_of_cache(path: str | None) -> bool:
 # ---------------------------------------------------------------- bits
 
 
-def is_stored_in(folder: Path, bits: int, backend: str) -> bool:
+def is_stored_in(folder: Path, bits: int, backend: str, image_encoder: bool = False) -> bool:
     """Whether the weights have so many bits already; False for full ones, a `ValueError` for others."""
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_bit")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_bit")
     if stored and (stored != bits or backend != "lowbit"):
         wanted = f"{bits}" if backend == "lowbit" else f"{bits} in {backend}"
         raise ValueError(f"{str(folder)!r} has weights of {stored} bits, not of {wanted}.")
+    if stored and image_encoder and not config.get("quantization_image_encoder"):
+        raise ValueError(
+            f"{str(folder)!r} has a full image encoder beside its weights of {stored} bits. Quantize the full weights "
+            "anew, with --quant-image-encoder."
+        )
     return bool(stored)
 
 
-def quantization(bits: int, backend: str, dtype: torch.dtype) -> LowBitConfig | BitsAndBytesConfig:
+def quantization(
+    bits: int, backend: str, dtype: torch.dtype, image_encoder: bool = False
+) -> LowBitConfig | BitsAndBytesConfig:
     """What transformers is to do while loading; see `load_weights`."""
     if backend == "lowbit":
-        return LowBitConfig(bits)
+        return LowBitConfig(bits, image_encoder=image_encoder)
+    if image_encoder:
+        raise ValueError("bitsandbytes leaves the image encoder as it is: only the backend lowbit has 8 bits for it.")
     if bits != 4:
         raise ValueError(
             f"--qlora_backend nf4 has 4 bits, not {bits}; leave --bits out or take --qlora_backend lowbit."

@@ -4,40 +4,20 @@ Some processors multiply bfloat16 many times as fast as float32, others many tim
 says which. Not here: whether float32 fits into the memory (`loading.py`).
 """
 
-import platform
-import time
-
 import torch
 
-from visualglm_hf.instruction_trial import find_memory, read_memory, remember
+from visualglm_hf.measured_choice import measure_seconds, recall_choice
 
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # the more exact one first
 ROWS, WIDTH = 64, 1536  # of a prompt, and of a matrix
-REPEATS = 3
 CLEARLY = 0.8  # of float32's time: what is only about as fast is not worth its rounding
 
 
 def faster_dtype() -> torch.dtype:
     """float32, or bfloat16 if this processor multiplies it clearly faster; to find out takes less than 0.1 s, once."""
-    key = "|".join(
-        (
-            platform.node(),  # several machines may share a home
-            platform.machine(),
-            torch.backends.cpu.get_cpu_capability(),
-            torch.__version__,
-            f"{torch.get_num_threads()} threads",
-        )
-    )
-    try:
-        path = find_memory().with_name("precision.json")
-    except RuntimeError:  # nobody's home
-        return FORMATS[measure_faster()]
-    name = read_memory(path).get(key)
-    if name not in FORMATS:
-        name = measure_faster()
-        remember(path, key, name)
-    return FORMATS[name]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return FORMATS[recall_choice("precision.json", capability, FORMATS, measure_faster)]
 
 
 def measure_faster() -> str:
@@ -50,9 +30,5 @@ def measure_faster() -> str:
 def measure(dtype: torch.dtype) -> float:
     """Seconds of a product of a short prompt with a matrix, the shortest of a few."""
     x, weight = torch.ones(ROWS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
-    seconds = []
-    for _ in range(1 + REPEATS):  # the first one sets things up
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    (seconds,) = measure_seconds(lambda: torch.nn.functional.linear(x, weight))
+    return seconds

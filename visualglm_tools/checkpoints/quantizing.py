@@ -31,7 +31,7 @@ from visualglm_tools.checkpoints.prepared import (
 Codes = dict[str, tuple[torch.Tensor, torch.Tensor]]  # and scales, by the key of the matrix
 
 
-def plan(checkpoint: Checkpoint, bits: int, group_size: int | None) -> dict[str, Entry]:
+def plan(checkpoint: Checkpoint, bits: int, group_size: int | None, image_encoder: bool) -> dict[str, Entry]:
     """Write the quantization into the checkpoint's config; returns what its tensors will then be.
 
     Raises:
@@ -44,7 +44,7 @@ def plan(checkpoint: Checkpoint, bits: int, group_size: int | None) -> dict[str,
         )
     for part in (config, config.text_config):
         part.tie_word_embeddings = checkpoint.is_tied
-    record(config, bits, group_size, lm_head=False)
+    record(config, bits, group_size, lm_head=False, image_encoder=image_encoder)
     return expected_tensors(config)
 
 
@@ -57,10 +57,10 @@ def quantize_shard(
         if key in codes:
             tensors[key], tensors[f"{key}_scale"] = codes[key]
         elif f"{key}_scale" in planned:
-            group_size = config.quantization_group_size or -1
-            tensors[key], tensors[f"{key}_scale"] = quantize_tensor(
-                mapped.pop(key), config.quantization_bit, group_size
-            )
+            weight = mapped.pop(key)
+            bits = 8 if planned[key].shape == weight.shape else 4
+            group_size = config.quantization_group_size if bits == config.quantization_bit else None
+            tensors[key], tensors[f"{key}_scale"] = quantize_tensor(weight, bits, group_size or -1)
         else:
             tensors[key] = mapped.pop(key).contiguous()
     return tensors
@@ -101,6 +101,7 @@ def quantize_checkpoint(
     group_size: int | None = None,
     vocabulary: Path | None = None,
     choose_codes: Callable[[Checkpoint], Codes] | None = None,
+    image_encoder: bool = False,
 ) -> Checkpoint:
     """Quantize the checkpoint in `source` into the new folder `target`.
 
@@ -112,6 +113,7 @@ def quantize_checkpoint(
         vocabulary: an ice_text.model, or a folder that has it; `source` by default.
         choose_codes: gives codes and scales that are better than those of the weights alone; called when all checks
             have passed.
+        image_encoder: quantize the image encoder too, to 8 bits.
 
     Raises:
         ValueError: something is missing or damaged, does not belong together, or cannot be quantized so.
@@ -119,7 +121,7 @@ def quantize_checkpoint(
     target = target.resolve()
     check_target(target)
     checkpoint = read_checkpoint(source, vocabulary)
-    planned = plan(checkpoint, bits, group_size)
+    planned = plan(checkpoint, bits, group_size, image_encoder)
     entries = kept_entries(checkpoint)
     check_space(target, SPARE_BYTES + planned_bytes(entries, planned))
     codes = choose_codes(checkpoint) if choose_codes else {}

@@ -27,6 +27,7 @@ class Options:
     group_size: int | None = option(
         "columns that share a scale, of 4 bits; -1: per row", None, metavar="N", unset="64 for 4 bits"
     )
+    quant_image_encoder: bool = option("quantize the image encoder too, to 8 bits", False)
     tokenizer: Path | None = tokenizer_option()
     calibrate: Path | None = option(
         "pictures, or rows of text and image as visualglm batch reads them, to find better codes with (4 bits; 32 are "
@@ -53,7 +54,7 @@ def run(options: Options) -> None:
 
     def choose_codes(checkpoint) -> dict:
         calibration = Calibration(options.source, checkpoint, options.calibrate, options.measure)
-        codes, errors = calibration.choose_codes(options.group_size)
+        codes, errors = calibration.choose_codes(options.group_size, options.quant_image_encoder)
         if errors is not None:
             print(errors)
         return codes
@@ -66,5 +67,6 @@ def run(options: Options) -> None:
             options.group_size,
             options.tokenizer,
             choose_codes if options.calibrate is not None else None,
+            options.quant_image_encoder,
         )
     print(READY.format(options.target))

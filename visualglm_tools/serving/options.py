@@ -21,6 +21,7 @@ class ModelOptions:
     )
     adapter: Path | None = option("what visualglm finetune has trained on it", None, metavar="FOLDER", group="model")
     quant: int | None = option("quantize the language model to 8 or 4 bits", None, choices=(8, 4), group="model")
+    quant_image_encoder: bool = option("with --quant, quantize the image encoder too, to 8 bits", False, group="model")
     device: str = option("auto, cuda, cuda:1, mps or cpu", "auto", group="model")
     dtype: str = option(
         "number format; auto: float16, on a CPU what fits of float32 and bfloat16, and is multiplied faster",
@@ -31,13 +32,15 @@ class ModelOptions:
 
     def check(self) -> None:
         """Raise a `ValueError` if these folders cannot be loaded: now, and not when libraries and weights are."""
+        if self.quant_image_encoder and self.quant is None:
+            raise ValueError("--quant-image-encoder goes with --quant 8 or --quant 4.")
         check_folder(self.model)
         if self.adapter is not None:
             check_adapter(self.adapter)
 
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model`."""
-        return {name: getattr(self, name) for name in ("device", "dtype", "quant", "adapter")}
+        return {name: getattr(self, name) for name in ("device", "dtype", "quant", "quant_image_encoder", "adapter")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from visualglm_hf.quantization import QuantizedLinear
 from visualglm_tools.benchmarking.engines import ModelEngine, Prompts
-from visualglm_tools.benchmarking.models import TINY, build_model, fill, model_figures
+from visualglm_tools.benchmarking.models import TINY, build_model, fill, model_figures, picture_flop
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,3 +37,18 @@ def test_low_bit_models_are_built_without_the_full_weights_and_are_like_quantize
     prompts = Prompts(built, batch=1)
     with torch.no_grad():
         assert ModelEngine(built).prefill(prompts.ids(20), prompts.image_embeds).isfinite().all()
+
+
+def test_the_operations_of_a_picture_are_those_that_torch_counts():
+    model = build_model(TINY, torch.float32, torch.device("cpu"))
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.image_encoder(Prompts(model, batch=1).pictures())
+    assert picture_flop(model) == counter.get_total_flops()
+
+
+def test_an_image_encoder_in_8_bits_is_built_like_a_quantized_one():
+    built = build_model(TINY, torch.float32, torch.device("cpu"), 4, image_encoder=True)
+    quantized = build_model(TINY, torch.float32, torch.device("cpu")).quantize(4, image_encoder=True)
+    assert model_figures(built) == model_figures(quantized)
+    assert type(built.image_encoder.glm_proj) is QuantizedLinear

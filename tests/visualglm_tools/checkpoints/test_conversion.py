@@ -303,8 +303,9 @@ def test_checkpoint_that_the_original_quantized_is_converted(golden_dir, tiny_or
     assert not any(info.values())
 
 
-def test_head_quantized_by_this_project_is_kept_without_a_warning(tiny_original, tmp_path, capsys):
-    VisualGLMForConditionalGeneration.from_pretrained(tiny_original).quantize(4, lm_head=True).save_pretrained(
+@pytest.mark.parametrize("part", ["lm_head", "image_encoder"])
+def test_parts_quantized_by_this_project_are_kept_without_a_warning(tiny_original, tmp_path, capsys, part):
+    VisualGLMForConditionalGeneration.from_pretrained(tiny_original).quantize(4, **{part: True}).save_pretrained(
         tmp_path / "source"
     )
     options = ["--tokenizer", str(tiny_original)]

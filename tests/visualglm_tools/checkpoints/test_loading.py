@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.commands import python, quantize, run
+from tests.helpers import assert_same_state
 from tests.paths import COMMAND, TINY
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.benchmarking.run import make_model
+from visualglm_tools.benchmarking.settings import Settings
 from visualglm_tools.checkpoints import checks
 from visualglm_tools.checkpoints.loading import load_model, load_tokenizer, load_weights
 from visualglm_tools.training.adapters import load_base
@@ -24,7 +25,7 @@ LOST = "transformer.layers.1.mlp.dense_h_to_4h.weight"
 DOORS = {
     "answering": lambda folder: load_model(folder, "cpu", "float32"),
     "training": lambda folder: load_base(folder, torch.float32),
-    "measuring": lambda folder: make_model(Namespace(model=folder, dtype="float32", quant=None, attn="sdpa"), CPU),
+    "measuring": lambda folder: make_model(Settings(model=folder, dtype="float32"), CPU),
     "checking": checks.load,
 }
 
@@ -112,6 +113,30 @@ def test_weights_in_low_bits_are_equal_whether_stored_so_or_quantized_before_or_
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_an_image_encoder_in_8_bits_is_the_same_whether_stored_so_or_quantized_before_or_while_loading(tmp_path):
+    assert quantize(TINY, tmp_path / "stored", "--bits", 4, "--quant-image-encoder") == 0
+    expected = load_weights(TINY, torch.float16).quantize(4, image_encoder=True)
+    stored = tmp_path / "stored"
+    ways = [load_weights(stored, torch.float16), load_weights(stored, torch.float16, 4)]
+    ways += [load_weights(folder, torch.float16, 4, image_encoder=True) for folder in (TINY, stored)]
+    ways += [load_model(TINY, "cpu", "float16", quant=4, quant_image_encoder=True)[0]]
+    ways += [make_model(Settings(model=TINY, dtype="float16", quant=4, quant_image_encoder=True), CPU)]
+    for model in ways:
+        assert_same_state(model, expected)
+        assert model.config.quantization_image_encoder
+
+
+def test_an_image_encoder_in_8_bits_that_cannot_be_had_is_refused_before_anything_is_loaded(tmp_path):
+    assert quantize(TINY, tmp_path / "stored", "--bits", 4) == 0
+    (tmp_path / "stored" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="full image encoder beside its weights of 4 bits. Quantize the full weights"):
+        load_weights(tmp_path / "stored", torch.float32, 4, image_encoder=True)
+    with pytest.raises(ValueError, match="goes with a language model in 8 or 4 bits"):
+        load_weights(TINY, torch.float32, image_encoder=True)
+    with pytest.raises(ValueError, match="bitsandbytes leaves the image encoder as it is"):
+        load_weights(TINY, torch.float32, 4, "nf4", image_encoder=True)
+
+
 def test_bits_that_contradict_those_of_the_weights_are_refused_before_anything_is_loaded(tmp_path):
     assert quantize(TINY, tmp_path / "stored", "--bits", 4) == 0
     (tmp_path / "stored" / "model.safetensors").unlink()
@@ -122,7 +147,7 @@ def test_bits_that_contradict_those_of_the_weights_are_refused_before_anything_i
     with pytest.raises(ValueError, match="has weights of 4 bits, not of 4 in nf4"):
         load_weights(tmp_path / "stored", torch.float32, 4, "nf4")
     with pytest.raises(ValueError, match="has weights of 4 bits, not of 8"):
-        make_model(Namespace(model=tmp_path / "stored", dtype="float32", quant=8, attn="sdpa"), CPU)
+        make_model(Settings(model=tmp_path / "stored", dtype="float32", quant=8), CPU)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

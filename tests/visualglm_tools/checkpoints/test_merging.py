@@ -169,8 +169,9 @@ def test_merged_weights_can_be_quantized(base, adapter, merged, described, tmp_p
     assert torch.equal(logits(load_float32(tmp_path / "int4"), described), logits(expected, described))
 
 
-def test_quantized_weights_are_refused_with_the_remedy(base, adapter, tmp_path, capsys):
-    arguments = [str(base), str(tmp_path / "int8"), "--bits", "8"]
+@pytest.mark.parametrize("more", [(), ("--quant-image-encoder",)])
+def test_quantized_weights_are_refused_with_the_remedy(base, adapter, tmp_path, capsys, more):
+    arguments = [str(base), str(tmp_path / "int8"), "--bits", "8", *more]
     assert quantize(*arguments) == 0
     error = complaint(capsys, merge, tmp_path / "int8", adapter, tmp_path / "merged")
     assert "quantized weights" in error and "merge there, and quantize the result" in error

@@ -43,7 +43,7 @@ def test_a_measurement_is_remembered_and_not_made_again(monkeypatch, memory):
     assert asked == [torch.float32, torch.bfloat16]
     pretend(monkeypatch, 1.0, 15.0)  # a neighbour makes noise
     assert precision.faster_dtype() is torch.bfloat16
-    monkeypatch.setattr(precision.platform, "node", lambda: "another machine")
+    monkeypatch.setattr("platform.node", lambda: "another machine")
     assert precision.faster_dtype() is torch.float32
 
 

@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import pytest
 
-from tests.commands import complaint, quantize
+from tests.commands import check, complaint, quantize
 from tests.helpers import assert_same_state
 from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_tools.checkpoints import quantizing as on_disk
@@ -24,6 +24,20 @@ def test_checkpoint_quantized_on_disk_equals_the_model_quantized_in_memory(tiny_
     )
     assert (target / "lowbit_products.py").is_file()
     assert json.loads((target / "model.safetensors.index.json").read_text())["metadata"]["total_size"] > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_image_encoder_quantized_on_disk_equals_the_one_in_memory_and_passes_all_checks(
+    tiny_original, tmp_path, capsys, bits
+):
+    target = tmp_path / "out"
+    assert quantize(tiny_original, target, "--bits", bits, "--quant-image-encoder") == 0
+    loaded, info = VisualGLMForConditionalGeneration.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values())
+    expected = VisualGLMForConditionalGeneration.from_pretrained(tiny_original).quantize(bits, image_encoder=True)
+    assert_same_state(loaded, expected)
+    assert check(target) == 0
+    assert "those of the image encoder 8 bits" in capsys.readouterr().out
 
 
 def test_original_per_row_checkpoint_is_reproduced(tiny_original, tiny_int4, tmp_path):

@@ -1,0 +1,1 @@
+../../visualglm_hf/encoder_ways.py
