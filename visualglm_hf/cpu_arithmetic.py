@@ -155,6 +155,25 @@ def choose_arithmetic(features: Mapping[str, bool]) -> Arithmetic:
     return next((way for name, way in ARITHMETICS.items() if features.get(name)), ARITHMETIC_OF_WORDS)
 
 
+@dataclass(frozen=True)
+class Blocking:
+    """What a processor's registers hold: the sums of `vectors` x 16 rows of the matrix and `rows` of activations."""
+
+    vectors: int
+    rows: int
+
+    @property
+    def outputs(self) -> int:
+        return self.vectors * LANES
+
+
+def choose_blocking(features: Mapping[str, bool], arithmetic: Arithmetic) -> Blocking:
+    """Choose for a processor: one with AVX-512 has 32 registers of 16 lanes, others the room of 8 or so."""
+    if arithmetic.has_tiles:
+        return Blocking(2, 16)
+    return Blocking(4, 6) if features.get("avx512bw") else Blocking(1, 6)
+
+
 # Matrix instructions: not used before they were tried in a child process, and are faster here
 
 

@@ -17,14 +17,21 @@ bytes of a row; a cell is the columns that have a scale of the matrix and one of
 
 import ctypes
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .cpu_arithmetic import Arithmetic, MatrixInstructions, choose_arithmetic, find_matrix_instructions
+from .cpu_arithmetic import (
+    Arithmetic,
+    Blocking,
+    MatrixInstructions,
+    choose_arithmetic,
+    choose_blocking,
+    find_matrix_instructions,
+)
 from .cpu_language import (
     BYTES,
     F16,
@@ -77,25 +84,6 @@ INTEGERS32 = Form(I32)
 FORMS = {torch.float32: FLOATS32, **HALVES}  # of the activations and of the result
 MEASURED_ROWS, MEASURED_MATRIX, MEASURED_TIMES = 64, (1024, 4096), 5  # some milliseconds
 CHECK_TOLERANCE = 1e-3  # relative error of the self-check: the same bits are expected, but for a tie of half precision
-
-
-@dataclass(frozen=True)
-class Blocking:
-    """What a processor's registers hold: the sums of `vectors` x 16 rows of the matrix and `rows` of activations."""
-
-    vectors: int
-    rows: int
-
-    @property
-    def outputs(self) -> int:
-        return self.vectors * LANES
-
-
-def choose_blocking(features: Mapping[str, bool], arithmetic: Arithmetic) -> Blocking:
-    """Choose for a processor: one with AVX-512 has 32 registers of 16 lanes, others the room of 8 or so."""
-    if arithmetic.has_tiles:
-        return Blocking(2, 16)
-    return Blocking(4, 6) if features.get("avx512bw") else Blocking(1, 6)
 
 
 @dataclass(frozen=True)

@@ -95,5 +95,8 @@ def test_arm_computes_the_same_bits_of_half_precision(tmp_path, dtype):
 
 def test_the_trial_of_matrix_products_computes_what_it_expects(tmp_path):
     trial = make_i8mm_trial()
-    functions = {"first": trial.code.replace("@trial", "@first"), "second": "define void @second(ptr %at) {\n  ret void\n}"}
+    functions = {
+        "first": trial.code.replace("@trial", "@first"),
+        "second": "define void @second(ptr %at) {\n  ret void\n}",
+    }
     assert run_on_arm(tmp_path, "neoverse-n2", functions, trial.memory, [0, 0]) == trial.expected
