@@ -76,7 +76,7 @@ GROUP_BYTES = 2 * GROUP  # of activations
 VECTOR_BYTES = 64  # of 16 lanes
 MOST_STEPS = 2  # vectors of columns at a time, 1 or 2: for more, LLVM runs out of registers
 PART_COLUMNS = 4096  # of the matrix that are unpacked at a time
-MOST_ROWS = 128  # of activations at a time, so that a core's cache holds most of them beside the unpacked columns
+MOST_BYTES = 2**22  # of quantized activations at a time: columns are unpacked once for them, and caches hold them
 CELLS = (64, 32, 16, 8)  # columns that a cell can have
 MOST_OUTPUTS = 64  # of any blocking
 AHEAD = 256  # bytes of a row that are asked for before they are needed
@@ -465,7 +465,7 @@ class ManyRowsPlan(NamedTuple):
     tiling: Tiling
     quantize: Function
     multiply: Function
-    rows: int  # M, at most MOST_ROWS
+    rows: int  # M, of at most MOST_BYTES
     columns: int  # K
     threads: int  # at most
 
@@ -577,7 +577,7 @@ class ManyRowsKernels(Kernels):
         outputs = len(weight)
         pitch = -(-outputs // self.blocking.outputs) * self.blocking.outputs
         out = torch.empty(len(x), pitch, dtype=self.dtype, device="cpu")
-        pieces = -(-len(x) // MOST_ROWS)
+        pieces = min(len(x), -(-2 * x.numel() // MOST_BYTES))
         for some, of_some in zip(x.contiguous().chunk(pieces), out.chunk(pieces), strict=True):
             plan = self.make_plan(*some.shape)
             quantized = torch.empty(plan.quantized_bytes, dtype=torch.uint8, device="cpu")

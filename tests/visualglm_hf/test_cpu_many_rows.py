@@ -121,10 +121,16 @@ def test_any_matrix_that_fits_is_multiplied_right(bits, outputs, lines, groups_p
 
 
 def test_more_rows_than_are_taken_at_a_time_are_all_multiplied(monkeypatch):
-    monkeypatch.setattr(cpu_many_rows, "MOST_ROWS", 30)
+    monkeypatch.setattr(cpu_many_rows, "MOST_BYTES", 30 * 2 * 256)
     for rows in (30, 31, 60, 100):
         arguments = make_lowbit_problem(4, 70, 256, 4, rows)
         assert torch.equal(multiply_many_rows(*arguments, 4), many_rows_naive(*arguments, 4))
+
+
+def test_a_row_that_is_larger_than_what_is_taken_at_a_time_is_taken_alone(monkeypatch):
+    monkeypatch.setattr(cpu_many_rows, "MOST_BYTES", 100)
+    arguments = make_lowbit_problem(4, 70, 256, 4, 3)
+    assert torch.equal(multiply_many_rows(*arguments, 4), many_rows_naive(*arguments, 4))
 
 
 def test_rows_do_not_depend_on_those_beside_them():
