@@ -7,7 +7,8 @@ instructions are tried that may end a process (`instruction_trial.py`).
 Activations are integers of 16 bits. A processor that adds up products of words, two at a time, takes them as they are;
 one that adds up products of bytes, four at a time, takes their high bytes first and then their low ones, both signed.
 That makes the same sums. Words or bytes, an *element* is what each product takes, a *vector* has a few elements of each
-of 16 rows of a matrix.
+of 16 rows of a matrix. Matrix instructions multiply several rows of activations by several of a matrix; they have to
+show on each machine that they work, and that they are faster.
 """
 
 import platform
@@ -172,6 +173,21 @@ def choose_blocking(features: Mapping[str, bool], arithmetic: Arithmetic) -> Blo
     if arithmetic.has_tiles:
         return Blocking(2, 16)
     return Blocking(4, 6) if features.get("avx512bw") else Blocking(1, 6)
+
+
+class Tiling(NamedTuple):
+    """The rows of activations as tiles: `large` ones of `rows`, then those of one row less, `count` in all."""
+
+    rows: int
+    large: int
+    count: int
+
+
+def choose_tiling(rows: int, most: int) -> Tiling:
+    """Choose the fewest tiles that hold so many rows, of sizes as equal as can be."""
+    count = -(-rows // most)
+    size = -(-rows // count)
+    return Tiling(size, rows - count * (size - 1), count)
 
 
 # Matrix instructions: not used before they were tried in a child process, and are faster here

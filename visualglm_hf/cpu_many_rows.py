@@ -28,8 +28,10 @@ from .cpu_arithmetic import (
     Arithmetic,
     Blocking,
     MatrixInstructions,
+    Tiling,
     choose_arithmetic,
     choose_blocking,
+    choose_tiling,
     find_matrix_instructions,
 )
 from .cpu_language import (
@@ -138,21 +140,6 @@ class Shape:
     def room_bytes(self, rows: int) -> int:
         """Memory that a thread needs for the unpacked columns, their scales, and the sums of so many rows."""
         return self.weight_bytes + self.scale_bytes + self.blocking.outputs * rows * 4
-
-
-class Tiling(NamedTuple):
-    """The rows of activations as tiles: `large` ones of `rows`, then those of one row less, `count` in all."""
-
-    rows: int
-    large: int
-    count: int
-
-
-def choose_tiling(rows: int, most: int) -> Tiling:
-    """Choose the fewest tiles that hold so many rows, of sizes as equal as can be."""
-    count = -(-rows // most)
-    size = -(-rows // count)
-    return Tiling(size, rows - count * (size - 1), count)
 
 
 # Tasks
