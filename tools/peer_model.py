@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy
+from transformers import PreTrainedConfig
 
-from visualglm_hf.configuration_visualglm import VisualGLMTextConfig
+from visualglm_hf import VisualGLMConfig
 
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -29,7 +30,7 @@ WEIGHT_STD, CODE_STD = 0.02, 4.6  # of weights, and of codes that are as likely 
 Shapes = dict[str, tuple[int, tuple[int, ...]]]  # name -> kind and shape, the columns last
 
 
-def list_values(config: VisualGLMTextConfig) -> dict[str, str | bool | int | float]:
+def list_values(config: PreTrainedConfig) -> dict[str, str | bool | int | float]:
     """The values that llama.cpp wants to know of a GPT-NeoX."""
     return {
         "general.architecture": "gptneox",
@@ -46,7 +47,7 @@ def list_values(config: VisualGLMTextConfig) -> dict[str, str | bool | int | flo
     }
 
 
-def list_tensors(config: VisualGLMTextConfig) -> Shapes:
+def list_tensors(config: PreTrainedConfig) -> Shapes:
     """The tensors of the model, in the order of the file."""
     hidden, wide, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     matrices = {
@@ -118,7 +119,7 @@ def random_tensor(kind: int, shape: tuple[int, ...], random: numpy.random.Genera
     return (known[row % len(known)] for row in range(rows))
 
 
-def write_model(file: BinaryIO, config: VisualGLMTextConfig) -> None:
+def write_model(file: BinaryIO, config: PreTrainedConfig) -> None:
     """Write the whole file."""
     tensors, random = list_tensors(config), numpy.random.default_rng(0)
     file.write(header(list_values(config), tensors))
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=28, help="of the model's 28")
     options = parser.parse_args(arguments)
     with options.file.open("wb") as file:
-        write_model(file, VisualGLMTextConfig(num_hidden_layers=options.layers))
+        write_model(file, VisualGLMConfig(text_config={"num_hidden_layers": options.layers}).text_config)
     print(f"{options.file}: {options.file.stat().st_size / 1e9:.2f} GB")
 
 

@@ -7,12 +7,11 @@ import numpy
 import pytest
 
 from tools.peer_model import header, list_tensors, list_values, write_model
-from visualglm_hf.configuration_visualglm import VisualGLMTextConfig
+from visualglm_hf import VisualGLMConfig
+from visualglm_tools.benchmarking.models import TINY
 
 
-SMALL = VisualGLMTextConfig(
-    vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256
-)
+SMALL = VisualGLMConfig(**TINY).text_config
 
 
 def read(file: io.BytesIO, form: str) -> int | float | bool:
@@ -53,12 +52,12 @@ def model() -> tuple[dict, dict]:
 def test_the_file_says_what_widths_the_model_has(model):
     values, tensors = model
     assert values["general.architecture"] == "gptneox"
-    assert (values["gptneox.embedding_length"], values["gptneox.block_count"]) == (64, 2)
+    assert (values["gptneox.embedding_length"], values["gptneox.block_count"]) == (64, 3)
     assert values["gptneox.use_parallel_residual"] is False
     assert tensors["blk.1.attn_qkv.weight"][:2] == (2, (192, 64))
     assert tensors["blk.1.ffn_down.weight"][:2] == (2, (64, 256))
-    assert tensors["output.weight"][:2] == (1, (96, 64))
-    assert len(tensors) == 2 * 12 + 4
+    assert tensors["output.weight"][:2] == (1, (256, 64))
+    assert len(tensors) == 3 * 12 + 4
 
 
 def test_every_tensor_is_where_the_file_says_and_has_finite_numbers(model):
@@ -75,6 +74,6 @@ def test_every_tensor_is_where_the_file_says_and_has_finite_numbers(model):
 
 
 def test_the_full_size_is_what_is_published():
-    config = VisualGLMTextConfig()
+    config = VisualGLMConfig().text_config
     _, (kind, shape, _) = list(read_model(header(list_values(config), list_tensors(config)))[1].items())[-1]
     assert (kind, shape) == (1, (130528, 4096))
