@@ -206,6 +206,12 @@ def skip_without_cpu_kernels() -> None:
 
 def assemble(source: str, triple: str, processor: str) -> str:
     """Compile LLVM code as our kernels are, to assembly for any processor; skips the test if this LLVM has no such."""
+    machine, module = compile_for(source, triple, processor)
+    return machine.emit_assembly(module)
+
+
+def compile_for(source: str, triple: str, processor: str):
+    """LLVM's machine of any processor, and our kernels' code as it is optimized for that; skips if there is no such."""
     from visualglm_hf.cpu_runtime import load_llvm
 
     llvm = load_llvm()
@@ -217,6 +223,7 @@ def assemble(source: str, triple: str, processor: str) -> str:
         pytest.skip(str(error))
     machine = target.create_target_machine(processor, "", opt=3)
     module = llvm.parse_assembly(source)
+    module.triple = triple
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)
-    return machine.emit_assembly(module)
+    return machine, module

@@ -123,7 +123,6 @@ ARROWS = {
     "kernel_report": (
         {
             "adapters",
-            "cpu_arithmetic",
             "cpu_attention",
             "cpu_decoder",
             "cpu_language",

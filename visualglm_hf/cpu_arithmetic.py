@@ -7,16 +7,32 @@ instructions are tried that may end a process (`instruction_trial.py`).
 Activations are integers of 16 bits. A processor that adds up products of words, two at a time, takes them as they are;
 one that adds up products of bytes, four at a time, takes their high bytes first and then their low ones, both signed.
 That makes the same sums. Words or bytes, an *element* is what each product takes, a *vector* has a few elements of each
-of 16 rows of a matrix.
+of 16 rows of a matrix. Matrix instructions multiply several rows of activations by several of a matrix; they have to
+show on each machine that they work, and that they are faster.
 """
 
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .cpu_language import I8, I16, I32, WORDS, Kernel, Pointer, TileRegisters, Value, join, write_function
+from .cpu_language import (
+    ARM,
+    I8,
+    I16,
+    I32,
+    WORDS,
+    Form,
+    Kernel,
+    Pointer,
+    TileRegisters,
+    Value,
+    join,
+    shuffle,
+    write_function,
+)
 from .cpu_products import GROUP, add_dot_avx512vnni, add_dot_avxvnni, dot
 from .cpu_runtime import LANES
 from .instruction_trial import Trial, ask_permission, trial_obstacle
@@ -40,6 +56,11 @@ def add_dot_dotprod(total: Value, a: Value, b: Value) -> Value:
     return join(join(*parts[:2]), join(*parts[2:]))
 
 
+def add_products_i8mm(totals: Value, a: Value, b: Value) -> Value:
+    """Add the four products of two rows [2, 8] of signed bytes with two others to sums [2, 2], on ARM."""
+    return totals.kernel.call(I32[4], "llvm.aarch64.neon.smmla.v4i32.v16i8", totals, a.bits(I8[16]), b.bits(I8[16]))
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How a processor multiplies.
@@ -51,12 +72,15 @@ class Arithmetic:
             32 bits; None for a processor that multiplies with tile registers.
         is_offset: whether the elements of the matrix are unsigned: 8, or 128, more than the codes. That adds as many
             times the activations, which is taken off for each cell as a whole.
+        is_paired: whether `add_dot` takes 8 columns of two rows of activations and of two of the matrix instead, and
+            adds to four sums; a vector and the next one then have 8 columns of 8 rows each.
     """
 
     name: str
     element_bytes: int
     add_dot: Callable[[Value, Value, Value], Value] | None
     is_offset: bool = False
+    is_paired: bool = False
 
     @property
     def has_tiles(self) -> bool:
@@ -65,7 +89,9 @@ class Arithmetic:
     @property
     def kind(self) -> str:
         """What it multiplies, for the names of functions."""
-        return "tiles" if self.has_tiles else {1: "bytes", 2: "words"}[self.element_bytes]
+        if self.has_tiles or self.is_paired:
+            return "tiles" if self.has_tiles else "pairs"
+        return {1: "bytes", 2: "words"}[self.element_bytes]
 
     @property
     def columns(self) -> int:
@@ -88,6 +114,14 @@ class Arithmetic:
         planes = [(elements << (kept - low)).shift_signed(kept) for low in range(0, width, bits)]
         return [plane.bits(I32[LANES]) for plane in planes]
 
+    def arrange(self, vectors: list[Value]) -> list[Value]:
+        """Vectors of codes, of which each has the next columns of 16 rows, as they are multiplied."""
+        if not self.is_paired:
+            return vectors
+        both = [place for lane in range(LANES) for place in (lane, lane + LANES)]
+        twos = zip(vectors[::2], vectors[1::2], strict=True)
+        return [shuffle(*two, half) for two in twos for half in (both[:LANES], both[LANES:])]
+
     def order(self, bits: int) -> list[int]:
         """The columns of a group in the order of the elements of its vectors; of 4 bits, the high half comes first."""
         width = 8 * self.element_bytes
@@ -108,6 +142,7 @@ class Arithmetic:
 AMX = Arithmetic("AMX", 1, None, True)
 AMX_FEATURES = ("amx-tile", "amx-int8", "avx512bw")
 AMX_PERMISSION = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, of the state of the tile registers
+I8MM = Arithmetic("ARM matrix products", 1, add_products_i8mm, is_paired=True)
 ARITHMETICS = {  # by the feature of the processor that has the instruction, the fastest first
     "avx512vnni": Arithmetic("AVX-512 VNNI", 1, add_dot_avx512vnni, True),
     "avxvnni": Arithmetic("AVX-VNNI", 1, add_dot_avxvnni, True),
@@ -116,7 +151,63 @@ ARITHMETICS = {  # by the feature of the processor that has the instruction, the
 ARITHMETIC_OF_WORDS = Arithmetic("words of 16 bits", 2, add_dot_of_words)
 
 
-def trial_kernel(k: Kernel, memory: Pointer) -> None:
+def choose_arithmetic(features: Mapping[str, bool]) -> Arithmetic:
+    """Choose for a processor, without matrix instructions."""
+    return next((way for name, way in ARITHMETICS.items() if features.get(name)), ARITHMETIC_OF_WORDS)
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """What a processor's registers hold: the sums of `vectors` x 16 rows of the matrix and `rows` of activations."""
+
+    vectors: int
+    rows: int
+
+    @property
+    def outputs(self) -> int:
+        return self.vectors * LANES
+
+
+def choose_blocking(features: Mapping[str, bool], arithmetic: Arithmetic) -> Blocking:
+    """Choose for a processor: one with AVX-512 has 32 registers of 16 lanes, others the room of 8 or so."""
+    if arithmetic.has_tiles:
+        return Blocking(2, 16)
+    return Blocking(4, 6) if features.get("avx512bw") else Blocking(1, 6)
+
+
+class Tiling(NamedTuple):
+    """The rows of activations as tiles: `large` ones of `rows`, then those of one row less, `count` in all."""
+
+    rows: int
+    large: int
+    count: int
+
+
+def choose_tiling(rows: int, most: int) -> Tiling:
+    """Choose the fewest tiles that hold so many rows, of sizes as equal as can be."""
+    count = -(-rows // most)
+    size = -(-rows // count)
+    return Tiling(size, rows - count * (size - 1), count)
+
+
+# Matrix instructions: not used before they were tried in a child process, and are faster here
+
+
+class MatrixInstructions(NamedTuple):
+    """Those of this kind of processor, and why they are not used; None if nothing is known against them."""
+
+    arithmetic: Arithmetic
+    obstacle: str | None
+
+
+def find_matrix_instructions(processor: str, features: Mapping[str, bool]) -> MatrixInstructions:
+    """Find those of a processor of this name and with these features, and try them."""
+    if platform.machine().lower() in ARM:
+        return MatrixInstructions(I8MM, i8mm_obstacle(processor, features))
+    return MatrixInstructions(AMX, amx_obstacle(processor, features))
+
+
+def amx_trial_kernel(k: Kernel, memory: Pointer) -> None:
     """Add the products of the bytes [16, 64] in the second KiB and of those [16, 16, 4] in the third to the first."""
     registers = TileRegisters(k)
     registers.shape([(16, 64)] * 3)
@@ -127,19 +218,44 @@ def trial_kernel(k: Kernel, memory: Pointer) -> None:
     registers.release()
 
 
-def trial_naive(memory: torch.Tensor) -> torch.Tensor:
-    """The uint8 [3, 1024] as they are after `trial_kernel`."""
+def amx_trial_naive(memory: torch.Tensor) -> torch.Tensor:
+    """The uint8 [3, 1024] as they are after `amx_trial_kernel`."""
     total = memory[0].view(torch.int32).view(16, 16)
     a, b = memory[1].view(torch.int8).view(16, 64), memory[2].view(16, 16, 4).transpose(1, 2).reshape(64, 16)
     total = (total + a.int() @ b.int()).view(torch.uint8).view(1, 1024)
     return torch.cat((total, memory[1:]))
 
 
-def make_trial() -> Trial:
+def i8mm_trial_kernel(k: Kernel, memory: Pointer) -> None:
+    """Add the products of the bytes [2, 8] in the second 16 and of those in the third to the first."""
+    totals, a, b = (memory[16 * number].of(Form(I32)) for number in range(3))
+    totals.store(add_products_i8mm(totals.load(4), a.load(4), b.load(4)))
+
+
+def i8mm_trial_naive(memory: torch.Tensor) -> torch.Tensor:
+    """The uint8 [3, 16] as they are after `i8mm_trial_kernel`."""
+    a, b = (some.view(torch.int8).view(2, 8).int() for some in memory[1:])
+    total = (memory[0].view(torch.int32).view(2, 2) + a @ b.T).view(torch.uint8).view(1, 16)
+    return torch.cat((total, memory[1:]))
+
+
+def make_amx_trial() -> Trial:
     """What a child process has to compute before AMX is used."""
-    memory = (torch.arange(3 * 1024, device="cpu") * 167 % 251).to(torch.uint8).view(3, 1024)
-    contents = [bytes(some.flatten().tolist()) for some in (memory, trial_naive(memory))]
-    return Trial(AMX.name, write_function("trial", trial_kernel), "trial", *contents, AMX_PERMISSION)
+    return make_trial(AMX, amx_trial_kernel, amx_trial_naive, 1024, AMX_PERMISSION)
+
+
+def make_i8mm_trial() -> Trial:
+    """What a child process has to compute before ARM's matrix products are used."""
+    return make_trial(I8MM, i8mm_trial_kernel, i8mm_trial_naive, 16)
+
+
+def make_trial(
+    arithmetic: Arithmetic, kernel: Callable, naive: Callable, size: int, permission: tuple[int, ...] = ()
+) -> Trial:
+    """What a kernel of a trial has to compute, as its naive twin does, with three parts of memory of this size."""
+    memory = (torch.arange(3 * size, device="cpu") * 167 % 251).to(torch.uint8).view(3, size)
+    contents = [bytes(some.flatten().tolist()) for some in (memory, naive(memory))]
+    return Trial(arithmetic.name, write_function("trial", kernel), "trial", *contents, permission)
 
 
 def amx_obstacle(processor: str, features: Mapping[str, bool]) -> str | None:
@@ -148,14 +264,12 @@ def amx_obstacle(processor: str, features: Mapping[str, bool]) -> str | None:
         return "the processor has none"
     if platform.system() != "Linux":
         return f"it has not been tried on {platform.system()}"
-    obstacle = trial_obstacle(make_trial(), processor, features)
+    obstacle = trial_obstacle(make_amx_trial(), processor, features)
     if obstacle is None and not ask_permission(AMX_PERMISSION):
         return "the system does not permit it"
     return obstacle
 
 
-def choose_arithmetic(features: Mapping[str, bool], amx_obstacle: str | None) -> Arithmetic:
-    """Choose for a processor."""
-    if amx_obstacle is None:
-        return AMX
-    return next((way for name, way in ARITHMETICS.items() if features.get(name)), ARITHMETIC_OF_WORDS)
+def i8mm_obstacle(processor: str, features: Mapping[str, bool]) -> str | None:
+    """Why a processor of this name and with these features does not multiply pairs of rows."""
+    return trial_obstacle(make_i8mm_trial(), processor, features) if features.get("i8mm") else "the processor has none"

@@ -17,14 +17,23 @@ bytes of a row; a cell is the columns that have a scale of the matrix and one of
 
 import ctypes
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .cpu_arithmetic import Arithmetic, amx_obstacle, choose_arithmetic
+from .cpu_arithmetic import (
+    Arithmetic,
+    Blocking,
+    MatrixInstructions,
+    Tiling,
+    choose_arithmetic,
+    choose_blocking,
+    choose_tiling,
+    find_matrix_instructions,
+)
 from .cpu_language import (
     BYTES,
     F16,
@@ -32,6 +41,7 @@ from .cpu_language import (
     FLOATS32,
     HALVES,
     I32,
+    INTEGERS,
     WORDS,
     Fields,
     Form,
@@ -40,6 +50,7 @@ from .cpu_language import (
     TileRegisters,
     Value,
     fma,
+    join,
     minimum,
     splat,
     total_of,
@@ -67,7 +78,7 @@ GROUP_BYTES = 2 * GROUP  # of activations
 VECTOR_BYTES = 64  # of 16 lanes
 MOST_STEPS = 2  # vectors of columns at a time, 1 or 2: for more, LLVM runs out of registers
 PART_COLUMNS = 4096  # of the matrix that are unpacked at a time
-MOST_ROWS = 128  # of activations at a time, so that a core's cache holds most of them beside the unpacked columns
+MOST_BYTES = 2**22  # of quantized activations at a time: columns are unpacked once for them, and caches hold them
 CELLS = (64, 32, 16, 8)  # columns that a cell can have
 MOST_OUTPUTS = 64  # of any blocking
 AHEAD = 256  # bytes of a row that are asked for before they are needed
@@ -75,25 +86,6 @@ INTEGERS32 = Form(I32)
 FORMS = {torch.float32: FLOATS32, **HALVES}  # of the activations and of the result
 MEASURED_ROWS, MEASURED_MATRIX, MEASURED_TIMES = 64, (1024, 4096), 5  # some milliseconds
 CHECK_TOLERANCE = 1e-3  # relative error of the self-check: the same bits are expected, but for a tie of half precision
-
-
-@dataclass(frozen=True)
-class Blocking:
-    """What a processor's registers hold: the sums of `vectors` x 16 rows of the matrix and `rows` of activations."""
-
-    vectors: int
-    rows: int
-
-    @property
-    def outputs(self) -> int:
-        return self.vectors * LANES
-
-
-def choose_blocking(features: Mapping[str, bool], arithmetic: Arithmetic) -> Blocking:
-    """Choose for a processor: one with AVX-512 has 32 registers of 16 lanes, others the room of 8 or so."""
-    if arithmetic.has_tiles:
-        return Blocking(2, 16)
-    return Blocking(4, 6) if features.get("avx512bw") else Blocking(1, 6)
 
 
 @dataclass(frozen=True)
@@ -148,21 +140,6 @@ class Shape:
     def room_bytes(self, rows: int) -> int:
         """Memory that a thread needs for the unpacked columns, their scales, and the sums of so many rows."""
         return self.weight_bytes + self.scale_bytes + self.blocking.outputs * rows * 4
-
-
-class Tiling(NamedTuple):
-    """The rows of activations as tiles: `large` ones of `rows`, then those of one row less, `count` in all."""
-
-    rows: int
-    large: int
-    count: int
-
-
-def choose_tiling(rows: int, most: int) -> Tiling:
-    """Choose the fewest tiles that hold so many rows, of sizes as equal as can be."""
-    count = -(-rows // most)
-    size = -(-rows // count)
-    return Tiling(size, rows - count * (size - 1), count)
 
 
 # Tasks
@@ -272,6 +249,7 @@ def unpack_part(k: Kernel, task: Fields, shape: Shape, room: Room, first_line: V
                 row[line * LINE_BYTES + row_bytes * LANES].prefetch(0)
             fours = transpose([row[line * LINE_BYTES].of(INTEGERS32).load(LANES) for row in matrix])
             unpacked = [codes for four in fours for codes in shape.arithmetic.unpack(four, shape.bits)]
+            unpacked = shape.arithmetic.arrange(unpacked)
             weights = room.weights[(at * (len(unpacked) * vectors) + vector) * LANES]
             for number, codes in enumerate(unpacked):
                 weights[number * vectors * LANES].store(codes)
@@ -327,6 +305,34 @@ def add_cell(k: Kernel, shape: Shape, room: Room, tile: Tile, group: Value, cell
     return lambda row, vector: totals[row][vector].now
 
 
+def add_cell_in_pairs(k: Kernel, shape: Shape, room: Room, tile: Tile, group: Value, cell: int) -> Totals:
+    """The same sums, of two rows of activations and two of the matrix at a time; an odd row is its own other one."""
+    arithmetic, vectors, steps = shape.arithmetic, shape.blocking.vectors, shape.cell // shape.arithmetic.columns
+    pairs = [(row, min(row + 1, tile.rows - 1)) for row in range(0, tile.rows, 2)]
+    totals = [[k.variable(k.zero(I32[4])) for _ in range(vectors * LANES // 2)] for _ in pairs]
+    for part in arithmetic.parts:
+        for total in (total for pair in totals if part for total in pair):
+            total.set(total.now << 8)
+        with k.loop((cell + 1) * steps, 2, cell * steps) as step:
+            weights = room.weights[(group * shape.group_vectors + step) * (vectors * LANES)]
+            halves = [weights[(half * vectors + vector) * LANES] for vector in range(vectors) for half in (0, 1)]
+            columns = [half[two].load(4) for half in halves for two in range(0, LANES, 4)]
+            for pair, rows in zip(totals, pairs, strict=True):
+                eights = (tile.x[(group * tile.rows + row) * GROUP_BYTES + step * 4 + part] for row in rows)
+                x = join(*(eight.of(INTEGERS).load() for eight in eights))
+                for total, column in zip(pair, columns, strict=True):
+                    total.set(arithmetic.add_dot(total.now, x, column))
+
+    def total_of_row(row: int, vector: int) -> Value:
+        first = row % 2 * 2
+        twos = [total.now.take((first, first + 1)) for total in totals[row // 2][vector * 8 : vector * 8 + 8]]
+        while len(twos) > 1:
+            twos = [join(*two) for two in zip(twos[::2], twos[1::2], strict=True)]
+        return twos[0]
+
+    return total_of_row
+
+
 # Tile registers: the sums of the high bytes with two vectors, of the low bytes with two, these bytes, those vectors.
 HIGH_SUMS, LOW_SUMS, HIGH_BYTES, LOW_BYTES, VECTORS = (0, 1), (2, 3), 4, 5, (6, 7)
 TILE_BYTES = LANES * VECTOR_BYTES
@@ -366,7 +372,8 @@ def add_cell_with_tiles(
 
 def multiply_tile(k: Kernel, shape: Shape, room: Room, tile: Tile, groups: Value) -> None:
     """Add the products of so many groups of unpacked columns with a tile of activations to the sums."""
-    outputs, add = shape.blocking.outputs, partial(add_cell, k, shape, room)
+    outputs, add_sums = shape.blocking.outputs, add_cell_in_pairs if shape.arithmetic.is_paired else add_cell
+    add = partial(add_sums, k, shape, room)
     if shape.arithmetic.has_tiles:
         registers = TileRegisters(k)
         registers.shape(shape_tiles(shape, tile.rows))
@@ -445,7 +452,7 @@ class ManyRowsPlan(NamedTuple):
     tiling: Tiling
     quantize: Function
     multiply: Function
-    rows: int  # M, at most MOST_ROWS
+    rows: int  # M, of at most MOST_BYTES
     columns: int  # K
     threads: int  # at most
 
@@ -507,22 +514,25 @@ class ManyRowsKernels(Kernels):
 
     def __init__(self, llvm, bits: int, cell: int, dtype: torch.dtype):
         super().__init__(llvm)
-        processor, features = self.compiler.processor, self.compiler.features
-        self.amx_obstacle = amx_obstacle(processor, features)
-        self.use(choose_arithmetic(features, self.amx_obstacle))
+        self.features = self.compiler.features
+        self.matrix_instructions = find_matrix_instructions(self.compiler.processor, self.features)
+        untried = self.matrix_instructions.obstacle is not None
+        self.use(choose_arithmetic(self.features) if untried else self.matrix_instructions.arithmetic)
         self.bits, self.cell, self.dtype = bits, cell, dtype
 
     def use(self, arithmetic: Arithmetic) -> None:
         """Multiply with these instructions from now on."""
-        self.arithmetic, self.blocking = arithmetic, choose_blocking(self.compiler.features, arithmetic)
+        self.arithmetic, self.blocking = arithmetic, choose_blocking(self.features, arithmetic)
 
-    def drop_tiles_unless_faster(self) -> None:
-        """Go on without tile registers if they are not faster here: where they are, nobody has measured."""
-        tiles, plain = self.arithmetic, choose_arithmetic(self.compiler.features, "not asked for")
-        with_tiles, without = self.measure(tiles), self.measure(plain)
-        if with_tiles >= without:
-            self.amx_obstacle = f"it took {1000 * with_tiles:.1f} ms where {plain.name} took {1000 * without:.1f}"
-        self.use(plain if with_tiles >= without else tiles)
+    def drop_matrix_instructions_unless_faster(self) -> None:
+        """Go on without matrix instructions if they are not faster here: where they are, nobody has measured."""
+        matrix, plain = self.arithmetic, choose_arithmetic(self.features)
+        with_matrix, without = self.measure(matrix), self.measure(plain)
+        is_faster = with_matrix < without
+        if not is_faster:
+            obstacle = f"it took {1000 * with_matrix:.1f} ms where {plain.name} took {1000 * without:.1f}"
+            self.matrix_instructions = self.matrix_instructions._replace(obstacle=obstacle)
+        self.use(matrix if is_faster else plain)
 
     def measure(self, arithmetic: Arithmetic) -> float:
         """Seconds of a product of a short prompt with these instructions, the shortest of a few."""
@@ -554,7 +564,7 @@ class ManyRowsKernels(Kernels):
         outputs = len(weight)
         pitch = -(-outputs // self.blocking.outputs) * self.blocking.outputs
         out = torch.empty(len(x), pitch, dtype=self.dtype, device="cpu")
-        pieces = -(-len(x) // MOST_ROWS)
+        pieces = min(len(x), -(-2 * x.numel() // MOST_BYTES))
         for some, of_some in zip(x.contiguous().chunk(pieces), out.chunk(pieces), strict=True):
             plan = self.make_plan(*some.shape)
             quantized = torch.empty(plan.quantized_bytes, dtype=torch.uint8, device="cpu")
@@ -620,14 +630,14 @@ class CpuManyRows(CpuKernelUser):
         error = ((kernels.multiply(x, codes, scale).float() - expected).norm() / expected.norm()).item()
         if not error < CHECK_TOLERANCE:
             raise KernelError(f"int{bits} of many rows with groups of {cell} is off by {error:.2g} of the result.")
-        if kernels.arithmetic.has_tiles:
-            kernels.drop_tiles_unless_faster()
+        if kernels.arithmetic is kernels.matrix_instructions.arithmetic:
+            kernels.drop_matrix_instructions_unless_faster()
 
 
 CPU_MANY_ROWS = CpuManyRows()
 
 
-def find_instructions() -> tuple[str, str | None] | None:
-    """What the kernels that have been made multiply with, and why not with AMX; None if none have been made."""
+def find_instructions() -> tuple[str, MatrixInstructions] | None:
+    """What the kernels that have been made multiply with, and the processor's own; None if none have been made."""
     kernels = next((kernels for kernels in CPU_MANY_ROWS.found.values() if kernels is not None), None)
-    return kernels and (kernels.arithmetic.name, kernels.amx_obstacle)
+    return kernels and (kernels.arithmetic.name, kernels.matrix_instructions)

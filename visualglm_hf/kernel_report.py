@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .adapters import unwrap
-from .cpu_arithmetic import AMX
 from .cpu_attention import CPU_ATTENTION, query_obstacle, states_obstacle
 from .cpu_decoder import CpuDecoder, call_obstacle, step_obstacle
 from .cpu_language import HALVES
@@ -135,8 +134,9 @@ def ask_instructions() -> Iterator[Row]:
     """Ask what the kernels for many rows, which have been asked for, multiply with."""
     instructions = find_instructions()
     if instructions is not None:
-        name, obstacle = instructions
-        yield Row("products of many rows", "instructions", Outcome(name, ((AMX.name, obstacle),) if obstacle else ()))
+        name, (matrix, obstacle) = instructions
+        obstacles = ((matrix.name, obstacle),) if obstacle else ()
+        yield Row("products of many rows", "instructions", Outcome(name, obstacles))
 
 
 def ask_attention(config: Any, dtype: torch.dtype, device: torch.device) -> Outcome:

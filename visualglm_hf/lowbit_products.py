@@ -573,7 +573,10 @@ def quantized_linear(
             if goes_straight(x, weight, bias):
                 return multiply_straight(x, weight, weight_scale, bits, in_features, bias)
     out = multiply(x.reshape(-1, in_features), weight, weight_scale, bits, in_features)
-    return add_bias(out.view(*x.shape[:-1], out.shape[-1]), bias)
+    out = out.view(*x.shape[:-1], out.shape[-1])
+    if bias is not None and not torch.is_grad_enabled():
+        return out.add_(bias.to(out.dtype))  # a prompt's is large, and memory that is new takes longer than the sum
+    return add_bias(out, bias)
 
 
 def half_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -22,8 +22,18 @@ from tests.helpers import (
     torch_threads,
 )
 from visualglm_hf import cpu_arithmetic, cpu_many_rows, cpu_runtime
-from visualglm_hf.cpu_arithmetic import AMX, ARITHMETIC_OF_WORDS, ARITHMETICS, Arithmetic, choose_arithmetic, make_trial
-from visualglm_hf.cpu_language import BYTES, I8, I32, Form, TileRegisters, splat
+from visualglm_hf.cpu_arithmetic import (
+    AMX,
+    ARITHMETIC_OF_WORDS,
+    ARITHMETICS,
+    I8MM,
+    Arithmetic,
+    MatrixInstructions,
+    choose_arithmetic,
+    make_amx_trial,
+    make_i8mm_trial,
+)
+from visualglm_hf.cpu_language import BYTES, I8, I32, Form, TileRegisters, join, splat, total_of
 from visualglm_hf.cpu_many_rows import (
     CELLS,
     CPU_MANY_ROWS,
@@ -111,10 +121,16 @@ def test_any_matrix_that_fits_is_multiplied_right(bits, outputs, lines, groups_p
 
 
 def test_more_rows_than_are_taken_at_a_time_are_all_multiplied(monkeypatch):
-    monkeypatch.setattr(cpu_many_rows, "MOST_ROWS", 30)
+    monkeypatch.setattr(cpu_many_rows, "MOST_BYTES", 30 * 2 * 256)
     for rows in (30, 31, 60, 100):
         arguments = make_lowbit_problem(4, 70, 256, 4, rows)
         assert torch.equal(multiply_many_rows(*arguments, 4), many_rows_naive(*arguments, 4))
+
+
+def test_a_row_that_is_larger_than_what_is_taken_at_a_time_is_taken_alone(monkeypatch):
+    monkeypatch.setattr(cpu_many_rows, "MOST_BYTES", 100)
+    arguments = make_lowbit_problem(4, 70, 256, 4, 3)
+    assert torch.equal(multiply_many_rows(*arguments, 4), many_rows_naive(*arguments, 4))
 
 
 def test_rows_do_not_depend_on_those_beside_them():
@@ -241,7 +257,7 @@ def test_all_processors_compute_the_same_bits(monkeypatch, renew_products, proce
         pytest.skip("this processor has less")
     monkeypatch.setattr(cpu_runtime, "Compiler", partial(Compiler, processor=processor, features=features))
     renew_products()
-    assert choose_arithmetic(features, "none").name == arithmetic
+    assert choose_arithmetic(features).name == arithmetic
     check_the_bits((torch.float32, torch.float16))
 
 
@@ -252,14 +268,34 @@ def add_dot_of_bytes(total, a, b, signed):
     return total + ((first + second) + (third + fourth))
 
 
-@pytest.mark.parametrize("arithmetic", [*ARITHMETICS.values(), ARITHMETIC_OF_WORDS], ids=lambda way: way.name)
+def add_products_of_pairs(totals, a, b):
+    """What ARM's matrix products compute, for processors that lack them."""
+    rows = [[some.bits(I8[16]).take(range(first, first + 8)).to(I32) for first in (0, 8)] for some in (a, b)]
+    sums = [total_of(one * other) for one in rows[0] for other in rows[1]]
+    return totals + join(join(*sums[:2]), join(*sums[2:]))
+
+
+@pytest.mark.parametrize("arithmetic", [*ARITHMETICS.values(), ARITHMETIC_OF_WORDS, I8MM], ids=lambda way: way.name)
 def test_every_arithmetic_makes_the_same_sums(monkeypatch, renew_products, arithmetic):
-    if arithmetic.element_bytes == 1:
+    if arithmetic.is_paired:
+        arithmetic = replace(arithmetic, add_dot=add_products_of_pairs)
+    elif arithmetic.element_bytes == 1:
         arithmetic = replace(arithmetic, add_dot=partial(add_dot_of_bytes, signed=not arithmetic.is_offset))
     monkeypatch.setattr(cpu_many_rows, "choose_arithmetic", lambda *arguments: arithmetic)
     monkeypatch.setattr(cpu_many_rows, "choose_blocking", lambda *arguments: Blocking(1, 2))  # quick to compile
     renew_products()
     check_the_bits((torch.float32,))
+
+
+def test_pairs_of_rows_make_the_same_sums_in_any_blocking(monkeypatch, renew_products):
+    """With odd numbers of rows, and with several vectors of 16 rows of the matrix."""
+    arithmetic = replace(I8MM, add_dot=add_products_of_pairs)
+    monkeypatch.setattr(cpu_many_rows, "choose_arithmetic", lambda *arguments: arithmetic)
+    monkeypatch.setattr(cpu_many_rows, "choose_blocking", lambda *arguments: Blocking(2, 3))
+    renew_products()
+    for bits, rows in ((4, 7), (8, 1), (8, 5)):
+        arguments = make_lowbit_problem(bits, 70, 256, 4, rows)
+        assert torch.equal(multiply_many_rows(*arguments, bits), many_rows_naive(*arguments, bits))
 
 
 class EmulatedTiles(TileRegisters):
@@ -307,18 +343,32 @@ def test_matrix_instructions_make_the_same_sums(monkeypatch, renew_products):
         assert torch.equal(multiply_many_rows(*arguments, bits), many_rows_naive(*arguments, bits))
 
 
-@pytest.mark.parametrize(("with_tiles", "without"), [(0.004, 0.003), (0.003, 0.004)])
-def test_matrix_instructions_that_are_no_faster_here_are_not_used(monkeypatch, with_tiles, without):
+@pytest.mark.parametrize("matrix", [AMX, I8MM], ids=lambda way: way.name)
+@pytest.mark.parametrize(("with_matrix", "without"), [(0.004, 0.003), (0.003, 0.004)])
+def test_matrix_instructions_that_are_no_faster_here_are_not_used(monkeypatch, matrix, with_matrix, without):
     kernels = ManyRowsKernels(load_llvm(), 4, 64, torch.float32)
-    plain = kernels.arithmetic
-    kernels.amx_obstacle = None
-    kernels.use(AMX)
-    monkeypatch.setattr(kernels, "measure", lambda arithmetic: with_tiles if arithmetic is AMX else without)
-    kernels.drop_tiles_unless_faster()
-    assert kernels.arithmetic is (AMX if with_tiles < without else plain)
+    plain = choose_arithmetic(kernels.compiler.features)
+    kernels.matrix_instructions = MatrixInstructions(matrix, None)
+    kernels.use(matrix)
+    monkeypatch.setattr(kernels, "measure", lambda arithmetic: with_matrix if arithmetic is matrix else without)
+    kernels.drop_matrix_instructions_unless_faster()
+    assert kernels.arithmetic is (matrix if with_matrix < without else plain)
     assert kernels.blocking == choose_blocking(kernels.compiler.features, kernels.arithmetic)
     said = f"it took 4.0 ms where {plain.name} took 3.0"
-    assert kernels.amx_obstacle == (None if with_tiles < without else said)
+    assert kernels.matrix_instructions == (matrix, None if with_matrix < without else said)
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_matrix_instructions_are_measured_before_they_are_used(monkeypatch, renew_products, is_faster):
+    """Of any processor: here with what it has, as if that were its matrix instructions."""
+    matrix = replace(ARITHMETIC_OF_WORDS, name="matrix instructions")
+    monkeypatch.setattr(cpu_many_rows, "find_matrix_instructions", lambda *names: MatrixInstructions(matrix, None))
+    seconds = {True: 1.0 - is_faster, False: 0.5}
+    monkeypatch.setattr(ManyRowsKernels, "measure", lambda kernels, arithmetic: seconds[arithmetic is matrix])
+    renew_products()
+    arguments = make_lowbit_problem(4, 70, 256, 4, 7)
+    assert torch.equal(multiply_many_rows(*arguments, 4), many_rows_naive(*arguments, 4))
+    assert (CPU_MANY_ROWS.find((4, 64, torch.float32)).arithmetic is matrix) == is_faster
 
 
 def test_other_instructions_can_be_measured_and_give_the_same():
@@ -333,7 +383,15 @@ def test_other_instructions_can_be_measured_and_give_the_same():
 
 def test_the_trial_of_matrix_instructions_expects_what_they_compute(monkeypatch):
     monkeypatch.setattr(cpu_arithmetic, "TileRegisters", EmulatedTiles)
-    trial = make_trial()
+    check_the_trial(make_amx_trial())
+
+
+def test_the_trial_of_matrix_products_of_arm_expects_what_they_compute(monkeypatch):
+    monkeypatch.setattr(cpu_arithmetic, "add_products_i8mm", add_products_of_pairs)
+    check_the_trial(make_i8mm_trial())
+
+
+def check_the_trial(trial):
     memory = ctypes.create_string_buffer(trial.memory, len(trial.memory))
     compiler = Compiler(load_llvm())
     compiler.compile(trial.function, trial.code).call(ctypes.addressof(memory))
@@ -362,11 +420,13 @@ def test_matrix_instructions_are_what_the_kernel_is_made_of(cell):
         ("aarch64-linux-gnu", "cortex-a72", (), "smull"),
         ("aarch64-linux-gnu", "neoverse-n1", ("dotprod",), "sdot"),
         ("arm64-apple-darwin", "apple-m1", ("dotprod",), "sdot"),
+        ("aarch64-linux-gnu", "neoverse-n2", ("i8mm",), "smmla"),
+        ("arm64-apple-darwin", "apple-m2", ("i8mm",), "smmla"),
     ],
 )
 def test_the_kernels_compile_for_other_processors(triple, processor, features, instruction):
     features = dict.fromkeys(features, True)
-    arithmetic = choose_arithmetic(features, "none")
+    arithmetic = I8MM if "i8mm" in features else choose_arithmetic(features)
     blocking = choose_blocking(features, arithmetic)
     for bits, dtype in ((4, torch.float16), (8, torch.bfloat16)):
         shape = Shape(bits, CELLS[0], arithmetic, blocking, 3)

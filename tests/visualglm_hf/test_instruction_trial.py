@@ -8,7 +8,14 @@ import pytest
 
 from tests.helpers import skip_without_cpu_kernels
 from visualglm_hf import instruction_trial
-from visualglm_hf.cpu_arithmetic import AMX_FEATURES, amx_obstacle
+from visualglm_hf.cpu_arithmetic import (
+    AMX,
+    AMX_FEATURES,
+    I8MM,
+    amx_obstacle,
+    find_matrix_instructions,
+    i8mm_obstacle,
+)
 from visualglm_hf.cpu_language import write_function
 from visualglm_hf.cpu_runtime import load_llvm
 from visualglm_hf.instruction_trial import (
@@ -135,14 +142,29 @@ def test_what_others_remember_is_kept(memory):
 
 def test_nothing_is_tried_on_a_processor_without_the_instructions(memory, trials):
     assert amx_obstacle(HOST, {"avx512bw": True}) == "the processor has none"
+    assert i8mm_obstacle(HOST, {"dotprod": True}) == "the processor has none"
     assert not trials
+
+
+def test_instructions_that_a_processor_says_it_has_are_tried_on_arm_too(memory, trials, monkeypatch):
+    monkeypatch.setattr("visualglm_hf.cpu_arithmetic.make_i8mm_trial", lambda: make_trial(die))
+    assert "died of" in i8mm_obstacle(HOST, {"i8mm": True})
+    monkeypatch.setattr("visualglm_hf.cpu_arithmetic.make_i8mm_trial", lambda: make_trial(add_two))
+    assert i8mm_obstacle(HOST, {"i8mm": True}) is None
+    assert len(trials) == 2
+
+
+def test_each_kind_of_processor_has_its_own_matrix_instructions(monkeypatch):
+    for machine, arithmetic in (("x86_64", AMX), ("AMD64", AMX), ("aarch64", I8MM), ("arm64", I8MM)):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert find_matrix_instructions(HOST, {}) == (arithmetic, "the processor has none")
 
 
 def test_what_dies_in_the_child_is_not_used(memory, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
-    monkeypatch.setattr("visualglm_hf.cpu_arithmetic.make_trial", lambda: make_trial(die))
+    monkeypatch.setattr("visualglm_hf.cpu_arithmetic.make_amx_trial", lambda: make_trial(die))
     assert "died of" in amx_obstacle(HOST, dict.fromkeys(AMX_FEATURES, True))
-    monkeypatch.setattr("visualglm_hf.cpu_arithmetic.make_trial", lambda: make_trial(add_two))
+    monkeypatch.setattr("visualglm_hf.cpu_arithmetic.make_amx_trial", lambda: make_trial(add_two))
     monkeypatch.setattr("visualglm_hf.cpu_arithmetic.ask_permission", lambda numbers: False)
     assert amx_obstacle(HOST, dict.fromkeys(AMX_FEATURES, True)) == "the system does not permit it"
 

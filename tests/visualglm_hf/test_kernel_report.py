@@ -17,7 +17,7 @@ from visualglm_hf import (
     lowbit_products,
     modeling_visualglm,
 )
-from visualglm_hf.cpu_arithmetic import AMX
+from visualglm_hf.cpu_arithmetic import AMX, MatrixInstructions
 from visualglm_hf.cpu_attention import CpuAttention
 from visualglm_hf.cpu_decoder import CpuDecoder
 from visualglm_hf.cpu_quantizing import CpuQuantizing
@@ -64,7 +64,8 @@ INSTRUCTIONS = "products of many rows, instructions"
 def find_instructions() -> tuple[str, list[str]]:
     """What this processor multiplies with, and why not with matrix instructions."""
     kernels = next(filter(None, cpu_many_rows.CPU_MANY_ROWS.found.values()))
-    return kernels.arithmetic.name, [kernels.amx_obstacle] if kernels.amx_obstacle else []
+    obstacle = kernels.matrix_instructions.obstacle
+    return kernels.arithmetic.name, [obstacle] if obstacle else []
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -101,7 +102,8 @@ def test_full_weights_of_half_precision_have_kernels_in_a_program_alone():
 @pytest.mark.usefixtures("with_kernels")
 def test_the_instructions_are_named_with_what_keeps_a_processor_from_faster_ones(monkeypatch, renew):
     obstacle = "a child process that tried AMX died of SIGILL"
-    monkeypatch.setattr(cpu_many_rows, "amx_obstacle", lambda processor, features: obstacle)
+    untried = MatrixInstructions(AMX, obstacle)
+    monkeypatch.setattr(cpu_many_rows, "find_matrix_instructions", lambda processor, features: untried)
     renew()
     report = make_small_model().kernel_report()
     name, obstacles = rows_of(report)[INSTRUCTIONS]

@@ -1,8 +1,9 @@
-"""Reports as text: one run in Markdown, and the page of published runs.
+"""Reports as text: one run in Markdown, and the pages of published runs.
 
-The page is a template with the prose, in which a line `<!-- run NAME -->` stands for the file NAME.json and the line
-`<!-- other runs -->`, between empty lines, for the files that no such line names, newest first. Nothing here measures
-anything.
+A page is a template with the prose, in which a line `<!-- run NAME -->` stands for the file NAME.json, the line
+`<!-- overview NAME ... -->` for the table and the picture that some files make together (`overview.py`), and the line
+`<!-- other runs -->`, between empty lines, for the files that no template names, newest first. A second template beside
+the first, archive.md, is for a page of older runs. Nothing here measures anything.
 """
 
 import json
@@ -12,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from visualglm_tools.benchmarking.growth import plot_growth
+from visualglm_tools.benchmarking.overview import draw_picture, list_waits, render_table
 
 
+OVERVIEW = re.compile(r"^<!-- overview (.+) -->$", re.MULTILINE)
+PICTURE = "overview.svg"  # beside the template
+ARCHIVE = "archive.md"
 MARK = re.compile(r"^<!-- run (\S+) -->$", re.MULTILINE)
 OTHERS = "<!-- other runs -->"
 GENERATED = "<!-- Written by `visualglm bench --report` from {template} and the JSON files beside it. -->\n\n"
@@ -241,35 +246,63 @@ def read_run(file: Path) -> dict[str, Any]:
     return report
 
 
-def render_page(template: Path, files: list[Path], page: Path) -> str:
-    """Write the page that stands at `page`: the template with its runs in place.
+def render_files(template: Path, files: list[Path], page: Path) -> dict[Path, str]:
+    """Write the page that stands at `page`, and what belongs to it: its archive and its picture, if there are any.
 
     Raises:
-        ValueError: a file cannot be read, the template names a run that is not there, or has no place for one that is.
+        ValueError: a file cannot be read, a template names a run that is not there, or none has room for one that is.
     """
     runs = {file.stem: (read_run(file), image_of(file, page)) for file in files}
-    text = template.read_text(encoding="utf-8")
-    named = MARK.findall(text)
+    templates = {page: template}
+    if template.with_name(ARCHIVE).is_file():
+        templates[page.with_name(f"{page.stem}-archive.md")] = template.with_name(ARCHIVE)
+    texts = {place: source.read_text(encoding="utf-8") for place, source in templates.items()}
+    named = {name: templates[place].name for place, text in texts.items() for name in names_in(text)}
     missing = [name for name in named if name not in runs]
     if missing:
-        raise ValueError(f"the template {template.name} wants {missing[0]}.json, which was not given.")
+        raise ValueError(f"the template {named[missing[0]]} wants {missing[0]}.json, which was not given.")
     others = sorted(set(runs) - set(named), key=lambda name: runs[name][0]["date"], reverse=True)
-    if others and OTHERS not in text:
+    if others and not any(OTHERS in text for text in texts.values()):
         raise ValueError(f"the template {template.name} has no place for {others[0]}.json. Add {OTHERS!r}.")
+    rendered = {}
+    for place, text in texts.items():
+        overview = OVERVIEW.search(text)
+        if overview:
+            waits = list_waits(runs[name][0] for name in overview[1].split())
+            picture = template.with_name(PICTURE)
+            rendered[picture] = draw_picture(waits)
+            image = f"![Wait for the first word, and tokens per second then]({relative(picture, page)})"
+            text = text.replace(overview[0], f"{render_table(waits)}\n\n{image}")
+        rendered[place] = GENERATED.format(template=templates[place].name) + fill_in(text, runs, others)
+    return rendered
+
+
+def names_in(text: str) -> list[str]:
+    """The names of the runs that a template has places for."""
+    return [*MARK.findall(text), *(name for names in OVERVIEW.findall(text) for name in names.split())]
+
+
+def fill_in(text: str, runs: dict[str, tuple[dict[str, Any], str | None]], others: list[str]) -> str:
+    """Put runs in their places, and others in theirs."""
     sections = [f"### {runs[name][0].get('title', name)}\n\n{render_run(*runs[name])}" for name in others]
     text = MARK.sub(lambda found: render_run(*runs[found[1]]).rstrip("\n"), text)
-    text = text.replace(f"{OTHERS}\n\n", "\n".join(["## Other runs\n", *sections, ""]) if others else "")
-    return GENERATED.format(template=template.name) + text
+    return text.replace(f"{OTHERS}\n\n", "\n".join(["## Other runs\n", *sections, ""]) if others else "")
 
 
 def image_of(file: Path, page: Path) -> str | None:
     """Return where the page finds the plot of a run, if it has one."""
     image = file.with_suffix(".png")
-    return Path(os.path.relpath(image, page.parent)).as_posix() if image.is_file() else None
+    return relative(image, page) if image.is_file() else None
+
+
+def relative(file: Path, page: Path) -> str:
+    """How a page names a file."""
+    return Path(os.path.relpath(file, page.parent)).as_posix()
 
 
 def write_page(page: Path, template: Path, files: list[Path]) -> None:
-    """Draw the growth of each run beside its file, then write the page."""
+    """Draw the growth of each run beside its file, then write the page and what belongs to it."""
     for file in files:
         plot_growth(read_run(file)["variants"], GROWTH_PATH, file.with_suffix(".png"))
-    page.write_text(render_page(template, files, page), encoding="utf-8")
+    for file, text in render_files(template, files, page).items():
+        file.write_text(text, encoding="utf-8")

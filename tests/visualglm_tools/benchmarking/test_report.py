@@ -10,7 +10,7 @@ import pytest
 from tests.benchmarking_helpers import QUICK, decode_rows, rows_of, run_apart
 from tests.paths import ROOT
 from visualglm_tools.benchmarking.growth import measure_growth
-from visualglm_tools.benchmarking.report import read_run, render_page, render_run, write_page, write_run
+from visualglm_tools.benchmarking.report import read_run, render_files, render_run, write_page, write_run
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,12 @@ def test_a_saved_report_is_the_printed_one(several):
 DOCS = ROOT / "docs"
 
 
-def test_the_published_page_is_what_its_files_say():
+def test_the_published_pages_and_their_picture_are_what_the_files_say():
     files = sorted((DOCS / "benchmarks").glob("*.json"))
-    page = render_page(DOCS / "benchmarks" / "page.md", files, DOCS / "benchmarks.md")
-    assert page == (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    rendered = render_files(DOCS / "benchmarks" / "page.md", files, DOCS / "benchmarks.md")
+    names = ["benchmarks-archive.md", "benchmarks.md", "overview.svg"]
+    assert sorted(file.name for file in rendered) == names
+    assert [file.name for file, text in rendered.items() if file.read_text(encoding="utf-8") != text] == []
 
 
 def test_a_page_is_its_template_with_runs_in_place_and_their_growth_drawn(several, tmp_path):
@@ -74,8 +76,27 @@ def test_a_page_is_its_template_with_runs_in_place_and_their_growth_drawn(severa
     assert text.index("![") < text.index("## Other runs\n\n### The other run\n") < text.index("The end.")
     assert "](benchmarks/named.png)" in text and (folder / "named.png").is_file()
     assert "The named run" not in text  # the template has its own heading
+    assert not (tmp_path / "page-archive.md").exists() and not (folder / "overview.svg").exists()
     with pytest.raises(ValueError, match=r"wants named\.json, which was not given"):
-        render_page(template, files[1:], tmp_path / "page.md")
+        render_files(template, files[1:], tmp_path / "page.md")
     template.write_text("# Title\n\n<!-- run named -->\n")
     with pytest.raises(ValueError, match=r"has no place for other\.json"):
-        render_page(template, files, tmp_path / "page.md")
+        render_files(template, files, tmp_path / "page.md")
+
+
+def test_older_runs_stand_in_an_archive_and_not_among_the_others(several, tmp_path):
+    _, report, _ = several
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name in ("new", "old"):
+        write_run({**report, "notes": f"The {name} run."}, folder / f"{name}.json")
+    template, files = folder / "page.md", [folder / "new.json", folder / "old.json"]
+    template.write_text("# Title\n\n<!-- other runs -->\n\nThe end.\n")
+    (folder / "archive.md").write_text("# Old\n\n<!-- run old -->\n")
+    write_page(tmp_path / "page.md", template, files)
+    page, archive = ((tmp_path / name).read_text(encoding="utf-8") for name in ("page.md", "page-archive.md"))
+    assert "The new run." in page and "The old run." not in page
+    assert "The old run." in archive and "The new run." not in archive and "from archive.md" in archive
+    (folder / "archive.md").write_text("# Old\n\n<!-- run older -->\n")
+    with pytest.raises(ValueError, match=r"archive\.md wants older\.json, which was not given"):
+        write_page(tmp_path / "page.md", template, files)
