@@ -221,7 +221,8 @@ TOOL_ROOMS = {
     ),
     "benchmarking": Room(
         tools="checkpoints.loading options packages",
-        model="compilation glm_positions growing_cache quantization visualglm_hf",
+        model="compilation cpu_decoder cpu_products cpu_runtime glm_positions growing_cache modeling_visualglm "
+        "quantization visualglm_hf",
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(
