@@ -60,6 +60,7 @@ MOST_LINES = 4  # at a time; 1, 2, 4 or 8
 LINE_BYTES = 64  # of the matrix
 AHEAD = 3072  # bytes that are asked for before they are needed
 AHEAD_ONCE = 4096  # where they are asked for to be read once
+NEAR_BYTES = 2**15  # of activations that stay in the nearest cache, beside what is read of the matrix
 GROUP = 64  # columns of activations with a common scale
 LARGEST_CODE = 127 * 256 + 127  # of an activation
 SMALLEST_NORMAL = 2.0**-126  # of float32
@@ -345,9 +346,12 @@ def multiply_kernel(k: Kernel, task: Fields, kind: Kind, lines: int, groups: int
     The scales of all cells in the lines that are done at a time, of the matrix times of the activations, go through
     memory: a number is loaded into all lanes for nothing, but moving it there from another lane takes an instruction.
     Where one instruction moves all lanes, they stay in registers: loads are what such a processor has too few of.
+    Neither that nor reading once was faster where activations are not near.
     """
     scaling = Scaling(kind, lines, groups)
     unroll, per_line = scaling.choose_unroll(), scaling.cells_per_line
+    if rows * lines * kind.x_bytes > NEAR_BYTES:
+        kind = replace(kind, is_read_once=False, has_wide_moves=False)
     cells = unroll * per_line
     x_scales, x_corrections = task.x_scales.of(FLOATS32), task.x_corrections.of(FLOATS32)
     room = k.room(rows * cells, FLOATS32)
