@@ -260,7 +260,7 @@ KINDS = {
 # By the feature of the processor that has the instruction.
 BYTE_DOTS = {"avx512vnni": add_dot_avx512vnni, "avxvnni": add_dot_avxvnni}
 # Features of the processors, AMD's with AVX-512, on which it was measured that asking for memory to be read once is
-# faster; what others make of such a request differs.
+# faster, of 4 bits and half precision; what others make of such a request differs.
 READING_ONCE = ("avx512vnni", "sse4a")
 
 
@@ -273,11 +273,11 @@ def choose_kinds(features: Mapping[str, bool]) -> dict[int | torch.dtype, Kind]:
             name = f"int4_{feature}"
             kinds[4] = replace(KINDS[4], name=name, add_line=add_line, quantize_line=quantize_line_int4_bytes)
             break
-    settings = {
-        "is_read_once": all(features.get(feature) for feature in READING_ONCE),
-        "has_wide_moves": bool(features.get("avx512f")),
+    reads_once, has_wide_moves = all(map(features.get, READING_ONCE)), bool(features.get("avx512f"))
+    return {
+        form: replace(kind, is_read_once=reads_once and form != 8, has_wide_moves=has_wide_moves)
+        for form, kind in kinds.items()
     }
-    return {form: replace(kind, **settings) for form, kind in kinds.items()}
 
 
 @dataclass(frozen=True)
