@@ -275,7 +275,7 @@ def choose_kinds(features: Mapping[str, bool]) -> dict[int | torch.dtype, Kind]:
             break
     reads_once, has_wide_moves = all(map(features.get, READING_ONCE)), bool(features.get("avx512f"))
     return {
-        form: replace(kind, is_read_once=reads_once and form != 8, has_wide_moves=has_wide_moves)
+        form: kind if form == 8 else replace(kind, is_read_once=reads_once, has_wide_moves=has_wide_moves)
         for form, kind in kinds.items()
     }
 
