@@ -225,7 +225,8 @@ TOOL_ROOMS = {
     ),
     "benchmarking": Room(
         tools="checkpoints.loading options packages",
-        model="compilation encoder_ways glm_positions growing_cache quantization visualglm_hf",
+        model="compilation cpu_decoder cpu_products cpu_runtime encoder_ways glm_positions growing_cache modeling_visualglm "
+        "quantization visualglm_hf",
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(

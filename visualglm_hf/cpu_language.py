@@ -194,10 +194,11 @@ class Pointer(Value):
         """The address that lies here, of elements in a form."""
         return Pointer(self.kernel, self.of(ADDRESSES).load().name, form)
 
-    def prefetch(self, bytes_ahead: int) -> None:
-        """Ask for the memory so many bytes further on, which will be read soon."""
+    def prefetch(self, bytes_ahead: int, is_kept: bool = True) -> None:
+        """Ask for the memory so many bytes further on, which will be read soon; once only, if it is not to be kept."""
         ahead = self.of(BYTES)[bytes_ahead]
-        self.kernel.call(None, "llvm.prefetch.p0", ahead, *(self.kernel.constant(I32, number) for number in (0, 3, 1)))
+        hints = (self.kernel.constant(I32, number) for number in (0, 3 if is_kept else 0, 1))
+        self.kernel.call(None, "llvm.prefetch.p0", ahead, *hints)
 
     def is_given(self) -> Value:
         """Whether it is the address of anything."""

@@ -43,7 +43,7 @@ from .cpu_language import (
     write_kernel,
 )
 from .cpu_products import divide
-from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Function, Kernels, Task
+from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Function, Kernels, Task, make_empty
 from .kernel_choice import KernelError, name_of
 from .lowbit_codes import (
     DIVISORS,
@@ -266,7 +266,7 @@ class QuantizingKernels(Kernels):
     def quantize(self, weight: torch.Tensor, bits: int, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantize a matrix as `quantize_naive` does, if it has a block of groups; see `weight_obstacle`."""
         rows, columns = weight.shape
-        codes = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device="cpu")
+        codes = make_empty(rows, columns * bits // 8, dtype=torch.int8)
         if group_size is None:
             scales = choose_row_scales(self.find_peaks(weight), bits)
             self.round(weight, nonzero(scales).float(), codes, bits)

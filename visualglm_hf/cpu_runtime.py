@@ -9,6 +9,7 @@ The code is compiled for the CPU that runs it, when it is first needed, by the L
 """
 
 import ctypes
+import mmap
 import os
 import platform
 import threading
@@ -25,6 +26,7 @@ from .kernel_choice import KernelError, KernelUser, NoKernelsError
 LANES = 16  # numbers that are computed at a time
 NEEDED_FEATURES = ("avx2", "f16c", "fma")  # of an x86 processor
 FLOATS = {"dtype": torch.float32, "device": "cpu"}  # what kernels work with, whatever torch's defaults are
+LARGE_PAGE = 2**21  # bytes
 X86 = ("x86_64", "amd64")  # as platforms call it
 
 
@@ -87,6 +89,29 @@ class Compiler:
         self.engine.finalize_object()
         address = self.engine.get_function_address(name)
         return Function(address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address))
+
+
+def find_advise() -> Callable[..., int] | None:
+    """Find the function with which Linux is told how memory will be used."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+def make_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make a tensor that is written once and read often, in large pages if the system has them to give.
+
+    A processor that reads gigabytes in pages of 4 KB waits for their addresses. The system is asked before anything is
+    written there, and may decline.
+    """
+    tensor, advise = torch.empty(shape, dtype=dtype, device="cpu"), find_advise()
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if advise is not None and end - first >= LARGE_PAGE:
+        advise(first, end - first, mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 class Task(ctypes.Structure):

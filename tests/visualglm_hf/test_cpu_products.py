@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import mmap
 import multiprocessing
 import platform
 import sys
@@ -26,8 +27,16 @@ from tests.helpers import (
 )
 from visualglm_hf import cpu_products, cpu_runtime
 from visualglm_hf.cpu_language import FLOATS32, I32, write_kernel
-from visualglm_hf.cpu_products import CPU_PRODUCTS, KINDS, CpuKernels, CpuProducts, write_matrix, write_product
-from visualglm_hf.cpu_runtime import Compiler, Task, check_processor, load_llvm
+from visualglm_hf.cpu_products import (
+    CPU_PRODUCTS,
+    KINDS,
+    CpuKernels,
+    CpuProducts,
+    choose_kinds,
+    write_matrix,
+    write_product,
+)
+from visualglm_hf.cpu_runtime import LARGE_PAGE, Compiler, Task, check_processor, load_llvm, make_empty
 from visualglm_hf.kernel_choice import KernelError
 from visualglm_hf.lowbit_format import dequantize_naive
 from visualglm_hf.lowbit_products import (
@@ -233,6 +242,23 @@ def test_a_forked_process_makes_its_own_threads(kernels, monkeypatch):
         child.kill()
 
 
+@pytest.mark.parametrize(("rows", "is_asked"), [(3 * LARGE_PAGE // 64, True), (10, False)])
+def test_the_pages_of_a_large_tensor_alone_are_asked_to_be_large(monkeypatch, rows, is_asked):
+    asked = []
+    monkeypatch.setattr(cpu_runtime, "find_advise", lambda: lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    tensor = make_empty(rows, 64, dtype=torch.int8)
+    assert (tensor.shape, tensor.dtype, bool(asked)) == ((rows, 64), torch.int8, is_asked)
+    for first, nbytes, _ in asked:
+        assert first % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0
+        assert tensor.data_ptr() <= first < first + nbytes <= tensor.data_ptr() + tensor.nbytes
+
+
+def test_a_system_that_is_not_asked_gives_a_tensor_all_the_same(monkeypatch):
+    monkeypatch.setattr(cpu_runtime, "find_advise", lambda: None)
+    assert make_empty(LARGE_PAGE, 2, dtype=torch.int8).fill_(1).all()
+
+
 # Other processors
 
 
@@ -261,6 +287,33 @@ def test_the_kernels_are_right_on_older_and_smaller_processors(kernels, monkeypa
     arguments = make_lowbit_problem(4, 33, 768, 12, 4)
     assert is_right(smaller.multiply(*arguments, 4), *arguments, 4)
     assert torch.equal(smaller.multiply(*arguments, 4), kernels.multiply(*arguments, 4))
+
+
+def test_memory_is_asked_for_to_be_read_once_only_where_that_was_measured():
+    vnni = {"avx512f": True, "avx512vnni": True}
+    assert {kind.is_read_once for kind in choose_kinds(vnni).values()} == {False}
+    assert {kind.is_read_once for kind in choose_kinds({"sse4a": True, "avx2": True}).values()} == {False}
+    asking = {form for form, kind in choose_kinds({**vnni, "sse4a": True}).items() if kind.is_read_once}
+    assert asking == {4, *HALVES}
+
+
+@pytest.mark.skipif(not IS_X86, reason="for x86")
+@pytest.mark.parametrize("form", KINDS)
+def test_how_memory_is_asked_for_and_how_scales_are_moved_change_no_bit(kernels, form):
+    groups = 12 if form == 4 else 1
+    arguments = make_lowbit_problem(form, 33, 768, groups, 3) if isinstance(form, int) else halves_problem(form)
+    expected = kernels.multiply(*arguments, form)
+    for setting in ("is_read_once", "has_wide_moves"):
+        other = CpuProducts().kernels
+        kind = other.kinds[form]
+        other.kinds[form] = replace(kind, **{setting: not getattr(kind, setting)})
+        other.plans, other.functions, other.compiler = {}, {}, Compiler(load_llvm())
+        assert torch.equal(other.multiply(*arguments, form), expected)
+
+
+def halves_problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, None]:
+    torch.manual_seed(0)
+    return torch.randn(3, 768), torch.randn(33, 768).to(dtype), None
 
 
 def add_dot_of_bytes(total, a, b):

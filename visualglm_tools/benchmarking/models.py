@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration
+from visualglm_hf.cpu_runtime import make_empty
 from visualglm_hf.quantization import QuantizedLinear, record
 from visualglm_tools.benchmarking.timing import GIB, digits, free_memory
 
@@ -71,6 +72,13 @@ def random_codes(device: torch.device) -> torch.Tensor:
     return torch.randint(*bounds, shape, generator=generator, dtype=torch.int8).to(device)
 
 
+def empty_like(parameter: torch.nn.Parameter, device: torch.device) -> torch.Tensor:
+    """Room for a parameter, of codes as quantizing makes it."""
+    if device.type == "cpu" and not parameter.is_floating_point():
+        return make_empty(*parameter.shape, dtype=parameter.dtype)
+    return torch.empty_like(parameter.detach(), device=device)
+
+
 def materialise(model: torch.nn.Module, device: torch.device) -> None:
     """Give the meta parameters of `model` random values in their own dtype, one tensor at a time; ties are kept."""
     numbers, codes = random_block(device), random_codes(device)
@@ -79,7 +87,7 @@ def materialise(model: torch.nn.Module, device: torch.device) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in made:
                 start, block = len(made) % BLOCKS, numbers if parameter.is_floating_point() else codes
-                filled = fill(torch.empty_like(parameter.detach(), device=device), block[start : start + BLOCK_LENGTH])
+                filled = fill(empty_like(parameter, device), block[start : start + BLOCK_LENGTH])
                 if isinstance(module, torch.nn.LayerNorm) and name == "weight":
                     filled += 1
                 made[id(parameter)] = torch.nn.Parameter(filled, requires_grad=False)

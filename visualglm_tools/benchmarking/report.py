@@ -71,6 +71,7 @@ def render_run(report: dict[str, Any], image: str | None = None) -> str:
     for variant in report["variants"]:
         lines += render_yardsticks(variant)
     lines += render_reading(report)
+    lines += render_pieces(report)
     lines += render_growth(report, image)
     lines += render_gaps(report)
     return "\n".join(lines).strip() + "\n"
@@ -160,6 +161,24 @@ def render_reading(report: dict[str, Any]) -> list[str]:
         return []
     head = ["who", "by", "tokens before", "median", "min", "max", "the reads"]
     return ["**A step's bytes per second over a plain read's**, taken in turns", "", *table(head, rows)]
+
+
+def render_pieces(report: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            variant["name"],
+            row["piece"],
+            *spread(row["ms"]),
+            number(row.get("gb_per_s"), "GB/s"),
+            f"{row['of_reading']['median']:.0%}" if "of_reading" in row else "",
+        ]
+        for variant in report["variants"]
+        for row in variant.get("pieces", [])
+    ]
+    if not rows:
+        return []
+    head = ["who", "piece", "median", "min", "max", "reads", "over a plain read's"]
+    return ["**The pieces of a step**, each by itself, all layers together", "", *table(head, rows)]
 
 
 def render_yardsticks(variant: dict[str, Any]) -> list[str]:

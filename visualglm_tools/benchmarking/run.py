@@ -25,6 +25,7 @@ from visualglm_tools.benchmarking.machine import describe_machine, describe_sett
 from visualglm_tools.benchmarking.measurements import STEPS, Bench, measure_all, warm_up
 from visualglm_tools.benchmarking.models import GEOMETRIES, build_model, model_figures
 from visualglm_tools.benchmarking.peers import Peer, parse_peer, run_peer
+from visualglm_tools.benchmarking.pieces import measure_pieces
 from visualglm_tools.benchmarking.programs import run_program
 from visualglm_tools.benchmarking.settings import RunSettings, Settings
 from visualglm_tools.benchmarking.timing import Clock, announce, digits, memory_figures, summarise
@@ -81,6 +82,7 @@ def measure_variant(settings: Settings) -> dict[str, Any]:
         variant["end"] = memory_figures(device)  # before the yardsticks and limits, which take memory of their own
         if "decode" in settings.parts:
             variant["reading"] = compare_reading(bench)
+            variant["pieces"] = measure_pieces(bench)
         if settings.against == "formulation":
             variant["against_formulation"] = compare_formulation(bench)
         if settings.reference:
