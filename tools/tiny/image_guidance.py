@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from tools.tiny import world
 from tools.tiny.data import Dialogue
@@ -116,7 +116,9 @@ class ImageContrast(LogitsProcessor):
 
     def __init__(self, setting: Setting, model, inputs: dict, image_embeds: torch.Tensor | None, prompt_length: int):
         self.setting, self.model = setting, model
-        self.inputs, self.image_embeds, self.prompt_length = inputs, image_embeds, prompt_length
+        self.inputs, self.prompt_length = inputs, prompt_length
+        self.prompt_embeds = model.embed(inputs["input_ids"], image_embeds)
+        self.cache = DynamicCache(config=model.config.text_config)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         setting, answer = self.setting, input_ids[:, self.prompt_length :]
@@ -134,8 +136,15 @@ class ImageContrast(LogitsProcessor):
         """Log-probabilities [B, V] after the answer so far [B, N], in the other conversation."""
         ids = torch.cat((self.inputs["input_ids"], answer), dim=1)
         mask = torch.cat((self.inputs["attention_mask"], torch.ones_like(answer)), dim=1)
-        logits = self.model(ids, attention_mask=mask, image_embeds=self.image_embeds, logits_to_keep=1).logits[:, -1]
-        return logits.float().log_softmax(-1)
+        step = self.model.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=ids.shape[1] - self.cache.get_seq_length(),
+            attention_mask=mask,
+            prompt_embeds=self.prompt_embeds,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return self.model(**step, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
 
 
 def facts_in(text: str, language: str) -> set[tuple[str, str]]:
