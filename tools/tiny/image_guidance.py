@@ -1,6 +1,7 @@
 """Does contrast with the conversation without its picture keep a model from inventing? A trial on drawings.
 
     python -m tools.tiny.image_guidance --model models/visualglm-tiny --split "new combinations"
+    python -m tools.tiny.image_guidance --model models/visualglm-tiny --exam contradicting.jsonl
 
 Each step's log-probabilities are moved away from those of the same conversation without the picture, or with a grey
 one: l + w (l - other), with the weight w = gamma + e^(growth t) - 1 for the answer's token number t (M3ID, arXiv
@@ -14,7 +15,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +26,19 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from tools.tiny import world
 from tools.tiny.data import Dialogue
 from tools.tiny.exam import MAX_NEW_TOKENS
-from tools.tiny.world import Scene
 from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMProcessor, register
 from visualglm_hf.conversation import clean_response
 from visualglm_tools.checkpoints.loading import load_weights
+from visualglm_tools.evaluation.references import read_exam
 from visualglm_tools.evaluation.scoring import verdict_of, yes_or_no
 from visualglm_tools.evaluation.statistics import mcnemar_p_value, wilson_interval
 from visualglm_tools.evaluation.tables import percent, write_table
 from visualglm_tools.options import COUNT, COUNT_OR_NONE, option, parse
 from visualglm_tools.printing import report
+from visualglm_tools.serving.questions import Pictures
 
 
+CAPTION = "describe"  # a kind of question
 PLAUSIBLE = 0.1  # of the likeliest token's probability
 GREY = (128, 128, 128)
 GAMMAS, SHAPES_OF_WEIGHT = (0.25, 0.5, 1.0, 2.0), ((0.0, 1.0), (0.0, 0.9), (0.05, 1.0))  # growth and gate
@@ -173,25 +176,41 @@ def words_of(language: str) -> dict[str, dict[str, tuple[str, ...]]]:
     }
 
 
-def ask_all(scenes: Sequence[Scene]) -> list[Dialogue]:
-    """The questions of the trial: of each picture in both languages a caption, its shape, and what is a yes or a no."""
-    dialogues = []
-    for (number, scene), language in itertools.product(enumerate(scenes), world.LANGUAGES):
-        for kind, wordings in world.WORDINGS.items():
-            answer = world.answer(scene, kind, language)
-            if kind in ("describe", "shape") or verdict_of([answer]):
-                dialogues.append(Dialogue(kind, language, (), wordings[language][0], answer, (number,), (0,)))
-    return dialogues
+Questions = list[tuple[Image.Image, list[Dialogue]]]  # of each picture
+
+
+def from_world(split: str, numbers: Sequence[int]) -> Questions:
+    """Drawings of the world with what is asked of each in both languages: for a caption, and for the shape."""
+    questions = []
+    for scene in (world.sample_scene(number, split) for number in numbers):
+        dialogues = [
+            Dialogue(kind, language, (), world.WORDINGS[kind][language][0], world.answer(scene, kind, language))
+            for kind, language in itertools.product((CAPTION, "shape"), world.LANGUAGES)
+        ]
+        questions.append((world.draw(scene), dialogues))
+    return questions
+
+
+def from_exam(file: Path) -> Questions:
+    """Pictures of a file as `visualglm evaluate` takes it; its captions are of the kind "describe"."""
+    dialogues, pictures = {}, Pictures(file.parent, allow_urls=False)
+    for each in read_exam(file, "auto"):
+        asked = Dialogue(each.kind, each.language, (), each.row.content["text"], each.references[0])
+        dialogues.setdefault(each.row.content.get("image"), []).append(asked)
+    return [(pictures.open(name), asked) for name, asked in dialogues.items() if name]
 
 
 class Trial:
     """Pictures and questions, and what a model answers to them under each setting."""
 
-    def __init__(self, model: VisualGLMForConditionalGeneration, processor: VisualGLMProcessor, scenes: list[Scene]):
+    def __init__(self, model: VisualGLMForConditionalGeneration, processor: VisualGLMProcessor, questions: Questions):
         self.model, self.tokenizer = model, processor.tokenizer
-        self.dialogues = ask_all(scenes)
-        grey = Image.new("RGB", (world.IMAGE_SIZE,) * 2, GREY)
-        pictures = [*map(world.draw, scenes), grey]
+        self.dialogues = [
+            replace(dialogue, pictures=(number,), image_turns=(0,))
+            for number, (_, dialogues) in enumerate(questions)
+            for dialogue in dialogues
+        ]
+        pictures = [*(picture for picture, _ in questions), Image.new("RGB", (world.IMAGE_SIZE,) * 2, GREY)]
         parts = [pictures[first : first + ROWS_AT_ONCE] for first in range(0, len(pictures), ROWS_AT_ONCE)]
         pixels = [processor.image_processor(part, return_tensors="pt")["pixel_values"] for part in parts]
         self.embeds = torch.cat([model.get_image_features(each, return_dict=True).pooler_output for each in pixels])
@@ -199,7 +218,7 @@ class Trial:
     def encode(self, rows: Sequence[Dialogue], what: str) -> dict:
         """What `generate` needs for questions about "the picture", "grey picture" or "no picture"."""
         if what == "no picture":
-            rows = [Dialogue(row.kind, row.language, row.history, row.question, row.answer) for row in rows]
+            rows = [replace(row, pictures=(), image_turns=()) for row in rows]
         texts = [row.prompt() for row in rows]
         inputs = self.tokenizer(texts, split_special_tokens=True, padding=True, return_tensors="pt")
         numbers = [-1 if what == "grey picture" else number for row in rows for number in row.pictures]
@@ -228,14 +247,14 @@ class Trial:
         captions = [
             (facts_in(answer, row.language), facts_in(row.answer, row.language))
             for row, answer in pairs
-            if row.kind == "describe"
+            if row.kind == CAPTION
         ]
         return Outcome(
             np.array([len(said) for said, _ in captions]),
             np.array([len(said - true) for said, true in captions]),
             np.array([len(said & true) for said, true in captions]),
             np.array([len(true) for _, true in captions]),
-            np.array([answer == row.answer for row, answer in pairs if row.kind != "describe"]),
+            np.array([answer == row.answer for row, answer in pairs if row.kind != CAPTION]),
             tuple(yes_or_no(answer, row.question) for row, answer in pairs if verdict_of([row.answer])),
             length,
         )
@@ -262,8 +281,11 @@ HEAD += ["tokens"]
 
 
 def row_of(name: str, outcome: Outcome, plain: Outcome) -> list:
-    """One row of a table: `plain` is what the captions are compared with, one by one (McNemar)."""
-    is_bad, was_bad = outcome.invented > 0, plain.invented > 0
+    """One row of a table: `plain` is what the captions are compared with, one by one (McNemar).
+
+    Without captions, what is counted instead are wrong answers.
+    """
+    is_bad, was_bad = (each.invented > 0 if len(each.invented) else ~each.right for each in (outcome, plain))
     low, high = wilson_interval(int(is_bad.sum()), len(is_bad))
     p_value = mcnemar_p_value(int((was_bad & ~is_bad).sum()), int((is_bad & ~was_bad).sum()))
     verdicts = outcome.verdicts
@@ -272,9 +294,8 @@ def row_of(name: str, outcome: Outcome, plain: Outcome) -> list:
         percent(is_bad.mean()),
         f"{100 * low:.1f}–{100 * high:.1f}",
         f"{p_value:.2g}",
-        percent(outcome.invention),
-        percent(outcome.recall),
-        percent(outcome.right.mean()),
+        *map(percent, (outcome.invention, outcome.recall) if len(outcome.invented) else (None, None)),
+        percent(outcome.right.mean() if len(outcome.right) else None),
         percent(verdicts.count("yes") / len(verdicts)) if verdicts else "",
         f"{outcome.length:.1f}",
     ]
@@ -284,23 +305,31 @@ def row_of(name: str, outcome: Outcome, plain: Outcome) -> list:
 class Options:
     model: Path = option("folder of the model", Path("models/visualglm-tiny"), metavar="FOLDER")
     split: str = option("of the scenes", "new combinations", choices=tuple(world.SPLITS))
-    choose_on: int = option("pictures to choose a setting on", 150, parse=COUNT, metavar="N")
-    report_on: int = option("other pictures, on which it is reported", 400, parse=COUNT, metavar="N")
+    exam: Path | None = option(
+        "questions instead of scenes, as visualglm evaluate takes them; captions have the kind 'describe'",
+        None,
+        metavar="FILE",
+    )
+    choose_on: int = option("pictures to choose a setting on, the first", 150, parse=COUNT, metavar="N")
+    report_on: int = option("the next pictures, on which it is reported", 400, parse=COUNT, metavar="N")
     seed: int = option("number of the first scene", 0, parse=COUNT_OR_NONE, metavar="N")
     threads: int = option("of torch", 1, parse=COUNT, metavar="N")
 
 
 def run(options: Options) -> None:
+    total = options.choose_on + options.report_on
+    numbers = range(options.seed, options.seed + total)
+    questions = from_world(options.split, numbers) if options.exam is None else from_exam(options.exam)[:total]
+    if len(questions) <= options.choose_on:
+        raise ValueError(f"{options.exam} has {len(questions)} pictures; --choose-on {options.choose_on} leaves none.")
     torch.set_num_threads(options.threads)
     model = load_weights(options.model, torch.float32).eval()
     register()
     processor = VisualGLMProcessor.from_pretrained(options.model)
-    numbers = range(options.seed, options.seed + options.choose_on + options.report_on)
-    scenes = [world.sample_scene(number, options.split) for number in numbers]
-    best, rows = choose(Trial(model, processor, scenes[: options.choose_on]), list(grid()))
-    print(f"Chosen on {options.choose_on} pictures of {options.split!r}: {best.name}\n")
+    best, rows = choose(Trial(model, processor, questions[: options.choose_on]), list(grid()))
+    print(f"Chosen on {options.choose_on} pictures of {str(options.exam or options.split)!r}: {best.name}\n")
     print(write_table(HEAD, rows))
-    trial = Trial(model, processor, scenes[options.choose_on :])
+    trial = Trial(model, processor, questions[options.choose_on :])
     plain = trial.answer(Setting())
     sampled = {"is_sampled": True, "plausible": PLAUSIBLE}
     others = [
@@ -311,7 +340,7 @@ def run(options: Options) -> None:
         Setting(sees=False),
     ]
     rows = [row_of(Setting().name, plain, plain), *(row_of(each.name, trial.answer(each), plain) for each in others)]
-    print(f"Reported on {options.report_on} others, p against greedy:\n")
+    print(f"Reported on {len(questions) - options.choose_on} others, p against greedy:\n")
     print(write_table(HEAD, rows))
 
 
