@@ -152,13 +152,14 @@ class ImageContrast(LogitsProcessor):
 
 def facts_in(text: str, language: str) -> set[tuple[str, str]]:
     """What a caption says of shapes, colours, counts and backgrounds, by the words of the world."""
-    text = text.lower()
-    return {
-        (kind, name)
-        for kind, words in words_of(language).items()
-        for name, forms in words.items()
-        if any(has_word(text, form, language) for form in forms)
-    }
+    text, facts = text.lower(), set()
+    for kind, words in words_of(language).items():
+        found = {name: forms for name, forms in words.items() if any(has_word(text, form, language) for form in forms)}
+        facts |= {(kind, name) for name in found}
+        if kind == "background":  # white paper is no white thing
+            for forms in found.values():
+                text = text.replace(forms[0], " ")
+    return facts
 
 
 def has_word(text: str, word: str, language: str) -> bool:
@@ -166,13 +167,13 @@ def has_word(text: str, word: str, language: str) -> bool:
 
 
 def words_of(language: str) -> dict[str, dict[str, tuple[str, ...]]]:
-    """{kind: {name: the words for it}}"""
+    """{kind: {name: the words for it}}, backgrounds first."""
     is_chinese = language == "zh"
     return {
+        "background": {name: words[:1] if is_chinese else words[3:4] for name, words in world.BACKGROUNDS.items()},
         "shape": {name: words[:1] if is_chinese else words[1:] for name, words in world.SHAPES.items()},
         "colour": {name: words[:1] if is_chinese else (name,) for name, words in world.COLOURS.items()},
         "count": {str(count): (words[0] if is_chinese else words[1].lower(),) for count, words in world.COUNTS.items()},
-        "background": {name: words[:1] if is_chinese else words[3:4] for name, words in world.BACKGROUNDS.items()},
     }
 
 

@@ -8,7 +8,7 @@ from visualglm_tools.serving.engine.prompts import QUESTIONS
 TEXTS = gr.I18n(
     en={
         "notes": "Choose a picture, and it is described at once; then ask on. A new picture begins a new conversation. "
-        "The model usually sees 224×224 pixels, reads no Chinese text in pictures, and invents things in long descriptions. "
+        "The model usually sees 224×224 pixels, reads no Chinese text in pictures, and invents in long descriptions. "
         "Large pictures take time to upload; if the connection fails, try without a proxy.",
         "picture": "Picture",
         "first_question": "First question",
