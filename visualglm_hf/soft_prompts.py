@@ -82,10 +82,11 @@ class SoftPromptMixin:
             ValueError: another shape.
         """
         self.check_pixel_values(pixel_values, interpolate_pos_encoding)
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding}
         return self.image_cache.encode(
             self.image_encoder,
             pixel_values,
-            lambda pixels: self.get_image_features(pixels, interpolate_pos_encoding, return_dict=True).pooler_output,
+            lambda pixels: self.get_image_features(pixels, return_dict=True, **options).pooler_output,
         )
 
     def embed(
@@ -135,5 +136,6 @@ class SoftPromptMixin:
         if pixel_values is None:
             return BaseModelOutputWithPooling(pooler_output=image_embeds)
         if recorded:
-            return self.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **recorded)
+            recorded["interpolate_pos_encoding"] = interpolate_pos_encoding
+            return self.get_image_features(pixel_values, return_dict=True, **recorded)
         return BaseModelOutputWithPooling(pooler_output=self.encode_pictures(pixel_values, interpolate_pos_encoding))
