@@ -192,7 +192,7 @@ TOOL_ROOMS = {
         packages="PIL accelerate tqdm transformers",
     ),
     "serving/engine": Room(
-        tools="checkpoints.loading layer_bar printing",
+        tools="checkpoints.loading checkpoints.picture_size layer_bar printing",
         model="chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
         "tokenization_chatglm visualglm_hf",
         packages="PIL jinja2 numpy prometheus_client torch transformers",
@@ -214,7 +214,8 @@ TOOL_ROOMS = {
         packages="matplotlib",
     ),
     "training": Room(
-        tools="checkpoints.adapters checkpoints.folder checkpoints.loading options printing shipped",
+        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size options printing "
+        "shipped",
         model="configuration_visualglm image_processing_visualglm modeling_visualglm processing_visualglm quantization",
         packages="filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
     ),
@@ -230,7 +231,8 @@ TOOL_ROOMS = {
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(
-        tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code options printing",
+        tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.references "
+        "evaluation.scoring evaluation.statistics evaluation.tables options printing serving.questions",
         model="conversation visualglm_hf",
         packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
     ),

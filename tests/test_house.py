@@ -222,6 +222,7 @@ SHORT_BODY = 80  # characters, which are as quickly written as they are found
 OTHERS = {
     "visualglm_hf/test_gpu": "the model on a CUDA device",
     "visualglm_hf/test_gpu_quantization": "low bits on a CUDA device",
+    "visualglm_hf/test_larger_pictures": "pictures of other sizes, from positions to `chat`",
     "visualglm_hf/test_parallel": "the model in several processes, and spread over devices",
     "visualglm_hf/test_public_api": "what `__init__` exports",
     "visualglm_hf/test_straight_products": "`lowbit_products`: eager products on a GPU without the operator",

@@ -31,7 +31,8 @@ from .image_processing_visualglm import VisualGLMImageProcessor
 
 
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
-NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english")  # arguments that are not `generate`'s
+# Arguments that are not `generate`'s.
+NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english", "image_size")
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ class ChatMixin:
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
         *,
+        image_size: int | None = None,
         given: dict[str, Any],
         **kwargs,
     ) -> tuple[str, ChatHistory]:
@@ -231,6 +233,8 @@ class ChatMixin:
                 `generation_config` among the keywords sets holds instead, unless it is given here, too; the defaults,
                 which are the original's, hold instead of those of the model's own `generation_config`.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the query's language.
+            image_size: pixels a side at which the given pictures are shown, a multiple of the patch size, 14; None for
+                what the model was made for, 224, or fine-tuned for.
             **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`, `min_new_tokens`
                 `min_length`; `compile=True` makes all answers but the first faster, for which the step from token to
                 token is compiled.
@@ -244,7 +248,7 @@ class ChatMixin:
         """
         # The options are taken from `given`: which of them were left open is known there only.
         options = self.generation_options(tokenizer, **given)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, image_size, options.get("max_length"))
         output = self.generate(**turn.inputs, **options)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
         return turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
@@ -266,6 +270,7 @@ class ChatMixin:
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
         *,
+        image_size: int | None = None,
         given: dict[str, Any],
         **kwargs,
     ) -> Iterator[tuple[str, ChatHistory]]:
@@ -276,7 +281,7 @@ class ChatMixin:
         """
         tokens = TokenQueue(given.pop("streamer", None))
         options = self.generation_options(tokenizer, **given, streamer=tokens)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, image_size, options.get("max_length"))
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
@@ -303,7 +308,14 @@ class ChatMixin:
             yield response, history
 
     def prepare_turn(
-        self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
+        self,
+        tokenizer,
+        image_path,
+        query,
+        history,
+        english: bool | None = None,
+        image_size: int | None = None,
+        max_length: int | None = None,
     ) -> Turn:
         """Check everything that is cheap to check, then encode the pictures that are new."""
         turns = checked_turns(history)
@@ -315,7 +327,7 @@ class ChatMixin:
         check_tokenizer(tokenizer, self.config.text_config)
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
-        given = self.open_images(image_path)
+        given = self.open_images(image_path, image_size)
         joining = [image for image in given if image.digest not in shown_last(history)]
 
         image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
@@ -340,15 +352,17 @@ class ChatMixin:
                     "history, and the picture again."
                 )
 
-    def open_images(self, image_path) -> list[GivenImage]:
+    def open_images(self, image_path, image_size: int | None = None) -> list[GivenImage]:
         """The picture or the list of pictures that a caller gives; None and "" are none."""
+        vision = self.config.vision_config
+        side = vision.shown_image_size if image_size is None else image_size
+        vision.check_image_size(side)
         if image_path is None or (isinstance(image_path, str) and not image_path):
             return []
         sources = image_path if isinstance(image_path, (list, tuple)) else [image_path]
         if not sources:
             return []
-        image_size = self.config.vision_config.image_size
-        image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
+        image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
         pixel_values = image_processor([fetch_picture(source) for source in sources], return_tensors="pt")
         return [
             GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None])
@@ -368,7 +382,8 @@ class ChatMixin:
         for image in images:
             if image.digest not in embeds:
                 with torch.no_grad():
-                    embeds[image.digest] = self.encode_pictures(image.pixel_values.to(self.input_device))
+                    pixel_values = image.pixel_values.to(self.input_device)
+                    embeds[image.digest] = self.encode_pictures(pixel_values, interpolate_pos_encoding=True)
         return tuple(RememberedImage(image.digest, embeds[image.digest]) for image in images)
 
     def tokenize_prompt(self, tokenizer, prompt: str, num_images: int, max_length: int | None) -> BatchFeature:

@@ -34,6 +34,8 @@ from .code_links import replace_links
 
 logger = logging.get_logger(__name__)
 
+MAX_PATCHES_A_SIDE = 160  # of a larger picture; attention over its 25,600 patches takes seconds on a GPU
+
 # The original's field names -> ours. None: the field only states what the architecture always is.
 TEXT_FIELDS = {
     "vocab_size": "vocab_size",
@@ -275,6 +277,9 @@ class VisualGLMVisionConfig(PreTrainedConfig):
     r"""
     final_layer_norm_eps (`float`, *optional*, defaults to 1e-5):
         Epsilon of `ln_vision`, which the original leaves at PyTorch's default.
+    preferred_image_size (`int`, *optional*):
+        Pixels a side of the pictures that `chat` and the tools show, and that any call takes, if it is another size
+        than `image_size`, of which the positions are: a model that was fine-tuned with larger pictures has it.
     """
 
     model_type = "visualglm_vision_model"
@@ -292,6 +297,7 @@ class VisualGLMVisionConfig(PreTrainedConfig):
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
+    preferred_image_size: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -311,11 +317,35 @@ class VisualGLMVisionConfig(PreTrainedConfig):
         )
         check_divisible(self, "hidden_size", by="num_attention_heads")
         check_divisible(self, "image_size", by="patch_size")
+        if self.preferred_image_size is not None:
+            self.check_image_size(self.preferred_image_size)
 
     @property
     def num_positions(self) -> int:
         """The class token and one position per patch."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def shown_image_size(self) -> int:
+        """Pixels a side of the pictures that `chat` and the tools show."""
+        return self.preferred_image_size or self.image_size
+
+    def check_image_size(self, *sides: int) -> None:
+        """Raise a `ValueError` unless each of the sides, in pixels, is a number of whole patches that can be encoded.
+
+        A part of a patch at the edge would be cut off, so no other size is rounded to one of these.
+        """
+        patch, most = self.patch_size, MAX_PATCHES_A_SIDE * self.patch_size
+        for side in sides:
+            if isinstance(side, bool) or not isinstance(side, int):
+                raise ValueError(f"image_size must be a number of pixels a side, found {side!r}.")
+            if side < patch or side > most:
+                raise ValueError(f"image_size must be from {patch} to {most} pixels a side, found {side}.")
+            if side % patch:
+                lower = side // patch * patch
+                raise ValueError(
+                    f"image_size={side} is not whole patches of {patch} pixels. Take {lower} or {lower + patch}."
+                )
 
 
 @auto_docstring(custom_intro="The Q-Former of BLIP-2: post-LayerNorm, learned queries that look at the ViT's output.")

@@ -36,6 +36,7 @@ class Prompt(NamedTuple):
     inputs_embeds: torch.Tensor | None
     pixel_values: torch.Tensor | None
     image_embeds: torch.Tensor | None
+    interpolate_pos_encoding: bool | None  # of `pixel_values`
 
     @property
     def tokens(self) -> torch.Tensor | None:
@@ -72,6 +73,7 @@ class VisualGLMGenerationMixin(GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         cache: Cache | None = None,
         compile: bool | CompileConfig = False,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs,
     ):
         """[`GenerationMixin.generate`] after the pictures are in place.
@@ -91,6 +93,8 @@ class VisualGLMGenerationMixin(GenerationMixin):
                 compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
                 the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs. The backend
                 "cudagraphs" only records, and its cache grows with the answer.
+            interpolate_pos_encoding: True for `pixel_values` of other sizes than `image_size`, such as 392 x 392; None
+                as the config says, and so does an assistant model.
             kwargs: the other options; a `tokenizer` among them says which tokens there are, else the config does.
 
         Raises:
@@ -100,7 +104,8 @@ class VisualGLMGenerationMixin(GenerationMixin):
         """
         options = resolve_options(self.generation_config, generation_config, kwargs)
         check_options(options)
-        prompt = Prompt(inputs if input_ids is None else input_ids, inputs_embeds, pixel_values, image_embeds)
+        input_ids = inputs if input_ids is None else input_ids
+        prompt = Prompt(input_ids, inputs_embeds, pixel_values, image_embeds, interpolate_pos_encoding)
         prompt = self.share_pictures(prompt, kwargs)
         num_images = self.check_given(prompt, kwargs.get("attention_mask"))
         if cache is None and not compile and wants_dynamic_cache(options):
@@ -125,7 +130,8 @@ class VisualGLMGenerationMixin(GenerationMixin):
         """
         if options.get("assistant_pixel_values") is not None:  # this is an assistant
             options.pop("prompt_embeds")
-            return prompt._replace(pixel_values=options.pop("assistant_pixel_values"))
+            pixel_values = options.pop("assistant_pixel_values")
+            return prompt._replace(pixel_values=pixel_values, interpolate_pos_encoding=None)
         if options.get("assistant_model") is not None:
             self.check_assistant(options["assistant_model"], prompt.image_embeds, prompt.inputs_embeds)
             options["assistant_pixel_values"] = prompt.pixel_values
@@ -144,7 +150,7 @@ class VisualGLMGenerationMixin(GenerationMixin):
 
     def check_given(self, prompt: Prompt, attention_mask: torch.Tensor | None) -> int | None:
         """How many pictures a prompt has, None for none; a `ValueError` if one of its tensors has another shape."""
-        num_images = self.count_images(prompt.pixel_values, prompt.image_embeds)
+        num_images = self.count_images(prompt.pixel_values, prompt.image_embeds, prompt.interpolate_pos_encoding)
         if prompt.tokens is not None:
             self.check_shapes(prompt.input_ids, prompt.inputs_embeds, attention_mask)
         return num_images
@@ -228,7 +234,8 @@ class VisualGLMGenerationMixin(GenerationMixin):
             embedded["prompt_ids"] = prompt_ids
         if num_images is not None:
             name = "prompt_embeds" if inputs_embeds is None else "inputs_embeds"
-            image_embeds = self.encode_images(prompt.pixel_values, prompt.image_embeds).pooler_output
+            pictures = (prompt.pixel_values, prompt.image_embeds, prompt.interpolate_pos_encoding)
+            image_embeds = self.encode_images(*pictures).pooler_output
             embedded[name] = self.embed(input_ids, image_embeds, inputs_embeds)
         elif inputs_embeds is not None:
             embedded["inputs_embeds"] = inputs_embeds

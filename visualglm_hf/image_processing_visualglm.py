@@ -297,7 +297,7 @@ class VisualGLMImageProcessor(BaseImageProcessor):
             False takes PIL images as they are, without `to_rgb`; they must be RGB then.
         size (`dict[str, int]`, *optional*, defaults to 224 x 224):
             The pixels {"height", "width"} to which pictures are stretched; a number means a square. The model takes
-            224 x 224 only.
+            224 x 224, and with `interpolate_pos_encoding=True` any multiples of its patches of 14.
         do_rescale (`bool`, *optional*, defaults to `True`):
             Whether to multiply the values 0..255 by `rescale_factor`. Pictures given as floats in 0..1 have been made
             0..255 before.

@@ -237,20 +237,34 @@ class VisualGLMVisionTransformer(VisualGLMImagePreTrainedModel):
         """What turns patches into tokens; with checkpointed layers, `enable_input_require_grads` hooks into it."""
         return self.mixins["patch_embedding"]["proj"]
 
-    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """[B, 3, height, width] -> [B, 1 + patches, C]"""
         proj = self.mixins["patch_embedding"]["proj"]
-        patches = proj(pixel_values.to(proj.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = proj(pixel_values.to(proj.weight.dtype))
+        rows, columns = patches.shape[2:]
+        patches = patches.flatten(2).transpose(1, 2)
         # Asked by index, not for their weights, which are elsewhere while they are offloaded.
         index = torch.arange(self.config.num_positions, device=patches.device)
         class_token = self.transformer["word_embeddings"](index[:1]).expand(patches.shape[0], -1, -1)
-        return torch.cat((class_token, patches), dim=1) + self.transformer["position_embeddings"](index)
+        positions = self.transformer["position_embeddings"](index)
+        if interpolate_pos_encoding:
+            positions = self.interpolate_positions(positions, rows, columns)
+        return torch.cat((class_token, patches), dim=1) + positions
+
+    def interpolate_positions(self, positions: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """[1 + side², C] -> [1 + rows * columns, C], bicubic as in transformers' ViTs; the class token's stays."""
+        side = self.config.image_size // self.config.patch_size
+        if (rows, columns) == (side, side):
+            return positions
+        grid = positions[1:].T.unflatten(1, (side, side))[None].float()
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat((positions[:1], grid[0].flatten(1).T.to(positions.dtype)))
 
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        hidden_states = self.dropout(self.embed(pixel_values))
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> BaseModelOutput:
+        hidden_states = self.dropout(self.embed(pixel_values, interpolate_pos_encoding))
         for layer in self.transformer["layers"]:
             hidden_states = layer(hidden_states)
         return BaseModelOutput(last_hidden_state=self.mixins["cls"]["ln_vision"](hidden_states))
@@ -301,8 +315,9 @@ class VisualGLMImageEncoder(nn.Module):
         """Encode pictures.
 
         Args:
-            pixel_values: [B, 3, image_size, image_size], normalised.
-            kwargs: `output_hidden_states` and `output_attentions`, of the ViT.
+            pixel_values: [B, 3, image_size, image_size], normalised; with `interpolate_pos_encoding`, of any height
+                and width that are multiples of `patch_size`.
+            kwargs: `interpolate_pos_encoding`, `output_hidden_states` and `output_attentions`, of the ViT.
 
         Returns:
             The ViT's output with `last_hidden_state` [B, 1 + patches, vision C], and the soft prompt embeddings

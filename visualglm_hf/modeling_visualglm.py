@@ -451,8 +451,11 @@ class VisualGLMForConditionalGeneration(
         [images, num_query_tokens, C] the soft prompts. Raises a `ValueError` if `pixel_values` has another shape.
         """
     )
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        self.check_pixel_values(pixel_values)
+    def get_image_features(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        self.check_pixel_values(pixel_values, interpolate_pos_encoding)
+        kwargs["interpolate_pos_encoding"] = self.interpolates(interpolate_pos_encoding)
         vision_output, image_embeds = self.image_encoder(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_output.last_hidden_state,
@@ -499,6 +502,7 @@ class VisualGLMForConditionalGeneration(
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisualGLMCausalLMOutputWithPast:
         r"""
@@ -539,6 +543,7 @@ class VisualGLMForConditionalGeneration(
             glm_position_ids=glm_position_ids,
             prefix_key_values=prefix_key_values,
             use_cache=use_cache,
+            interpolate_pos_encoding=interpolate_pos_encoding,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -573,6 +578,7 @@ class VisualGLMForConditionalGeneration(
         image_embeds: torch.FloatTensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
         glm_position_ids: torch.LongTensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs,
     ) -> tuple[BaseModelOutputWithPast, BaseModelOutputWithPooling | None, torch.Tensor | None]:
         """What `forward` does before the head; arguments and errors are its own.
@@ -586,7 +592,7 @@ class VisualGLMForConditionalGeneration(
             self.accept_adapters(self.adapters)  # PEFT has told of the first alone
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give input_ids or inputs_embeds.")
-        num_images = self.count_images(pixel_values, image_embeds)
+        num_images = self.count_images(pixel_values, image_embeds, interpolate_pos_encoding)
         if num_images is not None and prompt_embeds is not None:
             raise ValueError("Give pictures, or prompt_embeds with the pictures already in place, not both.")
         if kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > 2:
@@ -606,7 +612,7 @@ class VisualGLMForConditionalGeneration(
         if num_images is not None:
             vision_config = self.config.vision_config
             recorded = {name: True for name in RECORDED if kwargs.get(name, getattr(vision_config, name, False))}
-            image_outputs = self.encode_images(pixel_values, image_embeds, **recorded)
+            image_outputs = self.encode_images(pixel_values, image_embeds, interpolate_pos_encoding, **recorded)
             image_embeds = image_outputs.pooler_output
         if num_images is not None or inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_embeds, inputs_embeds)

@@ -97,7 +97,7 @@ def check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(
             f"Picture {name} is too large: {width} x {height} pixels, at most {MAX_PIXELS:,} in all and {MAX_SIDE:,}"
-            " a side are read. Make it smaller; the model sees 224 x 224."
+            " a side are read. Make it smaller; the model sees far fewer."
         )
 
 

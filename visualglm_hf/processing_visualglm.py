@@ -121,9 +121,10 @@ class VisualGLMProcessor(ProcessorMixin):
     @auto_docstring(
         custom_intro="""
         Prepare a batch: `input_ids` and `attention_mask` [B, S] with each placeholder expanded, and `pixel_values`
-        [images, 3, 224, 224] if there are pictures; without `return_tensors` they are lists of B rows, of one row for
-        a single text. Text is text: `<sop>` typed by a user is no special token. Raises a `ValueError` for neither text
-        nor pictures, for placeholders that do not match them, and for bad pictures.
+        [images, 3, height, width] if there are pictures, 224 unless `size` says otherwise; without `return_tensors`
+        they are lists of B rows, of one row for a single text. Text is text: `<sop>` typed by a user is no special
+        token. Raises a `ValueError` for neither text nor pictures, for placeholders that do not match them, and for bad
+        pictures.
         """
     )
     def __call__(

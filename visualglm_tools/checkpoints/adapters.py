@@ -2,6 +2,7 @@
 
 Beside PEFT's own two files there may be `base_model.json` with a few numbers of the model that the adapter was trained
 on. Shapes alone do not tell two models apart; these do, whatever the number format or the quantization.
+Not here: what else may stand beside it, the size of its pictures (`picture_size.py`).
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder
 from visualglm_tools.checkpoints.folder import ADAPTER_WEIGHT_FILE, read_adapter_config, read_object
+from visualglm_tools.checkpoints.picture_size import adopt_image_size
 from visualglm_tools.packages import missing
 from visualglm_tools.printing import first_line
 
@@ -105,6 +107,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     config = read_adapter_config(folder)
     check_fingerprint(folder, model)
     check_not_merged(folder, model)
+    adopt_image_size(folder, model)
     attach = attach_prefix if config.get("peft_type") == "PREFIX_TUNING" else attach_layers
     try:
         return attach(model, folder)

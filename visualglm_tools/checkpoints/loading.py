@@ -30,6 +30,7 @@ from visualglm_hf import (
 )
 from visualglm_tools.checkpoints.adapters import attach_adapter
 from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.checkpoints.picture_size import image_size_of, override_image_size, set_image_size
 from visualglm_tools.checkpoints.precision import faster_dtype
 from visualglm_tools.packages import install
 from visualglm_tools.printing import first_line
@@ -53,6 +54,7 @@ def load_model(
     quant: int | None = None,
     adapter: str | Path | None = None,
     quant_image_encoder: bool = False,
+    image_size: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint for answering; what was chosen for "auto" is said on stderr.
 
@@ -66,12 +68,17 @@ def load_model(
         quant: 4 or 8 to quantize the language model to that many bits while it is loaded, unless it is stored so.
         adapter: folder with a PEFT adapter that was trained on this checkpoint, see `attach_adapter`.
         quant_image_encoder: with `quant`, quantize the image encoder too, to 8 bits, unless it is stored so.
+        image_size: pixels a side at which pictures are shown; None for what the adapter was trained with, or else the
+            checkpoint.
 
     Raises:
-        ValueError: as `load_weights`; an adapter that does not fit, or a device that is not there.
+        ValueError: as `load_weights`; an adapter that does not fit, a device that is not there, or a size of pictures
+            that is not whole patches.
     """
     folder = Path(folder).expanduser()
     check_folder(folder)
+    if image_size is not None:
+        set_image_size(VisualGLMConfig.from_pretrained(folder), image_size)  # before the weights are loaded
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device, folder)
     bits = f", {quant} bits{', image encoder 8' if quant_image_encoder else ''}" if quant else ""
@@ -81,6 +88,8 @@ def load_model(
     model = load_weights(folder, chosen_dtype, quant, own_code=own_code, image_encoder=quant_image_encoder)
     if adapter:
         attach_adapter(model, adapter)
+    if image_size is not None:
+        override_image_size(model, image_size)
     return model.to(chosen_device).eval(), tokenizer
 
 
@@ -140,7 +149,7 @@ def load_processor(folder: Path, config: VisualGLMConfig) -> VisualGLMProcessor:
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, config: VisualGLMConfig) -> VisualGLMProcessor:
     """The processor of a model whose tokenizer is known."""
-    side = config.vision_config.image_size
+    side = image_size_of(config)
     image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
     return VisualGLMProcessor(image_processor, tokenizer, num_query_tokens=config.qformer_config.num_query_tokens)
 

@@ -39,6 +39,7 @@ from visualglm_tools.checkpoints.files import (
     read_tokenizer,
     survey,
 )
+from visualglm_tools.checkpoints.picture_size import image_size_of
 
 
 MODEL = "modeling_visualglm.VisualGLMForConditionalGeneration"
@@ -195,7 +196,7 @@ def write_description(folder: Path, config: VisualGLMConfig, tokenizer: ChatGLMT
     # No sampling defaults: the original's generate() was greedy, and its chat() brings its own.
     GenerationConfig(**token_ids).save_pretrained(folder)
 
-    image_size = config.vision_config.image_size
+    image_size = image_size_of(config)
     image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
     processor = VisualGLMProcessor(image_processor, tokenizer, num_query_tokens=config.qformer_config.num_query_tokens)
     processor.save_pretrained(folder)

@@ -29,6 +29,14 @@ class ModelOptions:
         choices=("auto", "float32", "float16", "bfloat16"),
         group="model",
     )
+    image_size: int | None = option(
+        "pixels a side at which pictures are shown, a multiple of 14",
+        None,
+        parse=COUNT,
+        metavar="PIXELS",
+        unset="what the model or its adapter was trained with, 224",
+        group="model",
+    )
 
     def check(self) -> None:
         """Raise a `ValueError` if these folders cannot be loaded: now, and not when libraries and weights are."""
@@ -40,7 +48,8 @@ class ModelOptions:
 
     def loading(self) -> dict[str, Any]:
         """The keywords of `load_model`."""
-        return {name: getattr(self, name) for name in ("device", "dtype", "quant", "quant_image_encoder", "adapter")}
+        names = ("device", "dtype", "quant", "quant_image_encoder", "adapter", "image_size")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from visualglm_tools.checkpoints.adapters import (
 )
 from visualglm_tools.checkpoints.folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, check_folder
 from visualglm_tools.checkpoints.loading import load_processor
+from visualglm_tools.checkpoints.picture_size import PICTURES_FILE, set_image_size, write_image_size
 from visualglm_tools.printing import first_line
 from visualglm_tools.training.adapters import (
     add_adapter,
@@ -105,6 +106,8 @@ def finetune(
     settings.check()
     check_folder(settings.model)
     config = VisualGLMConfig.from_pretrained(settings.model)
+    if settings.image_size is not None:
+        set_image_size(config, settings.image_size)
     has_gpu = torch.cuda.is_available() and not settings.cpu
     settings, notes = settings.resolved(config.text_config.num_hidden_layers, has_gpu)
     adapter, bits = choose_adapter(settings, config), choose_bits(settings, config)
@@ -121,6 +124,7 @@ def finetune(
         check_resumed(settings, record)
         set_seed(settings.seed)
         base = load_base(settings.model, dtype_of(settings.precision), bits, settings.qlora_backend)
+        base.config.vision_config.preferred_image_size = config.vision_config.preferred_image_size
         samples = fingerprint(base)
         record["base weights"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
         check_resumed(settings, record)
@@ -316,7 +320,9 @@ class Keeper(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:
             folder = Path(args.output_dir)
-            (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            checkpoint = folder / f"checkpoint-{state.global_step}"
+            write_image_size(checkpoint, kwargs["model"])
+            (checkpoint / COMPLETE).touch()
             remove_old(folder, self.keep, state.best_global_step)
             plot_curves(state.log_history, folder / CURVES_FILE)
 
@@ -461,8 +467,9 @@ def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
         if not trainer.args.should_save:
             return
         write_fingerprint(unfinished, samples)
+        write_image_size(unfinished, trainer.model)
         for path in unfinished.iterdir():
-            if path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, BASE_FILE):
+            if path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, BASE_FILE, PICTURES_FILE):
                 path.unlink()
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         unfinished.rename(folder / ADAPTER)

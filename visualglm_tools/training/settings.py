@@ -80,6 +80,14 @@ class Settings:
     train_data: tuple[Path, ...] = option(".json or .jsonl; see docs/finetuning.md", (), metavar="FILE", **DATA)
     valid_data: tuple[Path, ...] = option("rows to evaluate on", (), metavar="FILE", **DATA)
     old_data: tuple[Path, ...] = option("rows to see what is forgotten", (), metavar="FILE", **DATA)
+    image_size: int | None = option(
+        "pixels a side at which pictures are shown, a multiple of 14; saved with the adapter",
+        None,
+        parse=COUNT,
+        metavar="PIXELS",
+        unset="the model's, 224",
+        **DATA,
+    )
     max_source_length: int = option("tokens with pictures", 64, parse=COUNT, metavar="N", **DATA)
     max_target_length: int = option("tokens of an answer", 256, parse=COUNT, metavar="N", **DATA)
     strict: bool = option("fail if anything is too long, instead of cutting its end", False, **DATA)

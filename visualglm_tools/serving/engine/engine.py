@@ -75,7 +75,7 @@ class Engine:
 
     @classmethod
     def load(cls, folder: str | Path, limits: Limits | None = None, **options) -> "Engine":
-        """An engine for a checkpoint folder; `options` are those of `load_model`, such as device or quant.
+        """An engine for a checkpoint folder; `options` are those of `load_model`: device, dtype, ...
 
         Raises:
             ValueError: as `load_model`.

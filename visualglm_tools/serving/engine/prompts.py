@@ -19,6 +19,7 @@ from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
 from visualglm_hf.conversation import is_english
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
 from visualglm_hf.tokenization_chatglm import MAX_BLANKS
+from visualglm_tools.checkpoints.picture_size import image_size_of
 from visualglm_tools.serving.engine.picture_pool import PicturePool
 
 
@@ -61,7 +62,7 @@ class PromptBuilder:
         max_picture_bytes: int,
     ):
         config = model.config
-        side = config.vision_config.image_size
+        side = image_size_of(config)
         self.processor = VisualGLMProcessor(
             VisualGLMImageProcessor(size={"height": side, "width": side}),
             tokenizer,

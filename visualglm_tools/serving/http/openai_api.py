@@ -43,7 +43,7 @@ class Strict(BaseModel):
 
 class ImageUrl(Strict):
     url: str = Field(description="a data: URI; an http(s) URL only where the server allows it")
-    detail: Literal["auto", "low", "high", "original"] = Field("auto", description="the model sees 224 x 224 pixels")
+    detail: Literal["auto", "low", "high", "original"] = Field("auto", description="no effect: see --image-size")
 
 
 def as_image_url(value: Any) -> Any:

@@ -8,7 +8,7 @@ from visualglm_tools.serving.engine.prompts import QUESTIONS
 TEXTS = gr.I18n(
     en={
         "notes": "Choose a picture, and it is described at once; then ask on. A new picture begins a new conversation. "
-        "The model sees 224×224 pixels, reads no Chinese text in pictures, and invents things in long descriptions. "
+        "The model usually sees 224×224 pixels, reads no Chinese text in pictures, and invents in long descriptions. "
         "Large pictures take time to upload; if the connection fails, try without a proxy.",
         "picture": "Picture",
         "first_question": "First question",
@@ -25,7 +25,7 @@ TEXTS = gr.I18n(
     },
     zh={
         "notes": "选择一张图片，模型会立即描述它，然后可以继续提问；换一张图片即开始新的对话。"
-        "模型只能看到224×224像素，不能识别图中的中文文字，较长的描述可能包含虚构的内容。"
+        "模型通常只能看到224×224像素，不能识别图中的中文文字，较长的描述可能包含虚构的内容。"
         "较大的图片上传需要时间；如果连接出错，请关闭代理后再试。",
         "picture": "图片",
         "first_question": "首个问题",
