@@ -21,6 +21,7 @@ ARROWS = {
     "fetching": (set(), set()),
     "tokenization_chatglm": ({"code_links", "conversation"}, {"transformers", "sentencepiece"}),
     "picture_reading": (set(), {"PIL", "numpy"}),
+    "text_in_pictures": ({"conversation"}, {"PIL", "numpy", "onnxruntime", "rapidocr"}),
     "image_processing_visualglm": ({"code_links", "picture_reading"}, {"transformers", "PIL", "numpy"}),
     "processing_visualglm": ({"code_links", "conversation", "fetching"}, {"transformers"}),
     "modeling_image_encoder": ({"configuration_visualglm"}, {"transformers", "torch"}),
@@ -79,8 +80,9 @@ ARROWS = {
             "generation_options",
             "history",
             "image_processing_visualglm",
+            "text_in_pictures",
         },
-        {"transformers", "torch"},
+        {"transformers", "torch", "PIL"},
     ),
     "quantization": (
         {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products"},

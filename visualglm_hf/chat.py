@@ -12,11 +12,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -27,19 +28,29 @@ from .conversation import build_prompt, check_history, check_query, clean_respon
 from .fetching import fetch_picture
 from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
-from .image_processing_visualglm import VisualGLMImageProcessor
+from .image_processing_visualglm import VisualGLMImageProcessor, open_picture
+from .text_in_pictures import read_picture
 
 
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
-NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english")  # arguments that are not `generate`'s
+NO_OPTIONS = (
+    "self",
+    "tokenizer",
+    "image_path",
+    "query",
+    "history",
+    "english",
+    "read_text",
+)  # arguments that are not `generate`'s
 
 
 @dataclass(frozen=True)
 class GivenImage:
-    """A picture that a caller gives: a digest of its pixels, and its pixel values [1, 3, H, W]."""
+    """A picture that a caller gives: a digest of its pixels, its pixel values [1, 3, H, W], and what it was."""
 
     digest: str
     pixel_values: torch.Tensor
+    picture: Image.Image | None = None  # with all its pixels, where they are needed
 
 
 @dataclass
@@ -206,6 +217,7 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        read_text: bool = False,
         *,
         given: dict[str, Any],
         **kwargs,
@@ -231,6 +243,9 @@ class ChatMixin:
                 `generation_config` among the keywords sets holds instead, unless it is given here, too; the defaults,
                 which are the original's, hold instead of those of the model's own `generation_config`.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the query's language.
+            read_text: whether to read the text in the pictures of this turn, with RapidOCR, and to put it before the
+                question. What was read is in `history[-1].readings`, and stays in the conversation. Without text, the
+                prompt is as without `read_text`.
             **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`, `min_new_tokens`
                 `min_length`; `compile=True` makes all answers but the first faster, for which the step from token to
                 token is compiled.
@@ -244,7 +259,7 @@ class ChatMixin:
         """
         # The options are taken from `given`: which of them were left open is known there only.
         options = self.generation_options(tokenizer, **given)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"), read_text)
         output = self.generate(**turn.inputs, **options)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
         return turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
@@ -265,6 +280,7 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        read_text: bool = False,
         *,
         given: dict[str, Any],
         **kwargs,
@@ -276,7 +292,7 @@ class ChatMixin:
         """
         tokens = TokenQueue(given.pop("streamer", None))
         options = self.generation_options(tokenizer, **given, streamer=tokens)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"), read_text)
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
@@ -303,7 +319,14 @@ class ChatMixin:
             yield response, history
 
     def prepare_turn(
-        self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
+        self,
+        tokenizer,
+        image_path,
+        query,
+        history,
+        english: bool | None = None,
+        max_length: int | None = None,
+        read_text: bool = False,
     ) -> Turn:
         """Check everything that is cheap to check, then encode the pictures that are new."""
         turns = checked_turns(history)
@@ -315,13 +338,19 @@ class ChatMixin:
         check_tokenizer(tokenizer, self.config.text_config)
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
-        given = self.open_images(image_path)
+        given = self.open_images(image_path, keep_pixels=read_text)
+        if read_text and not given and not history.images:
+            raise ValueError("read_text=True reads the text in pictures, and there is none. Give one, or leave it out.")
         joining = [image for image in given if image.digest not in shown_last(history)]
+        readings = self.read_images(tokenizer, given, history) if read_text else {}
 
         image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
-        prompt = build_prompt(query, history, image_turns, english)
+        in_order = [image.reading or "" for image in history.images] + [
+            readings.get(each.digest, "") for each in joining
+        ]
+        prompt = build_prompt(query, history, image_turns, english, in_order)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
-        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images})
+        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images}, readings)
         if place < len(history):  # in front of a plain list
             history[place], images = AnsweredTurn(history[place], images), ()
         embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
@@ -340,7 +369,25 @@ class ChatMixin:
                     "history, and the picture again."
                 )
 
-    def open_images(self, image_path) -> list[GivenImage]:
+    def read_images(self, tokenizer, given: Iterable[GivenImage], history: ChatHistory) -> dict[str, str]:
+        """What is written in the pictures that a caller gives, by their digests.
+
+        Those that stand in the history get it there, unless they have it.
+        """
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+        readings = {image.digest: image.reading for image in history.images if image.reading is not None}
+        for image in given:
+            if image.digest not in readings:
+                readings[image.digest] = read_picture(image.picture, count_tokens)
+        for place, turn in enumerate(history):
+            images = [replace(image, reading=readings.get(image.digest)) for image in turn.images]
+            history[place] = AnsweredTurn(turn, images)
+        return readings
+
+    def open_images(self, image_path, keep_pixels: bool = False) -> list[GivenImage]:
         """The picture or the list of pictures that a caller gives; None and "" are none."""
         if image_path is None or (isinstance(image_path, str) and not image_path):
             return []
@@ -349,27 +396,35 @@ class ChatMixin:
             return []
         image_size = self.config.vision_config.image_size
         image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-        pixel_values = image_processor([fetch_picture(source) for source in sources], return_tensors="pt")
+        pictures = [fetch_picture(source) for source in sources]
+        if keep_pixels:  # an array may be several pictures
+            pictures = [each for some in pictures for each in (some if getattr(some, "ndim", 0) == 4 else [some])]
+            pictures = list(map(open_picture, pictures))
+        pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"]
+        kept = pictures if keep_pixels else [None] * len(pixel_values)
         return [
-            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None])
-            for pixels in pixel_values["pixel_values"]
+            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None], picture)
+            for pixels, picture in zip(pixel_values, kept, strict=True)
         ]
 
     def remember_images(
-        self, images: Iterable[GivenImage], known: Mapping[str, torch.Tensor]
+        self, images: Iterable[GivenImage], known: Mapping[str, torch.Tensor], readings: Mapping[str, str]
     ) -> tuple[RememberedImage, ...]:
         """Pictures with their soft prompts, of which no digest is encoded twice.
 
         Args:
             images: pixel values [1, 3, H, W] each.
             known: digests and their soft prompts, [1, num_query_tokens, C] each.
+            readings: digests and what was read.
         """
         embeds = dict(known)
         for image in images:
             if image.digest not in embeds:
                 with torch.no_grad():
                     embeds[image.digest] = self.encode_pictures(image.pixel_values.to(self.input_device))
-        return tuple(RememberedImage(image.digest, embeds[image.digest]) for image in images)
+        return tuple(
+            RememberedImage(image.digest, embeds[image.digest], reading=readings.get(image.digest)) for image in images
+        )
 
     def tokenize_prompt(self, tokenizer, prompt: str, num_images: int, max_length: int | None) -> BatchFeature:
         """`input_ids` and `attention_mask` [1, S]; a `ValueError` if there is no room for an answer."""

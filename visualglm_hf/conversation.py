@@ -28,7 +28,11 @@ ENGLISH = ("Q:", "A:")
 CHINESE_READING = "图片中的文字：“{}”\n"
 ENGLISH_READING = 'Text in the picture: "{}"\n'
 LINE_BREAK = " / "  # between the lines that were read: a line of the prompt can begin a turn, so they share one
-QUOTES = str.maketrans({"“": "‘", "”": "’", '"': "''"})  # those around what was read are its only ones
+MORE = "…"  # ends what was read where that is not all
+# What was read has neither the quotes that stand around it nor the sign that it goes on.
+AS_READ = str.maketrans({"“": "‘", "”": "’", '"': "''", MORE: "..."})
+CUT_NOTICE = ("（太长了，后面的没有放进去）", " (there is more, which was left out)")  # Chinese, English
+NOTHING_READ = ("图片中没有读到文字。", "No text was found in the picture.")
 
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
@@ -94,12 +98,19 @@ def one_line_of(lines: Iterable[str]) -> str:
     """
     printable = ("".join(each if each.isprintable() else " " for each in line) for line in lines)
     kept = (" ".join(line.translate(MARKS_TO_BLANKS).split()) for line in printable)
-    return LINE_BREAK.join(filter(None, kept)).translate(QUOTES)
+    return LINE_BREAK.join(filter(None, kept)).translate(AS_READ)
 
 
 def quote_reading(reading: str, english: bool) -> str:
     """What was read in a picture, of `one_line_of`, as it stands before the question; "" where there was nothing."""
     return (ENGLISH_READING if english else CHINESE_READING).format(reading) if reading else ""
+
+
+def describe_reading(reading: str, english: bool) -> str:
+    """What was read in a picture as it is shown to whoever asked, in one line."""
+    if not reading:
+        return NOTHING_READ[english]
+    return quote_reading(reading, english).rstrip() + CUT_NOTICE[english] * reading.endswith(MORE)
 
 
 def build_prompt(
