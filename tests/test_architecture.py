@@ -174,7 +174,7 @@ TOOL_ROOMS = {
         "serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",
-        model="compilation fetching image_processing_visualglm",
+        model="compilation conversation fetching image_processing_visualglm",
         packages="torch transformers uvicorn",
     ),
     "checkpoints": Room(
@@ -192,7 +192,7 @@ TOOL_ROOMS = {
     "serving/engine": Room(
         tools="checkpoints.loading printing",
         model="chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
-        "tokenization_chatglm visualglm_hf",
+        "text_in_pictures tokenization_chatglm visualglm_hf",
         packages="PIL jinja2 numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(
@@ -204,7 +204,7 @@ TOOL_ROOMS = {
     "serving/page": Room(
         tools="serving.engine.answers serving.engine.engine serving.engine.picture_pool serving.engine.prompts "
         "serving.engine.sampling serving.http.guards",
-        model="picture_reading",
+        model="conversation picture_reading",
         packages="PIL anyio gradio starlette",
     ),
     "evaluation": Room(

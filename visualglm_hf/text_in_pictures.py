@@ -85,7 +85,7 @@ def load_reader() -> TextReader:
             f"RapidOCR in {str(folder.parent)!r} has no model {', '.join(missing)}: it would have to be downloaded. "
             "Install a release that has its models in it: pip install 'rapidocr>=3.10'."
         )
-    # Named, so that nothing is looked up, let alone downloaded. Lines go one by one: six at a time took twice the memory.
+    # Named, so that nothing is looked up, let alone downloaded. Six lines at a time took twice the memory.
     paths = {f"{part}.model_path": str(found[-1]) for part, found in models.items()}
     engine = rapidocr.RapidOCR(params={"Global.log_level": SILENT, "Rec.rec_batch_num": 1, **paths})
     onnxruntime.set_default_logger_severity(4)  # fatal errors alone
