@@ -169,7 +169,7 @@ TOOL_ROOMS = {
     "commands": Room(
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
-        "checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.references "
+        "checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.objects evaluation.references "
         "evaluation.results evaluation.scoring evaluation.tables options output_files printing prompt_bar "
         "serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
