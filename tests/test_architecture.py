@@ -227,8 +227,9 @@ TOOL_ROOMS = {
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(
-        tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code options printing",
-        model="conversation visualglm_hf",
+        tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.scoring "
+        "evaluation.statistics options printing",
+        model="conversation text_in_pictures visualglm_hf",
         packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
     ),
 }

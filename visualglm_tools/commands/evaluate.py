@@ -6,9 +6,10 @@
 
 A row is one of visualglm batch with the right answer, or a list of such:
 `{"id": 1, "text": "图里有猫吗？", "image": "1.jpeg", "reference": "有", "kind": "presence"}`; POPE's files are read as
-they are published. A caption's row has the picture's `"objects"` instead, and --objects has their synonyms, as for CHAIR.
-Answers are written as visualglm batch writes them: a run that was stopped goes on where it was, and where ANSWERS has all of them, they are judged and no model is loaded. An exam is greedy and has no repetition penalty
-unless options say otherwise. The table is Markdown on standard output.
+they are published. A caption's row has the picture's `"objects"` instead, and --objects their synonyms, as for CHAIR.
+Answers are written as visualglm batch writes them: a run that was stopped goes on where it was, and where ANSWERS has
+all of them, they are judged and no model is loaded. An exam is greedy and has no repetition penalty unless options say
+otherwise. The table is Markdown on standard output.
 """
 
 import importlib
