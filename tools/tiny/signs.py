@@ -7,7 +7,7 @@
 
 Words are Chinese, Latin and digits, in any colour, on any other, level or a little turned, from 3 % to a sixth of a
 canvas' height, on canvases from 224 to 1,344 pixels a side. Everything follows from the seed. Half of the questions are
-Chinese. Of each ten pictures one has no word: there, the two answers must be the same. Not here: how answers are judged.
+Chinese. Of ten pictures one has no word: there, the two answers must be the same. Not here: how answers are judged.
 """
 
 import json
