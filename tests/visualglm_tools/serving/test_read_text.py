@@ -1,4 +1,4 @@
-"""Text in pictures through every door: it is read in all their pixels, told apart from the answer, and bound by limits."""
+"""Text in pictures through every door: read in all their pixels, told apart from the answer, within limits."""
 
 import asyncio
 import io
