@@ -23,6 +23,8 @@ from .conversation import LINE_BREAK, MORE, one_line_of
 LONGEST_SIDE = 1600  # pixels; a larger picture is reduced. Read in 0.9 GB; with 2,000 pixels it is 1.1
 USUAL_SIDE = 960  # pixels, in which lines are looked for first: a lone sign in a larger picture is not found there
 SHORTEST_SIDE = 8  # pixels: no text is lower, and the detector takes no narrower strips
+FEW = 2  # characters, which shapes and patterns may look like
+SURE, SURE_OF_FEW = 0.7, 0.95  # RapidOCR's confidence from which a line counts, and one of few characters
 MOST_LINES = 64
 MOST_TOKENS = 256  # of a picture in the prompt: an eighth of what the model takes
 TALL = 1.5  # heights of a line to its width, from where it is taken for one that was turned
@@ -66,8 +68,9 @@ class TextReader:
     def read(self, line: Image.Image) -> str:
         with self.lock:
             found = self.engine(as_bgr(line), use_det=False, use_cls=True, use_rec=True)
-            is_sure = found.txts and found.scores[0] >= self.engine.text_score
-        return found.txts[0].strip() if is_sure else ""
+        text = found.txts[0].strip() if found.txts else ""
+        least = SURE if len(text) > FEW else SURE_OF_FEW
+        return text if any(map(str.isalnum, text)) and found.scores[0] >= least else ""
 
 
 @functools.cache

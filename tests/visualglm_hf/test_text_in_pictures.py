@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from tests.paths import TINY
+from tests.paths import PICTURES, TINY
 from visualglm_hf import text_in_pictures
 from visualglm_hf.conversation import LINE_BREAK, MORE
 from visualglm_hf.text_in_pictures import (
@@ -180,6 +180,11 @@ def test_a_sign_in_a_picture_of_many_pixels_is_read(reader, sign, count_tokens):
     canvas = Image.new("RGB", (3000, 2000), sign.getpixel((0, 0)))
     canvas.paste(sign, (900, 1200))
     assert "停车场" in read_picture(canvas, count_tokens)
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+def test_shapes_are_no_letters(reader, count_tokens, path):
+    assert read_picture(Image.open(path).convert("RGB"), count_tokens) == ""
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 4000), (LONGEST_SIDE * 40, 20), (224, 224)])

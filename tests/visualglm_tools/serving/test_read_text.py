@@ -177,6 +177,7 @@ def test_the_terminal_tells_what_was_read_apart_from_the_answer(monkeypatch, cap
             return iter(["出口"])
 
     monkeypatch.setattr("visualglm_hf.text_in_pictures.load_reader", Pages)
+    monkeypatch.setattr(chat, "open_model", lambda options: loaded)
     words = ["--image", str(CIRCLES), "--query", "写着什么？", "--read-text", "--greedy", "--model", str(TINY)]
     chat.run(parse(chat.Options, words, "chat", ""))
     shown = capsys.readouterr()
