@@ -21,6 +21,7 @@ ARROWS = {
     "fetching": (set(), set()),
     "tokenization_chatglm": ({"code_links", "conversation"}, {"transformers", "sentencepiece"}),
     "picture_reading": (set(), {"PIL", "numpy"}),
+    "text_in_pictures": ({"conversation"}, {"PIL", "numpy", "onnxruntime", "rapidocr"}),
     "image_processing_visualglm": ({"code_links", "picture_reading"}, {"transformers", "PIL", "numpy"}),
     "processing_visualglm": ({"code_links", "conversation", "fetching"}, {"transformers"}),
     "measured_choice": ({"instruction_trial"}, {"torch"}),
@@ -81,8 +82,9 @@ ARROWS = {
             "generation_options",
             "history",
             "image_processing_visualglm",
+            "text_in_pictures",
         },
-        {"transformers", "torch"},
+        {"transformers", "torch", "PIL"},
     ),
     "mapped_files": (set(), {"transformers", "torch"}),
     "quantization": (
@@ -171,12 +173,12 @@ TOOL_ROOMS = {
     "commands": Room(
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
-        "checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.references "
+        "checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.objects evaluation.references "
         "evaluation.results evaluation.scoring evaluation.tables options output_files printing prompt_bar "
         "serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",
-        model="compilation fetching image_processing_visualglm",
+        model="compilation conversation fetching image_processing_visualglm",
         packages="torch transformers uvicorn",
     ),
     "checkpoints": Room(
@@ -194,7 +196,7 @@ TOOL_ROOMS = {
     "serving/engine": Room(
         tools="checkpoints.loading checkpoints.picture_size layer_bar printing",
         model="chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
-        "tokenization_chatglm visualglm_hf",
+        "text_in_pictures tokenization_chatglm visualglm_hf",
         packages="PIL jinja2 numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(
@@ -206,7 +208,7 @@ TOOL_ROOMS = {
     "serving/page": Room(
         tools="layer_bar serving.engine.answers serving.engine.engine serving.engine.picture_pool "
         "serving.engine.prompts serving.engine.sampling serving.http.guards",
-        model="picture_reading",
+        model="conversation picture_reading",
         packages="PIL anyio gradio starlette",
     ),
     "evaluation": Room(
@@ -226,14 +228,14 @@ TOOL_ROOMS = {
     ),
     "benchmarking": Room(
         tools="checkpoints.loading options packages",
-        model="compilation cpu_decoder cpu_products cpu_runtime encoder_ways glm_positions growing_cache modeling_visualglm "
-        "quantization visualglm_hf",
+        model="compilation cpu_decoder cpu_products cpu_runtime encoder_ways glm_positions growing_cache "
+        "modeling_visualglm quantization visualglm_hf",
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(
         tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.references "
         "evaluation.scoring evaluation.statistics evaluation.tables options printing serving.questions",
-        model="conversation visualglm_hf",
+        model="conversation text_in_pictures visualglm_hf",
         packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
     ),
 }

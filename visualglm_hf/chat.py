@@ -12,11 +12,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -27,20 +28,22 @@ from .conversation import build_prompt, check_history, check_query, clean_respon
 from .fetching import fetch_picture
 from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
-from .image_processing_visualglm import VisualGLMImageProcessor
+from .image_processing_visualglm import VisualGLMImageProcessor, open_picture
+from .text_in_pictures import read_picture
 
 
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
 # Arguments that are not `generate`'s.
-NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english", "image_size")
+NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english", "read_text", "image_size")
 
 
 @dataclass(frozen=True)
 class GivenImage:
-    """A picture that a caller gives: a digest of its pixels, and its pixel values [1, 3, H, W]."""
+    """A picture that a caller gives: a digest of its pixels, its pixel values [1, 3, H, W], and what it was."""
 
     digest: str
     pixel_values: torch.Tensor
+    picture: Image.Image | None = None  # with all its pixels, where they are needed
 
 
 @dataclass
@@ -207,6 +210,7 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        read_text: bool = False,
         *,
         image_size: int | None = None,
         given: dict[str, Any],
@@ -233,6 +237,9 @@ class ChatMixin:
                 `generation_config` among the keywords sets holds instead, unless it is given here, too; the defaults,
                 which are the original's, hold instead of those of the model's own `generation_config`.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the query's language.
+            read_text: whether to read the text in the pictures of this turn, with RapidOCR, and to put it before the
+                question. What was read is in `history[-1].readings`, and stays in the conversation. Without text, the
+                prompt is as without `read_text`.
             image_size: pixels a side at which the given pictures are shown, a multiple of the patch size, 14; None for
                 what the model was made for, 224, or fine-tuned for.
             **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`, `min_new_tokens`
@@ -248,7 +255,9 @@ class ChatMixin:
         """
         # The options are taken from `given`: which of them were left open is known there only.
         options = self.generation_options(tokenizer, **given)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, image_size, options.get("max_length"))
+        turn = self.prepare_turn(
+            tokenizer, image_path, query, history, english, options.get("max_length"), read_text, image_size
+        )
         output = self.generate(**turn.inputs, **options)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
         return turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
@@ -269,6 +278,7 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        read_text: bool = False,
         *,
         image_size: int | None = None,
         given: dict[str, Any],
@@ -281,7 +291,9 @@ class ChatMixin:
         """
         tokens = TokenQueue(given.pop("streamer", None))
         options = self.generation_options(tokenizer, **given, streamer=tokens)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, image_size, options.get("max_length"))
+        turn = self.prepare_turn(
+            tokenizer, image_path, query, history, english, options.get("max_length"), read_text, image_size
+        )
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
@@ -314,8 +326,9 @@ class ChatMixin:
         query,
         history,
         english: bool | None = None,
-        image_size: int | None = None,
         max_length: int | None = None,
+        read_text: bool = False,
+        image_size: int | None = None,
     ) -> Turn:
         """Check everything that is cheap to check, then encode the pictures that are new."""
         turns = checked_turns(history)
@@ -327,13 +340,19 @@ class ChatMixin:
         check_tokenizer(tokenizer, self.config.text_config)
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
-        given = self.open_images(image_path, image_size)
+        given = self.open_images(image_path, image_size, keep_pixels=read_text)
+        if read_text and not given and not history.images:
+            raise ValueError("read_text=True reads the text in pictures, and there is none. Give one, or leave it out.")
         joining = [image for image in given if image.digest not in shown_last(history)]
+        readings = self.read_images(tokenizer, given, history) if read_text else {}
 
         image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
-        prompt = build_prompt(query, history, image_turns, english)
+        in_order = [image.reading or "" for image in history.images] + [
+            readings.get(each.digest, "") for each in joining
+        ]
+        prompt = build_prompt(query, history, image_turns, english, in_order)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
-        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images})
+        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images}, readings)
         if place < len(history):  # in front of a plain list
             history[place], images = AnsweredTurn(history[place], images), ()
         embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
@@ -352,7 +371,25 @@ class ChatMixin:
                     "history, and the picture again."
                 )
 
-    def open_images(self, image_path, image_size: int | None = None) -> list[GivenImage]:
+    def read_images(self, tokenizer, given: Iterable[GivenImage], history: ChatHistory) -> dict[str, str]:
+        """What is written in the pictures that a caller gives, by their digests.
+
+        Those that stand in the history get it there, unless they have it.
+        """
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+        readings = {image.digest: image.reading for image in history.images if image.reading is not None}
+        for image in given:
+            if image.digest not in readings:
+                readings[image.digest] = read_picture(image.picture, count_tokens)
+        for place, turn in enumerate(history):
+            images = [replace(image, reading=readings.get(image.digest)) for image in turn.images]
+            history[place] = AnsweredTurn(turn, images)
+        return readings
+
+    def open_images(self, image_path, image_size: int | None = None, keep_pixels: bool = False) -> list[GivenImage]:
         """The picture or the list of pictures that a caller gives; None and "" are none."""
         vision = self.config.vision_config
         side = vision.shown_image_size if image_size is None else image_size
@@ -363,20 +400,26 @@ class ChatMixin:
         if not sources:
             return []
         image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
-        pixel_values = image_processor([fetch_picture(source) for source in sources], return_tensors="pt")
+        pictures = [fetch_picture(source) for source in sources]
+        if keep_pixels:  # an array may be several pictures
+            pictures = [each for some in pictures for each in (some if getattr(some, "ndim", 0) == 4 else [some])]
+            pictures = list(map(open_picture, pictures))
+        pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"]
+        kept = pictures if keep_pixels else [None] * len(pixel_values)
         return [
-            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None])
-            for pixels in pixel_values["pixel_values"]
+            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None], picture)
+            for pixels, picture in zip(pixel_values, kept, strict=True)
         ]
 
     def remember_images(
-        self, images: Iterable[GivenImage], known: Mapping[str, torch.Tensor]
+        self, images: Iterable[GivenImage], known: Mapping[str, torch.Tensor], readings: Mapping[str, str]
     ) -> tuple[RememberedImage, ...]:
         """Pictures with their soft prompts, of which no digest is encoded twice.
 
         Args:
             images: pixel values [1, 3, H, W] each.
             known: digests and their soft prompts, [1, num_query_tokens, C] each.
+            readings: digests and what was read.
         """
         embeds = dict(known)
         for image in images:
@@ -384,7 +427,9 @@ class ChatMixin:
                 with torch.no_grad():
                     pixel_values = image.pixel_values.to(self.input_device)
                     embeds[image.digest] = self.encode_pictures(pixel_values, interpolate_pos_encoding=True)
-        return tuple(RememberedImage(image.digest, embeds[image.digest]) for image in images)
+        return tuple(
+            RememberedImage(image.digest, embeds[image.digest], reading=readings.get(image.digest)) for image in images
+        )
 
     def tokenize_prompt(self, tokenizer, prompt: str, num_images: int, max_length: int | None) -> BatchFeature:
         """`input_ids` and `attention_mask` [1, S]; a `ValueError` if there is no room for an answer."""

@@ -19,10 +19,20 @@ IMAGE_MARK = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: one soft prompt embedding
 ANSWER_MARK = "\ufff9"  # INTERLINEAR ANNOTATION ANCHOR: the context ends, the answer begins
 END_MARK = "\ufffb"  # INTERLINEAR ANNOTATION TERMINATOR: the answer is complete
 MARKS = (IMAGE_MARK, ANSWER_MARK, END_MARK)
+MARKS_TO_BLANKS = dict.fromkeys(map(ord, MARKS), " ")
 
 IMAGE_PROMPT = f"<img>{IMAGE_MARK}</img>"
 CHINESE = ("问：", "答：")
 ENGLISH = ("Q:", "A:")
+# What was read in a picture stands at the head of the question, in its language: our own wording, not the original's.
+CHINESE_READING = "图片中的文字：“{}”\n"
+ENGLISH_READING = 'Text in the picture: "{}"\n'
+LINE_BREAK = " / "  # between the lines that were read: a line of the prompt can begin a turn, so they share one
+MORE = "…"  # ends what was read where that is not all
+# What was read has neither the quotes that stand around it nor the sign that it goes on.
+AS_READ = str.maketrans({"“": "‘", "”": "’", '"': "''", MORE: "..."})
+CUT_NOTICE = ("（太长了，后面的没有放进去）", " (there is more, which was left out)")  # Chinese, English
+NOTHING_READ = ("图片中没有读到文字。", "No text was found in the picture.")
 
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
@@ -80,8 +90,35 @@ def check_history(history: Iterable) -> list[tuple[str, str]]:
     return turns
 
 
+def one_line_of(lines: Iterable[str]) -> str:
+    """Lines that were read in a picture as one line that may stand in a prompt, whatever is written in them.
+
+    Nobody at hand has typed them, so nothing is refused: line breaks, control characters and the marks of the prompt,
+    which could end the question or stand for a picture, become blanks.
+    """
+    printable = ("".join(each if each.isprintable() else " " for each in line) for line in lines)
+    kept = (" ".join(line.translate(MARKS_TO_BLANKS).split()) for line in printable)
+    return LINE_BREAK.join(filter(None, kept)).translate(AS_READ)
+
+
+def quote_reading(reading: str, english: bool) -> str:
+    """What was read in a picture, of `one_line_of`, as it stands before the question; "" where there was nothing."""
+    return (ENGLISH_READING if english else CHINESE_READING).format(reading) if reading else ""
+
+
+def describe_reading(reading: str, english: bool) -> str:
+    """What was read in a picture as it is shown to whoever asked, in one line."""
+    if not reading:
+        return NOTHING_READ[english]
+    return quote_reading(reading, english).rstrip() + CUT_NOTICE[english] * reading.endswith(MORE)
+
+
 def build_prompt(
-    query: str, history: Iterable = (), image_turns: Sequence[int] = (), english: bool | None = None
+    query: str,
+    history: Iterable = (),
+    image_turns: Sequence[int] = (),
+    english: bool | None = None,
+    readings: Sequence[str] = (),
 ) -> str:
     """Write the prompt that asks `query` after `history`.
 
@@ -91,6 +128,7 @@ def build_prompt(
         image_turns: for each picture, in order, the index of the turn that it stands before (`len(history)` is the
             current one). A picture of turn 0 stands where the original put its only one.
         english: whether to prompt with `Q:`/`A:`; None looks at the language of `query`.
+        readings: for each picture, what was read in it, see `one_line_of`; none for no picture at all.
 
     Returns:
         The prompt with one `IMAGE_MARK` for each picture, ending in `ANSWER_MARK`.
@@ -102,10 +140,16 @@ def build_prompt(
     turns = check_history(history)
     if english not in (None, True, False):
         raise ValueError(f"english must be True, False or None for the language of the query, found {brief(english)}.")
-    question, answer = ENGLISH if (is_english(query) if english is None else english) else CHINESE
+    english = is_english(query) if english is None else english
+    question, answer = ENGLISH if english else CHINESE
     prompt = ""
     for index, (asked, answered) in enumerate([*turns, (query, None)]):
-        prompt += IMAGE_PROMPT * list(image_turns).count(index) + f"{question}{asked}\n{answer}"
+        read = "".join(
+            quote_reading(reading, english)
+            for turn, reading in zip(image_turns, readings, strict=bool(readings))
+            if turn == index
+        )
+        prompt += IMAGE_PROMPT * list(image_turns).count(index) + f"{question}{read}{asked}\n{answer}"
         prompt += ANSWER_MARK if answered is None else f"{answered}\n"
     return prompt
 

@@ -13,10 +13,11 @@ import torch
 
 @dataclass(frozen=True)
 class RememberedImage:
-    """A picture that was shown: a digest of its pixels, and its soft prompt [1, num_query_tokens, C]."""
+    """A picture that was shown: a digest of its pixels, its soft prompt [1, num_query_tokens, C], and what was read."""
 
     digest: str
     embeds: torch.Tensor = field(compare=False, repr=False)
+    reading: str | None = field(default=None, compare=False, kw_only=True)  # None where nobody has asked for it
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class AnsweredTurn(tuple):
         turn.images = tuple(images)
         return turn
 
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """What was read in the pictures, as it stood in the prompt; "" for a picture without text."""
+        return tuple(image.reading or "" for image in self.images)
+
 
 class ChatHistory(list):
     """The turns of a conversation: equal to the plain list of pairs, and a `ChatHistory` when cut, joined or copied.
@@ -51,7 +57,7 @@ class ChatHistory(list):
     def images(self) -> tuple[PlacedImage, ...]:
         """The pictures, in their order in the prompt."""
         return tuple(
-            PlacedImage(image.digest, image.embeds, index)
+            PlacedImage(image.digest, image.embeds, index, reading=image.reading)
             for index, turn in enumerate(self)
             for image in images_of(turn)
         )

@@ -25,7 +25,7 @@ from visualglm_tools.options import COUNT_OR_NONE, number, one_of, option
 from visualglm_tools.printing import printable, report
 from visualglm_tools.prompt_bar import prompt_bar
 from visualglm_tools.serving.engine.text import stable_part
-from visualglm_tools.serving.options import ModelOptions, SamplingOptions
+from visualglm_tools.serving.options import ModelOptions, PictureOptions, SamplingOptions
 
 
 # torch, transformers and the model are imported in `open_model`: `-h` and typing errors shall not wait for them.
@@ -66,7 +66,7 @@ TEMPERATURE = number(float, lambda value: 0.001 <= value < math.inf, "0.001 or m
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, ModelOptions):
+class Options(SamplingOptions, PictureOptions, ModelOptions):
     image: str | None = option(
         "picture to begin with; together with --query, print one answer and end", None, metavar="PATH_OR_URL"
     )
@@ -197,8 +197,9 @@ def report_or_stop(error: BaseException, hint: str = "") -> None:
 class Conversation:
     """One picture, or none, and what was said about it; `clear` makes a new one."""
 
-    def __init__(self, model, tokenizer, options: dict, language: str):
+    def __init__(self, model, tokenizer, options: dict, language: str, looking: dict | None = None):
         self.model, self.tokenizer, self.options, self.language = model, tokenizer, options, language
+        self.looking = looking or {}  # keywords of `chat` for pictures
         self.picture, self.history = None, []
 
     def choose_picture(self, source: str | None) -> None:
@@ -229,13 +230,15 @@ class Conversation:
             return torch.full((len(input_ids),), button.is_set(), device=input_ids.device)
 
         try:
+            picture = None if self.history else self.picture  # the history remembers it from the first answer on
             stream = self.model.stream_chat(
                 self.tokenizer,
-                None if self.history else self.picture,  # the history remembers it from the first answer on
+                picture,
                 query,
                 history=self.history,
                 stopping_criteria=[is_pressed],
                 **self.options,
+                **(self.looking if picture is not None else {}),
             )
             is_eager = not self.options.get("compile")  # what is compiled or recorded would be anew for a hook
             bar = prompt_bar(self.model) if is_eager else contextlib.nullcontext(lambda: None)
@@ -251,6 +254,8 @@ class Conversation:
             for shown in stream:
                 response, history = shown
                 end_bar()
+                if label and not self.history and self.looking.get("read_text"):
+                    tell_readings(history, sys.stdout)
                 print(label, end="", flush=True)
                 label = ""
                 typewriter.show(stable_part(response))
@@ -260,6 +265,15 @@ class Conversation:
             typewriter.finish(response)
         if response:  # an answer that was stopped before its first word is no turn
             self.history = history
+
+
+def tell_readings(history: list, file) -> None:
+    """A line for each picture of the last question: what was read in it is not said by the model."""
+    from visualglm_hf.conversation import describe_reading, is_english
+
+    query, _ = history[-1]
+    for reading in history[-1].readings:
+        print(f"[{printable(describe_reading(reading, is_english(query)))}]", file=file, flush=True)
 
 
 def name_of(model) -> str:
@@ -277,7 +291,7 @@ def converse(model, tokenizer, keywords: dict, options: Options) -> None:
     print(WELCOME[language].format(name_of(model)))
     picture = options.image
     while True:
-        conversation = Conversation(model, tokenizer, keywords, language)
+        conversation = Conversation(model, tokenizer, keywords, language, options.looking())
         conversation.choose_picture(picture)
         picture = None  # only the first conversation is about the option's
         if conversation.picture is not None:
@@ -338,7 +352,9 @@ def run(options: Options) -> None:
             with contextlib.suppress(Stop):
                 converse(model, tokenizer, keywords, options)
         else:
-            response, _ = model.chat(tokenizer, picture, options.query, **keywords)
+            response, history = model.chat(tokenizer, picture, options.query, **keywords, **options.looking())
+            if options.read_text:
+                tell_readings(history, sys.stderr)  # standard output is for the answer
             print(printable(response) if sys.stdout.isatty() else response, flush=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal has shown ^C

@@ -6,9 +6,10 @@
 
 A row is one of visualglm batch with the right answer, or a list of such:
 `{"id": 1, "text": "图里有猫吗？", "image": "1.jpeg", "reference": "有", "kind": "presence"}`; POPE's files are read as
-they are published. Answers are written as visualglm batch writes them: a run that was stopped goes on where it was, and
-where ANSWERS has all of them, they are judged and no model is loaded. An exam is greedy and has no repetition penalty
-unless options say otherwise. The table is Markdown on standard output.
+they are published. A caption's row has the picture's `"objects"` instead, and --objects their synonyms, as for CHAIR.
+Answers are written as visualglm batch writes them: a run that was stopped goes on where it was, and where ANSWERS has
+all of them, they are judged and no model is loaded. An exam is greedy and has no repetition penalty unless options say
+otherwise. The table is Markdown on standard output.
 """
 
 import importlib
@@ -38,7 +39,9 @@ EXTRA = "train"  # has matplotlib
 @dataclass(frozen=True, kw_only=True)
 class Options(FileOptions):
     input: Path | None = argument(
-        'rows of {"id", "text", "image", "reference"}, or POPE\'s', parse=path_or_standard, metavar="QUESTIONS"
+        'rows of {"id", "text", "image", "reference"}, POPE\'s, or COCO\'s instances',
+        parse=path_or_standard,
+        metavar="QUESTIONS",
     )
     output: Path | None = argument(
         "where a run goes on if there are answers already", parse=path_or_standard, metavar="ANSWERS"
@@ -47,6 +50,12 @@ class Options(FileOptions):
         "how an answer is compared; auto: as a yes or a no where the reference is one, else exact",
         "auto",
         choices=MATCHES,
+        group="judging",
+    )
+    objects: Path | None = option(
+        "names of the objects that captions may invent, as CHAIR's synonyms.txt",
+        None,
+        metavar="FILE.txt",
         group="judging",
     )
     against: Path | None = option(
@@ -71,10 +80,12 @@ def run(options: Options) -> int:
         ValueError: the questions, the answers or the files to write cannot be used.
     """
     check_files(options)
+    from visualglm_tools.evaluation.objects import read_vocabulary
     from visualglm_tools.evaluation.references import read_exam
     from visualglm_tools.evaluation.results import judge_all, read_answers
 
-    questions = read_exam(options.input, options.match)
+    vocabulary = read_vocabulary(options.objects) if options.objects else None
+    questions = read_exam(options.input, options.match, vocabulary)
     others = read_others(options, questions)
     answers, code = read_answers(options.output, questions), 0
     is_complete, is_first = len(answers) == len(questions), os.environ.get("RANK", "0") == "0"
@@ -85,8 +96,8 @@ def run(options: Options) -> int:
     if is_complete:
         runs.say(f"All {len(answers)} rows were answered already: nothing is asked, no model is loaded.")
     answers = read_answers(options.output, questions)
-    results = judge_all(questions, answers, options.match)
-    show(options, results, judge_all(questions, others, options.match) if options.against else None)
+    results, before = (judge_all(questions, each, options.match, vocabulary) for each in (answers, others))
+    show(options, results, before if options.against else None)
     return code
 
 
@@ -100,7 +111,7 @@ def check_files(options: Options) -> None:
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {str(path.parent)!r} for {path.name!r}.")
         behind_links(path)
-    read = [options.input, *([options.against] if options.against else [])]
+    read = [options.input, *filter(None, (options.against, options.objects))]
     for number, path in enumerate(written):
         for other in (*read, *written[:number]):
             check_other(path, other)

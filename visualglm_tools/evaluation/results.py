@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from visualglm_tools.evaluation.objects import Mentions, Vocabulary
 from visualglm_tools.evaluation.references import Question
 from visualglm_tools.evaluation.scoring import Judgement, judge
 from visualglm_tools.evaluation.statistics import mcnemar_p_value, wilson_interval
@@ -26,6 +27,7 @@ class Result:
     answer: str | None = None
     judgement: Judgement | None = None
     is_cut: bool = False  # by a limit of tokens
+    mentions: Mentions | None = None  # of a caption; it is right if none is invented
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Tally:
         right: of these.
         cut: answers that a limit of tokens ended.
         verdicts: (wanted, said) of the answers that should be a yes or a no.
+        captions: what each caption names.
     """
 
     rows: int
@@ -45,13 +48,15 @@ class Tally:
     right: int
     cut: int
     verdicts: tuple[tuple[str | None, str | None], ...]
+    captions: tuple[Mentions, ...] = ()
 
     @classmethod
     def of(cls, results: Sequence[Result]) -> "Tally":
         judgements = [each.judgement for each in results if each.judgement]
         verdicts = tuple((each.wanted, each.said) for each in judgements if each.way == "yes-no")
         right, cut = sum(each.is_right for each in judgements), sum(each.is_cut for each in results)
-        return cls(len(results), len(judgements), right, cut, verdicts)
+        captions = tuple(each.mentions for each in results if each.mentions)
+        return cls(len(results), len(judgements), right, cut, verdicts, captions)
 
     @property
     def missing(self) -> int:
@@ -91,6 +96,22 @@ class Tally:
         counted = [(wanted == "yes") + (said == "yes") for wanted, said in self.verdicts]
         return share(2 * counted.count(2), sum(counted))
 
+    @property
+    def chair_s(self) -> float | None:
+        """How many captions name an object that is not there."""
+        return share(sum(bool(each.invented) for each in self.captions), len(self.captions))
+
+    @property
+    def chair_i(self) -> float | None:
+        """How many of the objects that are named, each as often as it is, are not there."""
+        named = sum(len(each.named) for each in self.captions)
+        return share(sum(len(each.invented) for each in self.captions), named)
+
+    @property
+    def object_recall(self) -> float | None:
+        """How many of the objects that are there are named."""
+        return share(sum(each.found for each in self.captions), sum(len(each.present) for each in self.captions))
+
     def as_json(self) -> dict:
         """All figures by their names."""
         figures = {"rows": self.rows, "answered": self.answered, "right": self.right, "cut": self.cut}
@@ -98,6 +119,10 @@ class Tally:
         if self.verdicts:
             shares = {"yes_ratio": self.yes_ratio, "precision": self.precision, "recall": self.recall, "f1": self.f1}
             figures["yes_no"] = {"answered": len(self.verdicts), "unread": self.unread} | shares
+        if self.captions:
+            named = sum(len(each.named) for each in self.captions)
+            shares = {"chair_s": self.chair_s, "chair_i": self.chair_i, "recall": self.object_recall}
+            figures["captions"] = {"answered": len(self.captions), "named": named} | shares
         return figures
 
 
@@ -160,15 +185,21 @@ def read_answers(path: Path, questions: Sequence[Question]) -> dict[str, dict]:
     return answers
 
 
-def judge_all(questions: Sequence[Question], answers: Mapping[str, dict], match: str) -> list[Result]:
-    """Each question with the judgement of its answer, in their order."""
+def judge_all(
+    questions: Sequence[Question], answers: Mapping[str, dict], match: str, vocabulary: Vocabulary | None = None
+) -> list[Result]:
+    """Each question with the judgement of its answer, in their order; `vocabulary` is for captions."""
 
     def result(question: Question) -> Result:
         found = answers.get(question.row.key)
         if found is None:
             return Result(question)
+        is_cut = found.get("finish_reason") == "length"
+        if question.objects is not None:
+            mentions = vocabulary.judge(found["answer"], question.objects)
+            return Result(question, found["answer"], Judgement("objects", not mentions.invented), is_cut, mentions)
         judgement = judge(found["answer"], question.references, match, question.row.content["text"])
-        return Result(question, found["answer"], judgement, found.get("finish_reason") == "length")
+        return Result(question, found["answer"], judgement, is_cut)
 
     return list(map(result, questions))
 
@@ -216,6 +247,9 @@ def row_as_json(result: Result, other: Result | None) -> dict:
     if judgement:
         content |= {"way": judgement.way, "is_right": judgement.is_right}
         content |= {"is_cut": result.is_cut} | ({"said": judgement.said} if judgement.way == "yes-no" else {})
+    if result.mentions:
+        content |= {"named": list(result.mentions.named), "invented": list(result.mentions.invented)}
+        content["objects"] = list(result.mentions.present)
     if other:
         content["other"] = other.answer
         content |= {"other_is_right": other.judgement.is_right} if other.judgement else {}

@@ -57,7 +57,7 @@ class Judgement:
     """What was made of an answer.
 
     Args:
-        way: how it was compared: "exact", "contains" or "yes-no".
+        way: how it was compared: "exact", "contains", "yes-no", or "objects" for a caption.
         is_right: whether it is one of the references.
         wanted: "yes" or "no" for "yes-no", otherwise None.
         said: the same of the answer, "" if neither could be read.

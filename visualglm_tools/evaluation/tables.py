@@ -8,17 +8,19 @@ from visualglm_tools.printing import one_line
 
 def write_results(groups: Sequence[tuple[str, str, Tally]]) -> str:
     """The table of an exam; columns of which no group has anything are left out."""
-    has_verdicts, has_cut, has_missing = (
-        any(getattr(tally, name) for _, _, tally in groups) for name in ("verdicts", "cut", "missing")
+    has_verdicts, has_captions, has_cut, has_missing = (
+        any(getattr(tally, name) for _, _, tally in groups) for name in ("verdicts", "captions", "cut", "missing")
     )
     head = ["kind", "language", "rows", "right", "accuracy", "95 %"]
     head += ["yes", "precision", "recall", "F1", "neither yes nor no"] * has_verdicts
+    head += ["CHAIRs", "CHAIRi", "recall of objects"] * has_captions
     head += ["cut off"] * has_cut + ["no answer"] * has_missing
     rows = []
     for kind, language, tally in groups:
         row = [kind, language, tally.rows, tally.right, percent(tally.accuracy), interval(tally)]
         shares = map(percent, (tally.yes_ratio, tally.precision, tally.recall, tally.f1))
         row += [*shares, tally.unread if tally.verdicts else ""] * has_verdicts
+        row += list(map(percent, (tally.chair_s, tally.chair_i, tally.object_recall))) * has_captions
         rows.append(row + [tally.cut] * has_cut + [tally.missing] * has_missing)
     return write_table(head, rows)
 

@@ -3,12 +3,22 @@
 Not here: how options are declared (`options.py` of the package), and those that one command has for itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from visualglm_tools.checkpoints.folder import check_adapter, check_folder
-from visualglm_tools.options import AMOUNT, COUNT, COUNT_OR_NONE, PORT, POSITIVE, PROBABILITY, argument, option
+from visualglm_tools.options import (
+    AMOUNT,
+    COUNT,
+    COUNT_OR_NONE,
+    PORT,
+    POSITIVE,
+    PROBABILITY,
+    argument,
+    is_given,
+    option,
+)
 from visualglm_tools.shipped import DEFAULT_MODEL
 
 
@@ -111,6 +121,19 @@ class SamplingOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """How pictures are looked at: each option is a keyword of `chat`, of the same name, and of `Engine.prepare`."""
+
+    read_text: bool = option(
+        "read the text in pictures, with the extra ocr, and put it before the question", False, group="pictures"
+    )
+
+    def looking(self) -> dict[str, Any]:
+        """The keywords for what was given; none where pictures are looked at as ever."""
+        return {each.name: getattr(self, each.name) for each in fields(PictureOptions) if is_given(self, each.name)}
+
+
 def limit_option(default: int | None) -> Any:
     """How long an answer may become."""
     unset = "what the context leaves"
@@ -133,7 +156,7 @@ def path_or_standard(text: str) -> Path | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileOptions(SamplingOptions, ModelOptions):
+class FileOptions(SamplingOptions, PictureOptions, ModelOptions):
     """What it takes to answer a file of questions."""
 
     input: Path | None = argument(

@@ -174,7 +174,7 @@ class Pictures:
         decode: makes a picture of its bytes and a name for errors; by default in this process.
     """
 
-    def __init__(self, folder: Path, allow_urls: bool, decode: Callable[[bytes, str], Image.Image] = decode_here):
+    def __init__(self, folder: Path, allow_urls: bool, decode: Callable[[bytes, str], Any] = decode_here):
         self.folder, self.allow_urls, self.decode = folder, allow_urls, decode
 
     def open(self, source: str | None) -> Image.Image | None:
@@ -242,9 +242,16 @@ def seed_of(row: Row, seed: int) -> int:
 
 
 def answer_rows(
-    engine: Engine, rows: Iterable[Row], pictures: Pictures, settings: Settings, seed: int
+    engine: Engine,
+    rows: Iterable[Row],
+    pictures: Pictures,
+    settings: Settings,
+    seed: int,
+    looking: dict[str, Any] | None = None,
 ) -> Iterator[tuple[Row, Completion | Problem]]:
     """The outcome of each row, in their order; later rows are prepared and answered meanwhile.
+
+    `looking` are the keywords of `Engine.prepare` for pictures.
 
     Rows whose batch has failed come last, each asked again alone: one of them may have been too much for all.
 
@@ -253,7 +260,7 @@ def answer_rows(
     """
 
     def ask(row: Row) -> Answer | Problem:
-        return submit(engine, row, pictures, replace(settings, seed=seed_of(row, seed)))
+        return submit(engine, row, pictures, replace(settings, seed=seed_of(row, seed)), looking or {})
 
     failed = []
     for row, answer in ahead(((row, ask(row)) for row in rows), WINDOW * engine.limits.max_batch_size):
@@ -277,10 +284,13 @@ def ahead(items: Iterable, count: int) -> Iterator:
     yield from waiting
 
 
-def submit(engine: Engine, row: Row, pictures: Pictures, settings: Settings) -> Answer | Problem:
+def submit(
+    engine: Engine, row: Row, pictures: Pictures, settings: Settings, looking: dict[str, Any]
+) -> Answer | Problem:
     try:
         picture = pictures.open(row.content.get("image"))
-        return engine.submit(engine.prepare(conversation_messages((), row.content["text"], picture)), settings)
+        prompt = engine.prepare(conversation_messages((), row.content["text"], picture), **looking)
+        return engine.submit(prompt, settings)
     except UNPREPARED as error:
         engine.check_alive()
         return Problem.of(row, error)

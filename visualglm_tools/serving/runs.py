@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from visualglm_tools.output_files import behind_links, is_stream, is_written_for, locked
@@ -108,8 +109,9 @@ def answer(options: FileOptions, rows: list, output, state) -> None:
             tqdm(total=len(mine), unit="row", disable=not state.is_main_process) as progress,
         ):
             engine.start_decoders()
-            pictures = Pictures(folder, options.allow_urls, engine.decode_picture)
-            outcomes = answer_rows(engine, mine, pictures, settings, options.seed)
+            looking = options.looking()
+            pictures = Pictures(folder, options.allow_urls, partial(engine.decode_picture, **looking))
+            outcomes = answer_rows(engine, mine, pictures, settings, options.seed, looking)
             part = output.part(state.process_index, state.num_processes)
             part.write(outcomes, lambda row, problem: draw(progress, problem))
     except EngineError as error:

@@ -33,7 +33,7 @@ from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
 from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, prefill
 from visualglm_tools.serving.engine.metrics import Metrics
-from visualglm_tools.serving.engine.prompts import Prompt, PromptBuilder
+from visualglm_tools.serving.engine.prompts import Prompt, PromptBuilder, ReadPicture
 from visualglm_tools.serving.engine.sampling import Chooser, Settings
 from visualglm_tools.serving.engine.text import GrowingText
 from visualglm_tools.serving.engine.waiting import Queue
@@ -89,7 +89,7 @@ class Engine:
     def __exit__(self, *error) -> None:
         self.close(drain=not any(error))
 
-    def prepare(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
+    def prepare(self, messages: Sequence[Mapping], english: bool | None = None, read_text: bool = False) -> Prompt:
         """Make a prompt of a conversation: check it, open its pictures, tokenize.
 
         Args:
@@ -97,11 +97,13 @@ class Engine:
                 `prompts.arrange` for their order. A content is a text or a list of `{"type": "text", "text": ...}` and
                 `{"type": "image", "image": ...}`: a PIL image, bytes, an array or a `data:` URI, never a path or a URL.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the last question.
+            read_text: whether to read the text in the pictures, and to put it before their questions; what was read
+                is told by the prompt.
 
         Raises:
             ValueError: anything wrong with the messages or their pictures, or more tokens than the model takes.
         """
-        return self._prompts.build(messages, english)
+        return self._prompts.build(messages, english, read_text)
 
     async def prepare_in_time(
         self,
@@ -109,11 +111,12 @@ class Engine:
         asked_at: float,
         english: bool | None = None,
         fetch: Callable[[str], Awaitable[bytes]] | None = None,
+        read_text: bool = False,
     ) -> Prompt:
         """`prepare` for coroutines, beside their loop and beside others that are being prepared.
 
         Args:
-            messages, english: see `prepare`.
+            messages, english, read_text: see `prepare`.
             asked_at: when the time of the request began, by `time.monotonic`.
             fetch: what reads a picture given by its address; None refuses addresses.
 
@@ -121,7 +124,7 @@ class Engine:
             ValueError: as `prepare`.
             AnswerTimeout: the prompt was not ready in time.
         """
-        preparing = self._prompts.build_async(messages, english, fetch)
+        preparing = self._prompts.build_async(messages, english, fetch, read_text)
         try:
             return await asyncio.wait_for(preparing, asked_at + self.limits.timeout - time.monotonic())
         except asyncio.TimeoutError as error:
@@ -135,17 +138,20 @@ class Engine:
         """Start the processes that decode pictures now, so that the first picture does not wait for them."""
         self._prompts.pictures.start()
 
-    def decode_picture(self, data: bytes, name: str | None = None) -> Image.Image:
+    def decode_picture(
+        self, data: bytes, name: str | None = None, read_text: bool = False
+    ) -> Image.Image | ReadPicture:
         """An encoded picture as the model sees it, decoded apart from this process; `prepare` takes it as an image.
 
         Args:
             data: PNG, JPEG, ...
             name: of the picture, in errors.
+            read_text: whether to read the text in it, too.
 
         Raises:
             ValueError: a picture that cannot be read, or that takes more bytes, memory or time than there are.
         """
-        return self._prompts.decode(data, name)
+        return self._prompts.decode(data, name, read_text)
 
     def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
         """Ask for an answer; see `submit_all`."""

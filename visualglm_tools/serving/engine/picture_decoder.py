@@ -16,12 +16,23 @@ from typing import BinaryIO
 
 from PIL import AvifImagePlugin, Image
 
-from visualglm_hf.picture_reading import DECODE_ERRORS, FORMATS, MAX_PIXELS, check_size, open_encoded, read_small
+from visualglm_hf.picture_reading import (
+    DECODE_ERRORS,
+    FORMATS,
+    MAX_PIXELS,
+    check_size,
+    open_encoded,
+    read_reduced,
+    read_small,
+)
 from visualglm_tools.serving.engine.confinement import confine
 
 
-REQUEST = struct.Struct(">HHBIHHI")  # width, height, resample, most pixels, seconds, bytes of the name, of the picture
+# Width and height, or the longest side and 0 for a picture that keeps its shape; resample, most pixels, seconds,
+# bytes of the name, of the picture.
+REQUEST = struct.Struct(">HHBIHHI")
 ANSWER = struct.Struct(">cI")
+SIZE = struct.Struct(">HH")  # before the pixels of a picture that keeps its shape
 READY, PICTURE, ERROR, TOO_MUCH = b"R", b"P", b"E", b"M"
 
 MANY_PIXELS = 2 * 2**20  # no format takes more memory for fewer than a decoder has
@@ -63,7 +74,10 @@ def answer(
             pixels = image.width * image.height
             if pixels > most_pixels:
                 return TOO_MUCH, b""
-            return PICTURE, read_small(image, name, (width, height), resample).tobytes()
+            if height:
+                return PICTURE, read_small(image, name, (width, height), resample).tobytes()
+            whole = read_reduced(image, name, width, resample)
+            return PICTURE, SIZE.pack(*whole.size) + whole.tobytes()
     except MemoryError:
         return TOO_MUCH, b""
     except ValueError as error:

@@ -5,7 +5,10 @@ data, never as paths or addresses.
 """
 
 import asyncio
+import hashlib
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +19,9 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
-from visualglm_hf.conversation import is_english
+from visualglm_hf.conversation import is_english, quote_reading
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
+from visualglm_hf.text_in_pictures import LONGEST_SIDE, load_reader, read_picture
 from visualglm_hf.tokenization_chatglm import MAX_BLANKS
 from visualglm_tools.checkpoints.picture_size import image_size_of
 from visualglm_tools.serving.engine.picture_pool import PicturePool
@@ -26,11 +30,20 @@ from visualglm_tools.serving.engine.picture_pool import PicturePool
 ROLES = ("user", "assistant")
 QUESTIONS = ("描述这张图片。", "Describe the image.")  # about a picture without a text; the first is the original's
 SHORT_TEXT = 10_000  # characters, which take milliseconds
+REMEMBERED_READINGS = 64  # of pictures: clients send the same conversation again with each question
 NO_PATH = "A picture must be a data: URI or the data itself; no path or address is opened here."
 
 
 class PictureTooLarge(ValueError):
     """An encoded picture has more bytes than the server takes."""
+
+
+@dataclass(frozen=True)
+class ReadPicture:
+    """A picture as the model sees it, and what was read in all its pixels."""
+
+    image: Image.Image
+    reading: str
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,12 @@ class Prompt:
     Args:
         token_ids: the whole prompt, a picture being `num_query_tokens` image tokens.
         pixel_values: [pictures, 3, height, width] in the order of their places, or None.
+        readings: what was read in each picture, "" for nothing; none where that was not asked for.
     """
 
     token_ids: tuple[int, ...]
     pixel_values: torch.Tensor | None = None
+    readings: tuple[str, ...] = ()
 
 
 class PromptBuilder:
@@ -68,6 +83,9 @@ class PromptBuilder:
             tokenizer,
             num_query_tokens=config.qformer_config.num_query_tokens,
         )
+        self.tokenizer = tokenizer
+        self.readings: OrderedDict[bytes, str] = OrderedDict()  # by the pixels; the last one used is last
+        self.reading = threading.Lock()
         self.context_length = config.text_config.max_position_embeddings
         self.longest_piece = max(map(len, tokenizer.get_vocab()))
         self.pictures, self.size = PicturePool(), (side, side)
@@ -75,21 +93,22 @@ class PromptBuilder:
         self.short_ones = ThreadPoolExecutor(2, "short-prompts")
         self.long_ones = ThreadPoolExecutor(1, "long-prompts")  # one by one, so that they leave others their time
 
-    def build(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
+    def build(self, messages: Sequence[Mapping], english: bool | None = None, read_text: bool = False) -> Prompt:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
         conversation, pictures = self.separate(messages, english)
-        return self.finish(conversation, [self.open(picture) for picture in pictures], english)
+        return self.finish(conversation, [self.open(picture, read_text) for picture in pictures], english)
 
     async def build_async(
         self,
         messages: Sequence[Mapping],
         english: bool | None = None,
         fetch: Callable[[str], Awaitable[bytes]] | None = None,
+        read_text: bool = False,
     ) -> Prompt:
         """`build` beside the event loop; with `fetch`, which reads what is behind an address, for addresses too."""
         conversation, pictures = self.separate(messages, english)
         # One after the other: an encoded picture is much larger than what the model sees of it.
-        images = [await self.open_async(picture, fetch) for picture in pictures]
+        images = [await self.open_async(picture, fetch, read_text) for picture in pictures]
         threads = self.short_ones if count_characters(conversation) <= SHORT_TEXT else self.long_ones
         return await asyncio.get_running_loop().run_in_executor(threads, self.finish, conversation, images, english)
 
@@ -122,6 +141,11 @@ class PromptBuilder:
 
     def finish(self, conversation: list[dict], images: list, english: bool | None) -> Prompt:
         """The prompt of a conversation and its open pictures."""
+        readings = [each.reading if isinstance(each, ReadPicture) else None for each in images]
+        images = [each.image if isinstance(each, ReadPicture) else each for each in images]
+        if any(readings):
+            english = is_english("\n".join(texts_of(conversation[-1:]))) if english is None else english
+            conversation = with_readings(conversation, readings, english)
         try:
             text = self.processor.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=False, english=english
@@ -135,16 +159,42 @@ class PromptBuilder:
                 f"The conversation is {len(token_ids)} tokens long; the model takes {self.context_length}, answer "
                 "included. Shorten it."
             )
-        return Prompt(tuple(token_ids), inputs.get("pixel_values"))
+        told = tuple(each or "" for each in readings) if any(each is not None for each in readings) else ()
+        return Prompt(tuple(token_ids), inputs.get("pixel_values"), told)
 
-    def open(self, picture) -> Image.Image:
+    def open(self, picture, read_text: bool = False) -> Image.Image | ReadPicture:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
+        if isinstance(picture, ReadPicture):
+            return picture
         refuse_path(picture)
         if isinstance(picture, str):
-            return self.decode(self.uri_bytes(picture), name_of_uri(picture))
-        return self.decode(picture) if isinstance(picture, bytes) else open_picture(picture)
+            return self.decode(self.uri_bytes(picture), name_of_uri(picture), read_text)
+        return (
+            self.decode(picture, None, read_text) if isinstance(picture, bytes) else self.open_here(picture, read_text)
+        )
 
-    async def open_async(self, picture, fetch: Callable[[str], Awaitable[bytes]] | None) -> Image.Image:
+    def open_here(self, picture, read_text: bool) -> Image.Image | ReadPicture:
+        image = open_picture(picture)
+        return ReadPicture(image, self.read(image)) if read_text else image
+
+    def read(self, image: Image.Image) -> str:
+        """What is written in a picture; one at a time, and not again in one that was read lately."""
+        load_reader()  # that it is missing is said before anything waits
+        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        with self.reading:
+            if key not in self.readings:
+                self.readings[key] = read_picture(image, self.count_tokens)
+            self.readings.move_to_end(key)
+            while len(self.readings) > REMEMBERED_READINGS:
+                self.readings.popitem(last=False)
+            return self.readings[key]
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    async def open_async(
+        self, picture, fetch: Callable[[str], Awaitable[bytes]] | None, read_text: bool
+    ) -> Image.Image | ReadPicture:
         refuse_path(picture)
         name = None
         if isinstance(picture, str) and fetch is not None and picture[:8].lower().startswith(("http://", "https://")):
@@ -153,9 +203,13 @@ class PromptBuilder:
             name = name_of_uri(picture)
             picture = await asyncio.get_running_loop().run_in_executor(self.long_ones, self.uri_bytes, picture)
         if not isinstance(picture, bytes):
-            return await asyncio.get_running_loop().run_in_executor(self.long_ones, open_picture, picture)
+            return await asyncio.get_running_loop().run_in_executor(self.long_ones, self.open_here, picture, read_text)
         self.check_bytes(len(picture))
-        return await self.pictures.decode_async(picture, self.size, self.resample, name)
+        small = await self.pictures.decode_async(picture, self.size, self.resample, name)
+        if not read_text:
+            return small
+        whole = await self.pictures.decode_async(picture, (LONGEST_SIDE, 0), self.resample, name)
+        return ReadPicture(small, await asyncio.get_running_loop().run_in_executor(self.long_ones, self.read, whole))
 
     def uri_bytes(self, uri: str) -> bytes:
         if uri[:5].lower() != "data:":
@@ -167,10 +221,13 @@ class PromptBuilder:
     def resample(self) -> int:
         return self.processor.image_processor.resample
 
-    def decode(self, data: bytes, name: str | None = None) -> Image.Image:
+    def decode(self, data: bytes, name: str | None = None, read_text: bool = False) -> Image.Image | ReadPicture:
         """An encoded picture as the model sees it; see `Engine.decode_picture`."""
         self.check_bytes(len(data))
-        return self.pictures.decode(data, self.size, self.resample, name)
+        small = self.pictures.decode(data, self.size, self.resample, name)
+        if not read_text:
+            return small
+        return ReadPicture(small, self.read(self.pictures.decode(data, (LONGEST_SIDE, 0), self.resample, name)))
 
     def check_bytes(self, size: int) -> None:
         if size > self.max_picture_bytes:
@@ -279,6 +336,17 @@ def arrange(conversation: Sequence[Mapping], english: bool | None) -> list[dict]
         joined.insert(first, {"role": "user", "content": ""})
     is_in_english = is_english("\n".join(texts_of(joined))) if english is None else english
     return [with_question(message, QUESTIONS[is_in_english]) for message in joined]
+
+
+def with_readings(conversation: Sequence[dict], readings: Sequence[str | None], english: bool) -> list[dict]:
+    """The conversation with what was read in each picture at the head of the message that has it."""
+    left, messages = iter(readings), []
+    for message in conversation:
+        pictures = pictures_of(message["content"])
+        quoted = [quote_reading(next(left) or "", english).removesuffix("\n") for _ in pictures]
+        read = [{"type": "text", "text": text} for text in quoted if text]
+        messages.append({**message, "content": [*read, *parts_of(message)]} if read else message)
+    return messages
 
 
 def with_question(message: dict, question: str) -> dict:

@@ -175,6 +175,7 @@ class ChatRequest(TakenAsTheyAre):
     top_k: int = Field(100, ge=-1, description="an extension: 0 or -1 for all tokens")
     repetition_penalty: float = Field(1.2, ge=0.01, le=100, description="an extension: 1 for none")
     n: int = Field(1, ge=1)
+    read_text: bool = Field(False, description="an extension: read the text in pictures and put it before the question")
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="makes the answer repeatable; -1 for a new one each time"
     )
@@ -229,6 +230,12 @@ class ChatResponse(BaseModel):
     usage: Usage
 
 
+class ReadChatResponse(ChatResponse):
+    """The answer to a request with `read_text`."""
+
+    readings: list[str] = Field(description="what was read in each picture; empty for nothing")
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -259,7 +266,7 @@ def create_router(get_engine: Callable[[], Engine], intake: Intake, options) -> 
 
     @router.post(
         "/chat/completions",
-        response_model=ChatResponse,
+        response_model=ReadChatResponse | ChatResponse,
         responses={
             200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
             **responses(*ASKING, 404),
@@ -274,17 +281,20 @@ def create_router(get_engine: Callable[[], Engine], intake: Intake, options) -> 
             check_choices(asked.n, engine)
             check_addresses(asked.messages)
             messages = [message.for_engine() for message in asked.messages]
-            answers = await ask(engine, messages, asked.settings(), asked_at, fetch=fetch_for(engine))
+            settings, fetching = asked.settings(), fetch_for(engine)
+            answers = await ask(engine, messages, settings, asked_at, fetch=fetching, read_text=asked.read_text)
             del asked.messages[:], messages[:]  # pictures are not kept while the model answers
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
-            return EventStream(answers, head, asked.stream_options.include_usage)
+            return EventStream(answers, head, asked.stream_options.include_usage, asked.read_text)
         completions = await complete(request, answers)
         choices = [
             Choice(index=index, message=AnswerMessage(content=each.text), finish_reason=each.finish_reason)
             for index, each in enumerate(completions)
         ]
-        return ChatResponse(**head, choices=choices, usage=usage(completions))
+        answer = {**head, "choices": choices, "usage": usage(completions)}
+        readings = answers[0].prompt.readings
+        return ReadChatResponse(**answer, readings=list(readings)) if asked.read_text else ChatResponse(**answer)
 
     def check_model(name: str) -> None:
         if name != options.model_name:
@@ -337,8 +347,9 @@ def usage(completions: Sequence[Completion]) -> Usage:
 class EventStream(StreamingResponse):
     """Server-sent events of `answers`, which are cancelled when the client leaves."""
 
-    def __init__(self, answers: Sequence[Answer], head: dict, include_usage: bool):
-        events = stream(answers, head, include_usage)
+    def __init__(self, answers: Sequence[Answer], head: dict, include_usage: bool, tell_readings: bool = False):
+        first = {"readings": list(answers[0].prompt.readings)} if tell_readings else {}
+        events = stream(answers, head, include_usage, first)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.answers = answers
 
@@ -350,7 +361,8 @@ class EventStream(StreamingResponse):
                 answer.cancel()
 
 
-async def stream(answers: Sequence[Answer], head: dict, include_usage: bool) -> AsyncIterator[str]:
+async def stream(answers: Sequence[Answer], head: dict, include_usage: bool, first: dict) -> AsyncIterator[str]:
+    """The events; the first chunk has `first` beside the rest."""
     head = {**head, "object": "chat.completion.chunk"}
     chunks: asyncio.Queue[dict | None] = asyncio.Queue()
     tasks = [asyncio.create_task(feed(index, answer, chunks)) for index, answer in enumerate(answers)]
@@ -361,7 +373,8 @@ async def stream(answers: Sequence[Answer], head: dict, include_usage: bool) -> 
             if choice is None:
                 running -= 1
             else:
-                yield event({**head, "choices": [choice], **({"usage": None} if include_usage else {})})
+                yield event({**head, **first, "choices": [choice], **({"usage": None} if include_usage else {})})
+                first = {}
         completions = [task.result() for task in tasks]
         if include_usage:
             yield event({**head, "choices": [], "usage": usage(completions).model_dump()})

@@ -21,6 +21,7 @@ TEXTS = gr.I18n(
         "max_length": "Maximum length",
         "top_p": "Top P",
         "temperature": "Temperature",
+        "read_text": "Read the text in the picture",
         "examples": "Examples",
     },
     zh={
@@ -38,6 +39,7 @@ TEXTS = gr.I18n(
         "max_length": "最大长度",
         "top_p": "Top P",
         "temperature": "温度",
+        "read_text": "识别图片中的文字",
         "examples": "示例",
     },
 )

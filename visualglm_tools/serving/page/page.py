@@ -17,11 +17,12 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
+from visualglm_hf.conversation import describe_reading, is_english
 from visualglm_tools.layer_bar import PATIENCE
 from visualglm_tools.serving.engine.answers import Answer, EngineError, QueueFull
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import DecoderNotStarted, PoolClosed
-from visualglm_tools.serving.engine.prompts import QUESTIONS, Prompt, conversation_messages
+from visualglm_tools.serving.engine.prompts import QUESTIONS, Prompt, ReadPicture, conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http.guards import ANY, RefuseOtherPages
 from visualglm_tools.serving.page.client import (
@@ -66,7 +67,10 @@ class Session:
 
     def __init__(self):
         self.upload: Upload | None = None
-        self.picture: Image.Image | None = None  # what the model sees of it; the file need not stay, nor its bytes
+        self.picture: Image.Image | ReadPicture | None = (
+            None  # what the model sees of it; the file need not stay, nor its bytes
+        )
+        self.told = ""  # what was read in the picture, for the user; "" where that was not asked for
         self.turns: list[tuple[str, str]] = []
         self.answer: Answer | None = None
         self.turn = ("", "")  # that `answer` belongs to, as far as it was shown
@@ -77,7 +81,7 @@ class Session:
         self.settle()
         if self.upload:
             self.upload.delete()
-        self.upload, self.picture, self.turns = upload, None, []
+        self.upload, self.picture, self.told, self.turns = upload, None, "", []
 
     def stop(self) -> None:
         if self.answer is not None:
@@ -91,7 +95,9 @@ class Session:
         self.answer = None
         self.number += 1
 
-    async def ask(self, opener: "Opener", question: str, settings: Settings) -> AsyncIterator[tuple[str, float]]:
+    async def ask(
+        self, opener: "Opener", question: str, settings: Settings, read_text: bool = False
+    ) -> AsyncIterator[tuple[str, float]]:
         """The growing answer of the opener's engine, as `Answer.watch` gives it; in the end it is one of the `turns`.
 
         Raises:
@@ -104,7 +110,7 @@ class Session:
         engine = opener.engine
         engine.check_room()  # before the picture is opened
         try:
-            prompt = await self.prepare(opener, question)
+            prompt = await self.prepare(opener, question, read_text)
         except (ValueError, EngineError):
             self.check_current(number)  # the picture may have been deleted for the next one
             raise
@@ -122,15 +128,20 @@ class Session:
             if number == self.number:
                 self.settle()
 
-    async def prepare(self, opener: "Opener", question: str) -> Prompt:
+    async def prepare(self, opener: "Opener", question: str, read_text: bool) -> Prompt:
         if len(question) > MAX_CHARACTERS:
             raise ValueError(f"The question has {len(question)} characters, more than {MAX_CHARACTERS}. Shorten it.")
         upload = self.upload
-        if upload and not self.picture:
-            picture = await opener.open(upload)
+        is_unread = read_text and not isinstance(self.picture, ReadPicture)
+        if upload and (not self.picture or is_unread):
+            picture = await opener.open(upload, read_text)
             if self.upload is upload:
                 self.picture = picture
-        return await asyncio.to_thread(opener.engine.prepare, conversation_messages(self.turns, question, self.picture))
+        picture = self.picture
+        if not read_text and isinstance(picture, ReadPicture):
+            picture = picture.image
+        self.told = describe_reading(picture.reading, is_english(question)) if read_text and upload else ""
+        return await asyncio.to_thread(opener.engine.prepare, conversation_messages(self.turns, question, picture))
 
     def check_current(self, number: int) -> None:
         if number != self.number:
@@ -149,8 +160,8 @@ class Opener:
         self.threads = ThreadPoolExecutor(OPENED_AT_A_TIME, "uploads")  # others, with other questions, do not wait
         self.number = 0  # of those that are being opened or wait for it
 
-    async def open(self, upload: Upload) -> Image.Image:
-        """What the model sees of it.
+    async def open(self, upload: Upload, read_text: bool = False) -> Image.Image | ReadPicture:
+        """What the model sees of it, and what is written in it if that is to be read.
 
         Raises:
             ValueError: it cannot be used.
@@ -160,13 +171,13 @@ class Opener:
             raise QueueFull(self.number, OPENING_SECONDS)
         self.number += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload, read_text)
         finally:
             self.number -= 1
 
-    def open_now(self, upload: Upload) -> Image.Image:
+    def open_now(self, upload: Upload, read_text: bool) -> Image.Image | ReadPicture:
         try:
-            return self.engine.decode_picture(upload.read(), repr(upload.path.name))
+            return self.engine.decode_picture(upload.read(), repr(upload.path.name), read_text)
         except (DecoderNotStarted, PoolClosed) as error:
             raise EngineError(str(error)) from error
 
@@ -207,24 +218,26 @@ class Handlers:
     def __init__(self, engine: Engine):
         self.opener = Opener(engine)
 
-    async def ask(self, session: Session, question: str, max_length, top_p, temperature, shown: Sequence = ()):
-        """`shown` is what the browser has of the conversation."""
+    async def ask(
+        self, session: Session, question: str, max_length, top_p, temperature, shown: Sequence = (), read_text=False
+    ):
+        """`shown` is what the browser has of the conversation; `read_text` whether text in the picture is read."""
         if question := question.strip():
             if shown and session.is_new:
                 gr.Warning(FORGOTTEN, title="")
                 yield gr.skip(), question
                 return
-            async for update in self.answer(session, question, (max_length, top_p, temperature)):
+            async for update in self.answer(session, question, (max_length, top_p, temperature, read_text)):
                 yield update
 
-    async def retry(self, session: Session, max_length, top_p, temperature, shown: Sequence = ()):
+    async def retry(self, session: Session, max_length, top_p, temperature, shown: Sequence = (), read_text=False):
         if shown and session.is_new:
             gr.Warning(FORGOTTEN, title="")
             return
         session.settle()
         if session.turns:
             *session.turns, (question, _) = session.turns
-            async for update in self.answer(session, question, (max_length, top_p, temperature)):
+            async for update in self.answer(session, question, (max_length, top_p, temperature, read_text)):
                 yield update
 
     async def change_picture(self, session: Session, upload: Upload | None, question: str, *sliders):
@@ -246,18 +259,19 @@ class Handlers:
 
     async def answer(self, session: Session, question: str, sliders: Sequence[float]):
         text = ""
-        yield displayed([*session.turns, (question, text)]), ""
+        yield displayed([*session.turns, (question, text)], session.told), ""
         try:
-            max_length, top_p, temperature = sliders
+            max_length, top_p, temperature, *switches = sliders
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
-            async with contextlib.aclosing(session.ask(self.opener, question, settings)) as texts:
+            async with contextlib.aclosing(session.ask(self.opener, question, settings, any(switches))) as texts:
                 async for text, share_read in texts:
-                    yield displayed([*session.turns, (question, text or bar(share_read))]), gr.skip()
+                    said = [*session.turns, (question, text or bar(share_read))]
+                    yield displayed(said, session.told), gr.skip()
         except Superseded:
             return
         except (ValueError, EngineError) as error:
             gr.Warning(html.escape(str(error)), title="")
-        yield displayed(session.turns), gr.skip() if text else question
+        yield displayed(session.turns, session.told), gr.skip() if text else question
 
 
 def bar(share: float) -> str:
@@ -265,14 +279,14 @@ def bar(share: float) -> str:
     return f"{'█' * round(BAR * share):░<{BAR}} {share:.0%}"
 
 
-def displayed(turns: Sequence[tuple[str, str]]) -> list[dict]:
-    """The turns as the chat takes them: without markdown, it still takes `<img src=...>` for a picture to load."""
-    return [
-        {"role": role, "content": html.escape(text, quote=False)}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-        if text
-    ]
+def displayed(turns: Sequence[tuple[str, str]], told: str = "") -> list[dict]:
+    """The turns as the chat takes them: without markdown, it still takes `<img src=...>` for a picture to load.
+
+    What was read in the picture stands in front, in brackets: nobody has said it.
+    """
+    said = [("user", f"[{told}]")] if told else []
+    said += [each for turn in turns for each in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": html.escape(text, quote=False)} for role, text in said if text]
 
 
 def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
@@ -308,27 +322,30 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
                 add_examples(picture, examples)
                 first_question = gr.Radio(QUESTIONS, value=QUESTIONS[0], label=TEXTS("first_question"))
                 sliders = add_sliders()
+                read_text = gr.Checkbox(False, label=TEXTS("read_text"), elem_id="read_text")
         page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
         page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
-        connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons)
+        connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons, read_text)
     return page
 
 
-def connect(handlers: Handlers, picture, first_question, sliders, chat, question, buttons) -> None:
+def connect(handlers: Handlers, picture, first_question, sliders, chat, question, buttons, read_text) -> None:
     """Say which events of the page are whose."""
     submit, stop, retry, clear = buttons
     session = gr.State(Session())
     sent, unanswered = (gr.Textbox(visible="hidden") for _ in range(2))
     boxes, display = [question, sent, unanswered], [chat, unanswered]
     gr.on([submit.click, question.submit], js=SEND, inputs=[question, sent], outputs=[question, sent], **IN_THE_BROWSER)
-    asked = gr.on([submit.click, question.submit], handlers.ask, [session, sent, *sliders, chat], display, **ANSWERING)
+    asked = gr.on(
+        [submit.click, question.submit], handlers.ask, [session, sent, *sliders, chat, read_text], display, **ANSWERING
+    )
     asked.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
     asked.failure(js=UNSEND, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
-    retried = retry.click(handlers.retry, [session, *sliders, chat], display, **ANSWERING)
+    retried = retry.click(handlers.retry, [session, *sliders, chat, read_text], display, **ANSWERING)
     retried.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
     changed = picture.change(
         handlers.change_picture,
-        [session, picture, first_question, *sliders],
+        [session, picture, first_question, *sliders, read_text],
         chat,
         trigger_mode="multiple",  # a new picture need not wait for the last one's answer
         **ANSWERING,

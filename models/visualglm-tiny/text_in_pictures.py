@@ -1,0 +1,1 @@
+../../visualglm_hf/text_in_pictures.py
