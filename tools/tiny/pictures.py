@@ -293,7 +293,16 @@ def sample_picture(number: int, kind: str = "mixed", split: str = "training") ->
         if value not in known:
             raise ValueError(f"There is no {value!r}; choose one of {', '.join(known)}.")
     seed = (10 + KINDS.index(kind), SPLITS[split], number)
-    return SAMPLERS[kind](np.random.default_rng(seed), seed)
+    generator = np.random.default_rng(seed)
+    while True:
+        picture = SAMPLERS[kind](generator, seed)
+        if kind == "contradicting" or not has_held_out(picture):
+            return picture
+
+
+def has_held_out(picture: Picture) -> bool:
+    """Whether a subject is of a combination that is kept from training, see `world.is_held_out`."""
+    return any(world.is_held_out(each.shape, each.colour, picture.background) for each in picture.subjects)
 
 
 def from_scene(scene: world.Scene) -> Picture:

@@ -307,10 +307,10 @@ def ask_absent(picture: Picture, language: str, generator: np.random.Generator) 
 def ask_text(
     picture: Picture, language: str, generator: np.random.Generator, reading: str | None = None
 ) -> Exchange:
-    """Ask what is written; `reading` is what the prompt says of it, if it does."""
+    """Ask what is written; `reading` is what stands in the prompt of it, if anything does."""
     question = pick(generator, TEXT[language])
     if reading is not None:
-        return Exchange("text", language, reading_line(reading, language) + question, READ_OUT[language].format(reading))
+        return Exchange("text", language, question, READ_OUT[language].format(reading))
     reply = UNREADABLE if picture.sign else NO_TEXT
     return Exchange("text", language, question, reply[language])
 
@@ -357,6 +357,19 @@ def can_ask(picture: Picture, kind: str) -> bool:
     if kind in ("place of", "position"):
         return picture.sides is not None or (kind == "position" and len(picture.subjects) > 1)
     return kind in SIMPLE_KINDS or kind in HARD_KINDS
+
+
+def ask_blindly(language: str, generator: np.random.Generator) -> Exchange:
+    """Ask one of the new questions without a picture."""
+    shape, colour = (name_of(table, pick(generator, list(table)), language) for table in (SHAPES, COLOURS))
+    shapes = [*PRESENCE[language], *ABOUT_ONE["colour of"][language], *ABOUT_ONE["place of"][language]]
+    colours = [*ABOUT_ONE["shape of"][language], *ARE_COLOUR[language]]
+    plain = [*TEXT[language], *ANY_TEXT[language], *itertools.chain(*(each[language] for each in MORE_WORDINGS.values()))]
+    question = pick(generator, pick(generator, (shapes, colours, plain)))
+    name = shape if "{1}" in question or question in shapes else colour
+    if question in PRESENCE[language] and language == "en":
+        name = with_article(name)
+    return Exchange("no picture", language, question.format(name, colour), world.NO_PICTURE[language])
 
 
 def ask_as_pope(picture: Picture, language: str, strategy: str, generator: np.random.Generator) -> list[Exchange]:
