@@ -159,15 +159,14 @@ def sample_reading(picture: Picture, generator: np.random.Generator) -> str:
         characters = pick(generator, CHARACTERS)
         length = int(generator.integers(1, 8))
         if characters is None:  # any at all, most of them not in the vocabulary
-            parts.append("".join(chr(code) for code in generator.integers(0x4E00, 0x9FA6, size=min(length, 4)).tolist()))
+            codes = generator.integers(0x4E00, 0x9FA6, size=min(length, 4))
+            parts.append("".join(map(chr, codes.tolist())))
         else:
             parts.append("".join(pick(generator, characters) for _ in range(length)))
     return " / ".join(parts)
 
 
-def ask_about_sign(
-    picture: Picture, language: str, generator: np.random.Generator, reading: str | None
-) -> Exchange:
+def ask_about_sign(picture: Picture, language: str, generator: np.random.Generator, reading: str | None) -> Exchange:
     """Mostly ask what is written, which only `reading` tells."""
     chance = generator.random()
     if chance < 0.65:
@@ -220,7 +219,8 @@ def about_detail(views: Views, picture: Picture, generator: np.random.Generator,
         turns = sample_turns(picture, generator)
         later = len(turns) - 1 if generator.random() < 0.5 else 0
         exchange = turns[-1]
-        if len(picture.subjects) > 1 and exchange.kind != "text" and generator.random() < 0.7:  # mostly the one that is looked at is asked about
+        # Mostly the one that is looked at is asked about.
+        if len(picture.subjects) > 1 and exchange.kind != "text" and generator.random() < 0.7:
             exchange = ask_about_seen(picture, window, exchange.language, generator)
         question = exchange.question if "\n" in exchange.question else scribble(exchange.question, generator)
         pairs = tuple((turn.question, turn.answer) for turn in turns[:-1])

@@ -24,7 +24,9 @@ class Options:
     start: Path | None = option(
         "folder of a tiny model to begin with", None, metavar="FOLDER", unset="first weights of its own"
     )
-    font: Path | None = option("file of a font with Chinese characters", None, metavar="FILE", unset="one of the system's")
+    font: Path | None = option(
+        "file of a font with Chinese characters", None, metavar="FILE", unset="one of the system's"
+    )
     card: bool = option("with --evaluate: write the measured accuracy into the model card", False)
     pictures: int = option("pictures per split in the evaluation", 200, parse=COUNT, metavar="N")
     seed: int = option("of the first weights, the pictures and the dialogues", 0, parse=COUNT_OR_NONE, metavar="N")

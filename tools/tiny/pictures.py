@@ -1,7 +1,7 @@
 """The harder pictures of the tiny world: mixed, small, contradicting, and with drawn words.
 
-A `Picture` has subjects of different shapes and colours, and perhaps a sign with a word. It is drawn at any size, and so
-is any window of it: the whole as the model sees it (224), as a camera gives it (1344), or what a zoom cuts out. All
+A `Picture` has subjects of different shapes and colours, and perhaps a sign with a word. It is drawn at any size, and
+so is any window of it: the whole as the model sees it (224), as a camera gives it (1344), or what a zoom cuts out. All
 follows from a seed. What goes together in training, and what never does, is in `HABITS`, `STRANGERS`, `USUAL` and
 `UNUSUAL`: there the model can learn to expect what is not in the picture.
 
@@ -10,6 +10,7 @@ follows from a seed. What goes together in training, and what never does, is in 
 Not here: what is asked about them (`questions.py`), and today's scenes of equal shapes (`world.py`).
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -102,24 +103,32 @@ def oracle_window(subject: Subject, size: int = IMAGE_SIZE) -> Window:
 
 
 def load_font(height: float, text: str, font: str | Path | None = None) -> ImageFont.FreeTypeFont:
-    """Return a font whose letters are about `height` pixels high: `font`, or one of the system's, or Pillow's own.
+    """Return a font whose letters are about `height` pixels high: `font`, or Pillow's own, or one of the system's.
 
     Raises:
         ValueError: the text has Chinese characters and no font at hand has any.
     """
-    if font is not None:
-        return ImageFont.truetype(str(font), round(height))
-    if text.isascii():
+    if font is None and text.isascii():
         return ImageFont.load_default(round(height))
+    found = font or find_chinese_font()
+    if found is None:
+        raise ValueError(
+            f"No font with Chinese characters was found for {text!r}. Give one with --font FILE, or install one, such "
+            "as Debian's fonts-wqy-zenhei."
+        )
+    return ImageFont.truetype(str(found), round(height))
+
+
+@functools.cache
+def find_chinese_font() -> str | None:
+    """The name of a font of this system that has Chinese characters; None if there is none."""
     for name in CHINESE_FONTS:
         try:
-            return ImageFont.truetype(name, round(height))
+            ImageFont.truetype(name, 10)
         except OSError:
             continue
-    raise ValueError(
-        f"No font with Chinese characters was found for {text!r}. Give one with --font FILE, or install one, such as "
-        "Debian's fonts-wqy-zenhei."
-    )
+        return name
+    return None
 
 
 def draw_sign(image: Image.Image, sign: Sign, window: Window, font: str | Path | None = None) -> None:
@@ -177,8 +186,8 @@ def place_apart(
         sides = (("left", "right"), ("top", "bottom"))[generator.integers(2)]
         sides = sides if generator.random() < 0.5 else sides[::-1]
         shifts = generator.uniform(-10, 10, size=(2, 2))
-        centres = [(POSITIONS[side][2] + dx, POSITIONS[side][3] + dy) for side, (dx, dy) in zip(sides, shifts.tolist())]
-        return centres, sides
+        places = np.array([POSITIONS[side][2:] for side in sides]) + shifts
+        return [(x, y) for x, y in places.tolist()], sides
     edge = max(radii) + 6
     while True:
         centres = generator.uniform(edge, IMAGE_SIZE - edge, size=(len(radii), 2)).tolist()
@@ -307,7 +316,9 @@ def has_held_out(picture: Picture) -> bool:
 
 def from_scene(scene: world.Scene) -> Picture:
     """One of today's scenes of equal shapes, to look at more closely."""
-    return Picture("simple", scene.subjects, scene.background, scene.seed, (scene.position,) if scene.position else None)
+    return Picture(
+        "simple", scene.subjects, scene.background, scene.seed, (scene.position,) if scene.position else None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,12 @@ MORE_WORDINGS = {
     },
     "shape": {
         "zh": ("它们是什么形状？", "图片中有什么形状？", "这是什么形状？", "图形是什么形状？"),
-        "en": ("What shapes are in the picture?", "What shapes are there?", "What shape are they?", "What is the shape?"),
+        "en": (
+            "What shapes are in the picture?",
+            "What shapes are there?",
+            "What shape are they?",
+            "What is the shape?",
+        ),
     },
     "colour": {
         "zh": ("图形是什么颜色？", "它们是什么颜色的？", "图片里的图形是什么颜色的？", "颜色呢？"),
@@ -90,9 +95,19 @@ PRESENCE = {
 }
 IS_COLOUR = {"zh": ("{0}是{1}的吗？", "{0}是不是{1}的？"), "en": ("Is the {0} {1}?",)}
 ARE_COLOUR = {"zh": ("图形是{1}的吗？", "它是{1}的吗？"), "en": ("Are the shapes {1}?", "Is it {1}?")}
-IS_BACKGROUND = {"zh": ("背景是{0}吗？", "图片的背景是{0}吗？"), "en": ("Is the background {0}?", "Is {0} in the background?")}
+IS_BACKGROUND = {
+    "zh": ("背景是{0}吗？", "图片的背景是{0}吗？"),
+    "en": ("Is the background {0}?", "Is {0} in the background?"),
+}
 TEXT = {
-    "zh": ("图片上写着什么？", "图里写着什么？", "牌子上写着什么？", "图片中的文字是什么？", "写了什么？", "图里写的是什么字？"),
+    "zh": (
+        "图片上写着什么？",
+        "图里写着什么？",
+        "牌子上写着什么？",
+        "图片中的文字是什么？",
+        "写了什么？",
+        "图里写的是什么字？",
+    ),
     "en": (
         "What does the sign say?",
         "What does it say?",
@@ -223,7 +238,7 @@ def absent_shape(picture: Picture, strategy: str, generator: np.random.Generator
 
 
 def absent_pair(picture: Picture, strategy: str, generator: np.random.Generator) -> tuple[str, str]:
-    """A colour and a shape that are not there together: any, a common one, or one thing's colour with another's shape."""
+    """A colour and a shape that are not there together: any, a common one, or one thing's colour, another's shape."""
     present = {(each.colour, each.shape) for each in picture.subjects}
     if strategy == "adversarial":
         colours, shapes = ({each[index] for each in present} for index in range(2))
@@ -304,9 +319,7 @@ def ask_absent(picture: Picture, language: str, generator: np.random.Generator) 
     return Exchange("absent", language, pick(generator, wordings).format(name), ABSENT[language].format(name))
 
 
-def ask_text(
-    picture: Picture, language: str, generator: np.random.Generator, reading: str | None = None
-) -> Exchange:
+def ask_text(picture: Picture, language: str, generator: np.random.Generator, reading: str | None = None) -> Exchange:
     """Ask what is written; `reading` is what stands in the prompt of it, if anything does."""
     question = pick(generator, TEXT[language])
     if reading is not None:
@@ -364,7 +377,11 @@ def ask_blindly(language: str, generator: np.random.Generator) -> Exchange:
     shape, colour = (name_of(table, pick(generator, list(table)), language) for table in (SHAPES, COLOURS))
     shapes = [*PRESENCE[language], *ABOUT_ONE["colour of"][language], *ABOUT_ONE["place of"][language]]
     colours = [*ABOUT_ONE["shape of"][language], *ARE_COLOUR[language]]
-    plain = [*TEXT[language], *ANY_TEXT[language], *itertools.chain(*(each[language] for each in MORE_WORDINGS.values()))]
+    plain = [
+        *TEXT[language],
+        *ANY_TEXT[language],
+        *itertools.chain(*(each[language] for each in MORE_WORDINGS.values())),
+    ]
     question = pick(generator, pick(generator, (shapes, colours, plain)))
     name = shape if "{1}" in question or question in shapes else colour
     if question in PRESENCE[language] and language == "en":
