@@ -76,6 +76,7 @@ class SecondExaminer(nn.Module):
         self.pairs = nn.Linear(prompt_width, len(PAIRS))
         sizes = (world.MAX_COUNT + 1, len(BACKGROUNDS), 2)
         self.pictures = nn.ModuleList(nn.Linear(prompt_width, size) for size in sizes)
+        self.patch_pairs = nn.Linear(width, len(PAIRS))
 
     def forward(
         self, vision_states: torch.Tensor, soft_prompt: torch.Tensor, batch: dict[str, torch.Tensor]
@@ -86,7 +87,8 @@ class SecondExaminer(nn.Module):
             vision_states: [B, 257, C] of the ViT.
             soft_prompt: [B, 32, C] for the decoder.
             batch: `patch_labels` [B, 3, 256] of `lessons.patch_labels`; `pairs` [B, 40], 1 for those that are there;
-                `picture_labels` [B, 3], count and indices of background and sign.
+                `picture_labels` [B, 3], count and indices of background and sign; later in the training
+                `patch_pairs` [B, 256], which pair a patch is in: shape and colour together, as one thing.
         """
         patches, labels = vision_states[:, 1:], batch["picture_labels"]
         where, *kinds = batch["patch_labels"].unbind(1)
@@ -94,6 +96,9 @@ class SecondExaminer(nn.Module):
         loss = F.binary_cross_entropy_with_logits(self.centre(patches)[..., 0], (where == 2).float(), pos_weight=weight)
         for target, head in zip(kinds, self.patches, strict=True):
             loss = loss + F.cross_entropy(head(patches).flatten(0, 1), target.flatten(), ignore_index=NONE)
+        if "patch_pairs" in batch:
+            asked = self.patch_pairs(patches).flatten(0, 1)
+            loss = loss + F.cross_entropy(asked, batch["patch_pairs"].flatten(), ignore_index=NONE)
         prompt = soft_prompt.mean(1)
         pairs, weight = self.pairs(prompt), torch.tensor(PAIR_WEIGHT)
         loss = loss + 4 * F.binary_cross_entropy_with_logits(pairs, batch["pairs"], pos_weight=weight)

@@ -36,6 +36,7 @@ from tools.tiny.world import IMAGE_SIZE, WHOLE, Window
 
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+PATCH_PAIRS_FROM = 1250  # steps; before, patches are asked for shapes and colours one by one
 NONE = -1  # patches of the background have no shape and no colour
 # kind of lesson: (pictures per 32 of a batch, dialogues about each)
 LESSONS = {"scene": (12, 2), "mixed": (8, 2), "middling": (2, 2), "closer": (2, 2), "detail": (5, 2), "sign": (3, 3)}
@@ -276,13 +277,17 @@ class SecondLessons(TrainingData):
             count = max(1, share * self.batch_size // 32)
             teach = self.teach_scenes if lesson == "scene" else self.teach_pictures
             dialogues += teach(lesson, views, range(first, first + count), rows, generator)
+        batch = views.batch()
+        if step >= PATCH_PAIRS_FROM:
+            _, shapes, colours = batch["patch_labels"].unbind(1)
+            batch["patch_pairs"] = torch.where(shapes == NONE, NONE, colours * len(SHAPES) + shapes)
         if step < self.vision_steps:
-            return views.batch()
+            return batch
         dialogues += [sample_blind_dialogue(generator) for _ in range(ROWS_WITHOUT_PICTURE - 1)]
         dialogues.append(finish([questions.ask_blindly(pick(generator, world.LANGUAGES), generator)], generator))
         dialogues.sort(key=lambda dialogue: len(dialogue.prompt()))
         groups = [dialogues[row : row + ROWS_PER_GROUP] for row in range(0, len(dialogues), ROWS_PER_GROUP)]
-        return {**views.batch(), "groups": [encode_dialogues(self.tokenizer, group) for group in groups]}
+        return {**batch, "groups": [encode_dialogues(self.tokenizer, group) for group in groups]}
 
     def teach_scenes(
         self, lesson: str, views: Views, numbers: range, rows: int, generator: np.random.Generator
