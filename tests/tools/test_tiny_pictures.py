@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tools.tiny import pictures, world
+from tools.tiny import pictures, show, world
 from tools.tiny.world import COLOURS, Window
 
 
@@ -152,6 +152,10 @@ def test_the_same_number_is_the_same_picture_and_another_split_another(kind):
 
 
 def test_one_picture_is_drawn_into_a_file_with_its_captions(tmp_path, capsys):
-    assert pictures.main([str(tmp_path / "one.png"), "--kind", "small", "--seed", "2", "--size", "300"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    assert pictures.main([str(tmp_path / "nowhere" / "one.png")]) == 2
+    assert show.main([str(tmp_path / "one.png"), "--kind", "small", "--seed", "2", "--size", "300"]) == 0
+    picture = pictures.sample_picture(2, "small", "new")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(picture.subjects)
+    box = " ".join(str(round(edge)) for edge in picture.box(picture.subjects[0], 300))
+    assert lines[2] == f"{picture.subjects[0].colour} {picture.subjects[0].shape} {box}"
+    assert show.main([str(tmp_path / "nowhere" / "one.png")]) == 2

@@ -5,15 +5,12 @@ so is any window of it: the whole as the model sees it (224), as a camera gives 
 follows from a seed. What goes together in training, and what never does, is in `HABITS`, `STRANGERS`, `USUAL` and
 `UNUSUAL`: there the model can learn to expect what is not in the picture.
 
-    python -m tools.tiny.pictures small.png --kind small --seed 3 --size 1344
-
-Not here: what is asked about them (`questions.py`), and today's scenes of equal shapes (`world.py`).
+Not here: what is asked about them (`questions.py`), a file with one (`show.py`), and scenes of equal shapes (`world.py`).
 """
 
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +21,6 @@ from PIL import Image, ImageDraw, ImageFont
 from tools.tiny import world
 from tools.tiny.words import NEW_WORDS, TRAINED_WORDS
 from tools.tiny.world import BACKGROUNDS, CLASHES, COLOURS, IMAGE_SIZE, POSITIONS, SHAPES, WHOLE, Subject, Window
-from visualglm_tools.options import COUNT, COUNT_OR_NONE, argument, option, parse
-from visualglm_tools.printing import report
 
 
 CANVAS = 1344  # pixels: the size at which a small subject can be told from its own pixels
@@ -319,35 +314,3 @@ def from_scene(scene: world.Scene) -> Picture:
     return Picture(
         "simple", scene.subjects, scene.background, scene.seed, (scene.position,) if scene.position else None
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    file: Path = argument("picture to write, such as small.png", metavar="FILE")
-    kind: str = option("of the picture", "mixed", choices=KINDS)
-    split: str = option("of the pictures", "new", choices=tuple(SPLITS))
-    seed: int = option("number of the picture", 0, parse=COUNT_OR_NONE, metavar="N")
-    size: int = option("pixels, in width and height", CANVAS, parse=COUNT, metavar="N")
-    font: Path | None = option("file of a font for words", None, metavar="FILE", unset="one that is found")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw one picture into a file and print its captions."""
-    from tools.tiny.questions import describe
-
-    options = parse(
-        Options, argv, "python -m tools.tiny.pictures", "Draw one of the tiny world's harder pictures; print captions."
-    )
-    picture = sample_picture(options.seed, options.kind, options.split)
-    try:
-        picture.whole(options.size, options.font).save(options.file)
-    except (ValueError, OSError) as error:
-        report(error)
-        return 2
-    for language in world.LANGUAGES:
-        print(describe(picture, language))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
