@@ -5,7 +5,7 @@ so is any window of it: the whole as the model sees it (224), as a camera gives 
 follows from a seed. What goes together in training, and what never does, is in `HABITS`, `STRANGERS`, `USUAL` and
 `UNUSUAL`: there the model can learn to expect what is not in the picture.
 
-Not here: what is asked about them (`questions.py`), a file with one (`show.py`), and scenes of equal shapes (`world.py`).
+Not here: what is asked about them (`questions.py`), a file with one (`show.py`), and equal shapes (`world.py`).
 """
 
 import functools
