@@ -107,3 +107,30 @@ class SecondExaminer(nn.Module):
         right = [((pairs > 0) == (batch["pairs"] > 0)).all(1)]
         right += [answer.argmax(-1) == labels[:, index] for index, answer in enumerate(answers)]
         return loss, torch.stack(right, dim=1).float().mean(0)
+
+
+class ThirdExaminer(SecondExaminer):
+    """Asks for places as well: each patch in an object, and the mean of the soft prompt for each shape."""
+
+    names = (*SecondExaminer.names, "sides")
+
+    def __init__(self, config: VisualGLMConfig):
+        super().__init__(config)
+        places = len(world.POSITIONS) + 1  # or absent
+        self.patch_sides = nn.Linear(config.vision_config.hidden_size, places)
+        self.sides = nn.Linear(config.text_config.hidden_size, len(SHAPES) * places)
+
+    def forward(
+        self, vision_states: torch.Tensor, soft_prompt: torch.Tensor, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As that of `SecondExaminer`, with a share for places; `sides` [B, 5] of the batch are those of the shapes."""
+        loss, right = super().forward(vision_states, soft_prompt, batch)
+        sides, shapes = batch["sides"], batch["patch_labels"][:, 1]
+        wanted = torch.where(shapes == NONE, NONE, sides.gather(1, shapes.clamp(min=0)))
+        asked = self.patch_sides(vision_states[:, 1:]).flatten(0, 1)
+        loss = loss + F.cross_entropy(asked, wanted.flatten(), ignore_index=NONE)
+        answers = self.sides(soft_prompt.mean(1)).unflatten(1, (len(SHAPES), -1))
+        loss = loss + 2 * F.cross_entropy(answers.flatten(0, 1), sides.flatten(), ignore_index=NONE)
+        known = sides != NONE
+        share = ((answers.argmax(-1) == sides) | ~known).all(1).float().mean()
+        return loss, torch.cat((right, share[None]))

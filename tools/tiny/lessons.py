@@ -37,6 +37,7 @@ from tools.tiny.world import IMAGE_SIZE, WHOLE, Window
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 PATCH_PAIRS_FROM = 1250  # steps; before, patches are asked for shapes and colours one by one
+ABSENT = len(world.POSITIONS)
 NONE = -1  # patches of the background have no shape and no colour
 # kind of lesson: (pictures per 32 of a batch, dialogues about each)
 LESSONS = {"scene": (12, 2), "mixed": (8, 2), "middling": (2, 2), "closer": (2, 2), "detail": (5, 2), "sign": (3, 3)}
@@ -61,6 +62,7 @@ CHARACTERS = (*(words.CHINESE_CHARACTERS,) * 4, *(words.LATIN_CHARACTERS,) * 2, 
 class Views:
     """The pictures of a batch as they are shown, and what the `Examiner` asks about each."""
 
+    kinds: tuple[str, ...] = QUESTIONS  # of questions, each as often as it is in the list
     pixels: list[np.ndarray] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
@@ -89,7 +91,21 @@ class Views:
             "patch_labels": torch.from_numpy(np.stack([patch_labels(subjects) for subjects in shown])),
             "picture_labels": torch.tensor(answers),
             "pairs": pairs,
+            "sides": torch.tensor([sides_of(*view) for view in zip(self.pictures, self.windows, strict=True)]),
         }
+
+
+def sides_of(picture: Picture, window: Window) -> list[int]:
+    """For each of the `SHAPES`: `ABSENT`, or the number of its place among `POSITIONS`, or `NONE` if it has no name."""
+    shown = {each.shape: index for index, each in enumerate(picture.subjects)}
+    has_names = picture.sides is not None and window == WHOLE
+    places = []
+    for shape in SHAPES:
+        if shape not in shown:
+            places.append(ABSENT if window == WHOLE else NONE)
+        else:
+            places.append(list(world.POSITIONS).index(picture.sides[shown[shape]]) if has_names else NONE)
+    return places
 
 
 def subjects_in(picture: Picture, window: Window) -> list[world.Subject]:
@@ -140,12 +156,14 @@ def draw_window(picture: Picture, window: Window, generator: np.random.Generator
     return picture.draw(Window(window.left, window.top, window.side, min(max(size, 24), IMAGE_SIZE)), font)
 
 
-def ask(picture: Picture, language: str, generator: np.random.Generator) -> Exchange:
+def ask(
+    picture: Picture, language: str, generator: np.random.Generator, kinds: tuple[str, ...] = QUESTIONS
+) -> Exchange:
     """Ask something about a picture, or rarely make conversation instead."""
     if generator.random() < 0.03:
         return pick(generator, world.small_talk(language))
     while True:
-        kind = pick(generator, QUESTIONS)
+        kind = pick(generator, kinds)
         if questions.can_ask(picture, kind) and not (picture.sign and kind == "text"):
             return questions.ask(picture, kind, language, generator)
 
@@ -167,17 +185,25 @@ def sample_reading(picture: Picture, generator: np.random.Generator) -> str:
     return " / ".join(parts)
 
 
-def ask_about_sign(picture: Picture, language: str, generator: np.random.Generator, reading: str | None) -> Exchange:
+def ask_about_sign(
+    picture: Picture,
+    language: str,
+    generator: np.random.Generator,
+    reading: str | None,
+    kinds: tuple[str, ...] = QUESTIONS,
+) -> Exchange:
     """Mostly ask what is written, which only `reading` tells."""
     chance = generator.random()
     if chance < 0.65:
         return questions.ask_text(picture, language, generator, reading)
     if chance < 0.75:
         return questions.ask_any_text(picture, language, generator)
-    return ask(picture, language, generator)
+    return ask(picture, language, generator, kinds)
 
 
-def sample_turns(picture: Picture, generator: np.random.Generator) -> list[Exchange]:
+def sample_turns(
+    picture: Picture, generator: np.random.Generator, kinds: tuple[str, ...] = QUESTIONS
+) -> list[Exchange]:
     """One to four questions about a picture, mostly in one language; what was read stands before the first."""
     language = pick(generator, world.LANGUAGES)
     is_read = generator.random() < (0.75 if picture.sign else 0.03)
@@ -186,9 +212,9 @@ def sample_turns(picture: Picture, generator: np.random.Generator) -> list[Excha
     for _ in range(1 + generator.choice(4, p=(0.6, 0.24, 0.12, 0.04))):
         other = world.LANGUAGES[language == "zh"] if generator.random() < 0.04 else language
         if picture.sign or is_read:
-            turns.append(ask_about_sign(picture, other, generator, reading))
+            turns.append(ask_about_sign(picture, other, generator, reading, kinds))
         else:
-            turns.append(ask(picture, other, generator))
+            turns.append(ask(picture, other, generator, kinds))
     if reading is not None:
         first = turns[0]
         line = questions.reading_line(reading, turns[-1].language)
@@ -217,7 +243,7 @@ def about_detail(views: Views, picture: Picture, generator: np.random.Generator,
         details.append(views.add(picture, other, draw_window(picture, other, generator, font)))
     dialogues = []
     for _ in range(LESSONS["detail"][1]):
-        turns = sample_turns(picture, generator)
+        turns = sample_turns(picture, generator, views.kinds)
         later = len(turns) - 1 if generator.random() < 0.5 else 0
         exchange = turns[-1]
         # Mostly the one that is looked at is asked about.
@@ -265,20 +291,23 @@ def sample_detail_picture(first: int, generator: np.random.Generator) -> Picture
 class SecondLessons(TrainingData):
     """Endless batches of old and new lessons, each a function of the seed and the step alone."""
 
+    kinds = QUESTIONS
+    patch_pairs_from = PATCH_PAIRS_FROM
+
     def __init__(self, *arguments, font: Path | None = None):
         super().__init__(*arguments)
         self.font = font
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         generator = np.random.default_rng((self.seed, step, 20))
-        views, dialogues = Views(), []
+        views, dialogues = Views(self.kinds), []
         first = (self.seed * 1_000_000 + step) * self.batch_size
         for lesson, (share, rows) in LESSONS.items():
             count = max(1, share * self.batch_size // 32)
             teach = self.teach_scenes if lesson == "scene" else self.teach_pictures
             dialogues += teach(lesson, views, range(first, first + count), rows, generator)
         batch = views.batch()
-        if step >= PATCH_PAIRS_FROM:
+        if step >= self.patch_pairs_from:
             _, shapes, colours = batch["patch_labels"].unbind(1)
             batch["patch_pairs"] = torch.where(shapes == NONE, NONE, colours * len(SHAPES) + shapes)
         if step < self.vision_steps:
@@ -298,7 +327,7 @@ class SecondLessons(TrainingData):
             views.add(pictures.from_scene(scene), WHOLE, world.draw(scene))
         dialogues = [sample_dialogue(scenes, number, generator) for number in range(len(scenes))]
         for number in range(len(scenes)):
-            turns = sample_turns(views.pictures[number], generator)
+            turns = sample_turns(views.pictures[number], generator, views.kinds)
             dialogues.append(finish_hard(turns, generator, (number,), (0,)))
         return dialogues
 
@@ -320,8 +349,15 @@ class SecondLessons(TrainingData):
                 picture = pictures.sample_picture(number, lesson)
                 view = views.add(picture, WHOLE, draw_whole(picture, generator, self.font))
             for _ in range(rows):
-                dialogues.append(finish_hard(sample_turns(picture, generator), generator, (view,), (0,)))
+                dialogues.append(finish_hard(sample_turns(picture, generator, views.kinds), generator, (view,), (0,)))
         return dialogues
+
+
+class ThirdLessons(SecondLessons):
+    """The same with more questions for places and for yes or no, and easy ones for places from the beginning."""
+
+    kinds = (*QUESTIONS, *("position", "place of") * 2, *("presence", "is colour", "is background"))
+    patch_pairs_from = 0
 
 
 def alone_at(picture: Picture, number: int) -> Picture:

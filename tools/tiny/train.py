@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tools.tiny.data import TrainingData, normalise
-from tools.tiny.examiner import Examiner, SecondExaminer
+from tools.tiny.examiner import Examiner, SecondExaminer, ThirdExaminer
 from tools.tiny.folder import write_files
-from tools.tiny.lessons import SecondLessons
+from tools.tiny.lessons import SecondLessons, ThirdLessons
 from tools.tiny.model import build_config, build_model, take_over
 from tools.tiny.options import Options
 from tools.tiny.tokenizer import write_tokenizer
@@ -28,6 +28,7 @@ from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration, Vi
 
 CHECKPOINT_INTERVAL = 250  # steps
 LOG_INTERVAL = 100
+EXAMINERS = {"first": Examiner, "second": SecondExaminer, "third": ThirdExaminer}
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -89,7 +90,9 @@ def load_checkpoint(path: Path, *parts) -> tuple[int, float]:
 def lessons_of(options: Options, tokenizer: ChatGLMTokenizer, first_step: int) -> TrainingData:
     """Return the batches from `first_step` on."""
     settings = (tokenizer, options.seed, options.batch_size, first_step, options.vision_steps)
-    return SecondLessons(*settings, font=options.font) if options.lessons == "second" else TrainingData(*settings)
+    if options.lessons == "first":
+        return TrainingData(*settings)
+    return (SecondLessons if options.lessons == "second" else ThirdLessons)(*settings, font=options.font)
 
 
 def train(options: Options) -> None:
@@ -100,7 +103,7 @@ def train(options: Options) -> None:
     model = build_model(build_config(tokenizer), options.seed)
     if options.start is not None:
         take_over(model, tokenizer, options.start)
-    examiner = (SecondExaminer if options.lessons == "second" else Examiner)(model.config)
+    examiner = EXAMINERS[options.lessons](model.config)
     parameters = [*model.parameters(), *examiner.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     checkpoint = output.with_name(output.name + ".checkpoint.pt")
@@ -111,7 +114,8 @@ def train(options: Options) -> None:
     model.train()
     start = time.monotonic() - seconds
     average = torch.full((len(examiner.names),), 0.2)
-    progress = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps, mininterval=10)
+    last_step = min(options.steps, options.last_step or options.steps)
+    progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, mininterval=10)
     for step in progress:
         exam, words, marks = compute_losses(model, examiner, image_processor, next(batches))
         for group in optimizer.param_groups:
@@ -134,7 +138,7 @@ def train(options: Options) -> None:
 
 def write_record(output: Path, options: Options, seconds: float) -> None:
     """Write down how a model was trained, for its card."""
-    names = ("lessons", "seed", "steps", "vision_steps", "batch_size", "learning_rate")
+    names = ("lessons", "seed", "steps", "last_step", "vision_steps", "batch_size", "learning_rate")
     record = {name: getattr(options, name) for name in names}
     if options.start is not None:
         record["start"] = first_record_of(options.start)
