@@ -59,15 +59,15 @@ def test_the_card_is_what_is_written_today_of_the_weights_and_the_record_of_thei
 def test_the_commands_of_the_card_are_understood():
     shipped = (FOLDER / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    python -m tools\.tiny (.*)$", shipped, re.MULTILINE)
-    first, training, evaluation = (parse(Options, shlex.split(command), "tiny", "") for command in commands)
-    assert evaluation.task == "evaluate" and training.task == first.task == "train"
-    assert ROOT / training.output == ROOT / evaluation.output == FOLDER
-    assert training.start == first.output and first.start is None
-    record = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
-    names = ("seed", "steps", "vision_steps", "batch_size", "learning_rate", "threads")
-    for options, noted in ((first, record["start"]), (training, record)):
-        assert {name: getattr(options, name) for name in names} == {name: noted[name] for name in names}
-    assert (first.lessons, training.lessons) == ("first", "second")
+    *trainings, evaluation = (parse(Options, shlex.split(command), "tiny", "") for command in commands)
+    assert evaluation.task == "evaluate" and {training.task for training in trainings} == {"train"}
+    assert ROOT / trainings[-1].output == ROOT / evaluation.output == FOLDER
+    assert [training.start for training in trainings] == [None, *(training.output for training in trainings[:-1])]
+    runs = card.runs_of(json.loads((FOLDER / "training.json").read_text(encoding="utf-8")))
+    names = ("lessons", "seed", "steps", "vision_steps", "batch_size", "learning_rate", "threads")
+    for training, run in zip(trainings, runs, strict=True):
+        assert {name: getattr(training, name) for name in names} == {name: run[name] for name in names}
+        assert training.last_step == run.get("last_step")
 
 
 def test_the_folder_links_to_the_code_of_the_package():

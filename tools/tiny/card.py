@@ -50,17 +50,17 @@ there is no text. A second picture in the same turn may be a part of the first o
 
 ## Training
 
-In two runs, the first of which made the model that this one began with:
+In {runs} runs, each but the first beginning with the weights of the one before:
 
-    {first_command}
-    {command}
+{commands}
 
-{first_minutes} and {minutes} minutes with {threads} thread(s) of a shared 2-core CPU;
-Python {python}, torch {torch}, transformers {transformers}.
+{minutes} minutes with {threads} thread(s) of a shared 2-core CPU;
+Python {python}, torch {torch}, transformers {transformers} (the last run).
 
-Every training picture is drawn anew by `tools/tiny`. At the beginning of
-each run ({first_vision_steps} and {vision_steps} steps) only the image encoder learns, through linear heads that are
-thrown away; then the whole model learns to answer.
+Every training picture is drawn anew by `tools/tiny`. At the beginning of each run only the image encoder learns,
+through linear heads that are thrown away; then the whole model learns to answer. The first run is about equal shapes
+alone, and was made before the vocabulary had grown; the second one let the model forget where things are, so the third
+asks for it.
 
 What training lets it expect, and what it is never shown, so that what it does then can be measured:
 
@@ -172,12 +172,23 @@ def render_hard_tables(marks: dict) -> dict[str, str]:
     }
 
 
-def command_of(record: dict, **more: str) -> str:
-    """The command that a record of a training is of."""
-    names = ("lessons", "seed", "steps", "vision_steps", "batch_size", "learning_rate", "threads")
-    given = more | {name: record[name] for name in names}
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-    return f"python -m tools.tiny {options}"
+def runs_of(record: dict) -> list[dict]:
+    """The records of the trainings that led to a model, the first one first."""
+    earlier = runs_of(record["start"]) if "start" in record else []
+    return [*earlier, {"lessons": "first"} | record]
+
+
+def commands_of(runs: list[dict]) -> list[str]:
+    """The commands that the records are of; all but the last write beside the model's folder."""
+    names = ("lessons", "seed", "steps", "last_step", "vision_steps", "batch_size", "learning_rate", "threads")
+    folders = [*(f"out/{run['lessons']}" for run in runs[:-1]), "models/visualglm-tiny"]
+    commands = []
+    for index, run in enumerate(runs):
+        given = {"output": folders[index]} | ({"start": folders[index - 1]} if index else {})
+        given |= {name: run[name] for name in names if run.get(name) is not None}
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        commands.append(f"python -m tools.tiny {options}")
+    return commands
 
 
 def list_pairs(pairs) -> str:
@@ -192,9 +203,12 @@ def write_card(output: Path, results: dict) -> None:
     record = json.loads((output / "training.json").read_text(encoding="utf-8"))
     (output / "accuracy.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     model = load_weights(output, torch.float32)
-    config, first = model.config, record["start"]
+    config, runs = model.config, runs_of(record)
     card = CARD.format(
-        **record,
+        **{name: record[name] for name in ("threads", "python", "torch", "transformers")},
+        runs=len(runs),
+        commands="\n".join(f"    {command}" for command in commands_of(runs)),
+        minutes=" + ".join(str(run["minutes"]) for run in runs),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         megabytes=(output / "model.safetensors").stat().st_size / 1e6,
         shapes=", ".join(world.SHAPES),
@@ -204,10 +218,6 @@ def write_card(output: Path, results: dict) -> None:
         qformer=config.qformer_config,
         text=config.text_config,
         vocabulary=len(ChatGLMTokenizer.from_pretrained(output)),
-        first_command=command_of({"lessons": "first"} | first, output="first"),
-        command=command_of(record, output="models/visualglm-tiny", start="first"),
-        first_minutes=first["minutes"],
-        first_vision_steps=first["vision_steps"],
         pictures=results["pictures"],
         half=results["pictures"] // 2,
         table=render_table(results),
