@@ -128,7 +128,8 @@ def test_another_models_weights_are_taken_over_and_its_pieces_keep_their_rows(tm
     for piece in ("<eop>", "[gMASK]", "\u2581red", "圆形", "<0x41>"):
         row, old_row = (each.convert_tokens_to_ids(piece) for each in (new_vocabulary, old_vocabulary))
         assert torch.equal(rows[row], given.transformer.word_embeddings.weight[old_row])
-    added = new_vocabulary.convert_tokens_to_ids("写着")
+    added = new_vocabulary.convert_tokens_to_ids("\u2581sign")
+    assert old_vocabulary.convert_tokens_to_ids("\u2581sign") == old_vocabulary.unk_token_id
     assert torch.equal(rows[added], before[added])
     for name, parameter in given.named_parameters():
         if "word_embeddings" not in name or "qformer" in name:
