@@ -226,6 +226,7 @@ OTHERS = {
     "visualglm_hf/test_parallel": "the model in several processes, and spread over devices",
     "visualglm_hf/test_public_api": "what `__init__` exports",
     "visualglm_hf/test_straight_products": "`lowbit_products`: eager products on a GPU without the operator",
+    "visualglm_tools/serving/test_read_text": "`text_in_pictures`: what is read in pictures, by every door",
     "visualglm_tools/serving/test_load": "an engine and its API under many clients",
     "visualglm_hf/test_cpu_many_rows_on_arm": "`cpu_many_rows`: in an emulator, which not everybody has",
     "visualglm_tools/test_option_words": "`options`: command lines that say again what was read",

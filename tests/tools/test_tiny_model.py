@@ -47,39 +47,27 @@ def test_the_card_claims_at_least_nine_in_ten_in_each_language():
     assert len(figures) == 4 and min(figures) >= 90
 
 
-def results_of(card: str) -> dict:
-    """The accuracies in a card's table, as `evaluate` returns them."""
-    rows = [
-        line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ") and line.count("|") == 6
-    ]
-    pictures = int(re.search(r"greedy answers on (\d+) pictures", card)[1])
-    results = {"pictures": pictures} | {split: {"zh": {}, "en": {}} for split in ("new pictures", "new combinations")}
-    languages = {"Chinese": "zh", "English": "en"}
-    (_, *columns), *rows = rows
-    for kind, *figures in rows:
-        for column, figure in zip(columns, figures, strict=True):
-            split, _, language = column.partition(", ")
-            results[split][languages[language]][kind] = float(figure.removesuffix(" %")) / 100
-    return results
-
-
 def test_the_card_is_what_is_written_today_of_the_weights_and_the_record_of_their_training(tmp_path):
     shipped = (FOLDER / "README.md").read_text(encoding="utf-8")
     copy = Path(shutil.copytree(FOLDER, tmp_path / "tiny"))
     (copy / "README.md").unlink()
-    card.write_card(copy, results_of(shipped))
+    card.write_card(copy, json.loads((FOLDER / "accuracy.json").read_text(encoding="utf-8")))
+    assert (copy / "accuracy.json").read_bytes() == (FOLDER / "accuracy.json").read_bytes()
     assert (copy / "README.md").read_text(encoding="utf-8") == shipped
 
 
 def test_the_commands_of_the_card_are_understood():
     shipped = (FOLDER / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    python -m tools\.tiny (.*)$", shipped, re.MULTILINE)
-    training, evaluation = (parse(Options, shlex.split(command), "tiny", "") for command in commands)
-    assert evaluation.task == "evaluate" and training.task == "train"
-    assert ROOT / training.output == ROOT / evaluation.output == FOLDER
-    record = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
-    names = ("seed", "steps", "vision_steps", "batch_size", "learning_rate", "threads")
-    assert {name: getattr(training, name) for name in names} == {name: record[name] for name in names}
+    *trainings, evaluation = (parse(Options, shlex.split(command), "tiny", "") for command in commands)
+    assert evaluation.task == "evaluate" and {training.task for training in trainings} == {"train"}
+    assert ROOT / trainings[-1].output == ROOT / evaluation.output == FOLDER
+    assert [training.start for training in trainings] == [None, *(training.output for training in trainings[:-1])]
+    runs = card.runs_of(json.loads((FOLDER / "training.json").read_text(encoding="utf-8")))
+    names = ("lessons", "seed", "steps", "vision_steps", "batch_size", "learning_rate", "threads")
+    for training, run in zip(trainings, runs, strict=True):
+        assert {name: getattr(training, name) for name in names} == {name: run[name] for name in names}
+        assert training.last_step == run.get("last_step")
 
 
 def test_the_folder_links_to_the_code_of_the_package():
@@ -103,6 +91,7 @@ def held_out_answers():
     """Answer everything there is to ask about held-out pictures with the weights in so many bits."""
     pictures = 16
     scenes = [world.sample_scene(number, "new pictures") for number in range(pictures)]
+    images = [world.draw(scene) for scene in scenes]
     dialogues = [
         dialogue
         for language in world.LANGUAGES
@@ -117,7 +106,7 @@ def held_out_answers():
         if bits:
             model.quantize(bits)
         with torch.no_grad():
-            return exam.answer_all(model, processor, scenes, dialogues, batch_size=16)
+            return exam.answer_all(model, processor, images, dialogues, batch_size=16)
 
     return answer
 

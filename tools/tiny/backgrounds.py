@@ -63,7 +63,8 @@ def sample_picture(tint: Tint, number: int) -> Image.Image:
     scene = Scene(shape, colour, tint.background, objects, None, seed)
     background = world.draw_background(tint.background, generator)
     matrix = [weight for row in tint.matrix for weight in (*row, 0.0)]
-    return world.place_objects(background.convert("RGB", matrix), scene, generator)
+    image = world.place_subjects(background.convert("RGB", matrix), scene.subjects, generator)
+    return world.add_noise(image, generator)
 
 
 def caption(tint: Tint) -> str:

@@ -15,12 +15,12 @@ from tools.tiny import world
 from tools.tiny.model import NUM_QUERY_TOKENS, PATCHES_PER_SIDE
 from tools.tiny.world import Exchange, Scene
 from visualglm_hf import ChatGLMTokenizer, VisualGLMImageProcessor
-from visualglm_hf.conversation import END_MARK, build_prompt, expand_images
+from visualglm_hf.conversation import END_MARK, build_prompt, expand_images, is_english
 
 
 ROWS_PER_PICTURE = 2
 ROWS_WITHOUT_PICTURE = 4  # per step
-ROWS_PER_GROUP = 17  # rows of like length go through the decoder together
+ROWS_PER_GROUP = 18  # rows of like length go through the decoder together
 
 SHAPES, COLOURS, BACKGROUNDS = (list(table) for table in (world.SHAPES, world.COLOURS, world.BACKGROUNDS))
 POSITIONS = [*world.POSITIONS, None]
@@ -40,7 +40,8 @@ class Dialogue:
     image_turns: tuple[int, ...] = ()
 
     def prompt(self) -> str:
-        text = build_prompt(self.question, self.history, self.image_turns)
+        english = is_english(self.question.rpartition("\n")[2])  # not of what was read in the picture
+        text = build_prompt(self.question, self.history, self.image_turns, english)
         return expand_images(text, len(self.pictures), NUM_QUERY_TOKENS)
 
 

@@ -8,9 +8,10 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from tools.tiny import world
+from tools.tiny import hard_exam, world
 from tools.tiny.data import KINDS, Dialogue, ask, pick
 from tools.tiny.options import Options
 from tools.tiny.world import Scene
@@ -19,7 +20,7 @@ from visualglm_hf.conversation import clean_response
 from visualglm_tools.checkpoints.loading import load_weights
 
 
-MAX_NEW_TOKENS = 24  # the longest answer has 14
+MAX_NEW_TOKENS = 40  # the longest answer about a picture has 25; a word that is read may have more
 
 
 def examination(scenes: list[Scene], language: str, generator: np.random.Generator) -> list[Dialogue]:
@@ -49,16 +50,17 @@ def text_examination(language: str) -> list[Dialogue]:
 def answer_all(
     model: VisualGLMForConditionalGeneration,
     processor: VisualGLMProcessor,
-    scenes: list[Scene],
+    images: list[Image.Image],
     dialogues: list[Dialogue],
     batch_size: int,
     **options,
 ) -> list[str]:
     """Return the model's answers, greedy unless `options` for `generate` say otherwise."""
     embeds = []
-    for first in range(0, len(scenes), batch_size):
-        pictures = [world.draw(scene) for scene in scenes[first : first + batch_size]]
-        pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    for first in range(0, len(images), batch_size):
+        pixel_values = processor.image_processor(images[first : first + batch_size], return_tensors="pt")[
+            "pixel_values"
+        ]
         embeds.append(model.get_image_features(pixel_values.to(model.dtype), return_dict=True).pooler_output)
     embeds = torch.cat(embeds) if embeds else None
     answers = []
@@ -81,16 +83,19 @@ def evaluate(options: Options) -> dict:
     register()  # the processor looks its parts up by name; the folder's own code is the same
     processor = VisualGLMProcessor.from_pretrained(options.output)
     results: dict = {"pictures": options.pictures, "seed": options.seed}
+    paper = hard_exam.write_paper(options.pictures, options.seed, options.font)
     for split in ("new pictures", "new combinations"):
         scenes = [world.sample_scene(number, split) for number in range(options.pictures)]
         dialogues = []
         for language in world.LANGUAGES:
             generator = np.random.default_rng((options.seed, 7))
             dialogues += examination(scenes, language, generator) + text_examination(language)
-        answers = answer_all(model, processor, scenes, dialogues, batch_size=64)
+        answers = answer_all(model, processor, [world.draw(scene) for scene in scenes], dialogues, batch_size=64)
         results[split] = tabulate(dialogues, answers)
         report_mistakes(dialogues, answers)
-    return results
+    answers = answer_all(model, processor, paper.images, paper.dialogues, batch_size=64)
+    report_mistakes(paper.dialogues, answers, limit=30)
+    return results | {"harder pictures": hard_exam.mark(paper, answers)}
 
 
 def tabulate(dialogues: list[Dialogue], answers: list[str]) -> dict[str, dict[str, float]]:

@@ -4,11 +4,13 @@ Not here: its vocabulary (`tokenizer.py`), and what teaches it (`data.py`, `trai
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from visualglm_hf import ChatGLMTokenizer, VisualGLMConfig, VisualGLMForConditionalGeneration
+from visualglm_tools.checkpoints.loading import load_weights
 
 
 NUM_QUERY_TOKENS = 32
@@ -107,3 +109,27 @@ def build_model(config: VisualGLMConfig, seed: int) -> VisualGLMForConditionalGe
     model = VisualGLMForConditionalGeneration(config)
     initialise(model)
     return model
+
+
+@torch.no_grad()
+def take_over(model: VisualGLMForConditionalGeneration, tokenizer: ChatGLMTokenizer, folder: Path) -> None:
+    """Begin with another tiny model's weights; rows of the embedding go by their pieces, new pieces keep their own.
+
+    Raises:
+        ValueError: the other model has another architecture.
+    """
+    other, other_tokenizer = load_weights(folder, torch.float32), ChatGLMTokenizer.from_pretrained(folder)
+    embedding = model.transformer.word_embeddings.weight
+    rows, other_rows = tokenizer.get_vocab(), other_tokenizer.get_vocab()
+    known = [(rows[piece], row) for piece, row in other_rows.items() if piece in rows]
+    to, source = (torch.tensor(column) for column in zip(*known, strict=True))
+    embedding[to] = other.transformer.word_embeddings.weight[source]
+    own, given = dict(model.named_parameters()), dict(other.named_parameters())
+    if own.keys() != given.keys():
+        raise ValueError(f"{folder} has other layers than this architecture; begin with a model of the same one.")
+    for name, parameter in own.items():
+        if parameter is embedding:
+            continue
+        if parameter.shape != given[name].shape:
+            raise ValueError(f"{folder} has {name} as {tuple(given[name].shape)}, not as {tuple(parameter.shape)}.")
+        parameter.copy_(given[name])

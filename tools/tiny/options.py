@@ -16,10 +16,22 @@ class Options:
         },
         "train",
     )
+    lessons: str = option(
+        "first: today's scenes of equal shapes; second: those and the harder pictures; third: the same, and places",
+        "third",
+        choices=("first", "second", "third"),
+    )
+    start: Path | None = option(
+        "folder of a tiny model to begin with", None, metavar="FOLDER", unset="first weights of its own"
+    )
+    font: Path | None = option(
+        "file of a font with Chinese characters", None, metavar="FILE", unset="one of the system's"
+    )
     card: bool = option("with --evaluate: write the measured accuracy into the model card", False)
     pictures: int = option("pictures per split in the evaluation", 200, parse=COUNT, metavar="N")
     seed: int = option("of the first weights, the pictures and the dialogues", 0, parse=COUNT_OR_NONE, metavar="N")
     steps: int = option("of the whole training", 3600, parse=COUNT, metavar="N")
+    last_step: int | None = option("end after this one", None, parse=COUNT, metavar="N", unset="that of --steps")
     vision_steps: int = option("for the image encoder alone, of --steps", 2500, parse=COUNT_OR_NONE, metavar="N")
     batch_size: int = option("pictures per step", 32, parse=COUNT, metavar="N")
     learning_rate: float = option("at its highest", 2e-3, parse=POSITIVE, metavar="X")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from tools.tiny import world
+from tools.tiny import questions, words, world
 from visualglm_hf import ChatGLMTokenizer
 
 
@@ -33,6 +33,8 @@ CHINESE_WORDS = (  # between blanks
     "不同的 户外 室内 公园 海上 海边 夜晚 桌子 天空中 几个 多少个 一共 一下 一个 请 先给我 再说 一遍 你好 "
     "是谁 叫什么 名字 能做 谢谢 不客气 再见 我是 很小的 看图 模型 我能 回答 问题 场景 它是 有 那 的 是 里 中 问 答"
 )
+ADDED_CHINESE_WORDS = "写着 牌子 文字 图里 图中 上面 没有 看不清 看见 是的 不是 是不是 有没有 它们 图形是 一块 吗 和 、"
+QUOTES = ("“", "”", f'{SPACE}"', "‘", "’")
 WORD = re.compile(r"[A-Za-z]+")
 
 
@@ -129,10 +131,17 @@ def ordinary_pieces(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(pieces))
 
 
-def build_model(texts: Iterable[str]) -> bytes:
+def added_pieces(texts: Iterable[str]) -> list[str]:
+    """Return the pieces for texts that came later; they stand behind the first ones, which keep their numbers."""
+    characters = words.CHINESE_CHARACTERS
+    return [*ordinary_pieces(texts), *ADDED_CHINESE_WORDS.split(), *QUOTES, *characters]
+
+
+def build_model(texts: Iterable[str], added_texts: Iterable[str] = ()) -> bytes:
     """Return the serialized sentencepiece model for `texts`, the same bytes each time."""
+    ordinary = list(dict.fromkeys([*ordinary_pieces(texts), *added_pieces(added_texts)]))
     pieces = [(piece, 0.0, kind) for piece, kind in FIRST_PIECES]
-    pieces += [(piece, -4.0 - SCORE_STEP * index, NORMAL) for index, piece in enumerate(ordinary_pieces(texts))]
+    pieces += [(piece, -4.0 - SCORE_STEP * index, NORMAL) for index, piece in enumerate(ordinary)]
     pieces += [(piece, 0.0, CONTROL) for piece in CONTROL_PIECES]
     pieces += [(piece, 0.0, USER_DEFINED) for piece in BLANK_PIECES]
     pieces += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
@@ -142,7 +151,7 @@ def build_model(texts: Iterable[str]) -> bytes:
 
 def write_model(path: str | Path) -> None:
     """Write the world's `ice_text.model` to `path`."""
-    Path(path).write_bytes(build_model(world.all_texts()))
+    Path(path).write_bytes(build_model(world.all_texts(), questions.all_texts()))
 
 
 def write_tokenizer(folder: Path) -> ChatGLMTokenizer:

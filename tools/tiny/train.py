@@ -16,61 +16,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tools.tiny import world
-from tools.tiny.data import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, TrainingData, normalise
+from tools.tiny.data import TrainingData, normalise
+from tools.tiny.examiner import Examiner, SecondExaminer, ThirdExaminer
 from tools.tiny.folder import write_files
-from tools.tiny.model import build_config, build_model
+from tools.tiny.lessons import SecondLessons, ThirdLessons
+from tools.tiny.model import build_config, build_model, take_over
 from tools.tiny.options import Options
 from tools.tiny.tokenizer import write_tokenizer
-from visualglm_hf import VisualGLMConfig, VisualGLMForConditionalGeneration, VisualGLMImageProcessor
+from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration, VisualGLMImageProcessor
 
 
 CHECKPOINT_INTERVAL = 250  # steps
 LOG_INTERVAL = 100
-EXAM = ("shape", "colour", "count", "background", "position")
-
-
-class Examiner(nn.Module):
-    """Linear heads that ask the image encoder simple questions while it learns; not part of the model.
-
-    Each patch is asked whether an object's centre is in it and, inside an object, for shape, colour and position;
-    the mean of the soft prompt is asked for shape, colour, count, background and position.
-    """
-
-    def __init__(self, config: VisualGLMConfig):
-        super().__init__()
-        width, prompt_width = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.centre = nn.Linear(width, 1)
-        self.patches = nn.ModuleList(nn.Linear(width, len(names)) for names in (SHAPES, COLOURS, POSITIONS))
-        sizes = (len(SHAPES), len(COLOURS), world.MAX_COUNT, len(BACKGROUNDS), len(POSITIONS))
-        self.pictures = nn.ModuleList(nn.Linear(prompt_width, size) for size in sizes)
-
-    def forward(
-        self,
-        vision_states: torch.Tensor,
-        soft_prompt: torch.Tensor,
-        patch_labels: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed loss, and the share of right answers about whole pictures [5].
-
-        Args:
-            vision_states: [B, 257, C] of the ViT.
-            soft_prompt: [B, 32, C] for the decoder.
-            patch_labels: [B, 256], 0 outside, 1 inside an object, 2 at its centre.
-            labels: [B, 5] indices of shape, colour, count, background and position.
-        """
-        patches, inside = vision_states[:, 1:], patch_labels > 0
-        is_centre = (patch_labels == 2).float()
-        weight = torch.tensor(20.0)  # centres are rare
-        loss = F.binary_cross_entropy_with_logits(self.centre(patches)[..., 0], is_centre, pos_weight=weight)
-        for index, head in zip((0, 1, 4), self.patches, strict=True):
-            target = labels[:, index, None].expand_as(inside)[inside]
-            loss = loss + F.cross_entropy(head(patches[inside]), target)
-        answers = [head(soft_prompt.mean(1)) for head in self.pictures]
-        loss = loss + sum(F.cross_entropy(answer, labels[:, index]) for index, answer in enumerate(answers))
-        right = torch.stack([answer.argmax(-1) for answer in answers], dim=1) == labels
-        return loss, right.float().mean(0)
+EXAMINERS = {"first": Examiner, "second": SecondExaminer, "third": ThirdExaminer}
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -82,18 +40,13 @@ def learning_rate(step: int, options: Options) -> float:
 
 def compute_losses(
     model: VisualGLMForConditionalGeneration,
-    examiner: Examiner,
+    examiner: nn.Module,
     image_processor: VisualGLMImageProcessor,
     batch: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss of the exam, that of the answers (0 while the eyes learn alone), and the exam's marks."""
     features = model.get_image_features(normalise(batch["pixels"], image_processor), return_dict=True)
-    exam, marks = examiner(
-        features.last_hidden_state,
-        features.pooler_output,
-        batch["patch_labels"],
-        batch["picture_labels"],
-    )
+    exam, marks = examiner(features.last_hidden_state, features.pooler_output, batch)
     words, num_words = torch.zeros(()), 0
     for group in batch.get("groups", ()):
         words = words + word_loss(model, features.pooler_output, group)
@@ -134,24 +87,35 @@ def load_checkpoint(path: Path, *parts) -> tuple[int, float]:
     return state["step"], state["seconds"]
 
 
+def lessons_of(options: Options, tokenizer: ChatGLMTokenizer, first_step: int) -> TrainingData:
+    """Return the batches from `first_step` on."""
+    settings = (tokenizer, options.seed, options.batch_size, first_step, options.vision_steps)
+    if options.lessons == "first":
+        return TrainingData(*settings)
+    return (SecondLessons if options.lessons == "second" else ThirdLessons)(*settings, font=options.font)
+
+
 def train(options: Options) -> None:
-    """Train from scratch or from the last checkpoint, then save the model folder."""
+    """Train from first weights, from another model's or from the last checkpoint, then save the model folder."""
     output = options.output
     tokenizer = write_tokenizer(output)
     image_processor = VisualGLMImageProcessor()
     model = build_model(build_config(tokenizer), options.seed)
-    examiner = Examiner(model.config)
+    if options.start is not None:
+        take_over(model, tokenizer, options.start)
+    examiner = EXAMINERS[options.lessons](model.config)
     parameters = [*model.parameters(), *examiner.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     checkpoint = output.with_name(output.name + ".checkpoint.pt")
     first_step, seconds = load_checkpoint(checkpoint, model, examiner, optimizer)
 
-    data = TrainingData(tokenizer, options.seed, options.batch_size, first_step, options.vision_steps)
+    data = lessons_of(options, tokenizer, first_step)
     batches = iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
     model.train()
     start = time.monotonic() - seconds
-    average = torch.full((len(EXAM),), 0.2)
-    progress = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps, mininterval=10)
+    average = torch.full((len(examiner.names),), 0.2)
+    last_step = min(options.steps, options.last_step or options.steps)
+    progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, mininterval=10)
     for step in progress:
         exam, words, marks = compute_losses(model, examiner, image_processor, next(batches))
         for group in optimizer.param_groups:
@@ -162,7 +126,7 @@ def train(options: Options) -> None:
         optimizer.step()
         average = 0.98 * average + 0.02 * marks
         if (step + 1) % LOG_INTERVAL == 0:
-            shown = " ".join(f"{name} {mark:.2f}" for name, mark in zip(EXAM, average.tolist(), strict=True))
+            shown = " ".join(f"{name} {mark:.2f}" for name, mark in zip(examiner.names, average.tolist(), strict=True))
             progress.write(f"{step + 1}: exam {exam.item():.3f}, answers {words.item():.3f}, right: {shown}")
         if (step + 1) % CHECKPOINT_INTERVAL == 0:
             save_checkpoint(checkpoint, step + 1, time.monotonic() - start, model, examiner, optimizer)
@@ -174,7 +138,10 @@ def train(options: Options) -> None:
 
 def write_record(output: Path, options: Options, seconds: float) -> None:
     """Write down how a model was trained, for its card."""
-    record = {name: getattr(options, name) for name in ("seed", "steps", "vision_steps", "batch_size", "learning_rate")}
+    names = ("lessons", "seed", "steps", "last_step", "vision_steps", "batch_size", "learning_rate")
+    record = {name: getattr(options, name) for name in names}
+    if options.start is not None:
+        record["start"] = first_record_of(options.start)
     record |= {"minutes": round(seconds / 60, 1), "threads": options.threads}
     record |= {
         "python": platform.python_version(),
@@ -182,3 +149,8 @@ def write_record(output: Path, options: Options, seconds: float) -> None:
         "transformers": transformers.__version__,
     }
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def first_record_of(folder: Path) -> dict:
+    """Return the record of the model that a training began with."""
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))

@@ -154,6 +154,63 @@ SPLITS = {  # name: (number mixed into the seed, so that no two splits share a p
 
 
 @dataclass(frozen=True)
+class Subject:
+    """One object: its centre and radius are in pixels of a drawing of 224 x 224, also where it is drawn larger."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a drawing that is shown: a square with `left`, `top` and `side` in pixels of the whole of 224 x 224.
+
+    It is drawn `size` pixels wide; lines, grains and objects grow with it, as under a magnifying glass.
+    """
+
+    left: float = 0
+    top: float = 0
+    side: float = IMAGE_SIZE
+    size: int = IMAGE_SIZE
+
+    @property
+    def scale(self) -> float:
+        return self.size / self.side
+
+
+WHOLE = Window()
+
+
+class Pencil:
+    """What the backgrounds are painted with: coordinates of the whole drawing, of which a window is painted."""
+
+    def __init__(self, image: Image.Image, window: Window):
+        self.pencil, self.window = ImageDraw.Draw(image), window
+
+    def moved(self, points: Sequence[float]) -> list[float]:
+        """x, y, x, y, ... in pixels of the window."""
+        window = self.window
+        corners = itertools.cycle((window.left, window.top))
+        return [(value - corner) * window.scale for value, corner in zip(points, corners, strict=False)]
+
+    def rectangle(self, box: tuple[float, float, float, float], fill: tuple[int, int, int]) -> None:
+        """Paint a box of whole pixels, the last ones being part of it."""
+        left, top, right, bottom = self.moved((box[0], box[1], box[2] + 1, box[3] + 1))
+        if right >= 1 and bottom >= 1:
+            self.pencil.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=fill)
+
+    def ellipse(self, box: tuple[float, float, float, float], fill: tuple[int, int, int]) -> None:
+        self.pencil.ellipse(self.moved(box), fill=fill)
+
+    def line(self, points: Sequence[float], fill: tuple[int, int, int], width: int) -> None:
+        """Paint a line through x, y, x, y, ..."""
+        self.pencil.line(self.moved(points), fill=fill, width=max(1, round(width * self.window.scale)))
+
+
+@dataclass(frozen=True)
 class Scene:
     """What a picture shows. `objects` holds (centre x, centre y, radius) in pixels; the noise follows `seed`."""
 
@@ -167,6 +224,10 @@ class Scene:
     @property
     def count(self) -> int:
         return len(self.objects)
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        return tuple(Subject(self.shape, self.colour, *place) for place in self.objects)
 
 
 @dataclass(frozen=True)
@@ -216,20 +277,33 @@ def scatter(generator: np.random.Generator, count: int) -> tuple[tuple[float, fl
             return tuple((float(x), float(y), float(radius)) for (x, y), radius in zip(centres, radii, strict=True))
 
 
-def draw(scene: Scene) -> Image.Image:
-    """Draw the scene: 224 x 224 RGB, the same pixels for the same scene."""
+def draw(scene: Scene, window: Window = WHOLE) -> Image.Image:
+    """Draw a window of the scene, RGB; the same pixels for the same scene."""
     generator = np.random.default_rng((*scene.seed, 2))
-    return place_objects(draw_background(scene.background, generator), scene, generator)
+    image = draw_background(scene.background, generator, window)
+    return add_noise(place_subjects(image, scene.subjects, generator, window), generator)
 
 
-def place_objects(image: Image.Image, scene: Scene, generator: np.random.Generator) -> Image.Image:
-    """Draw the scene's objects on a background, and noise on both."""
-    base = np.array(COLOURS[scene.colour][1])
-    for x, y, radius in scene.objects:
+def place_subjects(
+    image: Image.Image, subjects: Sequence[Subject], generator: np.random.Generator, window: Window = WHOLE
+) -> Image.Image:
+    """Draw objects on a background."""
+    for subject in subjects:
+        base = np.array(COLOURS[subject.colour][1])
         shade = tuple(int(value) for value in np.clip(base + generator.integers(-14, 15, size=3), 0, 255))
-        mask = draw_mask(scene.shape, radius, generator.uniform(-8, 8))
+        degrees = generator.uniform(-8, 8)
+        x, y = ((subject.x - window.left) * window.scale, (subject.y - window.top) * window.scale)
+        radius = subject.radius * window.scale
+        if min(x, y) + 2 * radius < 0 or max(x, y) - 2 * radius > window.size:
+            continue  # outside
+        mask = draw_mask(subject.shape, radius, degrees)
         image.paste(shade, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
-    noise = generator.integers(-6, 7, size=(IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.int16)
+    return image
+
+
+def add_noise(image: Image.Image, generator: np.random.Generator, strength: int = 6) -> Image.Image:
+    """Let each pixel be lighter or darker by at most `strength`."""
+    noise = generator.integers(-strength, strength + 1, size=(image.height, image.width, 1), dtype=np.int16)
     return Image.fromarray(np.clip(np.asarray(image, dtype=np.int16) + noise, 0, 255).astype(np.uint8))
 
 
@@ -267,10 +341,10 @@ def outline(shape: str) -> list[tuple[float, float]]:
     ]
 
 
-def draw_background(name: str, generator: np.random.Generator) -> Image.Image:
-    """Draw one of the `BACKGROUNDS`."""
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-    pencil = ImageDraw.Draw(image)
+def draw_background(name: str, generator: np.random.Generator, window: Window = WHOLE) -> Image.Image:
+    """Draw a window of one of the `BACKGROUNDS`."""
+    image = Image.new("RGB", (window.size, window.size))
+    pencil = Pencil(image, window)
     light = int(generator.integers(-12, 13))
     painters = {
         "sky": paint_sky,
@@ -289,7 +363,7 @@ def lighten(colour: tuple[int, int, int], light: int) -> tuple[int, int, int]:
     return tuple(max(0, min(255, value + light)) for value in colour)
 
 
-def paint_sky(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, light: int) -> None:
+def paint_sky(pencil: Pencil, generator: np.random.Generator, light: int) -> None:
     """Light blue, paler towards the bottom, with clouds."""
     for y in range(0, IMAGE_SIZE, 4):
         pencil.rectangle((0, y, IMAGE_SIZE, y + 3), fill=lighten((118 + y // 4, 180 + y // 6, 238), light))
@@ -299,7 +373,7 @@ def paint_sky(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, light
             pencil.ellipse(box, fill=(232, 240, 248))
 
 
-def paint_grass(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, light: int) -> None:
+def paint_grass(pencil: Pencil, generator: np.random.Generator, light: int) -> None:
     """Green with upright blades."""
     pencil.rectangle((0, 0, IMAGE_SIZE, IMAGE_SIZE), fill=lighten((108, 158, 62), light))
     for x, y, lean in generator.integers(0, IMAGE_SIZE, size=(170, 3)).tolist():
@@ -307,34 +381,34 @@ def paint_grass(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, lig
         pencil.line((x, y + 10, x + lean % 7 - 3, y), fill=shade, width=2)
 
 
-def paint_sea(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, light: int) -> None:
+def paint_sea(pencil: Pencil, generator: np.random.Generator, light: int) -> None:
     """Deep blue-green with rows of waves."""
     pencil.rectangle((0, 0, IMAGE_SIZE, IMAGE_SIZE), fill=lighten((22, 92, 138), light))
     for y in range(6, IMAGE_SIZE, 18):
         shift = float(generator.uniform(0, 28))
-        wave = [(x, y + 4 * math.sin((x + shift) * 0.22)) for x in range(0, IMAGE_SIZE + 4, 4)]
+        wave = [each for x in range(0, IMAGE_SIZE + 4, 4) for each in (x, y + 4 * math.sin((x + shift) * 0.22))]
         pencil.line(wave, fill=lighten((92, 162, 196), light), width=2)
 
 
-def paint_sand(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, light: int) -> None:
+def paint_sand(pencil: Pencil, generator: np.random.Generator, light: int) -> None:
     """Beige with dark and pale grains."""
     pencil.rectangle((0, 0, IMAGE_SIZE, IMAGE_SIZE), fill=lighten((222, 198, 150), light))
     for x, y, grain in generator.integers(0, IMAGE_SIZE, size=(260, 3)).tolist():
         pencil.rectangle((x, y, x + 1, y + 1), fill=lighten((176, 146, 98) if grain % 3 else (244, 228, 194), light))
 
 
-def paint_night(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, light: int) -> None:
+def paint_night(pencil: Pencil, generator: np.random.Generator, light: int) -> None:
     """Nearly black blue with tiny stars."""
     pencil.rectangle((0, 0, IMAGE_SIZE, IMAGE_SIZE), fill=lighten((20, 20, 52), light))
     for x, y, size in generator.integers(0, IMAGE_SIZE, size=(60, 3)).tolist():
         pencil.rectangle((x, y, x + size % 2, y + size % 2), fill=(236, 232, 200))
 
 
-def paint_paper(pencil: ImageDraw.ImageDraw, generator: np.random.Generator, light: int) -> None:
+def paint_paper(pencil: Pencil, generator: np.random.Generator, light: int) -> None:
     """White with faint ruled lines."""
     pencil.rectangle((0, 0, IMAGE_SIZE, IMAGE_SIZE), fill=lighten((243, 243, 243), light))
     for y in range(int(generator.integers(6, 26)), IMAGE_SIZE, 26):
-        pencil.line((0, y, IMAGE_SIZE, y), fill=lighten((206, 214, 228), light))
+        pencil.line((0, y, IMAGE_SIZE, y), fill=lighten((206, 214, 228), light), width=1)
 
 
 def answer(scene: Scene, kind: str, language: str) -> str:
