@@ -51,7 +51,8 @@ def renew(monkeypatch):
 
     def make() -> CpuQuantizing:
         user = CpuQuantizing()
-        monkeypatch.setattr(quantization, "CPU_QUANTIZING", user)
+        for module in (quantization, cpu_quantizing):
+            monkeypatch.setattr(module, "CPU_QUANTIZING", user)
         return user
 
     return make
