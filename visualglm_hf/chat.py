@@ -22,24 +22,31 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .attention_maps import SeenPicture, see
 from .compilation import resolve_compile_config
 from .conversation import build_prompt, check_history, check_query, clean_response, expand_images, uncleaned
 from .fetching import fetch_picture
 from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
-from .image_processing_visualglm import VisualGLMImageProcessor
+from .image_processing_visualglm import VisualGLMImageProcessor, open_picture
+from .zooming import count_looks, zoom_in
 
 
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
-NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english")  # arguments that are not `generate`'s
+# Arguments that are not `generate`'s.
+NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english", "zoom")
 
 
 @dataclass(frozen=True)
 class GivenImage:
-    """A picture that a caller gives: a digest of its pixels, and its pixel values [1, 3, H, W]."""
+    """A picture that a caller gives: a digest of its pixels, and its pixel values [1, 3, H, W].
+
+    `picture` is itself in its full pixels, a PIL image, where these are wanted.
+    """
 
     digest: str
     pixel_values: torch.Tensor
+    picture: Any = None
 
 
 @dataclass
@@ -50,6 +57,8 @@ class Turn:
     query: str
     history: ChatHistory
     images: tuple[RememberedImage, ...]  # those that stand before the query
+    seen: SeenPicture | None = None  # the one that is looked into, if one is
+    place: int = 0  # of that among the pictures of the prompt
 
     @property
     def prompt_length(self) -> int:
@@ -159,6 +168,18 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
             )
 
 
+def choose_image(images: Sequence[GivenImage], number: int, has_history: bool) -> GivenImage:
+    """The given picture of this number; a `ValueError` if there is none."""
+    if not images:
+        remembered = "The history remembers only what the model made of it: pass it again" if has_history else "Pass it"
+        raise ValueError(
+            f"look() and zoom need the picture itself. {remembered}, as chat(tokenizer, image_path, query)."
+        )
+    if isinstance(number, bool) or not isinstance(number, int) or not -len(images) <= number < len(images):
+        raise ValueError(f"number must be that of one of the {len(images)} pictures given, found {number!r}.")
+    return images[number]
+
+
 def checked_turns(history: Iterable | None) -> list[Sequence[str]]:
     """The turns of what a caller has for a history, None for none; a `ValueError` as in `check_history`."""
     if history is None or isinstance(history, Iterator):
@@ -206,6 +227,7 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        zoom: bool | int = False,
         *,
         given: dict[str, Any],
         **kwargs,
@@ -231,6 +253,9 @@ class ChatMixin:
                 `generation_config` among the keywords sets holds instead, unless it is given here, too; the defaults,
                 which are the original's, hold instead of those of the model's own `generation_config`.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the query's language.
+            zoom: whether to answer from the part of the picture that matters to the question, cropped from its full
+                pixels; a number looks so many times, each time into what was cropped. The picture must be given, also
+                if the history remembers it; of several, the last is looked into. The history remembers the whole one.
             **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`, `min_new_tokens`
                 `min_length`; `compile=True` makes all answers but the first faster, for which the step from token to
                 token is compiled.
@@ -244,7 +269,7 @@ class ChatMixin:
         """
         # The options are taken from `given`: which of them were left open is known there only.
         options = self.generation_options(tokenizer, **given)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"), zoom)
         output = self.generate(**turn.inputs, **options)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
         return turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
@@ -265,6 +290,7 @@ class ChatMixin:
         repetition_penalty: float = 1.2,
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
+        zoom: bool | int = False,
         *,
         given: dict[str, Any],
         **kwargs,
@@ -276,7 +302,7 @@ class ChatMixin:
         """
         tokens = TokenQueue(given.pop("streamer", None))
         options = self.generation_options(tokenizer, **given, streamer=tokens)
-        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"))
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"), zoom)
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
@@ -303,10 +329,24 @@ class ChatMixin:
             yield response, history
 
     def prepare_turn(
-        self, tokenizer, image_path, query, history, english: bool | None = None, max_length: int | None = None
+        self,
+        tokenizer,
+        image_path,
+        query,
+        history,
+        english: bool | None = None,
+        max_length: int | None = None,
+        zoom: bool | int = False,
+        look: int | None = None,
     ) -> Turn:
-        """Check everything that is cheap to check, then encode the pictures that are new."""
-        turns = checked_turns(history)
+        """Check everything that is cheap to check, then encode the pictures that are new.
+
+        Args:
+            zoom: see `chat`.
+            look: the number of the given picture that will be looked into; None for none, or for the last one if there
+                is a zoom.
+        """
+        turns, looks = checked_turns(history), count_looks(zoom)
         if query is None:
             image_path, query = None, image_path
             if not turns and isinstance(query, str) and os.path.isfile(query):
@@ -315,19 +355,31 @@ class ChatMixin:
         check_tokenizer(tokenizer, self.config.text_config)
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
-        given = self.open_images(image_path)
+        look = -1 if look is None and looks else look
+        given = self.open_images(image_path, keeps_pictures=look is not None)
+        looked_into = None if look is None else choose_image(given, look, has_history=bool(history.images))
         joining = [image for image in given if image.digest not in shown_last(history)]
 
         image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
         prompt = build_prompt(query, history, image_turns, english)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
-        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images})
+        known = {image.digest: image.embeds for image in history.images}
+        turn = Turn(inputs, query, history, ())
+        if looked_into is not None:
+            turn.seen = see(self, looked_into.picture, looked_into.pixel_values)
+            known.setdefault(looked_into.digest, turn.seen.embeds)
+            digests = [image.digest for image in (*history.images, *joining)]
+            turn.place = len(digests) - 1 - digests[::-1].index(looked_into.digest)
+        images = self.remember_images(joining, known)
         if place < len(history):  # in front of a plain list
             history[place], images = AnsweredTurn(history[place], images), ()
         embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
         if embeds:
             inputs["image_embeds"] = torch.cat(embeds)
-        return Turn(inputs, query, history, images)
+        turn.images = images
+        if looks:
+            zoom_in(self, turn, looks)
+        return turn
 
     def check_embeds(self, history: ChatHistory) -> None:
         """Raise a `ValueError` if another model has encoded a picture of the history."""
@@ -340,8 +392,11 @@ class ChatMixin:
                     "history, and the picture again."
                 )
 
-    def open_images(self, image_path) -> list[GivenImage]:
-        """The picture or the list of pictures that a caller gives; None and "" are none."""
+    def open_images(self, image_path, keeps_pictures: bool = False) -> list[GivenImage]:
+        """The picture or the list of pictures that a caller gives, with their full pixels or without.
+
+        None and "" are none.
+        """
         if image_path is None or (isinstance(image_path, str) and not image_path):
             return []
         sources = image_path if isinstance(image_path, (list, tuple)) else [image_path]
@@ -349,10 +404,14 @@ class ChatMixin:
             return []
         image_size = self.config.vision_config.image_size
         image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-        pixel_values = image_processor([fetch_picture(source) for source in sources], return_tensors="pt")
+        sources = [fetch_picture(source) for source in sources]
+        if keeps_pictures:
+            sources = [open_picture(source) for source in sources]
+        pixel_values = image_processor(sources, return_tensors="pt")["pixel_values"]
+        pictures = sources if keeps_pictures else [None] * len(pixel_values)
         return [
-            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None])
-            for pixels in pixel_values["pixel_values"]
+            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None], picture)
+            for pixels, picture in zip(pixel_values, pictures, strict=True)
         ]
 
     def remember_images(

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a picture that matters to a question, cropped from its full pixels: what `chat(..., zoom=True)` adds.
+
+The question is put to the whole picture first, as far as the position from which the answer begins. Where that looks is
+cropped, and the crop takes the picture's place in the prompt that is answered. Not here: where it looks
+(`attention_maps.py`), and prompts and histories (`chat.py`). Source: ViCrop (arXiv:2502.17422), with two differences,
+both measured on drawings: the crop replaces the picture instead of joining it, and its size follows the map.
+
+A *region* is (left, upper, right, lower), in pixels of the picture.
+"""
+
+import numbers
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from transformers.utils import logging
+
+from .attention_maps import map_attention, see
+
+
+logger = logging.get_logger(__name__)
+
+MOST_LOOKS = 4  # each can make the picture four times as large
+Region = tuple[int, int, int, int]
+
+# Chosen on drawings, see docs/limits.md. Parts of the map's peak, of the heaviest spot, and of the longer side.
+LEAST_ATTENTION = 0.15  # of the peak, from which on a patch belongs to a spot
+LEAST_SPOT = 0.25  # of the heaviest spot, from which on another one matters, too
+MARGIN = 2.5  # the crop's side, in sides of what matters
+SMALLEST_CROP, LARGEST_CROP = 0.25, 0.5  # of the longer side; larger ones gain less than they lose
+
+
+def count_looks(zoom) -> int:
+    """How many looks `zoom` asks for, 0 for none; a `ValueError` if it is no such number."""
+    is_number = isinstance(zoom, numbers.Integral) or zoom is None
+    if not is_number or not 0 <= int(zoom or 0) <= MOST_LOOKS:
+        raise ValueError(
+            f"zoom must be True, False or a number of looks from 0 to {MOST_LOOKS}, found {zoom!r}. True is one look."
+        )
+    return int(zoom or 0)
+
+
+def zoom_obstacle(size: tuple[int, int], image_size: int) -> str | None:
+    """Why zooming into a picture of this width and height has nothing to gain; None if it may have."""
+    if LARGEST_CROP * max(size) >= image_size:
+        return None
+    return (
+        f"zoom has nothing to gain from a picture of {size[0]} x {size[1]} pixels, of which the model sees "
+        f"{image_size} x {image_size} anyway: it is answered without. Pass one of {round(image_size / LARGEST_CROP)} "
+        "pixels or more on a side."
+    )
+
+
+def zoom_in(model, turn, looks: int) -> None:
+    """Put the part that matters in the place of the picture that is looked into, as often as it gains something.
+
+    Args:
+        model: the one that answers.
+        turn: `chat`'s, with `seen` and its `place`; its inputs are changed.
+        looks: at most.
+    """
+    image_size, seen = model.config.vision_config.image_size, turn.seen
+    obstacle = zoom_obstacle(seen.picture.size, image_size)
+    if obstacle is not None:
+        logger.warning(obstacle)
+        return
+    input_ids, image_embeds = turn.inputs["input_ids"], turn.inputs["image_embeds"]
+    for _ in range(looks):
+        first = input_ids.shape[1] - 1  # the position from which the answer begins
+        attention_map = map_attention(model, input_ids, image_embeds, turn.place, first, seen.sources)
+        region = find_region(attention_map, seen.picture.size, image_size)
+        if region is None:
+            return
+        [crop] = model.open_images([seen.picture.crop(region)], keeps_pictures=True)
+        seen = see(model, crop.picture, crop.pixel_values)
+        image_embeds[turn.place] = seen.embeds[0]
+
+
+def find_region(attention_map: torch.Tensor, size: tuple[int, int], image_size: int) -> Region | None:
+    """The part of a picture that a map points at; None if it has nothing to gain from being seen larger.
+
+    It is a square, where the picture is not narrower, around all spots that matter, and not smaller than what the model
+    sees without enlarging it.
+
+    Args:
+        attention_map: [side, side] over the whole picture.
+        size: width and height of the picture, in pixels.
+        image_size: of what the model sees, in pixels.
+    """
+    width, height = size
+    rows, columns = len(attention_map), len(attention_map[0])
+    patches = matter(attention_map.tolist())
+    upper, lower = min(y for y, _ in patches) / rows * height, (max(y for y, _ in patches) + 1) / rows * height
+    left, right = min(x for _, x in patches) / columns * width, (max(x for _, x in patches) + 1) / columns * width
+    longer = max(size)
+    side = max(MARGIN * max(right - left, lower - upper), SMALLEST_CROP * longer, image_size)
+    if side > LARGEST_CROP * longer:
+        return None
+    (first, last), (top, bottom) = fit((left + right) / 2, side, width), fit((upper + lower) / 2, side, height)
+    return first, top, last, bottom
+
+
+def fit(middle: float, side: float, length: int) -> tuple[int, int]:
+    """First and last pixel, the last excluded, of `side` pixels around `middle`, or as near to it as all exist."""
+    side = min(round(side), length)
+    first = min(max(round(middle - side / 2), 0), length - side)
+    return first, first + side
+
+
+def matter(attention_map: list[list[float]]) -> list[tuple[int, int]]:
+    """The patches (y, x) of all spots that matter: neighbours in a spot touch, with their corners at least."""
+    least = LEAST_ATTENTION * max(map(max, attention_map))
+    bright = {(y, x) for y, row in enumerate(attention_map) for x, value in enumerate(row) if value >= least}
+    spots = list(separate(bright))
+    weights = [sum(attention_map[y][x] for y, x in spot) for spot in spots]
+    return [
+        patch
+        for spot, weight in zip(spots, weights, strict=True)
+        if weight >= LEAST_SPOT * max(weights)
+        for patch in spot
+    ]
+
+
+def separate(patches: set[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """The patches spot by spot."""
+    left = set(patches)
+    while left:
+        spot, queue = [], deque([left.pop()])
+        while queue:
+            y, x = queue.popleft()
+            spot.append((y, x))
+            near = left & {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+            left -= near
+            queue.extend(near)
+        yield spot
