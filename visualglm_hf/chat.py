@@ -171,10 +171,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
 def choose_image(images: Sequence[GivenImage], number: int, has_history: bool) -> GivenImage:
     """The given picture of this number; a `ValueError` if there is none."""
     if not images:
-        remembered = "The history remembers only what the model made of it: pass it again" if has_history else "Pass it"
-        raise ValueError(
-            f"look() and zoom need the picture itself. {remembered}, as chat(tokenizer, image_path, query)."
-        )
+        again = "again: the history remembers only what the model made of it" if has_history else "before the query"
+        raise ValueError(f"look() and zoom need the picture itself. Pass it {again}.")
     if isinstance(number, bool) or not isinstance(number, int) or not -len(images) <= number < len(images):
         raise ValueError(f"number must be that of one of the {len(images)} pictures given, found {number!r}.")
     return images[number]

@@ -57,24 +57,28 @@ def zoom_in(model, turn, looks: int) -> None:
 
     Args:
         model: the one that answers.
-        turn: `chat`'s, with `seen` and its `place`; its inputs are changed.
+        turn: `chat`'s, with `seen` and its `place`; this and its inputs are changed.
         looks: at most.
     """
-    image_size, seen = model.config.vision_config.image_size, turn.seen
-    obstacle = zoom_obstacle(seen.picture.size, image_size)
+    image_size = model.config.vision_config.image_size
+    obstacle = zoom_obstacle(turn.seen.picture.size, image_size)
     if obstacle is not None:
         logger.warning(obstacle)
         return
-    input_ids, image_embeds = turn.inputs["input_ids"], turn.inputs["image_embeds"]
     for _ in range(looks):
-        first = input_ids.shape[1] - 1  # the position from which the answer begins
-        attention_map = map_attention(model, input_ids, image_embeds, turn.place, first, seen.sources)
-        region = find_region(attention_map, seen.picture.size, image_size)
+        region = find_region(look_ahead(model, turn), turn.seen.picture.size, image_size)
         if region is None:
             return
-        [crop] = model.open_images([seen.picture.crop(region)], keeps_pictures=True)
-        seen = see(model, crop.picture, crop.pixel_values)
-        image_embeds[turn.place] = seen.embeds[0]
+        [crop] = model.open_images([turn.seen.picture.crop(region)], keeps_pictures=True)
+        turn.seen = see(model, crop.picture, crop.pixel_values)
+        turn.inputs["image_embeds"][turn.place] = turn.seen.embeds[0]
+
+
+def look_ahead(model, turn) -> torch.Tensor:
+    """The map [side, side] of where a turn looks from the position at which its answer begins; see `zoom_in`."""
+    inputs = turn.inputs
+    first = inputs["input_ids"].shape[1] - 1
+    return map_attention(model, inputs["input_ids"], inputs["image_embeds"], turn.place, first, turn.seen.sources)
 
 
 def find_region(attention_map: torch.Tensor, size: tuple[int, int], image_size: int) -> Region | None:

@@ -20,8 +20,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from visualglm_tools.options import COUNT_OR_NONE, number, one_of, option
+from visualglm_tools.output_files import behind_links
 from visualglm_tools.printing import printable, report
 from visualglm_tools.prompt_bar import prompt_bar
 from visualglm_tools.serving.engine.text import stable_part
@@ -71,6 +73,7 @@ class Options(SamplingOptions, ModelOptions):
         "picture to begin with; together with --query, print one answer and end", None, metavar="PATH_OR_URL"
     )
     query: str | None = option("question to answer on stdout, without a conversation", None, metavar="TEXT")
+    look: Path | None = option("with --query: where the model looked, as a picture to write", None, metavar="FILE.png")
     english: bool = option("answer in English only", False)
     prompt_zh: str = option("first question about each picture", "描述这张图片。", metavar="TEXT")
     prompt_en: str = option("the same with --english", "Describe the image.", metavar="TEXT")
@@ -78,6 +81,14 @@ class Options(SamplingOptions, ModelOptions):
     greedy: bool = option("always take the likeliest token: no randomness", False, group="answers")
     seed: int | None = option(
         "makes the random choices repeatable", None, parse=COUNT_OR_NONE, metavar="N", group="answers"
+    )
+    zoom: int = one_of(
+        {
+            "zoom": (1, "answer from the part of the picture that matters to the question, in its full pixels"),
+            "zoom-twice": (2, "look into that part once more"),
+        },
+        0,
+        group="answers",
     )
     speed_up: str | None = one_of(
         {
@@ -186,6 +197,18 @@ def open_source(source: str | None):
     return open_picture(fetch_picture(clean_path(source))) if source else None
 
 
+def choose_zoom(looks: int, picture, model) -> int:
+    """How many looks a picture is worth of those that were asked for; where it is none, that is said."""
+    if not looks or picture is None:
+        return 0
+    from visualglm_hf.zooming import zoom_obstacle
+
+    obstacle = zoom_obstacle(picture.size, model.config.vision_config.image_size)
+    if obstacle is not None:
+        print(f"({obstacle})", file=sys.stderr)
+    return 0 if obstacle else looks
+
+
 def report_or_stop(error: BaseException, hint: str = "") -> None:
     """One line on stderr that says what went wrong."""
     if isinstance(error, KeyboardInterrupt):
@@ -200,6 +223,7 @@ class Conversation:
     def __init__(self, model, tokenizer, options: dict, language: str):
         self.model, self.tokenizer, self.options, self.language = model, tokenizer, options, language
         self.picture, self.history = None, []
+        self.zoom = options.get("zoom", 0)  # as it was asked for
 
     def choose_picture(self, source: str | None) -> None:
         """Open `source`, or else ask until there is a picture that can be opened, or an empty line for none.
@@ -212,6 +236,7 @@ class Conversation:
                 source = read_line(ASK_PICTURE[self.language])
             try:
                 self.picture = open_source(source)
+                self.options = self.options | {"zoom": choose_zoom(self.zoom, self.picture, self.model)}
                 return
             except (ValueError, KeyboardInterrupt) as error:
                 if not sys.stdin.isatty():
@@ -229,9 +254,11 @@ class Conversation:
             return torch.full((len(input_ids),), button.is_set(), device=input_ids.device)
 
         try:
+            # The history remembers it from the first answer on, but not its full pixels, which a zoom needs.
+            picture = None if self.history and not self.options.get("zoom") else self.picture
             stream = self.model.stream_chat(
                 self.tokenizer,
-                None if self.history else self.picture,  # the history remembers it from the first answer on
+                picture,
                 query,
                 history=self.history,
                 stopping_criteria=[is_pressed],
@@ -322,14 +349,41 @@ def answer_keywords(options: Options, tokenizer) -> dict:
     """The keywords of `chat` and `stream_chat`."""
     keywords = {name: getattr(options, name) for name in ("max_length", "top_p", "top_k", "temperature")}
     keywords |= {"do_sample": not options.greedy, "compile": choose_compilation(options)}
+    if options.zoom:
+        keywords["zoom"] = options.zoom
     if options.english:
         keywords |= {"english": True, "suppress_tokens": english_only_token_ids(tokenizer.get_vocab())}
     return keywords
 
 
+def check_look(options: Options) -> None:
+    """Raise a `ValueError` for a picture of where the model looks that cannot be made, before the model is loaded."""
+    if options.look is None:
+        return
+    if options.query is None or options.image is None:
+        raise ValueError("--look shows where one answer looked. Give --image and --query.")
+    if options.zoom:
+        raise ValueError("--look shows the whole picture, and --zoom answers from a part of it. Give one of them.")
+    if options.look.suffix.lower() != ".png":
+        raise ValueError(f"--look must be the name of a .png file, found {str(options.look)!r}.")
+    if not options.look.parent.is_dir():
+        raise ValueError(f"there is no folder {str(options.look.parent)!r} for {options.look.name!r}.")
+
+
+def answer_once(model, tokenizer, picture, options: Options, keywords: dict) -> str:
+    """The answer to the option's question; with --look, a picture of where it looked, too."""
+    if options.look is None:
+        zoom = choose_zoom(options.zoom, picture, model)
+        return model.chat(tokenizer, picture, options.query, **keywords | {"zoom": zoom})[0]
+    look = model.look(tokenizer, picture, options.query, **keywords)
+    look.overlay().save(behind_links(options.look), "PNG")
+    return look.response
+
+
 def run(options: Options) -> None:
     """Answer one question, or talk until the user leaves; a `ValueError` says why not."""
     options.check()
+    check_look(options)
     try:
         picture = open_source(options.image) if options.query is not None else None  # before the model is loaded
         model, tokenizer = open_model(options)
@@ -338,7 +392,7 @@ def run(options: Options) -> None:
             with contextlib.suppress(Stop):
                 converse(model, tokenizer, keywords, options)
         else:
-            response, _ = model.chat(tokenizer, picture, options.query, **keywords)
+            response = answer_once(model, tokenizer, picture, options, keywords)
             print(printable(response) if sys.stdout.isatty() else response, flush=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal has shown ^C
