@@ -178,7 +178,7 @@ TOOL_ROOMS = {
         "serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",
-        model="compilation fetching image_processing_visualglm",
+        model="compilation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),
     "checkpoints": Room(
@@ -195,8 +195,8 @@ TOOL_ROOMS = {
     ),
     "serving/engine": Room(
         tools="checkpoints.loading printing",
-        model="chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
-        "tokenization_chatglm visualglm_hf",
+        model="attention_maps chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
+        "tokenization_chatglm visualglm_hf zooming",
         packages="PIL jinja2 numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(

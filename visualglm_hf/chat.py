@@ -376,7 +376,8 @@ class ChatMixin:
             inputs["image_embeds"] = torch.cat(embeds)
         turn.images = images
         if looks:
-            zoom_in(self, turn, looks)
+            input_ids, image_embeds = inputs["input_ids"], inputs["image_embeds"]
+            inputs["image_embeds"] = zoom_in(self, turn.seen, input_ids, image_embeds, turn.place, looks)
         return turn
 
     def check_embeds(self, history: ChatHistory) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from transformers.utils import logging
 
-from .attention_maps import map_attention, see
+from .attention_maps import SeenPicture, map_attention, see
 
 
 logger = logging.get_logger(__name__)
@@ -52,33 +52,46 @@ def zoom_obstacle(size: tuple[int, int], image_size: int) -> str | None:
     )
 
 
-def zoom_in(model, turn, looks: int) -> None:
-    """Put the part that matters in the place of the picture that is looked into, as often as it gains something.
+def zoom_in(
+    model,
+    seen: SeenPicture,
+    input_ids: torch.Tensor,
+    image_embeds: torch.Tensor,
+    place: int,
+    looks: int,
+) -> torch.Tensor:
+    """The pictures of a prompt, with the part that matters in the place of one, as often as that gains something.
 
     Args:
         model: the one that answers.
-        turn: `chat`'s, with `seen` and its `place`; this and its inputs are changed.
+        seen: the picture that is looked into.
+        input_ids: [1, S], the prompt.
+        image_embeds: [pictures, num_query_tokens, C] of the prompt; not changed.
+        place: of the picture among them.
         looks: at most.
     """
     image_size = model.config.vision_config.image_size
-    obstacle = zoom_obstacle(turn.seen.picture.size, image_size)
+    obstacle = zoom_obstacle(seen.picture.size, image_size)
     if obstacle is not None:
         logger.warning(obstacle)
-        return
+        return image_embeds
+    image_embeds = image_embeds.clone()
     for _ in range(looks):
-        region = find_region(look_ahead(model, turn), turn.seen.picture.size, image_size)
+        attention_map = look_ahead(model, seen, input_ids, image_embeds, place)
+        region = find_region(attention_map, seen.picture.size, image_size)
         if region is None:
-            return
-        [crop] = model.open_images([turn.seen.picture.crop(region)], keeps_pictures=True)
-        turn.seen = see(model, crop.picture, crop.pixel_values)
-        turn.inputs["image_embeds"][turn.place] = turn.seen.embeds[0]
+            break
+        [crop] = model.open_images([seen.picture.crop(region)], keeps_pictures=True)
+        seen = see(model, crop.picture, crop.pixel_values)
+        image_embeds[place] = seen.embeds[0]
+    return image_embeds
 
 
-def look_ahead(model, turn) -> torch.Tensor:
-    """The map [side, side] of where a turn looks from the position at which its answer begins; see `zoom_in`."""
-    inputs = turn.inputs
-    first = inputs["input_ids"].shape[1] - 1
-    return map_attention(model, inputs["input_ids"], inputs["image_embeds"], turn.place, first, turn.seen.sources)
+def look_ahead(
+    model, seen: SeenPicture, input_ids: torch.Tensor, image_embeds: torch.Tensor, place: int
+) -> torch.Tensor:
+    """The map [side, side] of where a prompt looks from the position at which its answer begins; see `zoom_in`."""
+    return map_attention(model, input_ids, image_embeds, place, input_ids.shape[1] - 1, seen.sources)
 
 
 def find_region(attention_map: torch.Tensor, size: tuple[int, int], image_size: int) -> Region | None:

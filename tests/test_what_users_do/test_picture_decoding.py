@@ -90,6 +90,21 @@ def test_turned_pictures_are_upright_bit_by_bit(pool, orientation, size):
     assert apart(pool, data) == in_this_process(data)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("size", "longest"), [((613, 467), 700), ((613, 467), 613), ((613, 467), 300), ((9, 2000), 500)]
+)
+def test_a_picture_for_a_zoom_keeps_its_proportions_and_its_pixels_if_they_are_few(pool, size, longest, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(drawing("RGB", size), "PNG", exif=exif)
+    upright = open_picture(data)
+    scale = min(1, longest / max(size))
+    expected = upright if scale == 1 else upright.resize([max(1, round(side * scale)) for side in upright.size])
+    found = pool.decode(data, (0, longest))
+    assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())
+
+
 def test_palettes_animations_and_other_ways_of_resizing_are_the_same_bit_by_bit(pool):
     palette = drawing("P")
     palette.info["transparency"] = bytes(range(256))

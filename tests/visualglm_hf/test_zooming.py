@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from tests.paths import TINY
-from tools.tiny import world
 from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
 from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
 from visualglm_hf.zooming import MARGIN, SMALLEST_CROP, count_looks, find_region, look_ahead, zoom_obstacle
@@ -24,17 +23,9 @@ def trained():
     return model, ChatGLMTokenizer.from_pretrained(TINY)
 
 
-@pytest.fixture(scope="module")
-def drawing() -> Image.Image:
-    """A white star of usual size on a sixteenth of a large picture of the night, right of the middle."""
-    scene = world.make_scene("star", "white", "night", "middle", (3, 5))
-    empty = world.draw_background("night", np.random.default_rng(1))
-    picture = Image.new("RGB", (4 * SEEN, 4 * SEEN))
-    for x in range(4):
-        for y in range(4):
-            picture.paste(empty, (x * SEEN, y * SEEN))
-    picture.paste(world.draw(scene), (2 * SEEN, SEEN))
-    return picture
+@pytest.fixture
+def drawing(small_star) -> Image.Image:
+    return small_star
 
 
 def map_of(*bright: tuple[int, int, float]) -> torch.Tensor:
@@ -112,7 +103,9 @@ def test_a_small_thing_is_seen_after_a_zoom(trained, drawing):
 def test_a_zoom_answers_what_the_crop_alone_would_be_answered(trained, drawing):
     model, tokenizer = trained
     turn = model.prepare_turn(tokenizer, drawing, "描述这张图片。", None, look=-1)
-    region = find_region(look_ahead(model, turn), drawing.size, SEEN)
+    inputs = turn.inputs
+    attention_map = look_ahead(model, turn.seen, inputs["input_ids"], inputs["image_embeds"], turn.place)
+    region = find_region(attention_map, drawing.size, SEEN)
     left, upper, right, lower = region
     assert left <= 2 * SEEN + 70 and right >= 3 * SEEN - 70 and upper <= SEEN + 70 and lower >= 2 * SEEN - 70
     alone, _ = model.chat(tokenizer, drawing.crop(region), "描述这张图片。", **GREEDY)

@@ -26,7 +26,9 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from visualglm_hf.attention_maps import see
 from visualglm_hf.chat import check_tokenizer
+from visualglm_hf.zooming import zoom_in
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
@@ -88,7 +90,7 @@ class Engine:
     def __exit__(self, *error) -> None:
         self.close(drain=not any(error))
 
-    def prepare(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
+    def prepare(self, messages: Sequence[Mapping], english: bool | None = None, zoom: bool | int = False) -> Prompt:
         """Make a prompt of a conversation: check it, open its pictures, tokenize.
 
         Args:
@@ -96,11 +98,12 @@ class Engine:
                 `prompts.arrange` for their order. A content is a text or a list of `{"type": "text", "text": ...}` and
                 `{"type": "image", "image": ...}`: a PIL image, bytes, an array or a `data:` URI, never a path or a URL.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the last question.
+            zoom: as `chat`'s: whether, or how often, to look into the last picture before the answer.
 
         Raises:
             ValueError: anything wrong with the messages or their pictures, or more tokens than the model takes.
         """
-        return self._prompts.build(messages, english)
+        return self._prompts.build(messages, english, zoom)
 
     async def prepare_in_time(
         self,
@@ -108,11 +111,12 @@ class Engine:
         asked_at: float,
         english: bool | None = None,
         fetch: Callable[[str], Awaitable[bytes]] | None = None,
+        zoom: bool | int = False,
     ) -> Prompt:
         """`prepare` for coroutines, beside their loop and beside others that are being prepared.
 
         Args:
-            messages, english: see `prepare`.
+            messages, english, zoom: see `prepare`.
             asked_at: when the time of the request began, by `time.monotonic`.
             fetch: what reads a picture given by its address; None refuses addresses.
 
@@ -120,7 +124,7 @@ class Engine:
             ValueError: as `prepare`.
             AnswerTimeout: the prompt was not ready in time.
         """
-        preparing = self._prompts.build_async(messages, english, fetch)
+        preparing = self._prompts.build_async(messages, english, fetch, zoom)
         try:
             return await asyncio.wait_for(preparing, asked_at + self.limits.timeout - time.monotonic())
         except asyncio.TimeoutError as error:
@@ -134,17 +138,18 @@ class Engine:
         """Start the processes that decode pictures now, so that the first picture does not wait for them."""
         self._prompts.pictures.start()
 
-    def decode_picture(self, data: bytes, name: str | None = None) -> Image.Image:
+    def decode_picture(self, data: bytes, name: str | None = None, is_full: bool = False) -> Image.Image:
         """An encoded picture as the model sees it, decoded apart from this process; `prepare` takes it as an image.
 
         Args:
             data: PNG, JPEG, ...
             name: of the picture, in errors.
+            is_full: whether to keep its own pixels, for a zoom.
 
         Raises:
             ValueError: a picture that cannot be read, or that takes more bytes, memory or time than there are.
         """
-        return self._prompts.decode(data, name)
+        return self._prompts.decode(data, name, is_full)
 
     def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
         """Ask for an answer; see `submit_all`."""
@@ -229,7 +234,7 @@ class Engine:
         rows = [self._row(answer) for answer in answers]
         with self._failing(rows):
             for row, answer in zip(rows, answers, strict=True):
-                row.image_embeds = self._encode(answer.prompt.pixel_values)
+                row.image_embeds = self._zoom(answer.prompt, self._encode(answer.prompt.pixel_values))
             return prefill(self.model, rows)
         return None
 
@@ -260,6 +265,15 @@ class Engine:
         embeds = [self.model.encode_pictures(picture[None].to(device)) for picture in pixel_values]
         self.metrics.pictures.inc(cache.num_encoded - known)
         return torch.cat(embeds)
+
+    @torch.no_grad()
+    def _zoom(self, prompt: Prompt, image_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """The soft prompts with the part of the last picture that matters in its place, if that was asked for."""
+        if not prompt.looks:
+            return image_embeds
+        seen = see(self.model, prompt.picture, prompt.pixel_values[-1:])
+        input_ids = torch.tensor([prompt.token_ids], device=self.model.device)
+        return zoom_in(self.model, seen, input_ids, image_embeds, len(image_embeds) - 1, prompt.looks)
 
     def _advance(self, batch: Batch) -> None:
         """Generate until there is something else to do."""

@@ -4,7 +4,8 @@
 
 It first writes `READY` and what it has given up. Then it reads requests from standard input (`REQUEST`, the picture's
 name, its bytes) and answers each on standard output with an `ANSWER`, one byte that says what it is and the length of
-what follows: the finished small picture, an error, or the reason why another decoder, with more memory, may read it.
+what follows: the finished small picture (after its `SIZE`, where that was not asked for), an error, or the reason why
+another decoder, with more memory, may read it.
 """
 
 import io
@@ -16,12 +17,23 @@ from typing import BinaryIO
 
 from PIL import AvifImagePlugin, Image
 
-from visualglm_hf.picture_reading import DECODE_ERRORS, FORMATS, MAX_PIXELS, check_size, open_encoded, read_small
+from visualglm_hf.picture_reading import (
+    DECODE_ERRORS,
+    FORMATS,
+    MAX_PIXELS,
+    SIDEWAYS,
+    check_size,
+    load,
+    open_encoded,
+    read_small,
+    upright_turn,
+)
 from visualglm_tools.serving.engine.confinement import confine
 
 
 REQUEST = struct.Struct(">HHBIHHI")  # width, height, resample, most pixels, seconds, bytes of the name, of the picture
 ANSWER = struct.Struct(">cI")
+SIZE = struct.Struct(">HH")  # of a picture that keeps its proportions, before its pixels
 READY, PICTURE, ERROR, TOO_MUCH = b"R", b"P", b"E", b"M"
 
 MANY_PIXELS = 2 * 2**20  # no format takes more memory for fewer than a decoder has
@@ -54,7 +66,10 @@ def send(answers: BinaryIO, kind: bytes, content: bytes) -> None:
 def answer(
     data: bytes, name: str, width: int, height: int, resample: int, most_pixels: int, seconds: int
 ) -> tuple[bytes, bytes]:
-    """Kind and content of the answer to one request; the process is ended after so many seconds of processor time."""
+    """Kind and content of the answer to one request; the process is ended after so many seconds of processor time.
+
+    A width of 0 asks for the picture in its own proportions, the longer side being at most `height`.
+    """
     pixels = PIXELS_PER_BYTE * len(data)
     limit_time(seconds)
     try:
@@ -63,7 +78,10 @@ def answer(
             pixels = image.width * image.height
             if pixels > most_pixels:
                 return TOO_MUCH, b""
-            return PICTURE, read_small(image, name, (width, height), resample).tobytes()
+            if width:
+                return PICTURE, read_small(image, name, (width, height), resample).tobytes()
+            picture = read_within(image, name, height, resample)
+            return PICTURE, SIZE.pack(*picture.size) + picture.tobytes()
     except MemoryError:
         return TOO_MUCH, b""
     except ValueError as error:
@@ -71,6 +89,14 @@ def answer(
         return kind, str(error).encode(errors="replace")
     finally:
         limit_time(0)
+
+
+def read_within(image: Image.Image, name: str, longest: int, resample: int) -> Image.Image:
+    """`read_small` in the picture's own proportions: as it is, if no side is longer than that."""
+    load(image, name)
+    width, height = image.size[::-1] if upright_turn(image) in SIDEWAYS else image.size
+    scale = min(1, longest / max(width, height))
+    return read_small(image, name, (max(1, round(width * scale)), max(1, round(height * scale))), resample)
 
 
 def may_lack_memory(error: ValueError) -> bool:

@@ -31,7 +31,7 @@ import visualglm_hf
 import visualglm_tools
 from visualglm_hf.picture_reading import MAX_PIXELS
 from visualglm_tools.serving.engine.confinement import SECCOMP
-from visualglm_tools.serving.engine.picture_decoder import ANSWER, ERROR, PICTURE, READY, REQUEST, TOO_MUCH
+from visualglm_tools.serving.engine.picture_decoder import ANSWER, ERROR, PICTURE, READY, REQUEST, SIZE, TOO_MUCH
 
 
 MIB = 2**20
@@ -132,7 +132,8 @@ class Decoder:
         self.pictures_left -= 1
         label = name.encode(errors="replace")[:MOST_TEXT]
         request = REQUEST.pack(*size, resample, self.lane.pixels, self.lane.seconds, len(label), len(data))
-        pixel_bytes = size[0] * size[1] * len("RGB")
+        head = 0 if size[0] else SIZE.size
+        pixel_bytes = head + (size[0] or size[1]) * size[1] * len("RGB")  # at most
         with self.limited(self.lane.patience):
             self.send(request + label, data)
             kind, content = self.receive({PICTURE: pixel_bytes, ERROR: MOST_TEXT, TOO_MUCH: MOST_TEXT})
@@ -140,9 +141,11 @@ class Decoder:
             raise ValueError(content.decode(errors="replace"))
         if kind == TOO_MUCH:
             raise TooMuchForLane(content.decode(errors="replace"))
-        if len(content) != pixel_bytes:
+        if head:
+            size = SIZE.unpack_from(content) if len(content) > head else (0, 0)
+        if len(content) != head + size[0] * size[1] * len("RGB"):
             raise DecoderDied
-        return Image.frombytes("RGB", size, content)
+        return Image.frombytes("RGB", size, content[head:])
 
     def send(self, *parts: bytes) -> None:
         try:
@@ -298,7 +301,8 @@ class PicturePool:
 
         Args:
             data: the encoded picture.
-            size: width and height that are wanted.
+            size: width and height that are wanted; a width of 0 keeps the proportions, and the longer side is at most
+                the height.
             resample: how to resize, one of `PIL.Image.Resampling`.
             name: of the picture, in errors.
 

@@ -19,12 +19,15 @@ from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
 from visualglm_hf.conversation import is_english
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
 from visualglm_hf.tokenization_chatglm import MAX_BLANKS
+from visualglm_hf.zooming import count_looks
 from visualglm_tools.serving.engine.picture_pool import PicturePool
 
 
 ROLES = ("user", "assistant")
 QUESTIONS = ("描述这张图片。", "Describe the image.")  # about a picture without a text; the first is the original's
+LONGEST_SIDE = 2240  # pixels of a picture that is zoomed into: 15 MB, and ten times what the model sees
 SHORT_TEXT = 10_000  # characters, which take milliseconds
+FULL = (0, LONGEST_SIDE)  # as a size for `PicturePool`
 NO_PATH = "A picture must be a data: URI or the data itself; no path or address is opened here."
 
 
@@ -39,10 +42,14 @@ class Prompt:
     Args:
         token_ids: the whole prompt, a picture being `num_query_tokens` image tokens.
         pixel_values: [pictures, 3, height, width] in the order of their places, or None.
+        looks: how often to look into the last picture before the answer.
+        picture: that one in its own pixels, but at most `LONGEST_SIDE`, if there are looks.
     """
 
     token_ids: tuple[int, ...]
     pixel_values: torch.Tensor | None = None
+    looks: int = 0
+    picture: Image.Image | None = None
 
 
 class PromptBuilder:
@@ -74,23 +81,28 @@ class PromptBuilder:
         self.short_ones = ThreadPoolExecutor(2, "short-prompts")
         self.long_ones = ThreadPoolExecutor(1, "long-prompts")  # one by one, so that they leave others their time
 
-    def build(self, messages: Sequence[Mapping], english: bool | None = None) -> Prompt:
+    def build(self, messages: Sequence[Mapping], english: bool | None = None, zoom: bool | int = False) -> Prompt:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
         conversation, pictures = self.separate(messages, english)
-        return self.finish(conversation, [self.open(picture) for picture in pictures], english)
+        looks = check_looks(zoom, pictures)
+        images = [self.open(picture, looks > 0 and picture is pictures[-1]) for picture in pictures]
+        return self.finish(conversation, images, english, looks)
 
     async def build_async(
         self,
         messages: Sequence[Mapping],
         english: bool | None = None,
         fetch: Callable[[str], Awaitable[bytes]] | None = None,
+        zoom: bool | int = False,
     ) -> Prompt:
         """`build` beside the event loop; with `fetch`, which reads what is behind an address, for addresses too."""
         conversation, pictures = self.separate(messages, english)
+        looks = check_looks(zoom, pictures)
         # One after the other: an encoded picture is much larger than what the model sees of it.
-        images = [await self.open_async(picture, fetch) for picture in pictures]
+        images = [await self.open_async(picture, fetch, looks > 0 and picture is pictures[-1]) for picture in pictures]
         threads = self.short_ones if count_characters(conversation) <= SHORT_TEXT else self.long_ones
-        return await asyncio.get_running_loop().run_in_executor(threads, self.finish, conversation, images, english)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(threads, self.finish, conversation, images, english, looks)
 
     def close(self) -> None:
         self.pictures.close()
@@ -119,7 +131,7 @@ class PromptBuilder:
         characters, blanks = sum(map(len, texts)), sum(text.count(" ") for text in texts)
         return blanks // MAX_BLANKS + (characters - blanks) // self.longest_piece
 
-    def finish(self, conversation: list[dict], images: list, english: bool | None) -> Prompt:
+    def finish(self, conversation: list[dict], images: list, english: bool | None, looks: int = 0) -> Prompt:
         """The prompt of a conversation and its open pictures."""
         try:
             text = self.processor.apply_chat_template(
@@ -134,16 +146,18 @@ class PromptBuilder:
                 f"The conversation is {len(token_ids)} tokens long; the model takes {self.context_length}, answer "
                 "included. Shorten it."
             )
-        return Prompt(tuple(token_ids), inputs.get("pixel_values"))
+        return Prompt(tuple(token_ids), inputs.get("pixel_values"), looks, images[-1] if looks else None)
 
-    def open(self, picture) -> Image.Image:
+    def open(self, picture, is_full: bool = False) -> Image.Image:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
         refuse_path(picture)
         if isinstance(picture, str):
-            return self.decode(self.uri_bytes(picture), name_of_uri(picture))
-        return self.decode(picture) if isinstance(picture, bytes) else open_picture(picture)
+            return self.decode(self.uri_bytes(picture), name_of_uri(picture), is_full)
+        return self.decode(picture, is_full=is_full) if isinstance(picture, bytes) else open_picture(picture)
 
-    async def open_async(self, picture, fetch: Callable[[str], Awaitable[bytes]] | None) -> Image.Image:
+    async def open_async(
+        self, picture, fetch: Callable[[str], Awaitable[bytes]] | None, is_full: bool = False
+    ) -> Image.Image:
         refuse_path(picture)
         name = None
         if isinstance(picture, str) and fetch is not None and picture[:8].lower().startswith(("http://", "https://")):
@@ -154,7 +168,7 @@ class PromptBuilder:
         if not isinstance(picture, bytes):
             return await asyncio.get_running_loop().run_in_executor(self.long_ones, open_picture, picture)
         self.check_bytes(len(picture))
-        return await self.pictures.decode_async(picture, self.size, self.resample, name)
+        return await self.pictures.decode_async(picture, FULL if is_full else self.size, self.resample, name)
 
     def uri_bytes(self, uri: str) -> bytes:
         if uri[:5].lower() != "data:":
@@ -166,14 +180,22 @@ class PromptBuilder:
     def resample(self) -> int:
         return self.processor.image_processor.resample
 
-    def decode(self, data: bytes, name: str | None = None) -> Image.Image:
-        """An encoded picture as the model sees it; see `Engine.decode_picture`."""
+    def decode(self, data: bytes, name: str | None = None, is_full: bool = False) -> Image.Image:
+        """An encoded picture as the model sees it, or in its own pixels; see `Engine.decode_picture`."""
         self.check_bytes(len(data))
-        return self.pictures.decode(data, self.size, self.resample, name)
+        return self.pictures.decode(data, FULL if is_full else self.size, self.resample, name)
 
     def check_bytes(self, size: int) -> None:
         if size > self.max_picture_bytes:
             raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
+
+
+def check_looks(zoom: bool | int, pictures: Sequence) -> int:
+    """How many looks into the last picture `zoom` asks for; a `ValueError` if there is none."""
+    looks = count_looks(zoom)
+    if looks and not pictures:
+        raise ValueError("There is no picture to zoom into. Send one, or leave zoom out.")
+    return looks
 
 
 def refuse_path(picture) -> None:

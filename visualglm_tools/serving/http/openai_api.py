@@ -174,6 +174,9 @@ class ChatRequest(TakenAsTheyAre):
     top_p: float = Field(0.4, ge=0, le=1)
     top_k: int = Field(100, ge=-1, description="an extension: 0 or -1 for all tokens")
     repetition_penalty: float = Field(1.2, ge=0.01, le=100, description="an extension: 1 for none")
+    zoom: bool | int = Field(
+        False, description="an extension: answer from the part of the last picture that matters; or how often to look"
+    )
     n: int = Field(1, ge=1)
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="makes the answer repeatable; -1 for a new one each time"
@@ -274,7 +277,8 @@ def create_router(get_engine: Callable[[], Engine], intake: Intake, options) -> 
             check_choices(asked.n, engine)
             check_addresses(asked.messages)
             messages = [message.for_engine() for message in asked.messages]
-            answers = await ask(engine, messages, asked.settings(), asked_at, fetch=fetch_for(engine))
+            options = {"fetch": fetch_for(engine), "zoom": asked.zoom}
+            answers = await ask(engine, messages, asked.settings(), asked_at, **options)
             del asked.messages[:], messages[:]  # pictures are not kept while the model answers
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:

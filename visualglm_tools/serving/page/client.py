@@ -21,6 +21,7 @@ TEXTS = gr.I18n(
         "max_length": "Maximum length",
         "top_p": "Top P",
         "temperature": "Temperature",
+        "zoom": "Zoom in: answer from the part of the picture that matters",
         "examples": "Examples",
     },
     zh={
@@ -38,6 +39,7 @@ TEXTS = gr.I18n(
         "max_length": "最大长度",
         "top_p": "Top P",
         "temperature": "温度",
+        "zoom": "放大：根据图片中与问题相关的部分回答",
         "examples": "示例",
     },
 )

@@ -89,7 +89,7 @@ class Session:
         self.answer = None
         self.number += 1
 
-    async def ask(self, opener: "Opener", question: str, settings: Settings) -> AsyncIterator[str]:
+    async def ask(self, opener: "Opener", question: str, settings: Settings, zoom: bool = False) -> AsyncIterator[str]:
         """The growing answer of the opener's engine; in the end it is one of the `turns`.
 
         Raises:
@@ -102,7 +102,7 @@ class Session:
         engine = opener.engine
         engine.check_room()  # before the picture is opened
         try:
-            prompt = await self.prepare(opener, question)
+            prompt = await self.prepare(opener, question, zoom)
         except (ValueError, EngineError):
             self.check_current(number)  # the picture may have been deleted for the next one
             raise
@@ -120,10 +120,13 @@ class Session:
             if number == self.number:
                 self.settle()
 
-    async def prepare(self, opener: "Opener", question: str) -> Prompt:
+    async def prepare(self, opener: "Opener", question: str, zoom: bool = False) -> Prompt:
         if len(question) > MAX_CHARACTERS:
             raise ValueError(f"The question has {len(question)} characters, more than {MAX_CHARACTERS}. Shorten it.")
         upload = self.upload
+        if upload and zoom:  # its own pixels are too many to keep
+            messages = conversation_messages(self.turns, question, await opener.open(upload, is_full=True))
+            return await asyncio.to_thread(opener.engine.prepare, messages, zoom=True)
         if upload and not self.picture:
             picture = await opener.open(upload)
             if self.upload is upload:
@@ -147,8 +150,8 @@ class Opener:
         self.threads = ThreadPoolExecutor(OPENED_AT_A_TIME, "uploads")  # others, with other questions, do not wait
         self.number = 0  # of those that are being opened or wait for it
 
-    async def open(self, upload: Upload) -> Image.Image:
-        """What the model sees of it.
+    async def open(self, upload: Upload, is_full: bool = False) -> Image.Image:
+        """What the model sees of it, or its own pixels.
 
         Raises:
             ValueError: it cannot be used.
@@ -158,13 +161,13 @@ class Opener:
             raise QueueFull(self.number, OPENING_SECONDS)
         self.number += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload, is_full)
         finally:
             self.number -= 1
 
-    def open_now(self, upload: Upload) -> Image.Image:
+    def open_now(self, upload: Upload, is_full: bool = False) -> Image.Image:
         try:
-            return self.engine.decode_picture(upload.read(), repr(upload.path.name))
+            return self.engine.decode_picture(upload.read(), repr(upload.path.name), is_full)
         except (DecoderNotStarted, PoolClosed) as error:
             raise EngineError(str(error)) from error
 
@@ -205,24 +208,26 @@ class Handlers:
     def __init__(self, engine: Engine):
         self.opener = Opener(engine)
 
-    async def ask(self, session: Session, question: str, max_length, top_p, temperature, shown: Sequence = ()):
+    async def ask(
+        self, session: Session, question: str, max_length, top_p, temperature, zoom=False, shown: Sequence = ()
+    ):
         """`shown` is what the browser has of the conversation."""
         if question := question.strip():
             if shown and session.is_new:
                 gr.Warning(FORGOTTEN, title="")
                 yield gr.skip(), question
                 return
-            async for update in self.answer(session, question, (max_length, top_p, temperature)):
+            async for update in self.answer(session, question, (max_length, top_p, temperature, zoom)):
                 yield update
 
-    async def retry(self, session: Session, max_length, top_p, temperature, shown: Sequence = ()):
+    async def retry(self, session: Session, max_length, top_p, temperature, zoom=False, shown: Sequence = ()):
         if shown and session.is_new:
             gr.Warning(FORGOTTEN, title="")
             return
         session.settle()
         if session.turns:
             *session.turns, (question, _) = session.turns
-            async for update in self.answer(session, question, (max_length, top_p, temperature)):
+            async for update in self.answer(session, question, (max_length, top_p, temperature, zoom)):
                 yield update
 
     async def change_picture(self, session: Session, upload: Upload | None, question: str, *sliders):
@@ -246,9 +251,9 @@ class Handlers:
         text = ""
         yield displayed([*session.turns, (question, text)]), ""
         try:
-            max_length, top_p, temperature = sliders
+            max_length, top_p, temperature, zoom = sliders
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
-            async with contextlib.aclosing(session.ask(self.opener, question, settings)) as texts:
+            async with contextlib.aclosing(session.ask(self.opener, question, settings, zoom)) as texts:
                 async for text in texts:
                     yield displayed([*session.turns, (question, text)]), gr.skip()
         except Superseded:
@@ -300,7 +305,7 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
             with gr.Column(elem_id="settings"):
                 add_examples(picture, examples)
                 first_question = gr.Radio(QUESTIONS, value=QUESTIONS[0], label=TEXTS("first_question"))
-                sliders = add_sliders()
+                sliders = [*add_sliders(), gr.Checkbox(False, label=TEXTS("zoom"), elem_id="zoom")]
         page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
         page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
         connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons)
