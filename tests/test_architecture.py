@@ -208,7 +208,7 @@ TOOL_ROOMS = {
     "serving/page": Room(
         tools="serving.engine.answers serving.engine.engine serving.engine.picture_pool serving.engine.prompts "
         "serving.engine.sampling serving.http.guards",
-        model="picture_reading",
+        model="looking picture_reading",
         packages="PIL anyio gradio starlette",
     ),
     "evaluation": Room(

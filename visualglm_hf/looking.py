@@ -75,13 +75,17 @@ class Look:
         self.overlay(longest=LONGEST_SHOWN).save(file, "PNG")
         return file.getvalue()
 
-    def _repr_html_(self) -> str:
+    def to_html(self) -> str:
+        """The overlay and under it the answer, which is text whatever it is."""
         picture = base64.b64encode(self._repr_png_()).decode()
         response = html.escape(self.response)
         return (
             f'<figure><img src="data:image/png;base64,{picture}" alt="Where the model looked">'
             f"<figcaption>{response}</figcaption></figure>"
         )
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
 
     def __repr__(self) -> str:
         y, x = divmod(int(self.map.argmax()), self.map.shape[1])

@@ -36,7 +36,7 @@ from visualglm_tools.serving.page import page as web
 from visualglm_tools.serving.page.uploads import LOCK, PREFIX, Uploads, own_uploads
 
 
-SLIDERS = (2048, 0.4, 0.8, False)
+SLIDERS = (2048, 0.4, 0.8, False, False)
 PHONE = {"width": 390, "height": 664, "deviceScaleFactor": 1, "mobile": True}  # 844 without the browser's bars
 WITHIN = """
     const {top, bottom, left, right} = arguments[0].getBoundingClientRect();

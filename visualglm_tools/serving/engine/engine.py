@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from visualglm_hf.attention_maps import see
 from visualglm_hf.chat import check_tokenizer
-from visualglm_hf.zooming import zoom_in
+from visualglm_hf.zooming import look_ahead, zoom_in
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
@@ -90,7 +90,13 @@ class Engine:
     def __exit__(self, *error) -> None:
         self.close(drain=not any(error))
 
-    def prepare(self, messages: Sequence[Mapping], english: bool | None = None, zoom: bool | int = False) -> Prompt:
+    def prepare(
+        self,
+        messages: Sequence[Mapping],
+        english: bool | None = None,
+        zoom: bool | int = False,
+        is_shown: bool = False,
+    ) -> Prompt:
         """Make a prompt of a conversation: check it, open its pictures, tokenize.
 
         Args:
@@ -99,11 +105,12 @@ class Engine:
                 `{"type": "image", "image": ...}`: a PIL image, bytes, an array or a `data:` URI, never a path or a URL.
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the last question.
             zoom: as `chat`'s: whether, or how often, to look into the last picture before the answer.
+            is_shown: whether the answer shall have an `attention_map` of the last picture, if there is one.
 
         Raises:
             ValueError: anything wrong with the messages or their pictures, or more tokens than the model takes.
         """
-        return self._prompts.build(messages, english, zoom)
+        return self._prompts.build(messages, english, zoom, is_shown)
 
     async def prepare_in_time(
         self,
@@ -234,7 +241,7 @@ class Engine:
         rows = [self._row(answer) for answer in answers]
         with self._failing(rows):
             for row, answer in zip(rows, answers, strict=True):
-                row.image_embeds = self._zoom(answer.prompt, self._encode(answer.prompt.pixel_values))
+                row.image_embeds = self._look(answer, self._encode(answer.prompt.pixel_values))
             return prefill(self.model, rows)
         return None
 
@@ -267,13 +274,18 @@ class Engine:
         return torch.cat(embeds)
 
     @torch.no_grad()
-    def _zoom(self, prompt: Prompt, image_embeds: torch.Tensor | None) -> torch.Tensor | None:
-        """The soft prompts with the part of the last picture that matters in its place, if that was asked for."""
-        if not prompt.looks:
+    def _look(self, answer: Answer, image_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """The soft prompts, with the part of the last picture that matters in its place if that was asked for."""
+        prompt = answer.prompt
+        if prompt.picture is None:
             return image_embeds
         seen = see(self.model, prompt.picture, prompt.pixel_values[-1:])
-        input_ids = torch.tensor([prompt.token_ids], device=self.model.device)
-        return zoom_in(self.model, seen, input_ids, image_embeds, len(image_embeds) - 1, prompt.looks)
+        input_ids, place = torch.tensor([prompt.token_ids], device=self.model.device), len(image_embeds) - 1
+        if prompt.is_shown:
+            answer.attention_map = look_ahead(self.model, seen, input_ids, image_embeds, place)
+        if not prompt.looks:
+            return image_embeds
+        return zoom_in(self.model, seen, input_ids, image_embeds, place, prompt.looks)
 
     def _advance(self, batch: Batch) -> None:
         """Generate until there is something else to do."""

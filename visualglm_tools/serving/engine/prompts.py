@@ -8,7 +8,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jinja2 import TemplateError
@@ -43,12 +43,14 @@ class Prompt:
         token_ids: the whole prompt, a picture being `num_query_tokens` image tokens.
         pixel_values: [pictures, 3, height, width] in the order of their places, or None.
         looks: how often to look into the last picture before the answer.
-        picture: that one in its own pixels, but at most `LONGEST_SIDE`, if there are looks.
+        is_shown: whether to tell where in it the model looks when it begins to answer.
+        picture: that one in its own pixels, but at most `LONGEST_SIDE`, for either.
     """
 
     token_ids: tuple[int, ...]
     pixel_values: torch.Tensor | None = None
     looks: int = 0
+    is_shown: bool = False
     picture: Image.Image | None = None
 
 
@@ -81,12 +83,20 @@ class PromptBuilder:
         self.short_ones = ThreadPoolExecutor(2, "short-prompts")
         self.long_ones = ThreadPoolExecutor(1, "long-prompts")  # one by one, so that they leave others their time
 
-    def build(self, messages: Sequence[Mapping], english: bool | None = None, zoom: bool | int = False) -> Prompt:
+    def build(
+        self,
+        messages: Sequence[Mapping],
+        english: bool | None = None,
+        zoom: bool | int = False,
+        is_shown: bool = False,
+    ) -> Prompt:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
         conversation, pictures = self.separate(messages, english)
         looks = check_looks(zoom, pictures)
-        images = [self.open(picture, looks > 0 and picture is pictures[-1]) for picture in pictures]
-        return self.finish(conversation, images, english, looks)
+        is_full = looks > 0 or is_shown
+        images = [self.open(picture, is_full and picture is pictures[-1]) for picture in pictures]
+        prompt = self.finish(conversation, images, english, looks)
+        return replace(prompt, is_shown=True, picture=images[-1]) if is_shown and images else prompt
 
     async def build_async(
         self,

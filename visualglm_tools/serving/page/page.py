@@ -17,6 +17,7 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 
+from visualglm_hf.looking import Look
 from visualglm_tools.serving.engine.answers import Answer, EngineError, QueueFull
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import DecoderNotStarted, PoolClosed
@@ -65,6 +66,7 @@ class Session:
     def __init__(self):
         self.upload: Upload | None = None
         self.picture: Image.Image | None = None  # what the model sees of it; the file need not stay, nor its bytes
+        self.look = ""  # where it looked for the last answer, as HTML
         self.turns: list[tuple[str, str]] = []
         self.answer: Answer | None = None
         self.turn = ("", "")  # that `answer` belongs to, as far as it was shown
@@ -75,7 +77,7 @@ class Session:
         self.settle()
         if self.upload:
             self.upload.delete()
-        self.upload, self.picture, self.turns = upload, None, []
+        self.upload, self.picture, self.turns, self.look = upload, None, [], ""
 
     def stop(self) -> None:
         if self.answer is not None:
@@ -89,7 +91,9 @@ class Session:
         self.answer = None
         self.number += 1
 
-    async def ask(self, opener: "Opener", question: str, settings: Settings, zoom: bool = False) -> AsyncIterator[str]:
+    async def ask(
+        self, opener: "Opener", question: str, settings: Settings, zoom: bool = False, is_shown: bool = False
+    ) -> AsyncIterator[str]:
         """The growing answer of the opener's engine; in the end it is one of the `turns`.
 
         Raises:
@@ -102,12 +106,12 @@ class Session:
         engine = opener.engine
         engine.check_room()  # before the picture is opened
         try:
-            prompt = await self.prepare(opener, question, zoom)
+            prompt = await self.prepare(opener, question, zoom, is_shown)
         except (ValueError, EngineError):
             self.check_current(number)  # the picture may have been deleted for the next one
             raise
         self.check_current(number)
-        self.answer, self.turn = engine.submit(prompt, settings), (question, "")
+        self.answer, self.turn, self.look = engine.submit(prompt, settings), (question, ""), ""
         answer = self.answer
         try:
             async for text in answer:
@@ -115,18 +119,20 @@ class Session:
                 self.turn = (question, text)
                 yield text
             self.check_current(number)  # what follows an answer's end shall not be drawn over what was begun
+            if prompt.is_shown:
+                self.look = Look(answer.attention_map, text, [], prompt.picture).to_html()
         finally:  # also when the tab was closed
             answer.cancel()
             if number == self.number:
                 self.settle()
 
-    async def prepare(self, opener: "Opener", question: str, zoom: bool = False) -> Prompt:
+    async def prepare(self, opener: "Opener", question: str, zoom: bool = False, is_shown: bool = False) -> Prompt:
         if len(question) > MAX_CHARACTERS:
             raise ValueError(f"The question has {len(question)} characters, more than {MAX_CHARACTERS}. Shorten it.")
         upload = self.upload
-        if upload and zoom:  # its own pixels are too many to keep
+        if upload and (zoom or is_shown):  # its own pixels are too many to keep
             messages = conversation_messages(self.turns, question, await opener.open(upload, is_full=True))
-            return await asyncio.to_thread(opener.engine.prepare, messages, zoom=True)
+            return await asyncio.to_thread(opener.engine.prepare, messages, zoom=zoom, is_shown=is_shown)
         if upload and not self.picture:
             picture = await opener.open(upload)
             if self.upload is upload:
@@ -209,7 +215,15 @@ class Handlers:
         self.opener = Opener(engine)
 
     async def ask(
-        self, session: Session, question: str, max_length, top_p, temperature, zoom=False, shown: Sequence = ()
+        self,
+        session: Session,
+        question: str,
+        max_length,
+        top_p,
+        temperature,
+        zoom=False,
+        is_shown=False,
+        shown: Sequence = (),
     ):
         """`shown` is what the browser has of the conversation."""
         if question := question.strip():
@@ -217,17 +231,19 @@ class Handlers:
                 gr.Warning(FORGOTTEN, title="")
                 yield gr.skip(), question
                 return
-            async for update in self.answer(session, question, (max_length, top_p, temperature, zoom)):
+            async for update in self.answer(session, question, (max_length, top_p, temperature, zoom, is_shown)):
                 yield update
 
-    async def retry(self, session: Session, max_length, top_p, temperature, zoom=False, shown: Sequence = ()):
+    async def retry(
+        self, session: Session, max_length, top_p, temperature, zoom=False, is_shown=False, shown: Sequence = ()
+    ):
         if shown and session.is_new:
             gr.Warning(FORGOTTEN, title="")
             return
         session.settle()
         if session.turns:
             *session.turns, (question, _) = session.turns
-            async for update in self.answer(session, question, (max_length, top_p, temperature, zoom)):
+            async for update in self.answer(session, question, (max_length, top_p, temperature, zoom, is_shown)):
                 yield update
 
     async def change_picture(self, session: Session, upload: Upload | None, question: str, *sliders):
@@ -243,17 +259,21 @@ class Handlers:
         session.stop()
 
     async def clear(self, session: Session):
-        """The emptied picture and chat."""
+        """The emptied picture, chat and map."""
         session.begin(None)
-        return None, []
+        return None, [], ""
+
+    async def show_look(self, session: Session) -> str:
+        """Where the model looked for the last answer, if that was asked for."""
+        return session.look
 
     async def answer(self, session: Session, question: str, sliders: Sequence[float]):
         text = ""
         yield displayed([*session.turns, (question, text)]), ""
         try:
-            max_length, top_p, temperature, zoom = sliders
+            max_length, top_p, temperature, zoom, is_shown = sliders
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
-            async with contextlib.aclosing(session.ask(self.opener, question, settings, zoom)) as texts:
+            async with contextlib.aclosing(session.ask(self.opener, question, settings, zoom, is_shown)) as texts:
                 async for text in texts:
                     yield displayed([*session.turns, (question, text)]), gr.skip()
         except Superseded:
@@ -305,14 +325,15 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
             with gr.Column(elem_id="settings"):
                 add_examples(picture, examples)
                 first_question = gr.Radio(QUESTIONS, value=QUESTIONS[0], label=TEXTS("first_question"))
-                sliders = [*add_sliders(), gr.Checkbox(False, label=TEXTS("zoom"), elem_id="zoom")]
+                sliders = [*add_sliders(), *add_switches()]
+                look = gr.HTML("", elem_id="look")
         page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
         page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
-        connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons)
+        connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons, look)
     return page
 
 
-def connect(handlers: Handlers, picture, first_question, sliders, chat, question, buttons) -> None:
+def connect(handlers: Handlers, picture, first_question, sliders, chat, question, buttons, look) -> None:
     """Say which events of the page are whose."""
     submit, stop, retry, clear = buttons
     session = gr.State(Session())
@@ -331,12 +352,14 @@ def connect(handlers: Handlers, picture, first_question, sliders, chat, question
         trigger_mode="multiple",  # a new picture need not wait for the last one's answer
         **ANSWERING,
     )
+    for answered in (asked, retried, changed):
+        answered.then(handlers.show_look, session, look, **AT_ONCE)
     stop.click(handlers.stop, session, **AT_ONCE)
     gr.on(
         [clear.click, chat.clear],
         handlers.clear,
         session,
-        [picture, chat],
+        [picture, chat, look],
         cancels=[asked, retried, changed],  # or what was sent before might arrive after
         **AT_ONCE,
     )
@@ -423,6 +446,11 @@ def add_sliders() -> list[gr.Slider]:
         gr.Slider(0, 1, 0.4, step=0.01, label=TEXTS("top_p"), elem_id="top_p"),
         gr.Slider(0, 1, 0.8, step=0.01, label=TEXTS("temperature"), elem_id="temperature"),
     ]
+
+
+def add_switches() -> list[gr.Checkbox]:
+    """To zoom in, and to be shown where the model looked."""
+    return [gr.Checkbox(False, label=TEXTS(name), elem_id=name) for name in ("zoom", "show_look")]
 
 
 def add_chat() -> gr.Chatbot:

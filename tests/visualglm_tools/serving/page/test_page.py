@@ -164,7 +164,7 @@ def test_only_one_thread_changes_a_conversation(open_tab, monkeypatch):
 
 @pytest.mark.parametrize("action", ["clear", "retry", "change_picture"])
 def test_an_answer_draws_nothing_over_what_was_begun_after_it(action):
-    sliders = (2048, 0.4, 0.8, False)
+    sliders = (2048, 0.4, 0.8, False, False)
     arguments = {"clear": (), "retry": sliders, "change_picture": (b"", "?", *sliders)}[action]
 
     async def act_during_the_answer():
