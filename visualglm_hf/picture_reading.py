@@ -136,6 +136,19 @@ def read_small(image: Image.Image, name: str, size: tuple[int, int], resample: i
     return narrow.resize(size, resample)
 
 
+def read_reduced(image: Image.Image, name: str, longest_side: int, resample: int) -> Image.Image:
+    """The picture as `read_small` gives it, in its own shape, and with no more pixels a side than that.
+
+    Its pixels are not those of `read_rgb` resized: a JPEG is decoded no larger than it has to be.
+    """
+    check_size(image.width, image.height, name)
+    image.draft(None, (longest_side, longest_side))
+    load(image, name)
+    width, height = image.size[::-1] if upright_turn(image) in SIDEWAYS else image.size
+    scale = min(1.0, longest_side / max(width, height))
+    return read_small(image, name, (max(1, round(scale * width)), max(1, round(scale * height))), resample)
+
+
 def bands(width: int, height: int) -> Iterator[tuple[int, int]]:
     """First and last row, the last excluded, of bands that together are the picture."""
     rows = max(1, BAND_PIXELS // width)

@@ -101,7 +101,7 @@ def test_a_picture_for_a_zoom_keeps_its_proportions_and_its_pixels_if_they_are_f
     upright = open_picture(data)
     scale = min(1, longest / max(size))
     expected = upright if scale == 1 else upright.resize([max(1, round(side * scale)) for side in upright.size])
-    found = pool.decode(data, (0, longest))
+    found = pool.decode(data, (longest, 0))
     assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())
 
 

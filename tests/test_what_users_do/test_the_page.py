@@ -183,7 +183,7 @@ def test_uploads_that_never_come_make_room_for_others(page_url, monkeypatch):
 def test_the_picture_of_a_chat_that_is_cleared_or_gets_another_is_deleted(tmp_path):
     uploads = Uploads()
     engine = EngineByHand()
-    engine.decode_picture = lambda data, name: Image.new("RGB", (4, 4))
+    engine.decode_picture = lambda data, name, is_full: Image.new("RGB", (4, 4))
     handlers, session = web.Handlers(engine), web.Session()
 
     def come(name: str):
@@ -222,11 +222,32 @@ def test_a_picture_is_not_needed_again_when_it_has_been_asked_about(page_url, en
     assert "夜" in chat[-1]["content"] and unanswered != "图片的背景是什么？"
 
 
+def test_the_page_zooms_and_shows_where_the_model_looked_for_the_last_answer(page_url, engine, small_star):
+    uploads, session, handlers = own_uploads(), web.Session(), web.Handlers(engine)
+    [path] = json.loads(upload(page_url, encoded(small_star, "PNG"))[1])
+
+    async def last(updates):
+        return [update async for update in updates][-1]
+
+    def ask(question: str, zoom: bool, is_shown: bool) -> tuple[str, str]:
+        chat, _ = asyncio.run(last(handlers.ask(session, question, 2048, 0.4, 0, zoom, is_shown)))
+        return chat[-1]["content"], asyncio.run(handlers.show_look(session))
+
+    asyncio.run(last(handlers.change_picture(session, uploads.find(path), "Describe the image.", *SLIDERS)))
+    answer, look = ask("What color is it?", True, True)
+    assert answer == "White." and look.startswith("<figure>") and "White." in look
+    answer, look = ask("And the shape?", True, False)
+    assert (answer, look) == ("A star.", "")
+    assert "<figure>" in ask("What shape is it?", False, True)[1]
+    asyncio.run(handlers.clear(session))
+    assert asyncio.run(handlers.show_look(session)) == ""
+
+
 def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in_words(monkeypatch):
     said, are_opened = [], threading.Event()
     monkeypatch.setattr(web.gr, "Warning", lambda message, **kwargs: said.append(message))
     engine = EngineByHand()
-    engine.decode_picture = lambda data, name: are_opened.wait(2 * SECONDS) and Image.new("RGB", (4, 4))
+    engine.decode_picture = lambda data, name, is_full: are_opened.wait(2 * SECONDS) and Image.new("RGB", (4, 4))
     handlers = web.Handlers(engine)
 
     async def choose():

@@ -145,18 +145,18 @@ class Engine:
         """Start the processes that decode pictures now, so that the first picture does not wait for them."""
         self._prompts.pictures.start()
 
-    def decode_picture(self, data: bytes, name: str | None = None, is_full: bool = False) -> Image.Image:
+    def decode_picture(self, data: bytes, name: str | None = None, zoom: bool | int = False) -> Image.Image:
         """An encoded picture as the model sees it, decoded apart from this process; `prepare` takes it as an image.
 
         Args:
             data: PNG, JPEG, ...
             name: of the picture, in errors.
-            is_full: whether to keep its own pixels, for a zoom.
+            zoom: whether to keep its own pixels, for `prepare` with a zoom.
 
         Raises:
             ValueError: a picture that cannot be read, or that takes more bytes, memory or time than there are.
         """
-        return self._prompts.decode(data, name, is_full)
+        return self._prompts.decode(data, name, is_full=bool(zoom))
 
     def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
         """Ask for an answer; see `submit_all`."""

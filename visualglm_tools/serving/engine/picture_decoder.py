@@ -4,8 +4,7 @@
 
 It first writes `READY` and what it has given up. Then it reads requests from standard input (`REQUEST`, the picture's
 name, its bytes) and answers each on standard output with an `ANSWER`, one byte that says what it is and the length of
-what follows: the finished small picture (after its `SIZE`, where that was not asked for), an error, or the reason why
-another decoder, with more memory, may read it.
+what follows: the finished small picture, an error, or the reason why another decoder, with more memory, may read it.
 """
 
 import io
@@ -21,19 +20,19 @@ from visualglm_hf.picture_reading import (
     DECODE_ERRORS,
     FORMATS,
     MAX_PIXELS,
-    SIDEWAYS,
     check_size,
-    load,
     open_encoded,
+    read_reduced,
     read_small,
-    upright_turn,
 )
 from visualglm_tools.serving.engine.confinement import confine
 
 
-REQUEST = struct.Struct(">HHBIHHI")  # width, height, resample, most pixels, seconds, bytes of the name, of the picture
+# Width and height, or the longest side and 0 for a picture that keeps its shape; resample, most pixels, seconds,
+# bytes of the name, of the picture.
+REQUEST = struct.Struct(">HHBIHHI")
 ANSWER = struct.Struct(">cI")
-SIZE = struct.Struct(">HH")  # of a picture that keeps its proportions, before its pixels
+SIZE = struct.Struct(">HH")  # before the pixels of a picture that keeps its shape
 READY, PICTURE, ERROR, TOO_MUCH = b"R", b"P", b"E", b"M"
 
 MANY_PIXELS = 2 * 2**20  # no format takes more memory for fewer than a decoder has
@@ -66,10 +65,7 @@ def send(answers: BinaryIO, kind: bytes, content: bytes) -> None:
 def answer(
     data: bytes, name: str, width: int, height: int, resample: int, most_pixels: int, seconds: int
 ) -> tuple[bytes, bytes]:
-    """Kind and content of the answer to one request; the process is ended after so many seconds of processor time.
-
-    A width of 0 asks for the picture in its own proportions, the longer side being at most `height`.
-    """
+    """Kind and content of the answer to one request; the process is ended after so many seconds of processor time."""
     pixels = PIXELS_PER_BYTE * len(data)
     limit_time(seconds)
     try:
@@ -78,10 +74,10 @@ def answer(
             pixels = image.width * image.height
             if pixels > most_pixels:
                 return TOO_MUCH, b""
-            if width:
+            if height:
                 return PICTURE, read_small(image, name, (width, height), resample).tobytes()
-            picture = read_within(image, name, height, resample)
-            return PICTURE, SIZE.pack(*picture.size) + picture.tobytes()
+            whole = read_reduced(image, name, width, resample)
+            return PICTURE, SIZE.pack(*whole.size) + whole.tobytes()
     except MemoryError:
         return TOO_MUCH, b""
     except ValueError as error:
@@ -89,14 +85,6 @@ def answer(
         return kind, str(error).encode(errors="replace")
     finally:
         limit_time(0)
-
-
-def read_within(image: Image.Image, name: str, longest: int, resample: int) -> Image.Image:
-    """`read_small` in the picture's own proportions: as it is, if no side is longer than that."""
-    load(image, name)
-    width, height = image.size[::-1] if upright_turn(image) in SIDEWAYS else image.size
-    scale = min(1, longest / max(width, height))
-    return read_small(image, name, (max(1, round(width * scale)), max(1, round(height * scale))), resample)
 
 
 def may_lack_memory(error: ValueError) -> bool:

@@ -122,7 +122,7 @@ class Decoder:
             raise DecoderNotStarted(f"The picture decoder did not start: {self.end()}.") from error
 
     def decode(self, data: bytes, name: str, size: tuple[int, int], resample: int) -> Image.Image:
-        """The small picture.
+        """The small picture; `size` is that of `PicturePool.decode`.
 
         Raises:
             ValueError: what `read_small` raises.
@@ -132,20 +132,19 @@ class Decoder:
         self.pictures_left -= 1
         label = name.encode(errors="replace")[:MOST_TEXT]
         request = REQUEST.pack(*size, resample, self.lane.pixels, self.lane.seconds, len(label), len(data))
-        head = 0 if size[0] else SIZE.size
-        pixel_bytes = head + (size[0] or size[1]) * size[1] * len("RGB")  # at most
+        most_bytes = SIZE.size + size[0] * (size[1] or size[0]) * len("RGB")
         with self.limited(self.lane.patience):
             self.send(request + label, data)
-            kind, content = self.receive({PICTURE: pixel_bytes, ERROR: MOST_TEXT, TOO_MUCH: MOST_TEXT})
+            kind, content = self.receive({PICTURE: most_bytes, ERROR: MOST_TEXT, TOO_MUCH: MOST_TEXT})
         if kind == ERROR:
             raise ValueError(content.decode(errors="replace"))
         if kind == TOO_MUCH:
             raise TooMuchForLane(content.decode(errors="replace"))
-        if head:
-            size = SIZE.unpack_from(content) if len(content) > head else (0, 0)
-        if len(content) != head + size[0] * size[1] * len("RGB"):
+        if not size[1] and len(content) >= SIZE.size:
+            size, content = SIZE.unpack_from(content), content[SIZE.size :]
+        if len(content) != size[0] * size[1] * len("RGB"):
             raise DecoderDied
-        return Image.frombytes("RGB", size, content[head:])
+        return Image.frombytes("RGB", size, content)
 
     def send(self, *parts: bytes) -> None:
         try:
@@ -301,8 +300,8 @@ class PicturePool:
 
         Args:
             data: the encoded picture.
-            size: width and height that are wanted; a width of 0 keeps the proportions, and the longer side is at most
-                the height.
+            size: width and height that are wanted; (side, 0) for the picture in its own shape, of at most so many
+                pixels a side, which need not be those of the image processor.
             resample: how to resize, one of `PIL.Image.Resampling`.
             name: of the picture, in errors.
 

@@ -27,7 +27,7 @@ ROLES = ("user", "assistant")
 QUESTIONS = ("描述这张图片。", "Describe the image.")  # about a picture without a text; the first is the original's
 LONGEST_SIDE = 2240  # pixels of a picture that is zoomed into: 15 MB, and ten times what the model sees
 SHORT_TEXT = 10_000  # characters, which take milliseconds
-FULL = (0, LONGEST_SIDE)  # as a size for `PicturePool`
+FULL = (LONGEST_SIDE, 0)  # as a size for `PicturePool`
 NO_PATH = "A picture must be a data: URI or the data itself; no path or address is opened here."
 
 
@@ -93,10 +93,10 @@ class PromptBuilder:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
         conversation, pictures = self.separate(messages, english)
         looks = check_looks(zoom, pictures)
-        is_full = looks > 0 or is_shown
-        images = [self.open(picture, is_full and picture is pictures[-1]) for picture in pictures]
-        prompt = self.finish(conversation, images, english, looks)
-        return replace(prompt, is_shown=True, picture=images[-1]) if is_shown and images else prompt
+        prompt = self.finish(conversation, [self.open(picture) for picture in pictures], english)
+        if not pictures or not (looks or is_shown):
+            return prompt
+        return replace(prompt, looks=looks, is_shown=is_shown, picture=self.open(pictures[-1], is_full=True))
 
     async def build_async(
         self,
@@ -108,11 +108,14 @@ class PromptBuilder:
         """`build` beside the event loop; with `fetch`, which reads what is behind an address, for addresses too."""
         conversation, pictures = self.separate(messages, english)
         looks = check_looks(zoom, pictures)
-        # One after the other: an encoded picture is much larger than what the model sees of it.
-        images = [await self.open_async(picture, fetch, looks > 0 and picture is pictures[-1]) for picture in pictures]
+        images = []
+        for picture in pictures:  # one after the other: an encoded one is much larger than what the model sees of it
+            data, name = await self.read_async(picture, fetch)
+            images.append(await self.open_async(data, name))
+        full = await self.open_async(data, name, is_full=True) if looks else None
         threads = self.short_ones if count_characters(conversation) <= SHORT_TEXT else self.long_ones
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(threads, self.finish, conversation, images, english, looks)
+        finishing = asyncio.get_running_loop().run_in_executor(threads, self.finish, conversation, images, english)
+        return replace(await finishing, looks=looks, picture=full)
 
     def close(self) -> None:
         self.pictures.close()
@@ -141,7 +144,7 @@ class PromptBuilder:
         characters, blanks = sum(map(len, texts)), sum(text.count(" ") for text in texts)
         return blanks // MAX_BLANKS + (characters - blanks) // self.longest_piece
 
-    def finish(self, conversation: list[dict], images: list, english: bool | None, looks: int = 0) -> Prompt:
+    def finish(self, conversation: list[dict], images: list, english: bool | None) -> Prompt:
         """The prompt of a conversation and its open pictures."""
         try:
             text = self.processor.apply_chat_template(
@@ -156,7 +159,7 @@ class PromptBuilder:
                 f"The conversation is {len(token_ids)} tokens long; the model takes {self.context_length}, answer "
                 "included. Shorten it."
             )
-        return Prompt(tuple(token_ids), inputs.get("pixel_values"), looks, images[-1] if looks else None)
+        return Prompt(tuple(token_ids), inputs.get("pixel_values"))
 
     def open(self, picture, is_full: bool = False) -> Image.Image:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
@@ -165,16 +168,18 @@ class PromptBuilder:
             return self.decode(self.uri_bytes(picture), name_of_uri(picture), is_full)
         return self.decode(picture, is_full=is_full) if isinstance(picture, bytes) else open_picture(picture)
 
-    async def open_async(
-        self, picture, fetch: Callable[[str], Awaitable[bytes]] | None, is_full: bool = False
-    ) -> Image.Image:
+    async def read_async(self, picture, fetch: Callable[[str], Awaitable[bytes]] | None) -> tuple:
+        """The data of a picture that is given by an address or a `data:` URI, anything else as it is; and its name."""
         refuse_path(picture)
-        name = None
         if isinstance(picture, str) and fetch is not None and picture[:8].lower().startswith(("http://", "https://")):
-            picture = await fetch(picture)
-        elif isinstance(picture, str):
+            return await fetch(picture), None
+        if isinstance(picture, str):
             name = name_of_uri(picture)
-            picture = await asyncio.get_running_loop().run_in_executor(self.long_ones, self.uri_bytes, picture)
+            return await asyncio.get_running_loop().run_in_executor(self.long_ones, self.uri_bytes, picture), name
+        return picture, None
+
+    async def open_async(self, picture, name: str | None, is_full: bool = False) -> Image.Image:
+        """`open` for what `read_async` gives."""
         if not isinstance(picture, bytes):
             return await asyncio.get_running_loop().run_in_executor(self.long_ones, open_picture, picture)
         self.check_bytes(len(picture))

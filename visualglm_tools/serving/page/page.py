@@ -119,7 +119,7 @@ class Session:
                 self.turn = (question, text)
                 yield text
             self.check_current(number)  # what follows an answer's end shall not be drawn over what was begun
-            if prompt.is_shown:
+            if answer.attention_map is not None:
                 self.look = Look(answer.attention_map, text, [], prompt.picture).to_html()
         finally:  # also when the tab was closed
             answer.cancel()
