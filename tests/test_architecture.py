@@ -86,7 +86,7 @@ ARROWS = {
             "image_processing_visualglm",
             "zooming",
         },
-        {"transformers", "torch"},
+        {"transformers", "torch", "PIL"},
     ),
     "quantization": (
         {"adapters", "cpu_quantizing", "lowbit_codes", "lowbit_format", "lowbit_products"},

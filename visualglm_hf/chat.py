@@ -17,6 +17,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -39,14 +40,11 @@ NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english", 
 
 @dataclass(frozen=True)
 class GivenImage:
-    """A picture that a caller gives: a digest of its pixels, and its pixel values [1, 3, H, W].
-
-    `picture` is itself in its full pixels, a PIL image, where these are wanted.
-    """
+    """A picture that a caller gives: a digest of its pixels, its pixel values [1, 3, H, W], and what it was."""
 
     digest: str
     pixel_values: torch.Tensor
-    picture: Any = None
+    picture: Image.Image | None = None  # with all its pixels, where they are needed
 
 
 @dataclass
@@ -354,7 +352,7 @@ class ChatMixin:
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
         look = -1 if look is None and looks else look
-        given = self.open_images(image_path, keeps_pictures=look is not None)
+        given = self.open_images(image_path, keep_pixels=look is not None)
         looked_into = None if look is None else choose_image(given, look, has_history=bool(history.images))
         joining = [image for image in given if image.digest not in shown_last(history)]
 
@@ -391,11 +389,8 @@ class ChatMixin:
                     "history, and the picture again."
                 )
 
-    def open_images(self, image_path, keeps_pictures: bool = False) -> list[GivenImage]:
-        """The picture or the list of pictures that a caller gives, with their full pixels or without.
-
-        None and "" are none.
-        """
+    def open_images(self, image_path, keep_pixels: bool = False) -> list[GivenImage]:
+        """The picture or the list of pictures that a caller gives; None and "" are none."""
         if image_path is None or (isinstance(image_path, str) and not image_path):
             return []
         sources = image_path if isinstance(image_path, (list, tuple)) else [image_path]
@@ -403,14 +398,15 @@ class ChatMixin:
             return []
         image_size = self.config.vision_config.image_size
         image_processor = VisualGLMImageProcessor(size={"height": image_size, "width": image_size})
-        sources = [fetch_picture(source) for source in sources]
-        if keeps_pictures:
-            sources = [open_picture(source) for source in sources]
-        pixel_values = image_processor(sources, return_tensors="pt")["pixel_values"]
-        pictures = sources if keeps_pictures else [None] * len(pixel_values)
+        pictures = [fetch_picture(source) for source in sources]
+        if keep_pixels:  # an array may be several pictures
+            pictures = [each for some in pictures for each in (some if getattr(some, "ndim", 0) == 4 else [some])]
+            pictures = list(map(open_picture, pictures))
+        pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"]
+        kept = pictures if keep_pixels else [None] * len(pixel_values)
         return [
             GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None], picture)
-            for pixels, picture in zip(pixel_values, pictures, strict=True)
+            for pixels, picture in zip(pixel_values, kept, strict=True)
         ]
 
     def remember_images(

@@ -81,7 +81,7 @@ def zoom_in(
         region = find_region(attention_map, seen.picture.size, image_size)
         if region is None:
             break
-        [crop] = model.open_images([seen.picture.crop(region)], keeps_pictures=True)
+        [crop] = model.open_images([seen.picture.crop(region)], keep_pixels=True)
         seen = see(model, crop.picture, crop.pixel_values)
         image_embeds[place] = seen.embeds[0]
     return image_embeds
