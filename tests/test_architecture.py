@@ -72,7 +72,7 @@ ARROWS = {
     "growing_cache": (set(), {"transformers", "torch"}),
     "history": (set(), {"torch"}),
     "guidance": ({"cache_naming", "growing_cache"}, {"transformers", "torch"}),
-    "attention_maps": ({"configuration_visualglm"}, {"torch"}),
+    "attention_maps": (set(), {"torch"}),
     "zooming": ({"attention_maps"}, {"transformers", "torch"}),
     "looking": ({"attention_maps", "history"}, {"transformers", "torch", "PIL", "numpy"}),
     "chat": (

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .configuration_visualglm import count_processes
-
 
 CLASS_TOKENS = 1  # of the ViT, before the patches
 
@@ -135,7 +133,7 @@ def see(model: nn.Module, picture, pixel_values: torch.Tensor) -> SeenPicture:
     Raises:
         ValueError: the model is divided among processes, each of which has some of the heads.
     """
-    if count_processes(model.config) > 1:
+    if model.config.num_processes > 1:
         raise ValueError(
             "look() and zoom need the attention of all heads, and this model is divided among processes, which have "
             "some each. Load it in one process, or leave them out."

@@ -158,6 +158,13 @@ def test_no_picture_and_a_zoom_are_refused_in_words(trained):
         model.look(tokenizer, world.draw(scene_at("left")), QUESTION, zoom=True)
 
 
+def test_a_model_that_is_divided_among_processes_is_refused_in_words(trained, monkeypatch):
+    model, tokenizer = trained
+    monkeypatch.setattr(type(model.config), "num_processes", 2)
+    with pytest.raises(ValueError, match="divided among processes"):
+        model.look(tokenizer, world.draw(scene_at("left")), QUESTION)
+
+
 def test_pictures_that_were_looked_at_are_remembered_and_not_encoded_again(trained, monkeypatch):
     model, tokenizer = trained
     drawing = world.draw(scene_at("top"))
