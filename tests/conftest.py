@@ -141,6 +141,16 @@ def small_star():
 
 
 @pytest.fixture(scope="session")
+def trained():
+    """The trained tiny model in float32 and its tokenizer, by this package's own classes."""
+    from tests.helpers import load_float32
+    from tests.paths import TINY
+    from visualglm_hf import ChatGLMTokenizer
+
+    return load_float32(TINY), ChatGLMTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
 def loaded():
     """The trained tiny model in float32 and its tokenizer, as servers load them; what a test changes it undoes."""
     from tests.paths import TINY

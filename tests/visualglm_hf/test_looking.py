@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.paths import TINY
 from tools.tiny import world
-from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
+from visualglm_hf import VisualGLMForConditionalGeneration
 from visualglm_hf.attention_maps import AttentionObserver, attention_weights, cross_attention
 from visualglm_hf.looking import Look, colour
 from visualglm_hf.modeling_image_encoder import eager_attention_forward
@@ -17,13 +17,6 @@ from visualglm_hf.modeling_image_encoder import eager_attention_forward
 
 QUESTION = "What color is it?"
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """The model that knows the drawings, and its tokenizer."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
-    return model, ChatGLMTokenizer.from_pretrained(TINY)
 
 
 def scene_at(position: str) -> world.Scene:

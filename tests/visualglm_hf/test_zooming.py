@@ -5,8 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.paths import TINY
-from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration
 from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor
 from visualglm_hf.zooming import MARGIN, SMALLEST_CROP, count_looks, find_region, look_ahead, zoom_obstacle
 
@@ -14,13 +12,6 @@ from visualglm_hf.zooming import MARGIN, SMALLEST_CROP, count_looks, find_region
 QUESTION = "What color is it?"
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 SEEN = 224  # pixels
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """The model that knows the drawings, and its tokenizer."""
-    model = VisualGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
-    return model, ChatGLMTokenizer.from_pretrained(TINY)
 
 
 @pytest.fixture
