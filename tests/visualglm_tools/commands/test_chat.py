@@ -238,7 +238,8 @@ def test_a_zoom_that_has_nothing_to_gain_says_so_and_answers(capsys, small_star,
 
 
 def test_a_conversation_zooms_into_each_question_anew(cli, capsys, loaded, star_file):
-    conversation = cli.Conversation(*loaded, {"do_sample": False, "zoom": 1}, "en")
+    options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 16, "zoom": 1}
+    conversation = cli.Conversation(*loaded, options, "en")
     conversation.choose_picture(str(star_file))
     for query in ("What color is it?", "And the shape?"):
         conversation.answer(query)
