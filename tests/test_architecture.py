@@ -231,8 +231,9 @@ TOOL_ROOMS = {
         packages="matplotlib numpy psutil torch transformers",
     ),
     "tools/tiny": Room(
-        tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code options printing",
-        model="conversation visualglm_hf",
+        tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.statistics options "
+        "printing",
+        model="conversation visualglm_hf zooming",
         packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
     ),
 }
