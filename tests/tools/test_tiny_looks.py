@@ -32,10 +32,6 @@ def test_single_subjects_are_single_and_small_ones_small():
         assert (2 * subject.radius / world.IMAGE_SIZE) ** 2 < pictures.LARGEST_SMALL + 1e-9
 
 
-def test_drawings_of_the_tables_are_others_than_those_on_which_something_was_chosen():
-    assert looks.Options.first < looks.FIRST_OF_CHOICE
-
-
 def test_what_an_oracle_cuts_out_shows_the_subject_in_the_middle_half():
     picture = looks.single_small(0)
     (subject,) = picture.subjects

@@ -2,9 +2,9 @@
 
     python -m tools.tiny.looks models/visualglm-tiny --pictures 200
 
-What was chosen by hand in `visualglm_hf/zooming.py` was chosen on other drawings, from `FIRST_OF_CHOICE` on. Answers
-are greedy, without a repetition penalty, as in `exam.py`. Not here: what is drawn (`pictures.py`) and asked
-(`questions.py`).
+What was chosen by hand in `visualglm_hf/zooming.py` was chosen on other drawings: of today's scenes on numbers below
+`FIRST_SCENE`, of the harder pictures on none. Whoever chooses anew takes --first 5000 and more. Answers are greedy,
+without a repetition penalty, as in `exam.py`. Not here: what is drawn (`pictures.py`) and asked (`questions.py`).
 """
 
 import json
@@ -30,7 +30,7 @@ from visualglm_tools.options import COUNT, COUNT_OR_NONE, argument, option, pars
 from visualglm_tools.printing import report
 
 
-FIRST_OF_CHOICE = 5000  # number of the first drawing on which something was chosen
+FIRST_SCENE = 1_000_000  # number of the first of today's scenes that is measured
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "min_length": 0, "max_new_tokens": 32}
 TABLES = ("looks", "small", "ordinary", "mixed")
 SIMPLE, ABOUT_ONE = ("shape", "colour"), ("colour of", "shape of")
@@ -107,11 +107,11 @@ def questions_about(picture: Picture, index: int, number: int) -> Iterator[Excha
 
 def single_scene(number: int) -> world.Scene:
     """One of today's scenes with a single subject."""
-    for candidate in range(number * 100, number * 100 + 100):
+    for candidate in range(FIRST_SCENE + number * 100, FIRST_SCENE + number * 100 + 100):
         scene = world.sample_scene(candidate, "new pictures")
         if scene.count == 1:
             return scene
-    raise ValueError(f"No scene with one subject from number {number * 100} on.")
+    raise ValueError(f"No scene with one subject from number {FIRST_SCENE + number * 100} on.")
 
 
 def single_small(number: int) -> Picture:
@@ -190,7 +190,7 @@ def cut_out(whole: Image.Image, window: Window) -> Image.Image:
 def measure_ordinary(asker: Asker, numbers: range, tally: Tally) -> None:
     """Every question about today's scenes, drawn on a canvas from which one could zoom."""
     for number in numbers:
-        picture = pictures.from_scene(world.sample_scene(number, "new pictures"))
+        picture = pictures.from_scene(world.sample_scene(FIRST_SCENE + number, "new pictures"))
         measure_all(asker, picture, simple_questions(picture, questions.SIMPLE_KINDS, number), tally)
 
 
@@ -230,7 +230,7 @@ class Options:
     folder: Path = argument("checkpoint", metavar="DIR")
     table: str = option("what to measure", "looks", choices=TABLES)
     pictures: int = option("how many drawings of each kind", 100, parse=COUNT, metavar="N")
-    first: int = option("number of the first; what was chosen by hand saw those from 5000 on", 0, parse=COUNT_OR_NONE)
+    first: int = option("number of the first; those from 5000 on are for choosing", 0, parse=COUNT_OR_NONE)
     hits: Path | None = option("all hits, to be put together with those of other runs", None, metavar="FILE.json")
 
 
