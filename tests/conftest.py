@@ -124,6 +124,33 @@ def pixel_values(golden, arrays, processor):
 
 
 @pytest.fixture(scope="session")
+def small_star():
+    """A white star on a sixteenth of a large picture of the night: too small to be seen in the whole."""
+    import numpy as np
+    from PIL import Image
+
+    from tools.tiny import world
+
+    side = world.IMAGE_SIZE
+    picture, night = Image.new("RGB", (4 * side, 4 * side)), world.draw_background("night", np.random.default_rng(1))
+    for x in range(4):
+        for y in range(4):
+            picture.paste(night, (x * side, y * side))
+    picture.paste(world.draw(world.make_scene("star", "white", "night", "middle", (3, 5))), (2 * side, side))
+    return picture
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The trained tiny model in float32 and its tokenizer, by this package's own classes."""
+    from tests.helpers import load_float32
+    from tests.paths import TINY
+    from visualglm_hf import ChatGLMTokenizer
+
+    return load_float32(TINY), ChatGLMTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
 def loaded():
     """The trained tiny model in float32 and its tokenizer, as servers load them; what a test changes it undoes."""
     from tests.paths import TINY

@@ -100,7 +100,7 @@ class EngineByHand:
     def check_room(self) -> None:
         pass
 
-    def prepare(self, messages: list[dict]) -> Prompt:
+    def prepare(self, messages: list[dict], **looking) -> Prompt:
         return Prompt((0,))
 
     def submit(self, prompt: Prompt, settings: Settings) -> Answer:

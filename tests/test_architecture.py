@@ -41,11 +41,12 @@ ARROWS = {
             "glm_prompts",
             "growing_cache",
             "kernel_report",
+            "looking",
             "model_weights",
             "modeling_image_encoder",
             "prefix_encoder",
             "quantization",
-            "soft_prompts",
+            "given_pictures",
         },
         {"transformers", "torch"},
     ),
@@ -74,17 +75,23 @@ ARROWS = {
     "growing_cache": (set(), {"transformers", "torch"}),
     "history": (set(), {"torch"}),
     "guidance": ({"cache_naming", "growing_cache"}, {"transformers", "torch"}),
+    "attention_maps": (set(), {"torch"}),
+    "zooming": ({"attention_maps"}, {"transformers", "torch"}),
+    "looking": ({"attention_maps", "history"}, {"transformers", "torch", "PIL", "numpy"}),
+    "given_pictures": (
+        {"fetching", "history", "image_processing_visualglm", "soft_prompts", "text_in_pictures"},
+        {"transformers", "torch", "PIL"},
+    ),
     "chat": (
         {
+            "attention_maps",
             "compilation",
             "conversation",
-            "fetching",
             "generation_options",
             "history",
-            "image_processing_visualglm",
-            "text_in_pictures",
+            "zooming",
         },
-        {"transformers", "torch", "PIL"},
+        {"transformers", "torch"},
     ),
     "mapped_files": (set(), {"transformers", "torch"}),
     "quantization": (
@@ -173,12 +180,12 @@ TOOL_ROOMS = {
     "commands": Room(
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
-        "checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.objects evaluation.references "
-        "evaluation.results evaluation.scoring evaluation.tables options output_files printing prompt_bar "
-        "serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
+        "checkpoints.picture_size checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.objects "
+        "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
+        "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",
-        model="compilation conversation fetching image_processing_visualglm",
+        model="compilation conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),
     "checkpoints": Room(
@@ -195,8 +202,8 @@ TOOL_ROOMS = {
     ),
     "serving/engine": Room(
         tools="checkpoints.loading checkpoints.picture_size layer_bar printing",
-        model="chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
-        "text_in_pictures tokenization_chatglm visualglm_hf",
+        model="attention_maps chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
+        "text_in_pictures tokenization_chatglm visualglm_hf zooming",
         packages="PIL jinja2 numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(
@@ -208,7 +215,7 @@ TOOL_ROOMS = {
     "serving/page": Room(
         tools="layer_bar serving.engine.answers serving.engine.engine serving.engine.picture_pool "
         "serving.engine.prompts serving.engine.sampling serving.http.guards",
-        model="conversation picture_reading",
+        model="conversation looking picture_reading",
         packages="PIL anyio gradio starlette",
     ),
     "evaluation": Room(
@@ -235,7 +242,7 @@ TOOL_ROOMS = {
     "tools/tiny": Room(
         tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.references "
         "evaluation.scoring evaluation.statistics evaluation.tables options printing serving.questions",
-        model="conversation text_in_pictures visualglm_hf",
+        model="conversation text_in_pictures visualglm_hf zooming",
         packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
     ),
 }

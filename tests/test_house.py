@@ -122,6 +122,7 @@ UNNAMED = {
     r"visualglm_hf\.cpu_\w+\.\w+_naive": "what the tests compare a kernel with",
     r"visualglm_hf\.\w+\.LIBRARY": "torch forgets its operators with it",
     r"visualglm_hf\.model_weights\.WeightsMixin\.(peft_config|resize_token_embeddings)": "called by PEFT and by users",
+    r"visualglm_hf\.looking\.Look\._repr_html_": "called by notebooks",
     r"visualglm_tools\.commands\.\w+\.(run|main|EXTRA)": "called by `__main__`, which imports by name",
     r"visualglm_tools\.serving\.http\.ray_app\.Replica\.check_health": "called by Ray",
 }

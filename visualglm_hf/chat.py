@@ -5,45 +5,33 @@ Not here: what a prompt looks like (`conversation.py`), and how tokens are chose
 Source: `chat`, `stream_chat` and their defaults in the original `modeling_chatglm.py`.
 """
 
-import hashlib
 import inspect
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .attention_maps import SeenPicture, see
 from .compilation import resolve_compile_config
 from .conversation import build_prompt, check_history, check_query, clean_response, expand_images, uncleaned
-from .fetching import fetch_picture
 from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
-from .image_processing_visualglm import VisualGLMImageProcessor, open_picture
-from .text_in_pictures import read_picture
+from .zooming import count_looks, zoom_in
 
 
 MAX_BYTE_TOKENS = 4  # of one UTF-8 character
 # Arguments that are not `generate`'s.
-NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english", "read_text", "image_size")
-
-
-@dataclass(frozen=True)
-class GivenImage:
-    """A picture that a caller gives: a digest of its pixels, its pixel values [1, 3, H, W], and what it was."""
-
-    digest: str
-    pixel_values: torch.Tensor
-    picture: Image.Image | None = None  # with all its pixels, where they are needed
+NO_OPTIONS = ("self", "tokenizer", "image_path", "query", "history", "english", "read_text", "zoom", "image_size")
 
 
 @dataclass
@@ -54,6 +42,8 @@ class Turn:
     query: str
     history: ChatHistory
     images: tuple[RememberedImage, ...]  # those that stand before the query
+    seen: SeenPicture | None = None  # the one that is looked into, if one is
+    place: int = 0  # of that among the pictures of the prompt
 
     @property
     def prompt_length(self) -> int:
@@ -163,6 +153,21 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
             )
 
 
+def choose_image(images: Sequence, number: int, has_history: bool):
+    """The given picture of this number; a `ValueError` if there is none."""
+    if not images:
+        again = "again: the history remembers only what the model made of it" if has_history else "before the query"
+        raise ValueError(f"look() and zoom need the picture itself. Pass it {again}.")
+    if isinstance(number, bool) or not isinstance(number, int) or not -len(images) <= number < len(images):
+        raise ValueError(f"number must be that of one of the {len(images)} pictures given, found {number!r}.")
+    return images[number]
+
+
+def last_place(digest: str, images: Iterable) -> int:
+    """Where among pictures one stands that may stand there several times."""
+    return max(place for place, image in enumerate(images) if image.digest == digest)
+
+
 def checked_turns(history: Iterable | None) -> list[Sequence[str]]:
     """The turns of what a caller has for a history, None for none; a `ValueError` as in `check_history`."""
     if history is None or isinstance(history, Iterator):
@@ -192,7 +197,7 @@ def notes_given(method: Callable) -> Callable:
 
 
 class ChatMixin:
-    """Conversation for a model with `generate`, `encode_pictures`, `input_device` and a VisualGLM config."""
+    """Conversation for a model with `generate`, `PicturesMixin` and a VisualGLM config."""
 
     @notes_given
     def chat(
@@ -211,6 +216,7 @@ class ChatMixin:
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
         read_text: bool = False,
+        zoom: bool | int = False,
         *,
         image_size: int | None = None,
         given: dict[str, Any],
@@ -240,6 +246,9 @@ class ChatMixin:
             read_text: whether to read the text in the pictures of this turn, with RapidOCR, and to put it before the
                 question. What was read is in `history[-1].readings`, and stays in the conversation. Without text, the
                 prompt is as without `read_text`.
+            zoom: whether to answer from the part of the picture that matters to the question, cropped from its full
+                pixels; a number looks so many times, each time into what was cropped. The picture must be given, also
+                if the history remembers it; of several, the last is looked into. The history remembers the whole one.
             image_size: pixels a side at which the given pictures are shown, a multiple of the patch size, 14; None for
                 what the model was made for, 224, or fine-tuned for.
             **kwargs: anything else that `generate` takes. `max_new_tokens` replaces `max_length`, `min_new_tokens`
@@ -255,9 +264,8 @@ class ChatMixin:
         """
         # The options are taken from `given`: which of them were left open is known there only.
         options = self.generation_options(tokenizer, **given)
-        turn = self.prepare_turn(
-            tokenizer, image_path, query, history, english, options.get("max_length"), read_text, image_size
-        )
+        shown = {"read_text": read_text, "zoom": zoom, "image_size": image_size}
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"), **shown)
         output = self.generate(**turn.inputs, **options)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
         return turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
@@ -279,6 +287,7 @@ class ChatMixin:
         logits_processor: LogitsProcessorList | None = None,
         english: bool | None = None,
         read_text: bool = False,
+        zoom: bool | int = False,
         *,
         image_size: int | None = None,
         given: dict[str, Any],
@@ -291,9 +300,8 @@ class ChatMixin:
         """
         tokens = TokenQueue(given.pop("streamer", None))
         options = self.generation_options(tokenizer, **given, streamer=tokens)
-        turn = self.prepare_turn(
-            tokenizer, image_path, query, history, english, options.get("max_length"), read_text, image_size
-        )
+        shown = {"read_text": read_text, "zoom": zoom, "image_size": image_size}
+        turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"), **shown)
         return self.stream_turn(tokenizer, turn, options)
 
     def stream_turn(self, tokenizer, turn: Turn, options: dict) -> Iterator[tuple[str, ChatHistory]]:
@@ -327,11 +335,20 @@ class ChatMixin:
         history,
         english: bool | None = None,
         max_length: int | None = None,
+        *,
         read_text: bool = False,
+        zoom: bool | int = False,
+        look: int | None = None,
         image_size: int | None = None,
     ) -> Turn:
-        """Check everything that is cheap to check, then encode the pictures that are new."""
-        turns = checked_turns(history)
+        """Check everything that is cheap to check, then encode the pictures that are new.
+
+        Args:
+            read_text, zoom, image_size: see `chat`.
+            look: the number of the given picture that will be looked into; None for none, or for the last one if there
+                is a zoom.
+        """
+        turns, looks = checked_turns(history), count_looks(zoom)
         if query is None:
             image_path, query = None, image_path
             if not turns and isinstance(query, str) and os.path.isfile(query):
@@ -340,96 +357,35 @@ class ChatMixin:
         check_tokenizer(tokenizer, self.config.text_config)
         place, history = joining_turn(turns), ChatHistory(turns)
         self.check_embeds(history)
-        given = self.open_images(image_path, image_size, keep_pixels=read_text)
+        look = -1 if look is None and looks else look
+        given = self.open_images(image_path, image_size, keep_pixels=read_text or look is not None)
+        looked_into = None if look is None else choose_image(given, look, has_history=bool(history.images))
         if read_text and not given and not history.images:
             raise ValueError("read_text=True reads the text in pictures, and there is none. Give one, or leave it out.")
         joining = [image for image in given if image.digest not in shown_last(history)]
         readings = self.read_images(tokenizer, given, history) if read_text else {}
 
-        image_turns = [*(image.turn for image in history.images), *[place] * len(joining)]
-        in_order = [image.reading or "" for image in history.images] + [
-            readings.get(each.digest, "") for each in joining
-        ]
+        before = history.images
+        image_turns = [*(image.turn for image in before), *[place] * len(joining)]
+        in_order = [*(image.reading or "" for image in before), *(readings.get(each.digest, "") for each in joining)]
         prompt = build_prompt(query, history, image_turns, english, in_order)
         inputs = self.tokenize_prompt(tokenizer, prompt, len(image_turns), max_length)
-        images = self.remember_images(joining, {image.digest: image.embeds for image in history.images}, readings)
+        known, seen = {image.digest: image.embeds for image in before}, None
+        if looked_into is not None:
+            seen = see(self, looked_into.picture, looked_into.pixel_values)
+            known.setdefault(looked_into.digest, seen.embeds)
+        images = self.remember_images(joining, known, readings)
+        if embeds := [image.embeds.to(self.input_device) for image in (*before, *images)]:
+            inputs["image_embeds"] = torch.cat(embeds)
         if place < len(history):  # in front of a plain list
             history[place], images = AnsweredTurn(history[place], images), ()
-        embeds = [image.embeds.to(self.input_device) for image in (*history.images, *images)]
-        if embeds:
-            inputs["image_embeds"] = torch.cat(embeds)
-        return Turn(inputs, query, history, images)
-
-    def check_embeds(self, history: ChatHistory) -> None:
-        """Raise a `ValueError` if another model has encoded a picture of the history."""
-        expected = (1, self.config.qformer_config.num_query_tokens, self.config.text_config.hidden_size)
-        for image in history.images:
-            if tuple(image.embeds.shape) != expected:
-                raise ValueError(
-                    f"The picture before history[{image.turn}] was encoded by another model: its embeddings have the "
-                    f"shape {tuple(image.embeds.shape)}, this model's {expected}. Pass list(map(tuple, history)) as "
-                    "history, and the picture again."
-                )
-
-    def read_images(self, tokenizer, given: Iterable[GivenImage], history: ChatHistory) -> dict[str, str]:
-        """What is written in the pictures that a caller gives, by their digests.
-
-        Those that stand in the history get it there, unless they have it.
-        """
-
-        def count_tokens(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-        readings = {image.digest: image.reading for image in history.images if image.reading is not None}
-        for image in given:
-            if image.digest not in readings:
-                readings[image.digest] = read_picture(image.picture, count_tokens)
-        for place, turn in enumerate(history):
-            images = [replace(image, reading=readings.get(image.digest)) for image in turn.images]
-            history[place] = AnsweredTurn(turn, images)
-        return readings
-
-    def open_images(self, image_path, image_size: int | None = None, keep_pixels: bool = False) -> list[GivenImage]:
-        """The picture or the list of pictures that a caller gives; None and "" are none."""
-        vision = self.config.vision_config
-        side = vision.shown_image_size if image_size is None else image_size
-        vision.check_image_size(side)
-        if image_path is None or (isinstance(image_path, str) and not image_path):
-            return []
-        sources = image_path if isinstance(image_path, (list, tuple)) else [image_path]
-        if not sources:
-            return []
-        image_processor = VisualGLMImageProcessor(size={"height": side, "width": side})
-        pictures = [fetch_picture(source) for source in sources]
-        if keep_pixels:  # an array may be several pictures
-            pictures = [each for some in pictures for each in (some if getattr(some, "ndim", 0) == 4 else [some])]
-            pictures = list(map(open_picture, pictures))
-        pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"]
-        kept = pictures if keep_pixels else [None] * len(pixel_values)
-        return [
-            GivenImage(hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), pixels[None], picture)
-            for pixels, picture in zip(pixel_values, kept, strict=True)
-        ]
-
-    def remember_images(
-        self, images: Iterable[GivenImage], known: Mapping[str, torch.Tensor], readings: Mapping[str, str]
-    ) -> tuple[RememberedImage, ...]:
-        """Pictures with their soft prompts, of which no digest is encoded twice.
-
-        Args:
-            images: pixel values [1, 3, H, W] each.
-            known: digests and their soft prompts, [1, num_query_tokens, C] each.
-            readings: digests and what was read.
-        """
-        embeds = dict(known)
-        for image in images:
-            if image.digest not in embeds:
-                with torch.no_grad():
-                    pixel_values = image.pixel_values.to(self.input_device)
-                    embeds[image.digest] = self.encode_pictures(pixel_values, interpolate_pos_encoding=True)
-        return tuple(
-            RememberedImage(image.digest, embeds[image.digest], reading=readings.get(image.digest)) for image in images
-        )
+        turn = Turn(inputs, query, history, images, seen)
+        if looked_into is not None:
+            turn.place = last_place(looked_into.digest, (*before, *joining))
+        if looks:
+            input_ids, image_embeds = inputs["input_ids"], inputs["image_embeds"]
+            inputs["image_embeds"] = zoom_in(self, seen, input_ids, image_embeds, turn.place, looks)
+        return turn
 
     def tokenize_prompt(self, tokenizer, prompt: str, num_images: int, max_length: int | None) -> BatchFeature:
         """`input_ids` and `attention_mask` [1, S]; a `ValueError` if there is no room for an answer."""

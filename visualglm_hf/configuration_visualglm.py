@@ -512,6 +512,11 @@ class VisualGLMConfig(PreTrainedConfig):
     def prefix_projection(self, value: bool) -> None:
         self.text_config.prefix_projection = value
 
+    @property
+    def num_processes(self) -> int:
+        """How many share the model; each then has some of the attention heads."""
+        return count_processes(self)
+
 
 # Models that several processes share
 

@@ -39,7 +39,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import auto_docstring
 
 from .code_links import replace_links
-from .picture_reading import check_size, load, open_encoded, read_rgb
+from .picture_reading import check_size, load, open_encoded, read_rgb, resized
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1; OpenAI CLIP, as in the original visual.py
@@ -390,7 +390,7 @@ def _pixel_values(source: Any, settings: SimpleNamespace) -> np.ndarray:
     """One picture as float32 [3, height, width]."""
     picture = open_picture(source) if settings.do_convert_rgb else _as_it_is(source)
     if settings.do_resize:
-        picture = picture.resize((settings.size["width"], settings.size["height"]), settings.resample)
+        picture = resized(picture, (settings.size["width"], settings.size["height"]), settings.resample)
     values = np.asarray(picture).transpose(2, 0, 1)  # [H, W, 3] -> [3, H, W], uint8
     if settings.do_rescale:
         # In float64: rounded once, x * (1 / 255) is the x / 255 of the original; in float32 half of them differ.

@@ -31,11 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
@@ -50,6 +46,7 @@ from .cpu_attention import query_obstacle, single_query_attention
 from .cpu_decoder import RECORDED, CpuDecoder
 from .feature_cache import FeatureCache
 from .generation_visualglm import VisualGLMGenerationMixin
+from .given_pictures import PicturesMixin
 from .glm_positions import (
     ONE_ROW_EACH,
     build_attention_mask,
@@ -62,11 +59,11 @@ from .glm_positions import (
 from .glm_prompts import PromptMixin, two_rows
 from .growing_cache import make_cache
 from .kernel_report import KernelReport, report_kernels
+from .looking import LookMixin
 from .model_weights import WeightsMixin
 from .modeling_image_encoder import VisualGLMImageEncoder, eager_attention_forward
 from .prefix_encoder import VisualGLMPrefixEncoder, prepend_prefix
 from .quantization import HalfLinear, QuantizedLinear, prepare_model, quantize_, quantize_model
-from .soft_prompts import SoftPromptMixin
 
 
 logger = logging.get_logger(__name__)
@@ -136,6 +133,7 @@ class VisualGLMAttention(nn.Module):
         rotary: torch.Tensor,
         cache: Cache | None,
         prefix: torch.Tensor | None,
+        observe: Callable | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Rows are grouped by head, [q_h; k_h; v_h], unlike the ViT's.
@@ -150,6 +148,8 @@ class VisualGLMAttention(nn.Module):
         if prefix is not None:  # not in the cache, whose length is then that of the text
             key, value = prepend_prefix(prefix, key, value)
         implementation, scaling = self.config._attn_implementation, float(self.layer_idx + 1)
+        if observe is not None:  # fast ways of attending never have their weights
+            observe(query, key, attention_mask, scaling)
         if query_obstacle(implementation, query, attention_mask) is None:
             attended, weights = single_query_attention(query, key, value, attention_mask, scaling), None
         else:
@@ -356,7 +356,7 @@ class VisualGLMBackbone:
 
 @auto_docstring(custom_intro="VisualGLM-6B: answers questions about pictures, in Chinese and English.")
 class VisualGLMForConditionalGeneration(
-    WeightsMixin, VisualGLMPreTrainedModel, SoftPromptMixin, PromptMixin, ChatMixin, VisualGLMGenerationMixin
+    WeightsMixin, VisualGLMPreTrainedModel, PicturesMixin, PromptMixin, ChatMixin, LookMixin, VisualGLMGenerationMixin
 ):
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -367,7 +367,7 @@ class VisualGLMForConditionalGeneration(
         self.transformer = VisualGLMTextModel(config.text_config)
         self.lm_head = HalfLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.image_encoder = VisualGLMImageEncoder(config)
-        self.image_cache = FeatureCache()
+        self.image_cache, self.look_cache = FeatureCache(), FeatureCache()
         self.adapters: dict | None = None  # PEFT's configs, by name
         self.accepted_adapters: list[str] = []
         # CODEPATH: checkpoints saved after `quantize()`, by us or by the original (its visualglm-6b-int4 and -int8).

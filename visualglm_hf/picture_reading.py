@@ -120,10 +120,19 @@ def read_rgb(image: Image.Image, name: str) -> Image.Image:
     return rgb
 
 
-def read_small(image: Image.Image, name: str, size: tuple[int, int], resample: int) -> Image.Image:
-    """`read_rgb(image, name).resize(size, resample)`, bit by bit, in the memory of the decoded picture and little more.
+def resized(picture: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    """`picture.resize(size, resample)`, along its rows first and along its columns then.
 
-    PIL resizes rows first and columns then, so bands of rows can be converted and narrowed one after the other.
+    That is what PIL does by itself, except from 12.3 on with pictures that are much higher than wide: a picture shall
+    not become another one with another PIL.
+    """
+    return picture.resize((size[0], picture.height), resample).resize(size, resample)
+
+
+def read_small(image: Image.Image, name: str, size: tuple[int, int], resample: int) -> Image.Image:
+    """`resized(read_rgb(image, name), size, resample)`, bit by bit, in little more than the decoded picture's memory.
+
+    Bands of rows are converted and narrowed one after the other.
     """
     load(image, name)
     turn, top = upright_turn(image), grey_top(image, name)
@@ -133,7 +142,7 @@ def read_small(image: Image.Image, name: str, size: tuple[int, int], resample: i
         band = convert(image.crop(source_box(turn, first, last, image.size)), top)
         band = band if turn is None else band.transpose(turn)
         narrow.paste(band.resize((size[0], last - first), resample), (0, first))
-    return narrow.resize(size, resample)
+    return resized(narrow, size, resample)
 
 
 def read_reduced(image: Image.Image, name: str, longest_side: int, resample: int) -> Image.Image:

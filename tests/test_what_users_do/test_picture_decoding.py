@@ -16,7 +16,7 @@ from PIL import Image, features
 
 from tests.paths import ROOT
 from tests.picture_files import ORIENTATION, encoded
-from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_hf.image_processing_visualglm import VisualGLMImageProcessor, open_picture
 from visualglm_tools.serving.engine import confinement
 from visualglm_tools.serving.engine.picture_pool import USUAL, Decoder, DecoderNotStarted, Lane, PicturePool, PoolClosed
 
@@ -88,6 +88,33 @@ def test_turned_pictures_are_upright_bit_by_bit(pool, orientation, size):
     exif[ORIENTATION] = orientation
     data = encoded(drawing(size=size), "PNG", exif=exif)
     assert apart(pool, data) == in_this_process(data)
+
+
+@pytest.mark.parametrize("size", [(9, 2000), (2000, 9), (3, 1200)])
+def test_a_strip_is_resized_alike_in_every_process_and_along_its_rows_first(pool, size):
+    """From 12.3 on, PIL itself resizes pictures that are much higher than wide the other way."""
+    picture = drawing("RGB", size)
+    found = apart(pool, encoded(picture, "PNG"), (224, 224))
+    processor = VisualGLMImageProcessor(do_normalize=False, do_rescale=False)
+    processed = processor(picture, return_tensors="np")["pixel_values"][0]
+    rows_first = picture.resize((224, size[1]), Image.Resampling.BICUBIC).resize((224, 224), Image.Resampling.BICUBIC)
+    assert found == rows_first
+    assert (np.asarray(processed).transpose(1, 2, 0) == np.asarray(rows_first)).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("size", "longest"), [((613, 467), 700), ((613, 467), 613), ((613, 467), 300), ((300, 2000), 500)]
+)
+def test_a_picture_for_a_zoom_keeps_its_proportions_and_its_pixels_if_they_are_few(pool, size, longest, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(drawing("RGB", size), "PNG", exif=exif)
+    upright = open_picture(data)
+    scale = min(1, longest / max(size))
+    expected = upright if scale == 1 else upright.resize([max(1, round(side * scale)) for side in upright.size])
+    found = pool.decode(data, (longest, 0))
+    assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())
 
 
 def test_palettes_animations_and_other_ways_of_resizing_are_the_same_bit_by_bit(pool):

@@ -31,12 +31,13 @@ pytest.importorskip("selenium", reason="the web demo is tested through selenium"
 import gradio
 
 from tests.browser import patiently
+from visualglm_tools.serving.engine.prompts import OpenedPicture
 from visualglm_tools.serving.page import gate as web_gate
 from visualglm_tools.serving.page import page as web
 from visualglm_tools.serving.page.uploads import LOCK, PREFIX, Uploads, own_uploads
 
 
-SLIDERS = (2048, 0.4, 0.8)
+CONTROLS = (2048, 0.4, 0.8, False, False, False)
 PHONE = {"width": 390, "height": 664, "deviceScaleFactor": 1, "mobile": True}  # 844 without the browser's bars
 WITHIN = """
     const {top, bottom, left, right} = arguments[0].getBoundingClientRect();
@@ -82,7 +83,7 @@ def change_picture(url: str, picture) -> dict:
         each["id"] for each in config["dependencies"] if each["targets"][0][1] == "change" and each["backend_fn"]
     ]
     body = {
-        "data": [None, picture, "描述这张图片。", *SLIDERS],
+        "data": [None, picture, "描述这张图片。", *CONTROLS],
         "fn_index": number,
         "session_hash": os.urandom(8).hex(),
     }
@@ -183,7 +184,7 @@ def test_uploads_that_never_come_make_room_for_others(page_url, monkeypatch):
 def test_the_picture_of_a_chat_that_is_cleared_or_gets_another_is_deleted(tmp_path):
     uploads = Uploads()
     engine = EngineByHand()
-    engine.decode_picture = lambda data, name: Image.new("RGB", (4, 4))
+    engine.decode_picture = lambda data, name, **looking: OpenedPicture(Image.new("RGB", (4, 4)))
     handlers, session = web.Handlers(engine), web.Session()
 
     def come(name: str):
@@ -192,7 +193,7 @@ def test_the_picture_of_a_chat_that_is_cleared_or_gets_another_is_deleted(tmp_pa
         return uploads.find(str(path))
 
     async def choose(picture):
-        updates = handlers.change_picture(session, picture, "?", *SLIDERS)
+        updates = handlers.change_picture(session, picture, "?", *CONTROLS)
         assert [await anext(updates) for _ in range(3)][-1][-1]["content"] == "one"
 
     first, second, third = (come(name) for name in ("first", "second", "third"))
@@ -215,30 +216,52 @@ def test_a_picture_is_not_needed_again_when_it_has_been_asked_about(page_url, en
     async def last(updates):
         return [update async for update in updates][-1]
 
-    asyncio.run(last(handlers.change_picture(session, uploads.find(path), "Describe the image.", *SLIDERS)))
+    asyncio.run(last(handlers.change_picture(session, uploads.find(path), "Describe the image.", *CONTROLS)))
     Path(path).unlink()
-    assert session.picture.size == (224, 224)  # of which a server can keep many
-    chat, unanswered = asyncio.run(last(handlers.ask(session, "图片的背景是什么？", *SLIDERS)))
+    assert session.picture.image.size == (224, 224)  # of which a server can keep many
+    chat, unanswered = asyncio.run(last(handlers.ask(session, "图片的背景是什么？", (), *CONTROLS)))
     assert "夜" in chat[-1]["content"] and unanswered != "图片的背景是什么？"
+
+
+def test_the_page_zooms_and_shows_where_the_model_looked_for_the_last_answer(page_url, engine, small_star):
+    uploads, session, handlers = own_uploads(), web.Session(), web.Handlers(engine)
+    [path] = json.loads(upload(page_url, encoded(small_star, "PNG"))[1])
+
+    async def last(updates):
+        return [update async for update in updates][-1]
+
+    def ask(question: str, zoom: bool, is_shown: bool) -> tuple[str, str]:
+        chat, _ = asyncio.run(last(handlers.ask(session, question, (), 2048, 0.4, 0, False, zoom, is_shown)))
+        return chat[-1]["content"], asyncio.run(handlers.show_look(session))
+
+    asyncio.run(last(handlers.change_picture(session, uploads.find(path), "Describe the image.", *CONTROLS)))
+    answer, look = ask("What color is it?", True, True)
+    assert answer == "White." and look.startswith("<figure>") and "White." in look
+    answer, look = ask("And the shape?", True, False)
+    assert (answer, look) == ("A star.", "")
+    assert "<figure>" in ask("What shape is it?", False, True)[1]
+    asyncio.run(handlers.clear(session))
+    assert asyncio.run(handlers.show_look(session)) == ""
 
 
 def test_pictures_that_take_long_hold_up_no_question_and_too_many_are_refused_in_words(monkeypatch):
     said, are_opened = [], threading.Event()
     monkeypatch.setattr(web.gr, "Warning", lambda message, **kwargs: said.append(message))
     engine = EngineByHand()
-    engine.decode_picture = lambda data, name: are_opened.wait(2 * SECONDS) and Image.new("RGB", (4, 4))
+    opened = OpenedPicture(Image.new("RGB", (4, 4)))
+    engine.decode_picture = lambda data, name, **looking: are_opened.wait(2 * SECONDS) and opened
     handlers = web.Handlers(engine)
 
     async def choose():
         session, upload = web.Session(), SimpleNamespace(read=bytes, path=Path("a.png"))
-        async for _ in handlers.change_picture(session, upload, "?", *SLIDERS):
+        async for _ in handlers.change_picture(session, upload, "?", *CONTROLS):
             session.stop()
 
     async def flood():
         flood = [asyncio.create_task(choose()) for _ in range(web.MAX_OPENING)]
         await asyncio.sleep(0.1)
         await asyncio.wait_for(choose(), SECONDS)
-        updates = handlers.ask(web.Session(), "Hello", *SLIDERS)
+        updates = handlers.ask(web.Session(), "Hello", (), *CONTROLS)
         assert [await asyncio.wait_for(anext(updates), SECONDS) for _ in range(2)][1][0][-1]["content"] == "one"
         are_opened.set()
         await asyncio.gather(*flood)
@@ -419,7 +442,7 @@ def test_a_question_of_many_thousand_characters_is_refused_in_words(engine, monk
     question = "图" * (web.MAX_CHARACTERS + 1)
 
     async def updates():
-        return [update async for update in web.Handlers(engine).ask(web.Session(), question, *SLIDERS)]
+        return [update async for update in web.Handlers(engine).ask(web.Session(), question, (), *CONTROLS)]
 
     assert asyncio.run(updates())[-1] == ([], question)
     assert len(said) == 1 and str(len(question)) in said[0] and "Shorten it" in said[0]
@@ -437,7 +460,7 @@ def test_a_conversation_that_the_server_has_forgotten_is_not_gone_on_with(action
 
     async def updates():
         handlers = web.Handlers(SimpleNamespace())  # which answers nothing
-        return [update async for update in getattr(handlers, action)(web.Session(), *question, *SLIDERS, shown)]
+        return [update async for update in getattr(handlers, action)(web.Session(), *question, shown, *CONTROLS)]
 
     assert [update[1] for update in asyncio.run(updates())] == list(question)
     assert len(said) == 1 and "choose the picture again" in said[0]

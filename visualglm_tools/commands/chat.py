@@ -20,8 +20,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from visualglm_tools.options import COUNT_OR_NONE, number, one_of, option
+from visualglm_tools.output_files import behind_links
 from visualglm_tools.printing import printable, report
 from visualglm_tools.prompt_bar import prompt_bar
 from visualglm_tools.serving.engine.text import stable_part
@@ -71,6 +73,7 @@ class Options(SamplingOptions, PictureOptions, ModelOptions):
         "picture to begin with; together with --query, print one answer and end", None, metavar="PATH_OR_URL"
     )
     query: str | None = option("question to answer on stdout, without a conversation", None, metavar="TEXT")
+    look: Path | None = option("with --query: where the model looked, as a picture to write", None, metavar="FILE.png")
     english: bool = option("answer in English only", False)
     prompt_zh: str = option("first question about each picture", "描述这张图片。", metavar="TEXT")
     prompt_en: str = option("the same with --english", "Describe the image.", metavar="TEXT")
@@ -186,6 +189,20 @@ def open_source(source: str | None):
     return open_picture(fetch_picture(clean_path(source))) if source else None
 
 
+def looking_at(picture, looking: dict, model) -> dict:
+    """The keywords of `chat` for a picture; a zoom that has nothing to gain from it is left out, and that is said."""
+    if picture is None or not looking.get("zoom"):
+        return looking
+    from visualglm_hf.zooming import zoom_obstacle
+    from visualglm_tools.checkpoints.picture_size import image_size_of
+
+    obstacle = zoom_obstacle(picture.size, image_size_of(model.config))
+    if obstacle is None:
+        return looking
+    print(f"({obstacle})", file=sys.stderr)
+    return {name: value for name, value in looking.items() if name != "zoom"}
+
+
 def report_or_stop(error: BaseException, hint: str = "") -> None:
     """One line on stderr that says what went wrong."""
     if isinstance(error, KeyboardInterrupt):
@@ -199,7 +216,8 @@ class Conversation:
 
     def __init__(self, model, tokenizer, options: dict, language: str, looking: dict | None = None):
         self.model, self.tokenizer, self.options, self.language = model, tokenizer, options, language
-        self.looking = looking or {}  # keywords of `chat` for pictures
+        self.wanted = looking or {}  # keywords of `chat` for pictures
+        self.looking = {}  # those for this picture
         self.picture, self.history = None, []
 
     def choose_picture(self, source: str | None) -> None:
@@ -213,6 +231,7 @@ class Conversation:
                 source = read_line(ASK_PICTURE[self.language])
             try:
                 self.picture = open_source(source)
+                self.looking = looking_at(self.picture, self.wanted, self.model)
                 return
             except (ValueError, KeyboardInterrupt) as error:
                 if not sys.stdin.isatty():
@@ -230,7 +249,8 @@ class Conversation:
             return torch.full((len(input_ids),), button.is_set(), device=input_ids.device)
 
         try:
-            picture = None if self.history else self.picture  # the history remembers it from the first answer on
+            # The history remembers it from the first answer on, but not its full pixels, which a zoom needs.
+            picture = None if self.history and not self.looking.get("zoom") else self.picture
             stream = self.model.stream_chat(
                 self.tokenizer,
                 picture,
@@ -341,9 +361,38 @@ def answer_keywords(options: Options, tokenizer) -> dict:
     return keywords
 
 
+def check_look(options: Options) -> None:
+    """Raise a `ValueError` for a picture of where the model looks that cannot be made, before the model is loaded."""
+    if options.look is None:
+        return
+    if options.query is None or options.image is None:
+        raise ValueError("--look shows where one answer looked. Give --image and --query.")
+    if options.zoom:
+        raise ValueError("--look shows the whole picture, and --zoom answers from a part of it. Give one of them.")
+    if options.look.suffix.lower() != ".png":
+        raise ValueError(f"--look must be the name of a .png file, found {str(options.look)!r}.")
+    if not options.look.parent.is_dir():
+        raise ValueError(f"there is no folder {str(options.look.parent)!r} for {options.look.name!r}.")
+
+
+def answer_once(model, tokenizer, picture, options: Options, keywords: dict) -> str:
+    """The answer to the option's question; with --look, a picture of where it looked, too."""
+    looking = looking_at(picture, options.looking(), model)
+    if options.look is not None:
+        look = model.look(tokenizer, picture, options.query, **keywords, **looking)
+        look.overlay().save(behind_links(options.look), "PNG")
+        response, history = look.response, look.history
+    else:
+        response, history = model.chat(tokenizer, picture, options.query, **keywords, **looking)
+    if options.read_text:
+        tell_readings(history, sys.stderr)  # standard output is for the answer
+    return response
+
+
 def run(options: Options) -> None:
     """Answer one question, or talk until the user leaves; a `ValueError` says why not."""
     options.check()
+    check_look(options)
     try:
         picture = open_source(options.image) if options.query is not None else None  # before the model is loaded
         model, tokenizer = open_model(options)
@@ -352,9 +401,7 @@ def run(options: Options) -> None:
             with contextlib.suppress(Stop):
                 converse(model, tokenizer, keywords, options)
         else:
-            response, history = model.chat(tokenizer, picture, options.query, **keywords, **options.looking())
-            if options.read_text:
-                tell_readings(history, sys.stderr)  # standard output is for the answer
+            response = answer_once(model, tokenizer, picture, options, keywords)
             print(printable(response) if sys.stdout.isatty() else response, flush=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the terminal has shown ^C

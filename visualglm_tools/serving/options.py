@@ -17,6 +17,7 @@ from visualglm_tools.options import (
     PROBABILITY,
     argument,
     is_given,
+    one_of,
     option,
 )
 from visualglm_tools.shipped import DEFAULT_MODEL
@@ -123,10 +124,19 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions:
-    """How pictures are looked at: each option is a keyword of `chat`, of the same name, and of `Engine.prepare`."""
+    """How pictures are looked at: each option is a keyword, of the same name, of `chat`, `Engine.prepare` and
+    `Engine.decode_picture`."""
 
     read_text: bool = option(
         "read the text in pictures, with the extra ocr, and put it before the question", False, group="pictures"
+    )
+    zoom: int = one_of(
+        {
+            "zoom": (1, "answer from the part of the picture that matters to the question, in its full pixels"),
+            "zoom-twice": (2, "look into that part once more"),
+        },
+        0,
+        group="pictures",
     )
 
     def looking(self) -> dict[str, Any]:

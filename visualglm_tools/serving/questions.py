@@ -177,8 +177,8 @@ class Pictures:
     def __init__(self, folder: Path, allow_urls: bool, decode: Callable[[bytes, str], Any] = decode_here):
         self.folder, self.allow_urls, self.decode = folder, allow_urls, decode
 
-    def open(self, source: str | None) -> Image.Image | None:
-        """The picture, or None for no source.
+    def open(self, source: str | None) -> Any:
+        """What `decode` makes of the picture, or None for no source.
 
         Raises:
             ValueError: there is no such picture, or more than one.
@@ -251,7 +251,7 @@ def answer_rows(
 ) -> Iterator[tuple[Row, Completion | Problem]]:
     """The outcome of each row, in their order; later rows are prepared and answered meanwhile.
 
-    `looking` are the keywords of `Engine.prepare` for pictures.
+    `looking` are the keywords of `Engine.prepare` for rows with pictures.
 
     Rows whose batch has failed come last, each asked again alone: one of them may have been too much for all.
 
@@ -289,7 +289,8 @@ def submit(
 ) -> Answer | Problem:
     try:
         picture = pictures.open(row.content.get("image"))
-        prompt = engine.prepare(conversation_messages((), row.content["text"], picture), **looking)
+        messages = conversation_messages((), row.content["text"], picture)
+        prompt = engine.prepare(messages, **({} if picture is None else looking))
         return engine.submit(prompt, settings)
     except UNPREPARED as error:
         engine.check_alive()

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from tests.commands import SECONDS, chat, python, script
 from tests.helpers import load_float32
-from tests.paths import SCRIPTS
+from tests.paths import SCRIPTS, TINY
 from visualglm_tools.options import parse
 
 
@@ -212,6 +213,64 @@ def test_one_shot_prints_exactly_what_chat_answers(model, tokenizer, tiny_origin
     assert result.stdout == expected + "\n"
     assert "float32 on cpu" in result.stderr  # says what was chosen
     assert "Warning" not in result.stderr
+
+
+@pytest.fixture
+def star_file(small_star, tmp_path) -> Path:
+    small_star.save(tmp_path / "star.png")
+    return tmp_path / "star.png"
+
+
+TRAINED = ("--model", TINY, "--device", "cpu", "--dtype", "float32", "--greedy", "--query", "What color is it?")
+
+
+@pytest.mark.parametrize("option", ["--zoom", "--zoom-twice"])
+def test_zoom_answers_from_the_part_that_matters(capsys, star_file, option):
+    assert chat(*TRAINED, "--image", star_file, option) == 0
+    assert capsys.readouterr().out == "White.\n"
+
+
+def test_a_zoom_that_has_nothing_to_gain_says_so_and_answers(capsys, small_star, tmp_path):
+    small_star.resize((224, 224)).save(tmp_path / "small.png")
+    assert chat(*TRAINED, "--image", tmp_path / "small.png", "--zoom") == 0
+    out, err = capsys.readouterr()
+    assert out.strip() and "nothing to gain from a picture of 224 x 224" in err
+
+
+def test_a_conversation_zooms_into_each_question_anew(cli, capsys, loaded, star_file):
+    options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 16}
+    conversation = cli.Conversation(*loaded, options, "en", {"zoom": 1})
+    conversation.choose_picture(str(star_file))
+    for query in ("What color is it?", "And the shape?"):
+        conversation.answer(query)
+    assert conversation.history == [("What color is it?", "White."), ("And the shape?", "A star.")]
+    assert len(conversation.history.images) == 1
+
+
+def test_look_writes_where_the_model_looked_and_prints_the_same_answer(capsys, star_file, tmp_path):
+    assert chat(*TRAINED, "--image", star_file) == 0
+    expected = capsys.readouterr().out
+    assert chat(*TRAINED, "--image", star_file, "--look", tmp_path / "look.png") == 0
+    assert capsys.readouterr().out == expected
+    with Image.open(tmp_path / "look.png") as overlay:
+        assert overlay.size == (896, 896)
+        red, _, blue = overlay.getpixel((560, 336))  # the star's middle
+        assert red > blue
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--look", "out.png"), "Give --image and --query"),
+        (("--look", "out.png", "--image", "a.png", "--query", "a", "--zoom"), "Give one of them"),
+        (("--look", "out.jpg", "--image", "a.png", "--query", "a"), ".png file, found 'out.jpg'"),
+        (("--look", "no/such/out.png", "--image", "a.png", "--query", "a"), "no folder"),
+    ],
+)
+def test_a_look_that_cannot_be_written_is_one_line_before_the_model_is_loaded(capsys, options, complaint):
+    assert chat(*options) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and complaint in error
 
 
 def test_one_shot_without_a_picture_answers_from_text_alone(run_here, model, tokenizer):

@@ -15,16 +15,16 @@ from tests.json_lines import read_lines, write_lines
 from tests.paths import CIRCLES, TINY
 from tests.serving_helpers import ask_about, data_uri, error_of, post_chat
 from visualglm_hf.picture_reading import read_reduced
-from visualglm_hf.text_in_pictures import LONGEST_SIDE
 from visualglm_tools.commands import batch, chat
 from visualglm_tools.options import parse
 from visualglm_tools.serving.engine import prompts
 from visualglm_tools.serving.engine.picture_pool import PicturePool
-from visualglm_tools.serving.engine.prompts import ReadPicture
+from visualglm_tools.serving.engine.prompts import WHOLE
 from visualglm_tools.serving.page import page as web
 
 
 SLIDERS = (2048, 0.4, 0.8)
+SWITCHES = (True, False, False)  # read the text, zoom, show where the model looked
 READING = "出口 / <img>问："
 
 
@@ -91,17 +91,29 @@ def test_each_picture_is_read_for_its_own_turn(engine, seen):
     assert prompt.readings == ("", READING)
 
 
+def test_text_is_read_and_the_same_pixels_are_looked_into(engine, seen):
+    prompt = engine.prepare(messages(png(800, 400), "写着什么？"), read_text=True, zoom=2, is_shown=True)
+    read = engine.prepare(messages(png(800, 400), "写着什么？"), read_text=True)
+    assert (prompt.token_ids, prompt.readings) == (read.token_ids, (READING,))
+    assert (prompt.looks, prompt.is_shown, prompt.picture.size) == (2, True, (800, 400))
+    assert (read.looks, read.is_shown, read.picture) == (0, False, None)
+    decoded = engine.decode_picture(png(800, 400), read_text=True, zoom=2)
+    same = engine.prepare(messages(decoded, "写着什么？"), read_text=True, zoom=2)
+    assert same.pixel_values.equal(prompt.pixel_values) and same.readings == prompt.readings
+    assert same.picture.tobytes() == prompt.picture.tobytes()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_decoders_give_a_picture_in_its_own_shape_and_within_the_limit(kind):
     picture = Image.open(io.BytesIO(png(4000, 1000)))
     file = io.BytesIO()
     picture.save(file, kind)
     with PicturePool() as pool:
-        whole = pool.decode(file.getvalue(), (LONGEST_SIDE, 0))
-        assert whole.size == (LONGEST_SIDE, LONGEST_SIDE // 4)
-        small = pool.decode(png(40, 80), (LONGEST_SIDE, 0))
+        whole = pool.decode(file.getvalue(), WHOLE)
+        assert whole.size == (WHOLE[0], WHOLE[0] // 4)
+        small = pool.decode(png(40, 80), WHOLE)
     assert small.tobytes() == Image.open(io.BytesIO(png(40, 80))).tobytes()
-    here = read_reduced(Image.open(file), "x", LONGEST_SIDE, Image.Resampling.BICUBIC)
+    here = read_reduced(Image.open(file), "x", WHOLE[0], Image.Resampling.BICUBIC)
     assert whole.tobytes() == here.tobytes()
 
 
@@ -110,7 +122,7 @@ def test_a_picture_that_lies_on_its_side_is_stood_up():
     exif[0x0112] = 6
     Image.open(io.BytesIO(png(3200, 800))).save(file, "JPEG", exif=exif)
     with PicturePool() as pool:
-        assert pool.decode(file.getvalue(), (LONGEST_SIDE, 0)).size == (LONGEST_SIDE // 4, LONGEST_SIDE)
+        assert pool.decode(file.getvalue(), WHOLE).size == (WHOLE[0] // 4, WHOLE[0])
 
 
 def test_over_http_what_was_read_is_told_beside_the_answer(url, seen):
@@ -121,6 +133,7 @@ def test_over_http_what_was_read_is_told_beside_the_answer(url, seen):
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert [event.get("readings") for event in events] == [[READING], *[None] * (len(events) - 1)]
     assert "readings" not in post_chat(url, **asked, stream=True).text
+    assert post_chat(url, **asked, read_text=True, zoom=True).json()["readings"] == [READING]
 
 
 def test_a_server_without_ocr_says_so(url, monkeypatch):
@@ -146,12 +159,15 @@ def test_the_page_shows_what_was_read_in_front_and_in_brackets(engine, seen):
         return [update async for update in updates][-1]
 
     handlers, session = web.Handlers(engine), web.Session()
-    chat = asyncio.run(last(handlers.change_picture(session, OneUpload(), "写着什么？", *SLIDERS, True)))
+    chat = asyncio.run(last(handlers.change_picture(session, OneUpload(), "写着什么？", *SLIDERS, *SWITCHES)))
     assert chat[0] == {"role": "user", "content": "[图片中的文字：“出口 / &lt;img&gt;问：”]"}
     assert [each["role"] for each in chat[1:]] == ["user", "assistant"]
-    assert isinstance(session.picture, ReadPicture)
-    chat, _ = asyncio.run(last(handlers.ask(session, "再问一次", *SLIDERS, (), False)))
+    assert (session.picture.reading, session.picture.whole) == (READING, None)
+    chat, _ = asyncio.run(last(handlers.ask(session, "再问一次", (), *SLIDERS, False, False, False)))
     assert not chat[0]["content"].startswith("[")
+    chat, _ = asyncio.run(last(handlers.ask(session, "又问一次", (), *SLIDERS, True, True, True)))
+    assert chat[0]["content"].startswith("[") and session.look.startswith("<figure>")
+    assert (session.picture.reading, session.picture.whole) == (READING, None)
     assert len(seen) == 1
 
 
@@ -164,16 +180,17 @@ def test_a_run_over_a_file_reads_pictures_too(tmp_path, monkeypatch, engine, see
     def fails():
         raise ValueError("asked enough")
 
-    write_lines("in.jsonl", {"id": 1, "text": "写着什么？", "image": "sign.png"})
-    options = parse(batch.Options, ["in.jsonl", "out.jsonl", "--read-text", "--model", str(TINY)], "batch", "")
-    assert options.looking() == {"read_text": True}
+    write_lines("in.jsonl", {"id": 1, "text": "写着什么？", "image": "sign.png"}, {"id": 2, "text": "你好"})
+    words = ["in.jsonl", "out.jsonl", "--read-text", "--zoom", "--model", str(TINY)]
+    options = parse(batch.Options, words, "batch", "")
+    assert options.looking() == {"read_text": True, "zoom": 1}
     assert batch.run(options) == 1
-    assert [prompt.readings for prompt in prepared] == [(READING,)]
+    assert [(prompt.readings, prompt.looks) for prompt in prepared] == [((READING,), 1), ((), 0)]
     assert read_lines("out.jsonl.errors.jsonl")[0]["error"] == "asked enough"
 
 
 def test_the_terminal_tells_what_was_read_apart_from_the_answer(monkeypatch, capsys, loaded):
-    room = sys.modules[type(loaded[0]).prepare_turn.__module__]  # the code that came with the weights
+    room = sys.modules[type(loaded[0]).read_images.__module__]  # the code that came with the weights
     monkeypatch.setattr(room, "read_picture", lambda picture, count_tokens: "出口")
     monkeypatch.setattr(chat, "open_model", lambda options: loaded)
     words = ["--image", str(CIRCLES), "--query", "写着什么？", "--read-text", "--greedy", "--model", str(TINY)]

@@ -89,6 +89,7 @@ class Answer:
         self.is_watched = False
         self.text = ""
         self.share_read = 0.0
+        self.attention_map = None  # [side, side] over the last picture, once the answer has begun, if that was wanted
         self.future: Future[Completion] = Future()
         self._on_cancel = on_cancel
         self._lock = threading.Lock()

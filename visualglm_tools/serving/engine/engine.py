@@ -23,17 +23,18 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from visualglm_hf.attention_maps import see
 from visualglm_hf.chat import check_tokenizer
+from visualglm_hf.zooming import look_ahead, zoom_in
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.layer_bar import counted_layers
 from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
 from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, prefill
 from visualglm_tools.serving.engine.metrics import Metrics
-from visualglm_tools.serving.engine.prompts import Prompt, PromptBuilder, ReadPicture
+from visualglm_tools.serving.engine.prompts import OpenedPicture, Prompt, PromptBuilder
 from visualglm_tools.serving.engine.sampling import Chooser, Settings
 from visualglm_tools.serving.engine.text import GrowingText
 from visualglm_tools.serving.engine.waiting import Queue
@@ -89,7 +90,14 @@ class Engine:
     def __exit__(self, *error) -> None:
         self.close(drain=not any(error))
 
-    def prepare(self, messages: Sequence[Mapping], english: bool | None = None, read_text: bool = False) -> Prompt:
+    def prepare(
+        self,
+        messages: Sequence[Mapping],
+        english: bool | None = None,
+        read_text: bool = False,
+        zoom: bool | int = False,
+        is_shown: bool = False,
+    ) -> Prompt:
         """Make a prompt of a conversation: check it, open its pictures, tokenize.
 
         Args:
@@ -99,11 +107,13 @@ class Engine:
             english: whether to prompt with `Q:`/`A:` instead of `问：`/`答：`; None follows the last question.
             read_text: whether to read the text in the pictures, and to put it before their questions; what was read
                 is told by the prompt.
+            zoom: as `chat`'s: whether, or how often, to look into the last picture before the answer.
+            is_shown: whether the answer shall have an `attention_map` of the last picture, if there is one.
 
         Raises:
             ValueError: anything wrong with the messages or their pictures, or more tokens than the model takes.
         """
-        return self._prompts.build(messages, english, read_text)
+        return self._prompts.build(messages, english, read_text, zoom, is_shown)
 
     async def prepare_in_time(
         self,
@@ -112,11 +122,12 @@ class Engine:
         english: bool | None = None,
         fetch: Callable[[str], Awaitable[bytes]] | None = None,
         read_text: bool = False,
+        zoom: bool | int = False,
     ) -> Prompt:
         """`prepare` for coroutines, beside their loop and beside others that are being prepared.
 
         Args:
-            messages, english, read_text: see `prepare`.
+            messages, english, read_text, zoom: see `prepare`.
             asked_at: when the time of the request began, by `time.monotonic`.
             fetch: what reads a picture given by its address; None refuses addresses.
 
@@ -124,7 +135,7 @@ class Engine:
             ValueError: as `prepare`.
             AnswerTimeout: the prompt was not ready in time.
         """
-        preparing = self._prompts.build_async(messages, english, fetch, read_text)
+        preparing = self._prompts.build_async(messages, english, fetch, read_text, zoom)
         try:
             return await asyncio.wait_for(preparing, asked_at + self.limits.timeout - time.monotonic())
         except asyncio.TimeoutError as error:
@@ -139,19 +150,20 @@ class Engine:
         self._prompts.pictures.start()
 
     def decode_picture(
-        self, data: bytes, name: str | None = None, read_text: bool = False
-    ) -> Image.Image | ReadPicture:
-        """An encoded picture as the model sees it, decoded apart from this process; `prepare` takes it as an image.
+        self, data: bytes, name: str | None = None, read_text: bool = False, zoom: bool | int = False
+    ) -> OpenedPicture:
+        """An encoded picture, decoded apart from this process; `prepare` takes it as an image.
 
         Args:
             data: PNG, JPEG, ...
             name: of the picture, in errors.
             read_text: whether to read the text in it, too.
+            zoom: whether to keep its own pixels, for `prepare` with `zoom` or `is_shown`.
 
         Raises:
             ValueError: a picture that cannot be read, or that takes more bytes, memory or time than there are.
         """
-        return self._prompts.decode(data, name, read_text)
+        return self._prompts.decode(data, name, read_text, bool(zoom))
 
     def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
         """Ask for an answer; see `submit_all`."""
@@ -236,7 +248,7 @@ class Engine:
         rows = [self._row(answer) for answer in answers]
         with self._failing(rows):
             for row, answer in zip(rows, answers, strict=True):
-                row.image_embeds = self._encode(answer.prompt.pixel_values)
+                row.image_embeds = self._look(answer, self._encode(answer.prompt.pixel_values))
             with counted_layers(self.model, Reading(answers, len(self.model.get_decoder().layers))):
                 return prefill(self.model, rows)
         return None
@@ -268,6 +280,20 @@ class Engine:
         embeds = [self.model.encode_pictures(picture[None].to(device)) for picture in pixel_values]
         self.metrics.pictures.inc(cache.num_encoded - known)
         return torch.cat(embeds)
+
+    @torch.no_grad()
+    def _look(self, answer: Answer, image_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """The soft prompts, with the part of the last picture that matters in its place if that was asked for."""
+        prompt = answer.prompt
+        if prompt.picture is None:
+            return image_embeds
+        seen = see(self.model, prompt.picture, prompt.pixel_values[-1:])
+        input_ids, place = torch.tensor([prompt.token_ids], device=self.model.device), len(image_embeds) - 1
+        if prompt.is_shown:
+            answer.attention_map = look_ahead(self.model, seen, input_ids, image_embeds, place)
+        if not prompt.looks:
+            return image_embeds
+        return zoom_in(self.model, seen, input_ids, image_embeds, place, prompt.looks)
 
     def _advance(self, batch: Batch) -> None:
         """Generate until there is something else to do."""

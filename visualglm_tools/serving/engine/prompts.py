@@ -21,14 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
 from visualglm_hf.conversation import is_english, quote_reading
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
-from visualglm_hf.text_in_pictures import LONGEST_SIDE, load_reader, read_picture
+from visualglm_hf.text_in_pictures import load_reader, read_picture
 from visualglm_hf.tokenization_chatglm import MAX_BLANKS
+from visualglm_hf.zooming import count_looks
 from visualglm_tools.checkpoints.picture_size import image_size_of
 from visualglm_tools.serving.engine.picture_pool import PicturePool
 
 
 ROLES = ("user", "assistant")
 QUESTIONS = ("描述这张图片。", "Describe the image.")  # about a picture without a text; the first is the original's
+# A picture that is read or zoomed into, as a size for `PicturePool`: 2,240 pixels a side are 15 MB, and ten times what
+# the model sees. The reader makes it smaller still, for its own memory.
+WHOLE = (2240, 0)
 SHORT_TEXT = 10_000  # characters, which take milliseconds
 REMEMBERED_READINGS = 64  # of pictures: clients send the same conversation again with each question
 NO_PATH = "A picture must be a data: URI or the data itself; no path or address is opened here."
@@ -39,11 +43,18 @@ class PictureTooLarge(ValueError):
 
 
 @dataclass(frozen=True)
-class ReadPicture:
-    """A picture as the model sees it, and what was read in all its pixels."""
+class OpenedPicture:
+    """A picture as the model sees it, and what else was asked for.
+
+    Args:
+        image: as the model sees it, or in more pixels, which then are made fewer.
+        reading: what was read in all its pixels, "" for nothing; None where that was not asked for.
+        whole: all its pixels, but at most `WHOLE`; None where nobody looks into it.
+    """
 
     image: Image.Image
-    reading: str
+    reading: str | None = None
+    whole: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,17 @@ class Prompt:
         token_ids: the whole prompt, a picture being `num_query_tokens` image tokens.
         pixel_values: [pictures, 3, height, width] in the order of their places, or None.
         readings: what was read in each picture, "" for nothing; none where that was not asked for.
+        looks: how often to look into the last picture before the answer.
+        is_shown: whether to tell where in it the model looks when it begins to answer.
+        picture: that one in its own pixels, but at most `WHOLE`, for either.
     """
 
     token_ids: tuple[int, ...]
     pixel_values: torch.Tensor | None = None
     readings: tuple[str, ...] = ()
+    looks: int = 0
+    is_shown: bool = False
+    picture: Image.Image | None = None
 
 
 class PromptBuilder:
@@ -93,10 +110,20 @@ class PromptBuilder:
         self.short_ones = ThreadPoolExecutor(2, "short-prompts")
         self.long_ones = ThreadPoolExecutor(1, "long-prompts")  # one by one, so that they leave others their time
 
-    def build(self, messages: Sequence[Mapping], english: bool | None = None, read_text: bool = False) -> Prompt:
+    def build(
+        self,
+        messages: Sequence[Mapping],
+        english: bool | None = None,
+        read_text: bool = False,
+        zoom: bool | int = False,
+        is_shown: bool = False,
+    ) -> Prompt:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
         conversation, pictures = self.separate(messages, english)
-        return self.finish(conversation, [self.open(picture, read_text) for picture in pictures], english)
+        looks = check_looks(zoom, pictures)
+        is_whole = whole_ones(pictures, looks or is_shown)
+        opened = [self.open(picture, read_text, each) for picture, each in zip(pictures, is_whole, strict=True)]
+        return self.finish(conversation, opened, english, looks, is_shown)
 
     async def build_async(
         self,
@@ -104,13 +131,20 @@ class PromptBuilder:
         english: bool | None = None,
         fetch: Callable[[str], Awaitable[bytes]] | None = None,
         read_text: bool = False,
+        zoom: bool | int = False,
     ) -> Prompt:
         """`build` beside the event loop; with `fetch`, which reads what is behind an address, for addresses too."""
         conversation, pictures = self.separate(messages, english)
+        looks = check_looks(zoom, pictures)
+        is_whole = whole_ones(pictures, looks)
         # One after the other: an encoded picture is much larger than what the model sees of it.
-        images = [await self.open_async(picture, fetch, read_text) for picture in pictures]
+        opened = [
+            await self.open_async(picture, fetch, read_text, each)
+            for picture, each in zip(pictures, is_whole, strict=True)
+        ]
         threads = self.short_ones if count_characters(conversation) <= SHORT_TEXT else self.long_ones
-        return await asyncio.get_running_loop().run_in_executor(threads, self.finish, conversation, images, english)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(threads, self.finish, conversation, opened, english, looks)
 
     def close(self) -> None:
         self.pictures.close()
@@ -139,10 +173,16 @@ class PromptBuilder:
         characters, blanks = sum(map(len, texts)), sum(text.count(" ") for text in texts)
         return blanks // MAX_BLANKS + (characters - blanks) // self.longest_piece
 
-    def finish(self, conversation: list[dict], images: list, english: bool | None) -> Prompt:
+    def finish(
+        self,
+        conversation: list[dict],
+        opened: Sequence[OpenedPicture],
+        english: bool | None,
+        looks: int = 0,
+        is_shown: bool = False,
+    ) -> Prompt:
         """The prompt of a conversation and its open pictures."""
-        readings = [each.reading if isinstance(each, ReadPicture) else None for each in images]
-        images = [each.image if isinstance(each, ReadPicture) else each for each in images]
+        readings, images = [each.reading for each in opened], [each.image for each in opened]
         if any(readings):
             english = is_english("\n".join(texts_of(conversation[-1:]))) if english is None else english
             conversation = with_readings(conversation, readings, english)
@@ -160,22 +200,20 @@ class PromptBuilder:
                 "included. Shorten it."
             )
         told = tuple(each or "" for each in readings) if any(each is not None for each in readings) else ()
-        return Prompt(tuple(token_ids), inputs.get("pixel_values"), told)
+        looked_into = (opened[-1].whole or opened[-1].image) if opened and (looks or is_shown) else None
+        return Prompt(tuple(token_ids), inputs.get("pixel_values"), told, looks, is_shown, looked_into)
 
-    def open(self, picture, read_text: bool = False) -> Image.Image | ReadPicture:
+    def open(self, picture, read_text: bool = False, is_whole: bool = False) -> OpenedPicture:
         """A picture given as an image, bytes, an array or a `data:` URI; a `ValueError` for paths and addresses."""
-        if isinstance(picture, ReadPicture):
+        if isinstance(picture, OpenedPicture):
             return picture
         refuse_path(picture)
         if isinstance(picture, str):
-            return self.decode(self.uri_bytes(picture), name_of_uri(picture), read_text)
-        return (
-            self.decode(picture, None, read_text) if isinstance(picture, bytes) else self.open_here(picture, read_text)
-        )
-
-    def open_here(self, picture, read_text: bool) -> Image.Image | ReadPicture:
+            return self.decode(self.uri_bytes(picture), name_of_uri(picture), read_text, is_whole)
+        if isinstance(picture, bytes):
+            return self.decode(picture, None, read_text, is_whole)
         image = open_picture(picture)
-        return ReadPicture(image, self.read(image)) if read_text else image
+        return OpenedPicture(image, self.read(image) if read_text else None, image if is_whole else None)
 
     def read(self, image: Image.Image) -> str:
         """What is written in a picture; one at a time, and not again in one that was read lately."""
@@ -193,23 +231,25 @@ class PromptBuilder:
         return len(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     async def open_async(
-        self, picture, fetch: Callable[[str], Awaitable[bytes]] | None, read_text: bool
-    ) -> Image.Image | ReadPicture:
+        self, picture, fetch: Callable[[str], Awaitable[bytes]] | None, read_text: bool, is_whole: bool
+    ) -> OpenedPicture:
+        """`open` beside the event loop, for addresses too where they are fetched."""
         refuse_path(picture)
-        name = None
+        loop, name = asyncio.get_running_loop(), None
         if isinstance(picture, str) and fetch is not None and picture[:8].lower().startswith(("http://", "https://")):
             picture = await fetch(picture)
         elif isinstance(picture, str):
             name = name_of_uri(picture)
-            picture = await asyncio.get_running_loop().run_in_executor(self.long_ones, self.uri_bytes, picture)
+            picture = await loop.run_in_executor(self.long_ones, self.uri_bytes, picture)
         if not isinstance(picture, bytes):
-            return await asyncio.get_running_loop().run_in_executor(self.long_ones, self.open_here, picture, read_text)
+            return await loop.run_in_executor(self.long_ones, self.open, picture, read_text, is_whole)
         self.check_bytes(len(picture))
         small = await self.pictures.decode_async(picture, self.size, self.resample, name)
-        if not read_text:
-            return small
-        whole = await self.pictures.decode_async(picture, (LONGEST_SIDE, 0), self.resample, name)
-        return ReadPicture(small, await asyncio.get_running_loop().run_in_executor(self.long_ones, self.read, whole))
+        if not read_text and not is_whole:
+            return OpenedPicture(small)
+        whole = await self.pictures.decode_async(picture, WHOLE, self.resample, name)
+        reading = await loop.run_in_executor(self.long_ones, self.read, whole) if read_text else None
+        return OpenedPicture(small, reading, whole if is_whole else None)
 
     def uri_bytes(self, uri: str) -> bytes:
         if uri[:5].lower() != "data:":
@@ -221,17 +261,33 @@ class PromptBuilder:
     def resample(self) -> int:
         return self.processor.image_processor.resample
 
-    def decode(self, data: bytes, name: str | None = None, read_text: bool = False) -> Image.Image | ReadPicture:
-        """An encoded picture as the model sees it; see `Engine.decode_picture`."""
+    def decode(
+        self, data: bytes, name: str | None = None, read_text: bool = False, is_whole: bool = False
+    ) -> OpenedPicture:
+        """An encoded picture as the model sees it, and in its own pixels; see `Engine.decode_picture`."""
         self.check_bytes(len(data))
         small = self.pictures.decode(data, self.size, self.resample, name)
-        if not read_text:
-            return small
-        return ReadPicture(small, self.read(self.pictures.decode(data, (LONGEST_SIDE, 0), self.resample, name)))
+        if not read_text and not is_whole:
+            return OpenedPicture(small)
+        whole = self.pictures.decode(data, WHOLE, self.resample, name)
+        return OpenedPicture(small, self.read(whole) if read_text else None, whole if is_whole else None)
 
     def check_bytes(self, size: int) -> None:
         if size > self.max_picture_bytes:
             raise PictureTooLarge(f"A picture of {size} bytes is too large, the limit is {self.max_picture_bytes}.")
+
+
+def check_looks(zoom: bool | int, pictures: Sequence) -> int:
+    """How many looks into the last picture `zoom` asks for; a `ValueError` if there is none."""
+    looks = count_looks(zoom)
+    if looks and not pictures:
+        raise ValueError("There is no picture to zoom into. Send one, or leave zoom out.")
+    return looks
+
+
+def whole_ones(pictures: Sequence, is_looked_into: bool | int) -> list[bool]:
+    """Of which pictures all pixels are needed: of the last, if it is looked into."""
+    return [bool(is_looked_into) and index == len(pictures) - 1 for index in range(len(pictures))]
 
 
 def refuse_path(picture) -> None:

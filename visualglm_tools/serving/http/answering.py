@@ -20,17 +20,18 @@ async def ask(
     english: bool | None = None,
     fetch: Callable[[str], Awaitable[bytes]] | None = None,
     read_text: bool = False,
+    zoom: bool | int = False,
 ) -> list[Answer]:
     """Submit a conversation once for each of the `settings`; an `ApiError` for whatever is wrong with it.
 
     Args:
-        engine, messages, english, fetch, read_text: see `Engine.prepare_in_time`.
+        engine, messages, english, fetch, read_text, zoom: see `Engine.prepare_in_time`.
         settings: of each answer.
         asked_at: when the request came, by `time.monotonic`: its time counts from then on.
     """
     try:
         with engine.room_for(len(settings)):  # before anything is done for it
-            prompt = await engine.prepare_in_time(messages, asked_at, english, fetch, read_text)
+            prompt = await engine.prepare_in_time(messages, asked_at, english, fetch, read_text, zoom)
         return engine.submit_all(prompt, settings, asked_at)
     except PictureTooLarge as error:
         raise ApiError(413, str(error), code="picture_too_large") from error

@@ -176,6 +176,9 @@ class ChatRequest(TakenAsTheyAre):
     repetition_penalty: float = Field(1.2, ge=0.01, le=100, description="an extension: 1 for none")
     n: int = Field(1, ge=1)
     read_text: bool = Field(False, description="an extension: read the text in pictures and put it before the question")
+    zoom: bool | int = Field(
+        False, description="an extension: answer from the part of the last picture that matters; or how often to look"
+    )
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="makes the answer repeatable; -1 for a new one each time"
     )
@@ -281,8 +284,8 @@ def create_router(get_engine: Callable[[], Engine], intake: Intake, options) -> 
             check_choices(asked.n, engine)
             check_addresses(asked.messages)
             messages = [message.for_engine() for message in asked.messages]
-            settings, fetching = asked.settings(), fetch_for(engine)
-            answers = await ask(engine, messages, settings, asked_at, fetch=fetching, read_text=asked.read_text)
+            looking = {"read_text": asked.read_text, "zoom": asked.zoom}
+            answers = await ask(engine, messages, asked.settings(), asked_at, fetch=fetch_for(engine), **looking)
             del asked.messages[:], messages[:]  # pictures are not kept while the model answers
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:

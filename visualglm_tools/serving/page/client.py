@@ -22,6 +22,8 @@ TEXTS = gr.I18n(
         "top_p": "Top P",
         "temperature": "Temperature",
         "read_text": "Read the text in the picture",
+        "zoom": "Zoom in: answer from the part of the picture that matters",
+        "show_look": "Show where the model looked",
         "examples": "Examples",
     },
     zh={
@@ -40,6 +42,8 @@ TEXTS = gr.I18n(
         "top_p": "Top P",
         "temperature": "温度",
         "read_text": "识别图片中的文字",
+        "zoom": "放大：根据图片中与问题相关的部分回答",
+        "show_look": "显示模型看了哪里",
         "examples": "示例",
     },
 )
@@ -47,6 +51,7 @@ TEXTS = gr.I18n(
 # On a wide screen the talk is beside the rest; on a phone's it comes after a low picture, so that both are in sight.
 STYLE = """
 #page { display: grid; grid-template: "notes notes" auto "picture talk" auto "settings talk" 1fr / 1fr 2fr; }
+#look img { max-width: 100%; }
 #notes { grid-area: notes } #picture { grid-area: picture } #talk { grid-area: talk } #settings { grid-area: settings }
 @media (max-width: 767px) {
     #page { grid-template: "picture" auto "talk" auto "settings" auto "notes" auto / 1fr; }

@@ -11,18 +11,19 @@ import html
 import os
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import gradio as gr
-from PIL import Image
 from starlette.middleware import Middleware
 
 from visualglm_hf.conversation import describe_reading, is_english
+from visualglm_hf.looking import Look
 from visualglm_tools.layer_bar import PATIENCE
 from visualglm_tools.serving.engine.answers import Answer, EngineError, QueueFull
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import DecoderNotStarted, PoolClosed
-from visualglm_tools.serving.engine.prompts import QUESTIONS, Prompt, ReadPicture, conversation_messages
+from visualglm_tools.serving.engine.prompts import QUESTIONS, OpenedPicture, Prompt, conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http.guards import ANY, RefuseOtherPages
 from visualglm_tools.serving.page.client import (
@@ -59,6 +60,20 @@ class Superseded(Exception):
     """The user has gone on to something else."""
 
 
+@dataclass(frozen=True)
+class Switches:
+    """How a picture is looked at, in the order of the page's switches."""
+
+    read_text: bool = False
+    zoom: bool = False
+    show_look: bool = False
+
+    @property
+    def looks_into(self) -> bool:
+        """Whether its own pixels are needed when it is asked about."""
+        return self.zoom or self.show_look
+
+
 class Session:
     """One tab: its picture, the turns that are complete, and the one on its way.
 
@@ -67,10 +82,9 @@ class Session:
 
     def __init__(self):
         self.upload: Upload | None = None
-        self.picture: Image.Image | ReadPicture | None = (
-            None  # what the model sees of it; the file need not stay, nor its bytes
-        )
+        self.picture: OpenedPicture | None = None  # what the model sees of it; the file need not stay, nor its pixels
         self.told = ""  # what was read in the picture, for the user; "" where that was not asked for
+        self.look = ""  # where the model looked for the last answer, as HTML
         self.turns: list[tuple[str, str]] = []
         self.answer: Answer | None = None
         self.turn = ("", "")  # that `answer` belongs to, as far as it was shown
@@ -81,7 +95,8 @@ class Session:
         self.settle()
         if self.upload:
             self.upload.delete()
-        self.upload, self.picture, self.told, self.turns = upload, None, "", []
+        self.upload, self.picture, self.turns = upload, None, []
+        self.told = self.look = ""
 
     def stop(self) -> None:
         if self.answer is not None:
@@ -96,7 +111,7 @@ class Session:
         self.number += 1
 
     async def ask(
-        self, opener: "Opener", question: str, settings: Settings, read_text: bool = False
+        self, opener: "Opener", question: str, settings: Settings, switches: Switches
     ) -> AsyncIterator[tuple[str, float]]:
         """The growing answer of the opener's engine, as `Answer.watch` gives it; in the end it is one of the `turns`.
 
@@ -110,12 +125,12 @@ class Session:
         engine = opener.engine
         engine.check_room()  # before the picture is opened
         try:
-            prompt = await self.prepare(opener, question, read_text)
+            prompt = await self.prepare(opener, question, switches)
         except (ValueError, EngineError):
             self.check_current(number)  # the picture may have been deleted for the next one
             raise
         self.check_current(number)
-        self.answer, self.turn = engine.submit(prompt, settings), (question, "")
+        self.answer, self.turn, self.look = engine.submit(prompt, settings), (question, ""), ""
         answer = self.answer
         try:
             async for text, share_read in answer.watch(PATIENCE):
@@ -123,25 +138,35 @@ class Session:
                 self.turn = (question, text)
                 yield text, share_read
             self.check_current(number)  # what follows an answer's end shall not be drawn over what was begun
+            if answer.attention_map is not None:
+                self.look = Look(answer.attention_map, text, [], prompt.picture).to_html()
         finally:  # also when the tab was closed
             answer.cancel()
             if number == self.number:
                 self.settle()
 
-    async def prepare(self, opener: "Opener", question: str, read_text: bool) -> Prompt:
+    async def prepare(self, opener: "Opener", question: str, switches: Switches) -> Prompt:
         if len(question) > MAX_CHARACTERS:
             raise ValueError(f"The question has {len(question)} characters, more than {MAX_CHARACTERS}. Shorten it.")
-        upload = self.upload
-        is_unread = read_text and not isinstance(self.picture, ReadPicture)
-        if upload and (not self.picture or is_unread):
-            picture = await opener.open(upload, read_text)
-            if self.upload is upload:
-                self.picture = picture
-        picture = self.picture
-        if not read_text and isinstance(picture, ReadPicture):
-            picture = picture.image
-        self.told = describe_reading(picture.reading, is_english(question)) if read_text and upload else ""
-        return await asyncio.to_thread(opener.engine.prepare, conversation_messages(self.turns, question, picture))
+        picture = await self.open(opener, switches) if self.upload else None
+        self.told = describe_reading(picture.reading, is_english(question)) if picture and switches.read_text else ""
+        if picture and not switches.read_text:
+            picture = replace(picture, reading=None)
+        looking = {"zoom": switches.zoom, "is_shown": switches.show_look} if picture and switches.looks_into else {}
+        messages = conversation_messages(self.turns, question, picture)
+        return await asyncio.to_thread(opener.engine.prepare, messages, **looking)
+
+    async def open(self, opener: "Opener", switches: Switches) -> OpenedPicture:
+        """The picture with all that the switches ask for; of that, what is small is kept."""
+        upload, kept = self.upload, self.picture
+        is_unread = switches.read_text and (kept is None or kept.reading is None)
+        if kept and not is_unread and not switches.looks_into:
+            return kept
+        picture = await opener.open(upload, switches)
+        if self.upload is upload:
+            reading = kept.reading if kept and picture.reading is None else picture.reading
+            self.picture = replace(picture, reading=reading, whole=None)
+        return picture
 
     def check_current(self, number: int) -> None:
         if number != self.number:
@@ -160,8 +185,8 @@ class Opener:
         self.threads = ThreadPoolExecutor(OPENED_AT_A_TIME, "uploads")  # others, with other questions, do not wait
         self.number = 0  # of those that are being opened or wait for it
 
-    async def open(self, upload: Upload, read_text: bool = False) -> Image.Image | ReadPicture:
-        """What the model sees of it, and what is written in it if that is to be read.
+    async def open(self, upload: Upload, switches: Switches) -> OpenedPicture:
+        """What the model sees of it, and what else the switches ask for.
 
         Raises:
             ValueError: it cannot be used.
@@ -171,13 +196,14 @@ class Opener:
             raise QueueFull(self.number, OPENING_SECONDS)
         self.number += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload, read_text)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.open_now, upload, switches)
         finally:
             self.number -= 1
 
-    def open_now(self, upload: Upload, read_text: bool) -> Image.Image | ReadPicture:
+    def open_now(self, upload: Upload, switches: Switches) -> OpenedPicture:
         try:
-            return self.engine.decode_picture(upload.read(), repr(upload.path.name), read_text)
+            looking = {"read_text": switches.read_text, "zoom": switches.looks_into}
+            return self.engine.decode_picture(upload.read(), repr(upload.path.name), **looking)
         except (DecoderNotStarted, PoolClosed) as error:
             raise EngineError(str(error)) from error
 
@@ -218,52 +244,55 @@ class Handlers:
     def __init__(self, engine: Engine):
         self.opener = Opener(engine)
 
-    async def ask(
-        self, session: Session, question: str, max_length, top_p, temperature, shown: Sequence = (), read_text=False
-    ):
-        """`shown` is what the browser has of the conversation; `read_text` whether text in the picture is read."""
+    async def ask(self, session: Session, question: str, shown: Sequence, *controls):
+        """`shown` is what the browser has of the conversation; `controls` are the values of sliders and switches."""
         if question := question.strip():
             if shown and session.is_new:
                 gr.Warning(FORGOTTEN, title="")
                 yield gr.skip(), question
                 return
-            async for update in self.answer(session, question, (max_length, top_p, temperature, read_text)):
+            async for update in self.answer(session, question, controls):
                 yield update
 
-    async def retry(self, session: Session, max_length, top_p, temperature, shown: Sequence = (), read_text=False):
+    async def retry(self, session: Session, shown: Sequence, *controls):
         if shown and session.is_new:
             gr.Warning(FORGOTTEN, title="")
             return
         session.settle()
         if session.turns:
             *session.turns, (question, _) = session.turns
-            async for update in self.answer(session, question, (max_length, top_p, temperature, read_text)):
+            async for update in self.answer(session, question, controls):
                 yield update
 
-    async def change_picture(self, session: Session, upload: Upload | None, question: str, *sliders):
+    async def change_picture(self, session: Session, upload: Upload | None, question: str, *controls):
         if upload is None and session.upload is None:  # `clear` has removed it
             return
         session.begin(upload)
         yield []
         if upload is not None:
-            async for chat, _ in self.answer(session, question, sliders):
+            async for chat, _ in self.answer(session, question, controls):
                 yield chat  # and what was typed meanwhile stays
 
     async def stop(self, session: Session) -> None:
         session.stop()
 
     async def clear(self, session: Session):
-        """The emptied picture and chat."""
+        """The emptied picture, chat and map."""
         session.begin(None)
-        return None, []
+        return None, [], ""
 
-    async def answer(self, session: Session, question: str, sliders: Sequence[float]):
+    async def show_look(self, session: Session) -> str:
+        """Where the model looked for the last answer, if that was asked for."""
+        return session.look
+
+    async def answer(self, session: Session, question: str, controls: Sequence):
         text = ""
         yield displayed([*session.turns, (question, text)], session.told), ""
         try:
-            max_length, top_p, temperature, *switches = sliders
+            max_length, top_p, temperature, *switches = controls
             settings = Settings(max_length=max_length, top_p=top_p, temperature=temperature)
-            async with contextlib.aclosing(session.ask(self.opener, question, settings, any(switches))) as texts:
+            asked = session.ask(self.opener, question, settings, Switches(*map(bool, switches)))
+            async with contextlib.aclosing(asked) as texts:
                 async for text, share_read in texts:
                     said = [*session.turns, (question, text or bar(share_read))]
                     yield displayed(said, session.told), gr.skip()
@@ -321,41 +350,41 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
             with gr.Column(elem_id="settings"):
                 add_examples(picture, examples)
                 first_question = gr.Radio(QUESTIONS, value=QUESTIONS[0], label=TEXTS("first_question"))
-                sliders = add_sliders()
-                read_text = gr.Checkbox(False, label=TEXTS("read_text"), elem_id="read_text")
+                controls = [*add_sliders(), *add_switches()]
+                look = gr.HTML("", elem_id="look")
         page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
         page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
-        connect(Handlers(engine), picture, first_question, sliders, chat, question, buttons, read_text)
+        connect(Handlers(engine), picture, first_question, controls, chat, question, buttons, look)
     return page
 
 
-def connect(handlers: Handlers, picture, first_question, sliders, chat, question, buttons, read_text) -> None:
+def connect(handlers: Handlers, picture, first_question, controls, chat, question, buttons, look) -> None:
     """Say which events of the page are whose."""
     submit, stop, retry, clear = buttons
     session = gr.State(Session())
     sent, unanswered = (gr.Textbox(visible="hidden") for _ in range(2))
     boxes, display = [question, sent, unanswered], [chat, unanswered]
     gr.on([submit.click, question.submit], js=SEND, inputs=[question, sent], outputs=[question, sent], **IN_THE_BROWSER)
-    asked = gr.on(
-        [submit.click, question.submit], handlers.ask, [session, sent, *sliders, chat, read_text], display, **ANSWERING
-    )
+    asked = gr.on([submit.click, question.submit], handlers.ask, [session, sent, chat, *controls], display, **ANSWERING)
     asked.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
     asked.failure(js=UNSEND, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
-    retried = retry.click(handlers.retry, [session, *sliders, chat, read_text], display, **ANSWERING)
+    retried = retry.click(handlers.retry, [session, chat, *controls], display, **ANSWERING)
     retried.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
     changed = picture.change(
         handlers.change_picture,
-        [session, picture, first_question, *sliders, read_text],
+        [session, picture, first_question, *controls],
         chat,
         trigger_mode="multiple",  # a new picture need not wait for the last one's answer
         **ANSWERING,
     )
+    for answered in (asked, retried, changed):
+        answered.then(handlers.show_look, session, look, **AT_ONCE)
     stop.click(handlers.stop, session, **AT_ONCE)
     gr.on(
         [clear.click, chat.clear],
         handlers.clear,
         session,
-        [picture, chat],
+        [picture, chat, look],
         cancels=[asked, retried, changed],  # or what was sent before might arrive after
         **AT_ONCE,
     )
@@ -442,6 +471,11 @@ def add_sliders() -> list[gr.Slider]:
         gr.Slider(0, 1, 0.4, step=0.01, label=TEXTS("top_p"), elem_id="top_p"),
         gr.Slider(0, 1, 0.8, step=0.01, label=TEXTS("temperature"), elem_id="temperature"),
     ]
+
+
+def add_switches() -> list[gr.Checkbox]:
+    """Those of `Switches`."""
+    return [gr.Checkbox(False, label=TEXTS(each.name), elem_id=each.name) for each in fields(Switches)]
 
 
 def add_chat() -> gr.Chatbot:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.commands import SECONDS
 from tests.paths import PICTURES, TINY
+from tests.picture_files import encoded
 from tests.serving_helpers import ENDLESS, sample, wait_until
 from visualglm_tools.serving.engine.answers import (
     AnswerTimeout,
@@ -64,6 +65,27 @@ def test_greedy_answers_are_those_of_chat(engine, loaded, prompts):
         completion = engine.submit(engine.prepare(question(text, picture)), GREEDY).result(SECONDS)
         assert completion.text == chat_alone(loaded, picture, text)
         assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_zoomed_answer_is_that_of_chat_beside_others_that_are_not(engine, loaded, small_star, looks):
+    model, tokenizer = loaded
+    exact = {"do_sample": False, "repetition_penalty": 1.0, "min_length": 0}
+    expected, _ = model.chat(tokenizer, small_star, "What color is it?", zoom=looks, **exact)
+    data = encoded(small_star, "PNG")
+    parts = [{"type": "image", "image": data}, {"type": "text", "text": "What color is it?"}]
+    messages = [{"role": "user", "content": parts}]
+    asked = [engine.prepare(messages, zoom=looks), engine.prepare(question("描述这张图片。", PICTURES[0]))]
+    zoomed, other = [engine.submit(prompt, GREEDY) for prompt in asked]
+    assert zoomed.result(SECONDS).text == expected == "White."
+    assert other.result(SECONDS).text == chat_alone(loaded, PICTURES[0], "描述这张图片。")
+
+
+def test_without_a_picture_or_with_another_number_a_zoom_is_refused(engine):
+    with pytest.raises(ValueError, match="no picture to zoom into"):
+        engine.prepare(question("Hello"), zoom=True)
+    with pytest.raises(ValueError, match="from 0 to 4, found 9"):
+        engine.prepare(question("Hello", PICTURES[0]), zoom=9)
 
 
 def chat_alone(loaded, picture, text) -> str:

@@ -6,10 +6,12 @@ import openai
 import pytest
 
 from tests.paths import CIRCLES, PICTURES
+from tests.picture_files import encoded
 from tests.serving_helpers import (
     CAPTION,
     HELLO,
     MODEL,
+    answer_of,
     ask_about,
     data_uri,
     error_of,
@@ -45,6 +47,16 @@ def test_openai_client_asks_about_a_picture_and_goes_on(client):
     messages += [first.choices[0].message, {"role": "user", "content": "这张图片的背景里有什么内容？"}]
     second = client.chat.completions.create(model=MODEL, messages=messages, **EXACT)
     assert "草地" in second.choices[0].message.content
+
+
+def test_a_zoom_is_a_field_of_the_request(url, small_star):
+    messages = ask_about(data_uri(encoded(small_star, "PNG")), "What color is it?")
+    for zoom in (True, 2):
+        response = post_chat(url, messages=messages, temperature=0, repetition_penalty=1, zoom=zoom)
+        assert answer_of(response) == "White."
+    assert "from 0 to 4" in error_of(post_chat(url, messages=messages, zoom=5), 400)["message"]
+    hello = [{"role": "user", "content": "Hello"}]
+    assert "no picture to zoom into" in error_of(post_chat(url, messages=hello, zoom=True), 400)["message"]
 
 
 def test_openai_client_streams(client):

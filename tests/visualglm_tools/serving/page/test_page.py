@@ -189,12 +189,12 @@ def test_only_one_thread_changes_a_conversation(open_tab, monkeypatch):
 
 @pytest.mark.parametrize("action", ["clear", "retry", "change_picture"])
 def test_an_answer_draws_nothing_over_what_was_begun_after_it(action):
-    sliders = (2048, 0.4, 0.8)
-    arguments = {"clear": (), "retry": sliders, "change_picture": (b"", "?", *sliders)}[action]
+    controls = (2048, 0.4, 0.8, False, False, False)
+    arguments = {"clear": (), "retry": ((), *controls), "change_picture": (b"", "?", *controls)}[action]
 
     async def act_during_the_answer():
         handlers, session = web.Handlers(EngineByHand()), web.Session()
-        updates = handlers.ask(session, "Hello", *sliders)
+        updates = handlers.ask(session, "Hello", (), *controls)
         assert [await anext(updates), await anext(updates)][1][0][-1]["content"] == "one"
         begun = getattr(handlers, action)(session, *arguments)
         await (begun if action == "clear" else anext(begun))
