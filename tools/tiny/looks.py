@@ -1,6 +1,6 @@
 """Where the tiny model looks, and what zooming in is worth: two tables for `docs/limits.md`, of any checkpoint.
 
-    python -m tools.tiny.looks models/visualglm-tiny --pictures 200
+    python -m tools.tiny.looks models/visualglm-tiny --table small --pictures 200
 
 What was chosen by hand in `visualglm_hf/zooming.py` was chosen on other drawings: of today's scenes on numbers below
 `FIRST_SCENE`, of the harder pictures on none. Whoever chooses anew takes --first 5000 and more. Answers are greedy,
