@@ -22,7 +22,7 @@ ROWS, HELD_OUT = EXAMPLE / "dataset.json", EXAMPLE / "held_out.json"
 def short_run(folder: Path, **changes: Any) -> Settings:
     """LoRA on two layers of the tiny model for four steps of two rows."""
     usual = {"method": "lora", "model": TINY, "train_data": (ROWS,), "layer_range": ("0", "3"), "lr": 1e-2}
-    steps = {"train_iters": 4, "batch_size": 2, "log_interval": 1}
+    steps = {"train_iters": 4, "batch_size": 2, "log_interval": 1, "keep": "none"}
     return Settings(save=folder, **{**usual, **steps, **changes})
 
 

@@ -3,6 +3,7 @@
     adapter/        the result: adapter_config.json, adapter_model.safetensors, base_model.json
     checkpoint-N/   states to resume from, each an adapter too; one without the file `complete` was cut short
     settings.json   what the run is: another one cannot be resumed from its checkpoints
+    kept/           rows whose answers are kept, with these, and what the model predicts there without the adapter
     curves.png, report.json, runs/
 
 A folder with neither an adapter nor a complete checkpoint of a run is free for the next one.
@@ -31,8 +32,18 @@ SETTINGS_FILE = "settings.json"
 CURVES_FILE = "curves.png"
 REPORT_FILE = "report.json"
 EVENTS = "runs"  # TensorBoard's
+KEPT = "kept"
 # What may differ when a run is resumed: where and how, but not what is computed.
-FREE_TO_CHANGE = {"resume", "save", "log_interval", "save_interval", "keep", "tensorboard", "num_workers", "answers"}
+FREE_TO_CHANGE = {
+    "resume",
+    "save",
+    "log_interval",
+    "save_interval",
+    "keep_checkpoints",
+    "tensorboard",
+    "num_workers",
+    "answers",
+}
 
 
 @contextmanager
@@ -81,7 +92,8 @@ def remove_unsaved_run(folder: Path, say: Callable[[str], None]) -> None:
         return
     incomplete = remove_incomplete(folder)
     (folder / CURVES_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder / EVENTS, ignore_errors=True)
+    for name in (EVENTS, KEPT):
+        shutil.rmtree(folder / name, ignore_errors=True)
     (folder / SETTINGS_FILE).unlink()
     names = [SETTINGS_FILE, *(path.name for path in incomplete)]
     say(f"Removed {', '.join(names)} of a run in {folder} that ended before it had saved anything.")

@@ -38,6 +38,7 @@ from visualglm_tools.training.adapters import (
     prefix_config,
     resolve_layers,
 )
+from visualglm_tools.training.asking import choose_kept, is_divided, say_greedily
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import (
     IGNORED,
@@ -48,6 +49,7 @@ from visualglm_tools.training.encoding import (
     describe_truncation,
     digest,
 )
+from visualglm_tools.training.keeping import KeepAnswers
 from visualglm_tools.training.output import (
     ADAPTER,
     COMPLETE,
@@ -65,11 +67,12 @@ from visualglm_tools.training.output import (
     remove_old,
     remove_unsaved_run,
 )
-from visualglm_tools.training.report import measure, plot_curves, write_json
+from visualglm_tools.training.report import Measurement, measure, plot_curves, write_json
 from visualglm_tools.training.settings import Settings
 from visualglm_tools.training.stopping import StopAfterStep, Stopped
 
 
+SHOWN_CHANGES = 3  # answers that are not what they were
 SAVING_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -80,6 +83,7 @@ class Data:
     train: list[Example]
     valid: list[Example] = field(default_factory=list)
     old: list[Example] = field(default_factory=list)
+    kept: list[Example] = field(default_factory=list)
 
 
 def finetune(
@@ -128,7 +132,8 @@ def finetune(
         say(describe_model(trainer.model))
         if arguments.should_save:
             write_json(settings.save / SETTINGS_FILE, record)
-        report = run(trainer, settings, data, checkpoint, say)
+        data.kept = choose_kept(trainer, settings, data.train, data.kept, encoder, say)
+        report = run(trainer, settings, data, encoder, checkpoint, say)
         save_adapter(trainer, settings.save, samples)
         if arguments.should_save:
             plot_curves(trainer.state.log_history, settings.save / CURVES_FILE)
@@ -266,12 +271,14 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
         ValueError: names every bad row; with `strict` also what would be truncated.
     """
 
-    def read(files: Sequence[Path]) -> list[Example]:
-        return [example for row in read_dataset(list(files), encoder) for example in row]
+    def read(files: Sequence[Path], needs_answers: bool = True) -> list[Example]:
+        return [example for row in read_dataset(list(files), encoder, needs_answers) for example in row]
 
-    data = Data(*(read(files) for files in (settings.train_data, settings.valid_data, settings.old_data)))
+    data = Data(
+        read(settings.train_data), read(settings.valid_data), read(settings.old_data), read(settings.keep_data, False)
+    )
     # Of all files at once: lengths that are good for one may be too small for another.
-    truncation = describe_truncation([*data.train, *data.valid, *data.old], encoder)
+    truncation = describe_truncation([*data.train, *data.valid, *data.old, *data.kept], encoder)
     if truncation and settings.strict:
         raise ValueError(truncation)
     if truncation:
@@ -328,7 +335,7 @@ class Keeper(TrainerCallback):
             )
 
 
-class PerTokenTrainer(Trainer):
+class PerTokenTrainer(KeepAnswers, Trainer):
     """Evaluates to the loss per token, as it trains; `Trainer` takes the mean of the batches, whatever is in them."""
 
     @cached_property
@@ -363,7 +370,7 @@ def build_trainer(
         data_collator=collator,
         train_dataset=data.train,
         eval_dataset=evaluated if len(evaluated) else None,
-        callbacks=[Keeper(settings.keep), *callbacks],
+        callbacks=[Keeper(settings.keep_checkpoints), *callbacks],
     )
 
 
@@ -373,12 +380,18 @@ def describe_model(model: PeftModel) -> str:
     return f"Training {trainable:,} of {total:,} parameters{': LoRA on ' + where if where else ', a prefix'}."
 
 
-def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | None, say: Callable[[str], None]) -> dict:
-    """Measure, train, measure again."""
-    lists = {"held out": data.valid, "old abilities": data.old}
+def run(
+    trainer: Trainer,
+    settings: Settings,
+    data: Data,
+    encoder: Encoder,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+) -> dict:
+    """Measure, train, measure again; what is forgotten is measured on kept answers if there are no old ones."""
+    lists = {"held out": data.valid} | ({"old abilities": data.old} if data.old else {"kept answers": data.kept})
     lists = {name: examples[: settings.answers] for name, examples in lists.items() if examples and settings.answers}
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and lists:
+    if is_divided(trainer) and lists:
         say("Answers are not measured before and after: the model is divided among processes.")
         lists = {}
     with trainer.model.disable_adapter():
@@ -392,10 +405,15 @@ def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | Non
         for name, rows in lists.items()
     }
     measured = {
-        name: {"examples": len(rows), "before": before[name], "after": after[name]} for name, rows in lists.items()
+        name: {"examples": len(rows), "before": before[name].figures, "after": after[name].figures}
+        for name, rows in lists.items()
     }
     for name, figures in measured.items():
         say(describe_change(name, figures))
+        if name != "held out":
+            figures["changed"] = show_changes(trainer, encoder, find_lost(lists[name], before[name], after[name]))
+            for change in figures["changed"]:
+                say("  {question} was answered {before!r}, and is now answered {after!r}.".format(**change))
     best = trainer.state.best_model_checkpoint
     if best:
         say(f"The best of the evaluated checkpoints is {Path(best).name}, loss {trainer.state.best_metric:.4f}.")
@@ -406,6 +424,22 @@ def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | Non
         "measured": measured,
         "log": trainer.state.log_history,
     }
+
+
+def find_lost(rows: Sequence[Example], before: Measurement, after: Measurement) -> list[Example]:
+    """The rows that were answered rightly, and are not any more."""
+    return [row for row, was, is_now in zip(rows, before.is_right, after.is_right, strict=True) if was and not is_now]
+
+
+def show_changes(trainer: Trainer, encoder: Encoder, lost: Sequence[Example]) -> list[dict]:
+    """Some questions that are answered otherwise than before, with both answers."""
+    shown = [example.conversation for example in lost[:SHOWN_CHANGES]]
+    trainer.model.eval()
+    answers = say_greedily(trainer.model, encoder, trainer.data_collator, shown) if shown else []
+    return [
+        {"question": row.question, "before": row.answer, "after": answer}
+        for row, answer in zip(shown, answers, strict=True)
+    ]
 
 
 def describe_change(name: str, figures: dict) -> str:
