@@ -85,9 +85,16 @@ def run_out_of_memory() -> None:
 
 
 def trl_trainer(
-    method: str, folder: Path, rows: list[dict], checkpoint: Path, processor, adapter, **options
+    method: str,
+    folder: Path,
+    rows: list[dict],
+    checkpoint: Path,
+    processor,
+    adapter,
+    kind: type | None = None,
+    **options,
 ) -> Trainer:
-    """TRL's trainer of a method ("SFT", "DPO", …) for a checkpoint in float32 on the CPU."""
+    """TRL's trainer of a method ("SFT", "DPO", …), or a `kind` of it, for a checkpoint in float32 on the CPU."""
     from transformers import AutoModelForImageTextToText
 
     from visualglm_hf import register
@@ -95,7 +102,7 @@ def trl_trainer(
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     register()
     usual = {"max_length": None, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    return getattr(trl, f"{method}Trainer")(
+    return (kind or getattr(trl, f"{method}Trainer"))(
         model=AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32),
         args=getattr(trl, f"{method}Config")(output_dir=str(folder), logging_steps=1, **{**usual, **options}),
         train_dataset=datasets.Dataset.from_list(rows),

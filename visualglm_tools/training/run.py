@@ -22,6 +22,7 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.conversation import is_english
 from visualglm_tools.checkpoints.adapters import (
     BASE_FILE,
     fingerprint,
@@ -285,10 +286,25 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
         say(truncation)
     trained = sum(min(example.target_length, settings.max_target_length) for example in data.train)
     say(f"{len(data.train)} training examples with {trained} tokens of answers.")
+    note = describe_languages(data)
+    if note:
+        say(note)
     shared = count_shared(data.valid, data.train)
     if shared:
         say(f"{shared} of {len(data.valid)} held-out examples are trained on too: their loss says nothing of new ones.")
     return data
+
+
+def describe_languages(data: Data) -> str | None:
+    """Say so if what is kept and what is trained share no language: the answers in the trained one are not kept."""
+    names = {True: "English", False: "Chinese"}
+    kept, trained = ({is_english(each.conversation.question) for each in rows} for rows in (data.kept, data.train))
+    if not kept or kept & trained:
+        return None
+    return (
+        f"All rows of --keep-data are {names[kept.pop()]} and all that are trained on {names[trained.pop()]}: training "
+        "changes what is said in that language most. Add rows in it, or --keep self."
+    )
 
 
 # ---------------------------------------------------------------- training
@@ -481,6 +497,7 @@ def memory_remedies(settings: Settings) -> str:
     remedies = {
         "--checkpoint-activations": not settings.checkpoint_activations and settings.method != "ptuning",
         "a smaller --batch-size with more --gradient-accumulation-steps": settings.batch_size > 1,
+        "a smaller --keep-rows, or --keep none": settings.keeps_answers,
         "--use_qlora": settings.method != "qlora",
         "shorter --max_source_length and --max_target_length": True,
     }
