@@ -211,7 +211,8 @@ TOOL_ROOMS = {
     ),
     "training": Room(
         tools="checkpoints.adapters checkpoints.folder checkpoints.loading options printing shipped",
-        model="configuration_visualglm image_processing_visualglm modeling_visualglm processing_visualglm quantization",
+        model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm processing_visualglm "
+        "quantization",
         packages="filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
     ),
     "calibration": Room(

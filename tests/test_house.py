@@ -124,6 +124,7 @@ UNNAMED = {
     r"visualglm_hf\.model_weights\.WeightsMixin\.(peft_config|resize_token_embeddings)": "called by PEFT and by users",
     r"visualglm_tools\.commands\.\w+\.(run|main|EXTRA)": "called by `__main__`, which imports by name",
     r"visualglm_tools\.serving\.http\.ray_app\.Replica\.check_health": "called by Ray",
+    r"visualglm_tools\.training\.keeping\.KeepAnswers\.training_step": "called by the trainer that it is mixed into",
 }
 
 

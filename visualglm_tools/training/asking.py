@@ -8,9 +8,9 @@ Not here: how the answers are kept (`keeping.py`).
 
 import base64
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from peft import PeftModel
@@ -140,11 +140,15 @@ def estimate_seconds(trainer: Trainer, settings: Settings, trained: Sequence[Exa
     """How long a run will take without keeping anything, by one micro-batch after another that warms up."""
     batch = trainer.data_collator(list(trained[: settings.batch_size]))
     batch = {name: tensor.to(trainer.model.device) for name, tensor in batch.items()}
+    if trainer.args.gradient_checkpointing:  # as the trainer does when it begins
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     for _ in range(2):
-        begin = time.perf_counter()
-        trainer.model(**batch).loss.backward()
+        begin = perf_counter()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.model(**batch).loss
+        loss.backward()
         trainer.model.zero_grad()
-        seconds = time.perf_counter() - begin
+        seconds = perf_counter() - begin
     return seconds * settings.train_iters * settings.gradient_accumulation_steps
 
 
@@ -194,9 +198,9 @@ class Asker:
         questions = ordinary_questions(trained)
         if count is None:
             self.ask(questions[:1])  # the first call of a model takes longer
-            begin = time.perf_counter()
+            begin = perf_counter()
             first = self.ask(questions[:AT_ONCE])
-            count = int(len(first) * seconds / (time.perf_counter() - begin))
+            count = int(len(first) * seconds / (perf_counter() - begin))
             self.say(describe_plan(min(count, len(questions)), seconds))
         answered = self.ask(questions[:count], show=True)
         return [conversation for conversation in answered if conversation.answer]

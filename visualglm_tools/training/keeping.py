@@ -81,12 +81,20 @@ class KeepAnswers:
     def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.kept is not None:
-            numbers = self.kept.draw(self.count_micro_batches(), self.args.world_size, self.args.process_index)
-            with self.compute_loss_context_manager():
-                divergence = self.kept.divergence(model, self.accelerator.unwrap_model(model), numbers)
+            divergence = self.divergence_from_kept(model)
             self.kept.log.append(divergence.detach())
             self.accelerator.backward(self.kept.weight * divergence / self.current_gradient_accumulation_steps)
         return loss
+
+    def divergence_from_kept(self, model: torch.nn.Module) -> torch.Tensor:
+        """What the mean is to be taken of, over a step's micro-batches and processes: that is the step's, per token."""
+        processes, micro_batches = self.args.world_size, self.current_gradient_accumulation_steps
+        number = self.count_micro_batches()
+        first = number - self.kept.micro_batch[1]
+        tokens = self.kept.count_tokens(range(first, first + micro_batches), processes) / (micro_batches * processes)
+        numbers = self.kept.draw(number, processes, self.args.process_index)
+        with self.compute_loss_context_manager():
+            return self.kept.divergence(model, self.accelerator.unwrap_model(model), numbers, tokens)
 
     def count_micro_batches(self) -> int:
         """How many micro-batches there were before this one, in this run and in those it resumes."""
@@ -126,17 +134,25 @@ class KeptAnswers:
         orders = {turn: self.order(turn) for turn, _ in places}
         return [orders[turn][place] for turn, place in places]
 
+    def count_tokens(self, micro_batches: Sequence[int], processes: int) -> int:
+        """The tokens of all answers that come beside some micro-batches."""
+        drawn = (self.draw(number, processes, process) for number in micro_batches for process in range(processes))
+        return sum(count_answer(self.examples[number]) for numbers in drawn for number in numbers)
+
     def order(self, turn: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + turn)
         return torch.randperm(len(self.examples), generator=generator).tolist()
 
-    def divergence(self, model: torch.nn.Module, peft_model: PeftModel, numbers: Sequence[int]) -> torch.Tensor:
+    def divergence(
+        self, model: torch.nn.Module, peft_model: PeftModel, numbers: Sequence[int], tokens: float | None = None
+    ) -> torch.Tensor:
         """KL(adapter off || on) of some examples, the mean over the tokens of their answers.
 
         Args:
             model: as it is trained, perhaps wrapped.
             peft_model: the same one, not wrapped.
             numbers: of the examples.
+            tokens: what the sum is divided by; None: the tokens of their answers.
         """
         batch = self.batch(numbers, peft_model.device)
         if self.predictions is not None:
@@ -144,7 +160,7 @@ class KeptAnswers:
         else:
             wanted = predict_without_adapter(peft_model, batch)
         found = log_softmax(select_answers(model, batch).float(), dim=-1)
-        return kl_div(found, wanted.float(), log_target=True, reduction="sum") / len(wanted)
+        return kl_div(found, wanted.float(), log_target=True, reduction="sum") / (tokens or len(wanted))
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
         batch = self.collator([self.examples[number] for number in numbers])

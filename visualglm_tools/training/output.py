@@ -16,12 +16,13 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from visualglm_tools.printing import first_line
-from visualglm_tools.training.settings import in_todays_names
+from visualglm_tools.training.settings import NONE, SELF, Settings, in_todays_names
 from visualglm_tools.training.stopping import Stopped
 
 
@@ -128,6 +129,19 @@ def remove_incomplete(folder: Path) -> list[Path]:
     for path in [*incomplete, folder / UNFINISHED]:
         shutil.rmtree(path, ignore_errors=True)
     return incomplete
+
+
+def as_begun(settings: Settings) -> Settings:
+    """The settings of a resumed run, which keeps no answers if an earlier version began it, when none were kept."""
+    if not settings.resume or settings.keep_data or settings.keep in (SELF, NONE):
+        return settings
+    try:
+        before = json.loads((settings.save / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return settings  # `check_same_run` says so
+    if not isinstance(before.get("keep"), int):
+        return settings
+    return replace(settings, keep=NONE, keep_checkpoints=settings.keep or settings.keep_checkpoints)
 
 
 def check_same_run(folder: Path, record: dict) -> None:

@@ -9,8 +9,8 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ from visualglm_tools.training.output import (
     REPORT_FILE,
     SETTINGS_FILE,
     UNFINISHED,
+    as_begun,
     check_free,
     check_same_run,
     complete_checkpoints,
@@ -108,6 +109,7 @@ def finetune(
         Stopped: Ctrl-C or SIGTERM; the error says whether there is a checkpoint to resume from.
     """
     settings.check()
+    settings = as_begun(settings)
     check_folder(settings.model)
     config = VisualGLMConfig.from_pretrained(settings.model)
     has_gpu = torch.cuda.is_available() and not settings.cpu
@@ -133,7 +135,8 @@ def finetune(
         say(describe_model(trainer.model))
         if arguments.should_save:
             write_json(settings.save / SETTINGS_FILE, record)
-        data.kept = choose_kept(trainer, settings, data.train, data.kept, encoder, say)
+        with explained_memory(settings):
+            data.kept = choose_kept(trainer, settings, data.train, data.kept, encoder, say)
         report = run(trainer, settings, data, encoder, checkpoint, say)
         save_adapter(trainer, settings.save, samples)
         if arguments.should_save:
@@ -477,12 +480,8 @@ def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None
     stop = StopAfterStep()
     trainer.add_callback(stop)
     try:
-        with stop.listening():
+        with stop.listening(), explained_memory(settings):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"The memory of the device is too small: {first_line(error)} Try {memory_remedies(settings)}."
-        ) from error
     except SAVING_ERRORS as error:
         incomplete = remove_incomplete(settings.save) if trainer.args.should_save else []
         if not incomplete:
@@ -490,6 +489,17 @@ def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None
         raise ValueError(describe_lost(settings.save, incomplete[0].name, error)) from error
     if stop.asked_by is not None:
         raise Stopped(number=stop.asked_by)
+
+
+@contextmanager
+def explained_memory(settings: Settings) -> Iterator[None]:
+    """Make of a device's error that its memory is too small one that says what would take less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The memory of the device is too small: {first_line(error)} Try {memory_remedies(settings)}."
+        ) from error
 
 
 def memory_remedies(settings: Settings) -> str:

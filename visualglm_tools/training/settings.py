@@ -273,8 +273,8 @@ class Settings:
             lines.append(f"--keep {self.keep} is --keep-checkpoints {self.keep} today.")
         if self.keep is None or isinstance(self.keep, int):
             changes["keep"] = NONE if self.keep_data else SELF
-        resolved = replace(self, **changes)
-        return resolved, [*lines, *resolved.unused()]
+        given = replace(self, keep=changes.get("keep", self.keep))  # and not what is filled in above
+        return replace(self, **changes), [*lines, *given.unused()]
 
 
 def usual_layers(num_layers: int) -> tuple[str, ...]:
