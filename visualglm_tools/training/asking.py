@@ -7,6 +7,7 @@ Not here: how the answers are kept (`keeping.py`).
 """
 
 import base64
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from visualglm_tools.training.dataset import UNKNOWN, Conversation, Picture, assistant_message, read_dataset
+from visualglm_tools.training.drawing import draw_nothing
 from visualglm_tools.training.encoding import Collator, Encoder, Example
 from visualglm_tools.training.keeping import KeepAnswers, switched_off
 from visualglm_tools.training.output import KEPT
@@ -54,24 +56,33 @@ IN_WORDS = (
     "再见！",
     "Goodbye",
 )
+DRAWN, BETWEEN = 20, 3  # pictures that show nothing: one to so many pictures that are trained on
 AT_ONCE = 8  # questions
 SHARE_OF_ASKING = 0.25  # of a run's time, at most
+SHARE_OF_WAITING = 0.5  # of the time after which processes take another one for dead
 
 
 def ordinary_questions(trained: Iterable[Example]) -> list[Conversation]:
     """Questions that are asked of anything, in words and about the pictures that are trained on.
 
     Each picture comes with one question, then each with its next one, and so on. What is trained on is not asked: that
-    answer shall change.
+    answer shall change. Between them come the trained questions about pictures that show nothing: where they are not
+    learned from, the answers shall stay as well.
     """
     trained = list(trained)
-    taught = {example.conversation.question.strip() for example in trained}
     pictures = list(dict.fromkeys(picture for example in trained for picture in example.pictures))
-    asked = [(None, question) for question in IN_WORDS]
+    taught = dict.fromkeys(example.conversation.question.strip() for example in trained)
+    about_pictures = list(dict.fromkeys(each.conversation.question.strip() for each in trained if each.pictures))
+    questions = itertools.islice(itertools.cycle(about_pictures), DRAWN)  # none if all are in words
+    drawn = [(draw_nothing(number), question) for number, question in enumerate(questions)]
+    asked = [(None, question) for question in IN_WORDS if question not in taught]
     for turn in range(len(ABOUT_PICTURES)):
         for number, picture in enumerate(pictures):
-            asked.append((picture, ABOUT_PICTURES[(turn + number) % len(ABOUT_PICTURES)]))
-    return [conversation_of(picture, question) for picture, question in asked if question not in taught]
+            question = ABOUT_PICTURES[(turn + number) % len(ABOUT_PICTURES)]
+            asked += [(picture, question)] if question not in taught else []
+            if number % BETWEEN == 0 and drawn:
+                asked.append(drawn.pop(0))
+    return [conversation_of(picture, question) for picture, question in asked]
 
 
 def conversation_of(picture: Picture | None, question: str) -> Conversation:
@@ -120,6 +131,8 @@ def choose_kept(
             kept = asker.answer_all(given)
             if settings.asks_itself:
                 seconds = SHARE_OF_ASKING * estimate_seconds(trainer, settings, trained)
+                if trainer.args.world_size > 1:
+                    seconds = min(seconds, SHARE_OF_WAITING * trainer.args.ddp_timeout)
                 kept += asker.ask_ordinary(trained, settings.keep_questions, seconds)
             write_rows(kept, file)
         if not file.stat().st_size:
@@ -200,8 +213,8 @@ class Asker:
             self.ask(questions[:1])  # the first call of a model takes longer
             begin = perf_counter()
             first = self.ask(questions[:AT_ONCE])
-            count = int(len(first) * seconds / (perf_counter() - begin))
-            self.say(describe_plan(min(count, len(questions)), seconds))
+            count = min(int(len(first) * seconds / (perf_counter() - begin)), len(questions))
+            self.say(describe_plan(count, seconds))
         answered = self.ask(questions[:count], show=True)
         return [conversation for conversation in answered if conversation.answer]
 

@@ -1,14 +1,17 @@
 """What is kept if nobody says what: the questions, the answers, the time they take, and what a run says of it."""
 
+import base64
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tests.paths import TINY
+from tests.paths import ROOT, TINY
 from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS, At, interrupt, run_out_of_memory, short_run, silent
 from visualglm_hf import VisualGLMConfig
+from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools.checkpoints.loading import load_model, load_processor
 from visualglm_tools.training import asking
 from visualglm_tools.training.dataset import read_dataset
@@ -20,6 +23,12 @@ from visualglm_tools.training.settings import what_to_keep
 TAUGHT = json.loads(ROWS.read_text(encoding="utf-8"))[0]["prompt"]
 
 
+@pytest.fixture(scope="module")
+def trained():
+    encoder = Encoder(load_processor(TINY, VisualGLMConfig.from_pretrained(TINY)), 64, 256, 2048)
+    return [row[0] for row in read_dataset([ROWS], encoder)]
+
+
 @pytest.fixture
 def settings(tmp_path):
     return short_run(tmp_path / "out", keep=None, answers=0)
@@ -29,20 +38,36 @@ def rows_in(folder):
     return [json.loads(line) for line in (folder / "kept" / "answers.jsonl").read_text("utf-8").splitlines()]
 
 
+def picture_of(row):
+    name = row["images"][0] if row["images"] else None
+    return base64.b64decode(name) if name and not name.startswith(str(ROOT)) else name
+
+
 def question_of(row) -> str:
     return row["messages"][0]["content"][-1]["text"]
 
 
-def test_ordinary_questions_are_in_both_languages_about_every_picture_and_not_what_is_taught():
-    encoder = Encoder(load_processor(TINY, VisualGLMConfig.from_pretrained(TINY)), 64, 256, 2048)
-    trained = [row[0] for row in read_dataset([ROWS], encoder)]
+def test_ordinary_questions_are_in_both_languages_about_every_picture_and_not_what_is_taught(trained):
     asked = asking.ordinary_questions(trained)
-    assert TAUGHT not in {each.question for each in asked}
-    first = asked[len(asking.IN_WORDS) :][: len(trained)]
-    assert {each.pictures for each in first} == {each.pictures for each in trained}
+    about_trained = [each for each in asked if each.pictures and isinstance(each.pictures[0], Path)]
+    assert TAUGHT not in {each.question for each in about_trained}
+    assert {each.pictures for each in about_trained[: len(trained)]} == {each.pictures for each in trained}
     assert len({(each.question, each.pictures) for each in asked}) == len(asked)
     for language in (str.isascii, lambda text: not text.isascii()):
         assert sum(map(language, (each.question for each in asked))) > 0.4 * len(asked)
+
+
+def test_what_is_taught_is_asked_about_pictures_that_show_nothing(trained):
+    drawn = [each for each in asking.ordinary_questions(trained) if isinstance((*each.pictures, None)[0], bytes)]
+    assert {each.question for each in drawn} == {TAUGHT}
+    assert len({each.pictures for each in drawn}) == len(drawn) == asking.DRAWN
+    assert drawn == [each for each in asking.ordinary_questions(trained) if each in drawn]  # the same each time
+    assert open_picture(drawn[0].pictures[0]).size == (224, 224)
+
+
+def test_rows_in_words_ask_in_words(trained):
+    words = [replace(example, pictures=(), conversation=asking.conversation_of(None, "你好")) for example in trained]
+    assert [each.question for each in asking.ordinary_questions(words)] == list(asking.IN_WORDS[1:])
 
 
 def test_a_run_asks_the_model_itself_and_keeps_what_it_says(settings):
@@ -51,7 +76,7 @@ def test_a_run_asks_the_model_itself_and_keeps_what_it_says(settings):
     model, tokenizer = load_model(TINY, "cpu", "float32")
     assert len(rows) == 14
     for row in rows:
-        picture = row["images"][0] if row["images"] else None
+        picture = picture_of(row)
         answer, _ = model.chat(tokenizer, picture, question_of(row), do_sample=False)
         assert row["messages"][1]["content"][0]["text"] == answer
 
