@@ -213,7 +213,7 @@ TOOL_ROOMS = {
         tools="checkpoints.adapters checkpoints.folder checkpoints.loading options printing shipped",
         model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm processing_visualglm "
         "quantization",
-        packages="filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
+        packages="PIL filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
     ),
     "calibration": Room(
         tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar printing serving.questions",

@@ -29,14 +29,15 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
 
 from visualglm_tools.training.encoding import IGNORED, Collator, Example
 
 
-ROWS, WEIGHT = 4, 1.0  # beside each step's own; of the divergence in the loss
+ROWS, WEIGHT = 4, 0.5  # beside each step's own; of the divergence in the loss
 STORED_AT_MOST = 2 * 2**30  # bytes of predictions on the disk; where there are more, each step computes its own
 STORED = torch.float16
-AT_ONCE = 8  # rows
+AT_ONCE, TOKENS_AT_ONCE = 8, 64  # rows, and tokens of answers
 
 
 class KeepAnswers:
@@ -159,8 +160,7 @@ class KeptAnswers:
             wanted = self.predictions.of(numbers, peft_model.device)
         else:
             wanted = predict_without_adapter(peft_model, batch)
-        found = log_softmax(select_answers(model, batch).float(), dim=-1)
-        return kl_div(found, wanted.float(), log_target=True, reduction="sum") / (tokens or len(wanted))
+        return sum_divergence(select_answers(model, batch), wanted) / (tokens or len(wanted))
 
     def batch(self, numbers: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
         batch = self.collator([self.examples[number] for number in numbers])
@@ -202,6 +202,22 @@ def select_answers(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> to
     """The logits, [N, vocab_size], that a model predicts the N tokens of the answers in a batch by."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     return model(**inputs).logits[:, :-1][batch["labels"][:, 1:] != IGNORED]
+
+
+def sum_divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """KL(wanted || found), the sum over N tokens; in float32, but only a few tokens at once, forward and backward.
+
+    Args:
+        logits: [N, vocab_size], found.
+        wanted: [N, vocab_size], the logarithms of probabilities.
+    """
+    parts = zip(logits.split(TOKENS_AT_ONCE), wanted.split(TOKENS_AT_ONCE), strict=True)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.stack([checkpoint(divergence_of_few, *part, **options) for part in parts]).sum()
+
+
+def divergence_of_few(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return kl_div(log_softmax(logits.float(), dim=-1), wanted.float(), log_target=True, reduction="sum")
 
 
 @torch.no_grad()

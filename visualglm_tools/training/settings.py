@@ -115,7 +115,7 @@ class Settings:
     )
     keep_rows: int = option("kept rows beside the rows of a step", 4, parse=COUNT, metavar="N", **DATA)
     keep_weight: float = option(
-        "of the divergence from the kept answers, beside the loss", 1.0, parse=POSITIVE, metavar="W", **DATA
+        "of the divergence from the kept answers, beside the loss", 0.5, parse=POSITIVE, metavar="W", **DATA
     )
     max_source_length: int = option("tokens with pictures", 64, parse=COUNT, metavar="N", **DATA)
     max_target_length: int = option("tokens of an answer", 256, parse=COUNT, metavar="N", **DATA)
