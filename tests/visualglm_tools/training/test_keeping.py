@@ -1,6 +1,8 @@
 """Kept answers: how far a model is from them, which come when, and what cannot be kept."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import Trainer, TrainingArguments
 
 from tests.helpers import load_float32
-from tests.paths import TINY
+from tests.paths import ROOT, TINY
 from tests.training_helpers import EXAMPLE, At, adapter_in, interrupt, is_same, short_run, silent, trl_trainer
 from visualglm_hf import VisualGLMConfig
 from visualglm_tools.checkpoints.loading import load_processor
@@ -195,6 +197,25 @@ def test_the_mixin_works_in_trls_trainer(examples, processor, tmp_path):
     trainer.train()
     logged = [entry["keep_loss"] for entry in trainer.state.log_history if "keep_loss" in entry]
     assert len(logged) == 3 and all(abs(value) < 0.01 for value in logged)  # at TRL's rate it learns little
+
+
+def test_the_documented_lines_keep_answers_in_trls_trainer(processor, tmp_path, monkeypatch):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    document = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n([^`]*KeepAnswers[^`]*)```", document)
+    monkeypatch.chdir(tmp_path)
+    Path("old.jsonl").write_text('{"prompt": "你好", "label": "你好！请给我一张图片。"}\n', encoding="utf-8")
+    row = {"role": "user", "content": "谢谢"}, {"role": "assistant", "content": "好的。"}
+    options = {"max_length": None, "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_steps": 1}
+    names = {
+        "processor": processor,
+        "model": load_float32(TINY),
+        "dataset": datasets.Dataset.from_list([{"prompt": [row[0]], "completion": [row[1]]}] * 4),
+        "args": trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, **options),
+        "peft_config": LoraConfig(r=4, target_modules=r"transformer\.layers\.\d+\.attention\.dense"),
+    }
+    exec(lines, names)
+    assert sum("keep_loss" in entry for entry in names["trainer"].state.log_history) == 2
 
 
 # ---------------------------------------------------------------- refusals
