@@ -225,8 +225,9 @@ TOOL_ROOMS = {
     "training": Room(
         tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size options printing "
         "shipped",
-        model="configuration_visualglm image_processing_visualglm modeling_visualglm processing_visualglm quantization",
-        packages="filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
+        model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm processing_visualglm "
+        "quantization",
+        packages="PIL filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
     ),
     "calibration": Room(
         tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar printing serving.questions",

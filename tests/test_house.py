@@ -125,6 +125,7 @@ UNNAMED = {
     r"visualglm_hf\.looking\.Look\._repr_html_": "called by notebooks",
     r"visualglm_tools\.commands\.\w+\.(run|main|EXTRA)": "called by `__main__`, which imports by name",
     r"visualglm_tools\.serving\.http\.ray_app\.Replica\.check_health": "called by Ray",
+    r"visualglm_tools\.training\.keeping\.KeepAnswers\.training_step": "called by the trainer that it is mixed into",
 }
 
 

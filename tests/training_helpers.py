@@ -22,7 +22,7 @@ ROWS, HELD_OUT = EXAMPLE / "dataset.json", EXAMPLE / "held_out.json"
 def short_run(folder: Path, **changes: Any) -> Settings:
     """LoRA on two layers of the tiny model for four steps of two rows."""
     usual = {"method": "lora", "model": TINY, "train_data": (ROWS,), "layer_range": ("0", "3"), "lr": 1e-2}
-    steps = {"train_iters": 4, "batch_size": 2, "log_interval": 1}
+    steps = {"train_iters": 4, "batch_size": 2, "log_interval": 1, "keep": "none"}
     return Settings(save=folder, **{**usual, **steps, **changes})
 
 
@@ -85,9 +85,16 @@ def run_out_of_memory() -> None:
 
 
 def trl_trainer(
-    method: str, folder: Path, rows: list[dict], checkpoint: Path, processor, adapter, **options
+    method: str,
+    folder: Path,
+    rows: list[dict],
+    checkpoint: Path,
+    processor,
+    adapter,
+    kind: type | None = None,
+    **options,
 ) -> Trainer:
-    """TRL's trainer of a method ("SFT", "DPO", …) for a checkpoint in float32 on the CPU."""
+    """TRL's trainer of a method ("SFT", "DPO", …), or a `kind` of it, for a checkpoint in float32 on the CPU."""
     from transformers import AutoModelForImageTextToText
 
     from visualglm_hf import register
@@ -95,7 +102,7 @@ def trl_trainer(
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     register()
     usual = {"max_length": None, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    return getattr(trl, f"{method}Trainer")(
+    return (kind or getattr(trl, f"{method}Trainer"))(
         model=AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32),
         args=getattr(trl, f"{method}Config")(output_dir=str(folder), logging_steps=1, **{**usual, **options}),
         train_dataset=datasets.Dataset.from_list(rows),

@@ -94,7 +94,7 @@ def test_an_interval_that_does_not_divide_the_run_ends_with_an_evaluation(settin
 
 def test_the_best_of_all_evaluations_is_the_result_whatever_the_interval_of_saving(settings):
     report = finetune(
-        replace(settings, train_iters=5, eval_interval=1, lr=1.0, lr_decay_style="constant", keep=1), silent
+        replace(settings, train_iters=5, eval_interval=1, lr=1.0, lr_decay_style="constant", keep_checkpoints=1), silent
     )
     best = min(losses(report), key=losses(report).get)
     assert best < 5 and report["best_checkpoint"] == f"checkpoint-{best}"

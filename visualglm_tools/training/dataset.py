@@ -18,7 +18,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +37,8 @@ MAX_LISTED = 50  # problems described; of later ones only the row numbers
 MAX_NAMED = 1000  # rows named at all
 PROGRESS_FROM = 500  # rows
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+UNKNOWN = "(not answered yet)"  # in the place of an answer that the model is to give
 
 Picture = Path | str | bytes  # a file, a `data:` URI, or what a file would hold
 
@@ -59,6 +61,18 @@ class Conversation:
     @property
     def answer(self) -> str:
         return text_of(self.messages[-1])
+
+    @property
+    def is_answered(self) -> bool:
+        return self.answer != UNKNOWN
+
+    def with_answer(self, answer: str) -> "Conversation":
+        """The same conversation with another last answer."""
+        return replace(self, messages=(*self.messages[:-1], assistant_message(answer)))
+
+
+def assistant_message(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def text_of(message: dict) -> str:
@@ -144,12 +158,13 @@ def kind_of(value: object) -> str:
     return repr(value) if isinstance(value, Ambiguous) else type(value).__name__
 
 
-def read_dataset(files: list[Path], convert=lambda conversation: conversation) -> list:
+def read_dataset(files: list[Path], convert=lambda conversation: conversation, needs_answers: bool = True) -> list:
     """Read and check whole files, pictures included.
 
     Args:
         files: of rows, one after the other.
         convert: what to make of each conversation; a `ValueError` of its makes the row a bad one.
+        needs_answers: whether a row without its last answer is a bad one; else `UNKNOWN` stands in its place.
 
     Returns:
         What `convert` made, row by row.
@@ -163,7 +178,7 @@ def read_dataset(files: list[Path], convert=lambda conversation: conversation) -
         rows = read_rows(file)
         for number, row in tqdm(rows, desc=f"checking {file.name}", disable=len(rows) < PROGRESS_FROM):
             try:
-                conversation = read_conversation(row, file, number)
+                conversation = read_conversation(row if needs_answers else with_any_answer(row), file, number)
                 for picture in conversation.pictures:
                     check(picture)
                 converted.append(convert(conversation))
@@ -208,6 +223,18 @@ def read_conversation(row: object, file: Path, number: int) -> Conversation:
     check_turns(messages)
     pictures = tuple(find_picture(name, file.parent) for name in names)
     return Conversation(f"{file.name}, row {number}", tuple(messages), pictures)
+
+
+def with_any_answer(row: object) -> object:
+    """A row that may end with a question, with an answer to it."""
+    if not isinstance(row, dict):
+        return row
+    if "messages" not in row:
+        return {"label": UNKNOWN} | row
+    last = row["messages"][-1] if isinstance(row["messages"], list) and row["messages"] else None
+    if isinstance(last, dict) and last.get("role") == "user":
+        return row | {"messages": [*row["messages"], {"role": "assistant", "content": UNKNOWN}]}
+    return row
 
 
 def check_fields(row: dict, known: tuple[str, ...]) -> None:

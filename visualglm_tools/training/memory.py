@@ -5,7 +5,7 @@ counted: the CUDA context (about 0.5 GB), the allocator's gaps, and what mixed p
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,14 @@ from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
 from visualglm_hf.quantization import record
 from visualglm_tools.training.adapters import add_adapter, lora_config
+from visualglm_tools.training.keeping import TOKENS_AT_ONCE
 
 
 GIGABYTE = 1e9
 DTYPE = torch.float16
 BYTES_PER_TRAINED = 16  # float32: the parameter, its gradient, and two averages of AdamW
-RANK, LAYERS, LENGTH = 10, (0, 14), 64 + 256  # the defaults
-CASES = (  # name, bits (0: float16), batch size, checkpointing
+RANK, LAYERS, ANSWER_LENGTH, LENGTH = 10, (0, 14), 256, 64 + 256  # the defaults
+CASES = (  # name, bits (0: float16), batch size and as many kept rows beside it, checkpointing
     ("LoRA", 0, 4, False),
     ("LoRA, `--checkpoint-activations`", 0, 4, True),
     ("QLoRA, 8 bits", 8, 1, False),
@@ -58,19 +59,64 @@ def estimate(
         layers: with an adapter.
     """
     text = config.text_config
-    model = build(config, layers)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    activations = saved_bytes(model, batch_size, length)  # the same whatever the bits of the weights
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        outside = saved_bytes(model, batch_size, length)
-        one_layer = (activations - outside) // text.num_hidden_layers
-        inputs = text.num_hidden_layers * batch_size * length * text.hidden_size * DTYPE.itemsize
-        activations = outside + inputs + one_layer
-    # The gradients of the logits, in float32 and in float16; and one matrix that was in low bits.
+    activations = count_activations(config, learn, batch_size, length, checkpointing, layers)
+    # The gradients of the logits, in float32 and in float16.
     workspace = batch_size * length * text.vocab_size * (torch.float32.itemsize + DTYPE.itemsize)
-    workspace += text.hidden_size * text.intermediate_size * DTYPE.itemsize if bits else 0
+    return with_weights(config, bits, layers, activations, workspace)
+
+
+def estimate_kept(
+    config: VisualGLMConfig, bits: int, rows: int, length: int, checkpointing: bool, layers: Sequence[int]
+) -> Memory:
+    """Compute the memory of what keeps answers in a training step; it comes after the rest, so the larger counts.
+
+    Args:
+        config, bits, length, checkpointing, layers: see `estimate`.
+        rows: whose answers are kept.
+    """
+    vocab_size = config.text_config.vocab_size
+    activations = count_activations(config, keep, rows, length, checkpointing, layers)
+    # Of the answers' tokens the logits, what was predicted, and gradients, before and after they are put together; of
+    # all tokens the gradients; of a few tokens logarithms, what was predicted, and the gradients of both in float32.
+    tokens = 4 * rows * min(length, ANSWER_LENGTH) + rows * length
+    workspace = vocab_size * (tokens * DTYPE.itemsize + 4 * TOKENS_AT_ONCE * torch.float32.itemsize)
+    return with_weights(config, bits, layers, activations, workspace)
+
+
+def with_weights(config: VisualGLMConfig, bits: int, layers: Sequence[int], activations: int, workspace: int) -> Memory:
+    trained = sum(parameter.numel() for parameter in build(config, layers).parameters() if parameter.requires_grad)
+    one_matrix = config.text_config.hidden_size * config.text_config.intermediate_size * DTYPE.itemsize  # in full
+    workspace += one_matrix if bits else 0
     return Memory(weight_bytes(config, bits), BYTES_PER_TRAINED * trained, activations, workspace)
+
+
+def count_activations(
+    config: VisualGLMConfig,
+    propagate: Callable,
+    batch_size: int,
+    length: int,
+    checkpointing: bool,
+    layers: Sequence[int],
+) -> int:
+    """Bytes that are kept from a forward pass to its backward pass; the same whatever the bits of the weights."""
+    model = build(config, layers)
+    activations = saved_bytes(model, propagate, batch_size, length)
+    if not checkpointing:
+        return activations
+    text = config.text_config
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    outside = saved_bytes(model, propagate, batch_size, length)
+    one_layer = (activations - outside) // text.num_hidden_layers
+    inputs = text.num_hidden_layers * batch_size * length * text.hidden_size * DTYPE.itemsize
+    return outside + inputs + one_layer
+
+
+def learn(model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+    model(**inputs, labels=labels)
+
+
+def keep(model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+    model(**inputs)  # the divergence is computed again
 
 
 def build(config: VisualGLMConfig, layers: Sequence[int] = ()) -> torch.nn.Module:
@@ -90,7 +136,7 @@ def weight_bytes(config: VisualGLMConfig, bits: int) -> int:
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
-def saved_bytes(model: torch.nn.Module, batch_size: int, length: int) -> int:
+def saved_bytes(model: torch.nn.Module, propagate: Callable, batch_size: int, length: int) -> int:
     """Bytes that autograd keeps between forward and backward; weights, and what is computed again, do not count."""
     config = model.config.get_text_config()
     weights = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]]
@@ -108,19 +154,23 @@ def saved_bytes(model: torch.nn.Module, batch_size: int, length: int) -> int:
     positions = torch.empty(batch_size, 2, length, dtype=torch.long, device="meta")
     labels = torch.empty(batch_size, length, dtype=torch.long, device="meta")
     with saved_tensors_hooks(see, lambda tensor: tensor):
-        model(inputs_embeds=inputs_embeds, position_ids=positions, labels=labels)
+        propagate(model, {"inputs_embeds": inputs_embeds, "position_ids": positions}, labels)
     return sum(kept)
 
 
 def memory_table() -> str:
     """The table of the documentation, in Markdown, for VisualGLM-6B and the default lengths, rank and layers."""
     lines = [
-        "| | batch | weights | adapter | activations | workspace | computed |",
-        "|---|---|---|---|---|---|---|",
+        "| | batch | weights | adapter | activations | workspace | computed | with kept rows |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, bits, batch_size, checkpointing in CASES:
-        memory = estimate(VisualGLMConfig(), bits, batch_size, LENGTH, checkpointing, LAYERS)
+        memory, kept = (
+            compute(VisualGLMConfig(), bits, batch_size, LENGTH, checkpointing, LAYERS)
+            for compute in (estimate, estimate_kept)
+        )
         parts = (memory.weights, memory.adapter, memory.activations, memory.workspace, memory.total)
         cells = " | ".join(f"{part / GIGABYTE:.2f} GB" for part in parts)
-        lines.append(f"| {name} | {batch_size} | {cells} |")
+        most = max(memory.total, kept.total) / GIGABYTE
+        lines.append(f"| {name} | {batch_size} | {cells} | {most:.2f} GB |")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
     adapter/        the result: adapter_config.json, adapter_model.safetensors, base_model.json
     checkpoint-N/   states to resume from, each an adapter too; one without the file `complete` was cut short
     settings.json   what the run is: another one cannot be resumed from its checkpoints
+    kept/           rows whose answers are kept, with these, and what the model predicts there without the adapter
     curves.png, report.json, runs/
 
 A folder with neither an adapter nor a complete checkpoint of a run is free for the next one.
@@ -15,12 +16,13 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from visualglm_tools.printing import first_line
-from visualglm_tools.training.settings import in_todays_names
+from visualglm_tools.training.settings import NONE, SELF, Settings, in_todays_names
 from visualglm_tools.training.stopping import Stopped
 
 
@@ -31,8 +33,18 @@ SETTINGS_FILE = "settings.json"
 CURVES_FILE = "curves.png"
 REPORT_FILE = "report.json"
 EVENTS = "runs"  # TensorBoard's
+KEPT = "kept"
 # What may differ when a run is resumed: where and how, but not what is computed.
-FREE_TO_CHANGE = {"resume", "save", "log_interval", "save_interval", "keep", "tensorboard", "num_workers", "answers"}
+FREE_TO_CHANGE = {
+    "resume",
+    "save",
+    "log_interval",
+    "save_interval",
+    "keep_checkpoints",
+    "tensorboard",
+    "num_workers",
+    "answers",
+}
 
 
 @contextmanager
@@ -81,7 +93,8 @@ def remove_unsaved_run(folder: Path, say: Callable[[str], None]) -> None:
         return
     incomplete = remove_incomplete(folder)
     (folder / CURVES_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder / EVENTS, ignore_errors=True)
+    for name in (EVENTS, KEPT):
+        shutil.rmtree(folder / name, ignore_errors=True)
     (folder / SETTINGS_FILE).unlink()
     names = [SETTINGS_FILE, *(path.name for path in incomplete)]
     say(f"Removed {', '.join(names)} of a run in {folder} that ended before it had saved anything.")
@@ -116,6 +129,19 @@ def remove_incomplete(folder: Path) -> list[Path]:
     for path in [*incomplete, folder / UNFINISHED]:
         shutil.rmtree(path, ignore_errors=True)
     return incomplete
+
+
+def as_begun(settings: Settings) -> Settings:
+    """The settings of a resumed run, which keeps no answers if an earlier version began it, when none were kept."""
+    if not settings.resume or settings.keep_data or settings.keep in (SELF, NONE):
+        return settings
+    try:
+        before = json.loads((settings.save / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return settings  # `check_same_run` says so
+    if not isinstance(before.get("keep"), int):
+        return settings
+    return replace(settings, keep=NONE, keep_checkpoints=settings.keep or settings.keep_checkpoints)
 
 
 def check_same_run(folder: Path, record: dict) -> None:

@@ -1,6 +1,7 @@
 """What a run has brought: right answers before and after, curves, and a file of figures."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -9,18 +10,27 @@ import torch
 from visualglm_tools.training.encoding import IGNORED, Collator, Example
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """Whether each answer is right, and the mean loss per token."""
+
+    is_right: list[bool]
+    loss: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"right": sum(self.is_right), "loss": self.loss}
+
+
 @torch.inference_mode()
-def measure(model: torch.nn.Module, collator: Collator, examples: list[Example], batch_size: int) -> dict[str, float]:
-    """Count the examples whose greedy answer would be exactly the wanted one, without generating.
+def measure(model: torch.nn.Module, collator: Collator, examples: list[Example], batch_size: int) -> Measurement:
+    """Find the examples whose greedy answer would be exactly the wanted one, without generating.
 
     That is so if each token of the answer, `<eop>` included, is the likeliest after those before it.
-
-    Returns:
-        `right`, that count, and `loss`, the mean per token.
     """
     was_training = model.training
     model.eval()
-    right, loss, tokens = 0, 0.0, 0
+    right, loss, tokens = [], 0.0, 0
     for first in range(0, len(examples), batch_size):
         batch = collator(examples[first : first + batch_size])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -28,13 +38,13 @@ def measure(model: torch.nn.Module, collator: Collator, examples: list[Example],
         logits = model(**batch).logits[:, :-1].float()
         # `<sop>` is given to `generate`, so whether the model would have said it counts for the loss alone.
         is_counted = (labels != IGNORED) & (labels != collator.processor.tokenizer.bos_token_id)
-        right += ((logits.argmax(-1) == labels) | ~is_counted).all(-1).sum().item()
+        right += ((logits.argmax(-1) == labels) | ~is_counted).all(-1).tolist()
         loss += torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"
         ).item()
         tokens += (labels != IGNORED).sum().item()
     model.train(was_training)
-    return {"right": right, "loss": loss / tokens}
+    return Measurement(right, loss / tokens)
 
 
 def plot_curves(log: list[dict], file: Path) -> None:

@@ -9,8 +9,8 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
+from visualglm_hf.conversation import is_english
 from visualglm_tools.checkpoints.adapters import (
     BASE_FILE,
     fingerprint,
@@ -39,6 +40,7 @@ from visualglm_tools.training.adapters import (
     prefix_config,
     resolve_layers,
 )
+from visualglm_tools.training.asking import choose_kept, is_divided, say_greedily
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import (
     IGNORED,
@@ -49,6 +51,7 @@ from visualglm_tools.training.encoding import (
     describe_truncation,
     digest,
 )
+from visualglm_tools.training.keeping import KeepAnswers
 from visualglm_tools.training.output import (
     ADAPTER,
     COMPLETE,
@@ -56,6 +59,7 @@ from visualglm_tools.training.output import (
     REPORT_FILE,
     SETTINGS_FILE,
     UNFINISHED,
+    as_begun,
     check_free,
     check_same_run,
     complete_checkpoints,
@@ -66,11 +70,12 @@ from visualglm_tools.training.output import (
     remove_old,
     remove_unsaved_run,
 )
-from visualglm_tools.training.report import measure, plot_curves, write_json
+from visualglm_tools.training.report import Measurement, measure, plot_curves, write_json
 from visualglm_tools.training.settings import Settings
 from visualglm_tools.training.stopping import StopAfterStep, Stopped
 
 
+SHOWN_CHANGES = 3  # answers that are not what they were
 SAVING_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -81,6 +86,7 @@ class Data:
     train: list[Example]
     valid: list[Example] = field(default_factory=list)
     old: list[Example] = field(default_factory=list)
+    kept: list[Example] = field(default_factory=list)
 
 
 def finetune(
@@ -104,6 +110,7 @@ def finetune(
         Stopped: Ctrl-C or SIGTERM; the error says whether there is a checkpoint to resume from.
     """
     settings.check()
+    settings = as_begun(settings)
     check_folder(settings.model)
     config = VisualGLMConfig.from_pretrained(settings.model)
     if settings.image_size is not None:
@@ -132,7 +139,9 @@ def finetune(
         say(describe_model(trainer.model))
         if arguments.should_save:
             write_json(settings.save / SETTINGS_FILE, record)
-        report = run(trainer, settings, data, checkpoint, say)
+        with explained_memory(settings):
+            data.kept = choose_kept(trainer, settings, data.train, data.kept, encoder, say)
+        report = run(trainer, settings, data, encoder, checkpoint, say)
         save_adapter(trainer, settings.save, samples)
         if arguments.should_save:
             plot_curves(trainer.state.log_history, settings.save / CURVES_FILE)
@@ -270,22 +279,39 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
         ValueError: names every bad row; with `strict` also what would be truncated.
     """
 
-    def read(files: Sequence[Path]) -> list[Example]:
-        return [example for row in read_dataset(list(files), encoder) for example in row]
+    def read(files: Sequence[Path], needs_answers: bool = True) -> list[Example]:
+        return [example for row in read_dataset(list(files), encoder, needs_answers) for example in row]
 
-    data = Data(*(read(files) for files in (settings.train_data, settings.valid_data, settings.old_data)))
+    data = Data(
+        read(settings.train_data), read(settings.valid_data), read(settings.old_data), read(settings.keep_data, False)
+    )
     # Of all files at once: lengths that are good for one may be too small for another.
-    truncation = describe_truncation([*data.train, *data.valid, *data.old], encoder)
+    truncation = describe_truncation([*data.train, *data.valid, *data.old, *data.kept], encoder)
     if truncation and settings.strict:
         raise ValueError(truncation)
     if truncation:
         say(truncation)
     trained = sum(min(example.target_length, settings.max_target_length) for example in data.train)
     say(f"{len(data.train)} training examples with {trained} tokens of answers.")
+    note = describe_languages(data)
+    if note:
+        say(note)
     shared = count_shared(data.valid, data.train)
     if shared:
         say(f"{shared} of {len(data.valid)} held-out examples are trained on too: their loss says nothing of new ones.")
     return data
+
+
+def describe_languages(data: Data) -> str | None:
+    """Say so if what is kept and what is trained share no language: the answers in the trained one are not kept."""
+    names = {True: "English", False: "Chinese"}
+    kept, trained = ({is_english(each.conversation.question) for each in rows} for rows in (data.kept, data.train))
+    if not kept or kept & trained:
+        return None
+    return (
+        f"All rows of --keep-data are {names[kept.pop()]} and all that are trained on {names[trained.pop()]}: training "
+        "changes what is said in that language most. Add rows in it, or --keep self."
+    )
 
 
 # ---------------------------------------------------------------- training
@@ -334,7 +360,7 @@ class Keeper(TrainerCallback):
             )
 
 
-class PerTokenTrainer(Trainer):
+class PerTokenTrainer(KeepAnswers, Trainer):
     """Evaluates to the loss per token, as it trains; `Trainer` takes the mean of the batches, whatever is in them."""
 
     @cached_property
@@ -369,7 +395,7 @@ def build_trainer(
         data_collator=collator,
         train_dataset=data.train,
         eval_dataset=evaluated if len(evaluated) else None,
-        callbacks=[Keeper(settings.keep), *callbacks],
+        callbacks=[Keeper(settings.keep_checkpoints), *callbacks],
     )
 
 
@@ -379,12 +405,18 @@ def describe_model(model: PeftModel) -> str:
     return f"Training {trainable:,} of {total:,} parameters{': LoRA on ' + where if where else ', a prefix'}."
 
 
-def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | None, say: Callable[[str], None]) -> dict:
-    """Measure, train, measure again."""
-    lists = {"held out": data.valid, "old abilities": data.old}
+def run(
+    trainer: Trainer,
+    settings: Settings,
+    data: Data,
+    encoder: Encoder,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+) -> dict:
+    """Measure, train, measure again; what is forgotten is measured on kept answers if there are no old ones."""
+    lists = {"held out": data.valid} | ({"old abilities": data.old} if data.old else {"kept answers": data.kept})
     lists = {name: examples[: settings.answers] for name, examples in lists.items() if examples and settings.answers}
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and lists:
+    if is_divided(trainer) and lists:
         say("Answers are not measured before and after: the model is divided among processes.")
         lists = {}
     with trainer.model.disable_adapter():
@@ -398,10 +430,15 @@ def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | Non
         for name, rows in lists.items()
     }
     measured = {
-        name: {"examples": len(rows), "before": before[name], "after": after[name]} for name, rows in lists.items()
+        name: {"examples": len(rows), "before": before[name].figures, "after": after[name].figures}
+        for name, rows in lists.items()
     }
     for name, figures in measured.items():
         say(describe_change(name, figures))
+        if name != "held out":
+            figures["changed"] = show_changes(trainer, encoder, find_lost(lists[name], before[name], after[name]))
+            for change in figures["changed"]:
+                say("  {question} was answered {before!r}, and is now answered {after!r}.".format(**change))
     best = trainer.state.best_model_checkpoint
     if best:
         say(f"The best of the evaluated checkpoints is {Path(best).name}, loss {trainer.state.best_metric:.4f}.")
@@ -412,6 +449,22 @@ def run(trainer: Trainer, settings: Settings, data: Data, checkpoint: Path | Non
         "measured": measured,
         "log": trainer.state.log_history,
     }
+
+
+def find_lost(rows: Sequence[Example], before: Measurement, after: Measurement) -> list[Example]:
+    """The rows that were answered rightly, and are not any more."""
+    return [row for row, was, is_now in zip(rows, before.is_right, after.is_right, strict=True) if was and not is_now]
+
+
+def show_changes(trainer: Trainer, encoder: Encoder, lost: Sequence[Example]) -> list[dict]:
+    """Some questions that are answered otherwise than before, with both answers."""
+    shown = [example.conversation for example in lost[:SHOWN_CHANGES]]
+    trainer.model.eval()
+    answers = say_greedily(trainer.model, encoder, trainer.data_collator, shown) if shown else []
+    return [
+        {"question": row.question, "before": row.answer, "after": answer}
+        for row, answer in zip(shown, answers, strict=True)
+    ]
 
 
 def describe_change(name: str, figures: dict) -> str:
@@ -433,12 +486,8 @@ def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None
     stop = StopAfterStep()
     trainer.add_callback(stop)
     try:
-        with stop.listening():
+        with stop.listening(), explained_memory(settings):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"The memory of the device is too small: {first_line(error)} Try {memory_remedies(settings)}."
-        ) from error
     except SAVING_ERRORS as error:
         incomplete = remove_incomplete(settings.save) if trainer.args.should_save else []
         if not incomplete:
@@ -448,11 +497,23 @@ def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None
         raise Stopped(number=stop.asked_by)
 
 
+@contextmanager
+def explained_memory(settings: Settings) -> Iterator[None]:
+    """Make of a device's error that its memory is too small one that says what would take less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The memory of the device is too small: {first_line(error)} Try {memory_remedies(settings)}."
+        ) from error
+
+
 def memory_remedies(settings: Settings) -> str:
     """What would take less memory than these settings, and has not been done yet."""
     remedies = {
         "--checkpoint-activations": not settings.checkpoint_activations and settings.method != "ptuning",
         "a smaller --batch-size with more --gradient-accumulation-steps": settings.batch_size > 1,
+        "a smaller --keep-rows, or --keep none": settings.keeps_answers,
         "--use_qlora": settings.method != "qlora",
         "shorter --max_source_length and --max_target_length": True,
     }

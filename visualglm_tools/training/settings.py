@@ -4,6 +4,7 @@ come from here, and what follows from the options is computed here.
 Not here: what only the command line has (`commands/finetune.py`), and what is done (`run.py`).
 """
 
+import argparse
 import json
 import math
 from dataclasses import dataclass, fields, replace
@@ -33,6 +34,19 @@ METHODS_WITH = {
 }
 ORIGINAL_METHODS_WITH = {"lora_rank": LORA, "layer_range": LORA, "pre_seq_len": ("ptuning",)}
 ONLY_WITH_VALID_DATA = ("eval_interval", "eval_iters")
+
+SELF, NONE = "self", "none"  # of --keep
+ONLY_WITH_QUESTIONS, ONLY_WITH_KEEPING = ("keep_questions",), ("keep_rows", "keep_weight")
+
+
+def what_to_keep(text: str) -> str | int:
+    """A `parse` for `--keep`, which was the number of checkpoints once."""
+    if text in (SELF, NONE):
+        return text
+    if text.isdecimal():
+        return COUNT(text)
+    raise argparse.ArgumentTypeError(f"must be {SELF!r} or {NONE!r}, found {text[:60]!r}")
+
 
 WHAT = {"group": "what is trained"}
 DATA = {"group": "data"}
@@ -88,6 +102,29 @@ class Settings:
         unset="the model's, 224",
         **DATA,
     )
+    keep_data: tuple[Path, ...] = option(
+        "rows whose answers shall stay as they are; they need no labels", (), metavar="FILE", **DATA
+    )
+    keep: str | int | None = option(
+        "'self': ask the model ordinary questions before training, and keep its answers; 'none': keep nothing",
+        None,
+        parse=what_to_keep,
+        metavar="WHAT",
+        unset="self; only --keep-data, if that is given",
+        **DATA,
+    )
+    keep_questions: int | None = option(
+        "ordinary questions to ask",
+        None,
+        parse=COUNT,
+        metavar="N",
+        unset="as many as take a quarter of the run's time",
+        **DATA,
+    )
+    keep_rows: int = option("kept rows beside the rows of a step", 4, parse=COUNT, metavar="N", **DATA)
+    keep_weight: float = option(
+        "of the divergence from the kept answers, beside the loss", 0.5, parse=POSITIVE, metavar="W", **DATA
+    )
     max_source_length: int = option("tokens with pictures", 64, parse=COUNT, metavar="N", **DATA)
     max_target_length: int = option("tokens of an answer", 256, parse=COUNT, metavar="N", **DATA)
     strict: bool = option("fail if anything is too long, instead of cutting its end", False, **DATA)
@@ -135,7 +172,9 @@ class Settings:
     eval_iters: int | None = option("batches to evaluate on", None, parse=COUNT, metavar="N", unset="all", **RESULTS)
     eval_batch_size: int = option("rows at once in an evaluation", 8, parse=COUNT, metavar="N", **RESULTS)
     log_interval: int = option("steps between lines of the log", 10, parse=COUNT, metavar="N", **RESULTS)
-    keep: int = option("checkpoints that stay, the last ones", 3, parse=COUNT, metavar="N", **RESULTS)
+    keep_checkpoints: int = option(
+        "checkpoints that stay, the last ones; also as --keep N", 3, parse=COUNT, metavar="N", **RESULTS
+    )
     answers: int = option(
         "rows to count right answers on, before and after", 100, parse=COUNT_OR_NONE, metavar="N", **RESULTS
     )
@@ -145,6 +184,15 @@ class Settings:
     def english(self) -> bool | None:
         """Whether prompts are English; None: by their questions."""
         return LANGUAGES[self.prompt_language]
+
+    @property
+    def asks_itself(self) -> bool:
+        """Whether the model is asked ordinary questions before it is trained, whose answers are kept."""
+        return self.keep == SELF
+
+    @property
+    def keeps_answers(self) -> bool:
+        return self.asks_itself or bool(self.keep_data)
 
     @property
     def selects_best(self) -> bool:
@@ -172,6 +220,8 @@ class Settings:
             raise ValueError("--train-data is missing: the file with the rows to train on")
         for line in self.of_other_methods(METHODS_WITH):
             raise ValueError(line)
+        if self.keep == NONE and self.keep_data:
+            raise ValueError("--keep none and --keep-data contradict each other: leave one of them out")
         if self.selects_best and self.save_interval % self.eval_interval:
             multiple = self.eval_interval * max(1, self.save_interval // self.eval_interval)
             raise ValueError(
@@ -193,6 +243,12 @@ class Settings:
         for name in ONLY_WITH_VALID_DATA:
             if is_given(self, name) and not self.valid_data:
                 lines.append(f"--{name.replace('_', '-')} has no effect: there is no --valid-data.")
+        for name in ONLY_WITH_QUESTIONS:
+            if is_given(self, name) and not self.asks_itself:
+                lines.append(f"--{name.replace('_', '-')} has no effect without --keep self.")
+        for name in ONLY_WITH_KEEPING:
+            if is_given(self, name) and not self.keeps_answers:
+                lines.append(f"--{name.replace('_', '-')} has no effect: nothing is kept.")
         return lines
 
     def resolved(self, num_layers: int, has_gpu: bool) -> tuple["Settings", list[str]]:
@@ -220,7 +276,13 @@ class Settings:
         if self.checkpoint_activations and self.method == "ptuning":
             lines.append("--checkpoint-activations has no effect: PEFT's prefixes need the activations.")
             changes["checkpoint_activations"] = False
-        return replace(self, **changes), [*lines, *self.unused()]
+        if isinstance(self.keep, int):
+            changes["keep_checkpoints"] = self.keep
+            lines.append(f"--keep {self.keep} is --keep-checkpoints {self.keep} today.")
+        if self.keep is None or isinstance(self.keep, int):
+            changes["keep"] = NONE if self.keep_data else SELF
+        given = replace(self, keep=changes.get("keep", self.keep))  # and not what is filled in above
+        return replace(self, **changes), [*lines, *given.unused()]
 
 
 def usual_layers(num_layers: int) -> tuple[str, ...]:
@@ -231,8 +293,11 @@ def usual_layers(num_layers: int) -> tuple[str, ...]:
 def in_todays_names(record: dict) -> dict:
     """What `settings.json` of an earlier version says of a run, as `Settings.as_json` says it.
 
-    There was `english`, true, false or null, in the place of `prompt_language`, the option that it came from.
+    There was `english`, true, false or null, in the place of `prompt_language`, the option that it came from; and
+    nothing was kept: `keep` was the number of checkpoints.
     """
+    if isinstance(record.get("keep"), int):
+        record = record | {"keep": NONE, "keep_checkpoints": record["keep"]}
     if "english" not in record:
         return record
     language = next((name for name, english in LANGUAGES.items() if english is record["english"]), None)

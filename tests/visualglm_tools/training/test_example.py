@@ -64,7 +64,8 @@ def test_the_example_is_learned_from_fifteen_pictures(command, name, tmp_path):
     held_out, old = report["measured"]["held out"], report["measured"]["old abilities"]
     assert held_out["before"]["right"] == 0
     assert held_out["after"]["right"] >= 0.9 * held_out["examples"]
-    assert old["before"]["right"] == old["examples"] > old["after"]["right"] > 0  # forgetting is there, and reported
+    assert old["before"]["right"] == old["examples"]
+    assert old["after"]["right"] >= 0.9 * old["examples"]  # of which 37 to 39 would be left if nothing was kept
     right = count_right(tmp_path / name / "adapter")
     print(f"{name}: {held_out} {old} {right} of {5 * NEW_DRAWINGS} new drawings")
     assert right >= 0.8 * 5 * NEW_DRAWINGS

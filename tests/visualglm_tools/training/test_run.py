@@ -318,6 +318,19 @@ def test_computed_memory_grows_with_the_batch_and_shrinks_with_checkpoints():
     assert one.adapter == two.adapter == 16 * 10 * 2 * ((128 + 384) + (128 + 128))
 
 
+def test_computed_memory_of_kept_rows_is_about_that_of_as_many_others():
+    full = VisualGLMConfig()
+    for checkpointing in (False, True):
+        learned, kept, more = (
+            compute(full, 4, rows, memory.LENGTH, checkpointing, memory.LAYERS)
+            for compute, rows in ((memory.estimate, 1), (memory.estimate_kept, 1), (memory.estimate_kept, 2))
+        )
+        assert 0.9 * learned.total < kept.total < 1.1 * learned.total
+        assert (kept.weights, kept.adapter) == (more.weights, more.adapter) == (learned.weights, learned.adapter)
+        assert 1.9 * kept.activations < more.activations < 2.1 * kept.activations
+        assert kept.total < more.total and kept.total < 9.8e9  # what the original documents for QLoRA
+
+
 @pytest.mark.slow
 def test_the_documented_memory_table_is_the_computed_one(capsys):
     assert command("finetune", "--memory") == 0
@@ -327,16 +340,61 @@ def test_the_documented_memory_table_is_the_computed_one(capsys):
 # ---------------------------------------------------------------- several processes
 
 
+def launch_two(options: str):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *COMMAND[1:]]
+    return run_program(*launch, "finetune", *options.split(), environment={"CUDA_VISIBLE_DEVICES": ""})
+
+
+def assert_close(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=1e-4), name
+
+
 def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
     one = replace(settings, train_iters=2, save_interval=2, batch_size=4, save=tmp_path / "one")
     finetune(one, silent)
     options = (
-        f"--use_lora --layer_range 0 3 --train-iters 2 --save-interval 2 --batch-size 2 --lr 0.01 --cpu "
+        f"--use_lora --layer_range 0 3 --train-iters 2 --save-interval 2 --batch-size 2 --lr 0.01 --cpu --keep none "
         f"--train-data {ROWS} --save {tmp_path / 'two'}"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *COMMAND[1:]]
-    finished = run_program(*launch, "finetune", *options.split(), environment={"CUDA_VISIBLE_DEVICES": ""})
+    finished = launch_two(options)
     assert finished.stderr.count("The adapter is in") == 1
-    first, second = (adapter_in(tmp_path / name) for name in ("one", "two"))
-    for name in first:
-        assert torch.allclose(first[name], second[name], atol=1e-4), name
+    assert_close(adapter_in(tmp_path / "one"), adapter_in(tmp_path / "two"))
+
+
+OLD_ABILITIES = EXAMPLE / "old_abilities.json"
+WITH_OLD = {"keep": None, "keep_data": (OLD_ABILITIES,), "keep_weight": 10.0}  # answers of different lengths
+
+
+@pytest.fixture(scope="module")
+def kept_by_one(tmp_path_factory):
+    """The adapter of one process that learns four rows and keeps four in a step."""
+    run = short_run(tmp_path_factory.mktemp("one"), train_iters=3, batch_size=4, **WITH_OLD)
+    finetune(run, silent)
+    return adapter_in(run.save)
+
+
+def test_answers_are_kept_alike_in_a_batch_and_in_two_halves_of_it(kept_by_one, tmp_path):
+    halves = short_run(tmp_path / "out", train_iters=3, batch_size=2, gradient_accumulation_steps=2, **WITH_OLD)
+    finetune(halves, silent)
+    assert_close(kept_by_one, adapter_in(halves.save))
+
+
+def test_two_processes_keep_answers_as_one_with_twice_the_rows(kept_by_one, tmp_path):
+    options = (
+        f"--use_lora --layer_range 0 3 --train-iters 3 --batch-size 2 --lr 0.01 --cpu --keep-data {OLD_ABILITIES} "
+        f"--keep-weight 10 --keep-rows 2 --train-data {ROWS} --save {tmp_path / 'two'}"
+    )
+    finished = launch_two(options)
+    assert finished.stderr.count("Keeping 52 answers") == 1
+    assert_close(kept_by_one, adapter_in(tmp_path / "two"))
+
+
+def test_a_model_that_is_divided_keeps_nothing_and_says_so(settings, monkeypatch):
+    for room in ("run", "asking"):
+        monkeypatch.setattr(f"visualglm_tools.training.{room}.is_divided", lambda trainer: True)
+    said = []
+    finetune(replace(settings, keep="self"), said.append)
+    assert "No answers are kept: the model is divided among processes." in said
+    assert not (settings.save / "kept").exists()

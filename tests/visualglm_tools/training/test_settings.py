@@ -13,7 +13,7 @@ from tests.commands import python
 from tests.training_helpers import ROWS, At, adapter_in, interrupt, is_same, short_run, silent, train
 from visualglm_tools.commands.finetune import Options
 from visualglm_tools.options import describe_obsolete, parse, part, words
-from visualglm_tools.training.output import SETTINGS_FILE, check_same_run
+from visualglm_tools.training.output import SETTINGS_FILE, as_begun, check_same_run
 from visualglm_tools.training.run import finetune
 from visualglm_tools.training.settings import Settings
 
@@ -60,7 +60,7 @@ def test_the_originals_command_line_is_understood_and_what_means_nothing_is_said
         "--zero-stage",
     ]
     on_gpu, said = settings.resolved(28, has_gpu=True)
-    assert on_gpu == replace(settings, gradient_accumulation_steps=1) and said == []
+    assert on_gpu == replace(settings, gradient_accumulation_steps=1, keep="self") and said == []
     on_cpu, said = settings.resolved(28, has_gpu=False)
     assert on_cpu == replace(on_gpu, precision="float32")
     assert said == ["--fp16 has no effect: a CPU trains in float32 (or --bf16)."]
@@ -232,7 +232,8 @@ def test_the_command_of_an_earlier_run_gives_the_settings_that_it_wrote_down(tmp
     (tmp_path / SETTINGS_FILE).write_text(EARLIER, encoding="utf-8")
     command = "--use_qlora --prompt_language zh --cpu --seed 5 --lr 0.01 --train-iters 4 --log-interval 1 --resume "
     command += "--train-data examples/background/dataset.json --model model"
-    settings, _ = read(command).resolved(num_layers=4, has_gpu=False)
+    settings, _ = as_begun(replace(read(command), save=tmp_path)).resolved(num_layers=4, has_gpu=False)
+    assert (settings.keep, settings.keep_checkpoints) == ("none", 3)
     check_same_run(tmp_path, settings.as_json())
     assert json.loads(EARLIER).keys() - settings.as_json().keys() == {"english", "processes"}
     for name, value in {"prompt_language": "auto", "batch_size": 2, "layer_range": ("0",), "lr": 0.02}.items():

@@ -1,0 +1,183 @@
+"""What is kept if nobody says what: the questions, the answers, the time they take, and what a run says of it."""
+
+import base64
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT, TINY
+from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS, At, interrupt, run_out_of_memory, short_run, silent
+from visualglm_hf import VisualGLMConfig
+from visualglm_hf.image_processing_visualglm import open_picture
+from visualglm_tools.checkpoints.loading import load_model, load_processor
+from visualglm_tools.training import asking
+from visualglm_tools.training.dataset import read_dataset
+from visualglm_tools.training.encoding import Encoder
+from visualglm_tools.training.run import finetune
+from visualglm_tools.training.settings import what_to_keep
+
+
+TAUGHT = json.loads(ROWS.read_text(encoding="utf-8"))[0]["prompt"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    encoder = Encoder(load_processor(TINY, VisualGLMConfig.from_pretrained(TINY)), 64, 256, 2048)
+    return [row[0] for row in read_dataset([ROWS], encoder)]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return short_run(tmp_path / "out", keep=None, answers=0)
+
+
+def rows_in(folder):
+    return [json.loads(line) for line in (folder / "kept" / "answers.jsonl").read_text("utf-8").splitlines()]
+
+
+def picture_of(row):
+    name = row["images"][0] if row["images"] else None
+    return base64.b64decode(name) if name and not name.startswith(str(ROOT)) else name
+
+
+def question_of(row) -> str:
+    return row["messages"][0]["content"][-1]["text"]
+
+
+def test_ordinary_questions_are_in_both_languages_about_every_picture_and_not_what_is_taught(trained):
+    asked = asking.ordinary_questions(trained)
+    about_trained = [each for each in asked if each.pictures and isinstance(each.pictures[0], Path)]
+    assert TAUGHT not in {each.question for each in about_trained}
+    assert {each.pictures for each in about_trained[: len(trained)]} == {each.pictures for each in trained}
+    assert len({(each.question, each.pictures) for each in asked}) == len(asked)
+    for language in (str.isascii, lambda text: not text.isascii()):
+        assert sum(map(language, (each.question for each in asked))) > 0.4 * len(asked)
+
+
+def test_what_is_taught_is_asked_about_pictures_that_show_nothing(trained):
+    drawn = [each for each in asking.ordinary_questions(trained) if isinstance((*each.pictures, None)[0], bytes)]
+    assert {each.question for each in drawn} == {TAUGHT}
+    assert len({each.pictures for each in drawn}) == len(drawn) == asking.DRAWN
+    assert drawn == [each for each in asking.ordinary_questions(trained) if each in drawn]  # the same each time
+    assert open_picture(drawn[0].pictures[0]).size == (224, 224)
+
+
+def test_rows_in_words_ask_in_words(trained):
+    words = [replace(example, pictures=(), conversation=asking.conversation_of(None, "你好")) for example in trained]
+    assert [each.question for each in asking.ordinary_questions(words)] == list(asking.IN_WORDS[1:])
+
+
+def test_a_run_asks_the_model_itself_and_keeps_what_it_says(settings):
+    finetune(replace(settings, keep_questions=14), silent)
+    rows = rows_in(settings.save)
+    model, tokenizer = load_model(TINY, "cpu", "float32")
+    assert len(rows) == 14
+    for row in rows:
+        picture = picture_of(row)
+        answer, _ = model.chat(tokenizer, picture, question_of(row), do_sample=False)
+        assert row["messages"][1]["content"][0]["text"] == answer
+
+
+def test_as_many_questions_are_asked_as_take_a_quarter_of_the_time_and_that_is_said_before(settings, monkeypatch):
+    monkeypatch.setattr(asking, "estimate_seconds", lambda *run: 1000.0)
+    monkeypatch.setattr(asking, "perf_counter", iter(range(0, 1000, 100)).__next__)  # eight take 100 s
+    said = []
+    finetune(settings, said.append)
+    assert len(rows_in(settings.save)) == 20
+    assert any("20 ordinary questions" in line and "at most 250 s" in line and "--keep none" in line for line in said)
+
+
+def test_a_run_that_is_too_short_to_ask_anything_says_so(settings, monkeypatch):
+    monkeypatch.setattr(asking, "estimate_seconds", lambda *run: 0.0)
+    said = []
+    finetune(settings, said.append)
+    assert rows_in(settings.save) == []
+    assert any("too short to ask" in line for line in said)
+
+
+def test_keep_none_keeps_nothing(settings):
+    said = []
+    finetune(replace(settings, keep="none"), said.append)
+    assert not (settings.save / "kept").exists()
+    assert not any(re.search("asking|answers", line, re.IGNORECASE) for line in said if "training examples" not in line)
+
+
+def test_rows_without_labels_are_answered_by_the_model_in_either_layout(settings, tmp_path):
+    picture = str(EXAMPLE / "sand_4.jpg")
+    rows = [
+        {"img": picture, "prompt": "描述这张图片。"},
+        {"img": picture, "prompt": "背景是什么？", "label": "沙滩。"},
+        {"messages": [{"role": "user", "content": "你好"}]},
+    ]
+    (tmp_path / "old.json").write_text(json.dumps(rows), encoding="utf-8")
+    finetune(replace(settings, keep_data=(tmp_path / "old.json",)), silent)
+    answers = [row["messages"][1]["content"][0]["text"] for row in rows_in(settings.save)]
+    model, tokenizer = load_model(TINY, "cpu", "float32")
+    asked = ((picture, "描述这张图片。"), (None, "你好"))
+    expected = [model.chat(tokenizer, image, question, do_sample=False)[0] for image, question in asked]
+    assert answers == [expected[0], "沙滩。", expected[1]]
+
+
+def test_what_was_forgotten_is_measured_on_the_kept_answers_and_shown(settings):
+    said = []
+    wild = {"lr": 1.0, "lora_alpha": 100.0, "keep_weight": 1e-9}
+    report = finetune(replace(settings, keep_questions=12, answers=100, **wild), said.append)
+    figures = report["measured"]["kept answers"]
+    assert figures["before"]["right"] == figures["examples"] > figures["after"]["right"]
+    assert len(figures["changed"]) == 3
+    for change in figures["changed"]:
+        assert change["before"] != change["after"]
+        assert any(change["question"] in line and repr(change["before"]) in line for line in said)
+
+
+def test_old_rows_are_measured_rather_than_kept_ones(settings):
+    report = finetune(replace(settings, keep_questions=3, answers=5, old_data=(HELD_OUT,)), silent)
+    assert set(report["measured"]) == {"old abilities"}
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_rows_that_the_model_says_nothing_to_are_refused_by_their_numbers(settings, tmp_path, monkeypatch):
+    (tmp_path / "old.json").write_text('[{"prompt": "你好"}, {"prompt": "再见"}]', encoding="utf-8")
+    monkeypatch.setattr(asking, "say_greedily", lambda model, encoder, collator, asked: ["你好！", ""][: len(asked)])
+    with pytest.raises(
+        ValueError, match=r"says nothing to 1 row\(s\) of --keep-data: old.json, row 2. Give them labels"
+    ):
+        finetune(replace(settings, keep_data=(tmp_path / "old.json",)), silent)
+
+
+def test_answers_that_are_gone_are_not_asked_for_anew_when_a_run_is_resumed(settings):
+    settings = replace(settings, keep_questions=3, save_interval=2)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings, silent, [At(3, interrupt)])
+    (settings.save / "kept" / "answers.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"answers.jsonl is gone, whose answers the run has kept"):
+        finetune(replace(settings, resume=True), silent)
+
+
+def test_rows_in_another_language_than_what_is_trained_are_said_to_be(settings, tmp_path):
+    (tmp_path / "old.json").write_text('[{"prompt": "Hello", "label": "Hello!"}]', encoding="utf-8")
+    said = []
+    finetune(replace(settings, keep_data=(tmp_path / "old.json",)), said.append)
+    assert any("--keep-data are English and all that are trained on Chinese" in line for line in said)
+
+
+def test_too_little_memory_names_what_is_kept_among_the_remedies(settings):
+    with pytest.raises(ValueError, match="a smaller --keep-rows, or --keep none"):
+        finetune(replace(settings, keep_questions=2), silent, [At(0, run_out_of_memory)])
+
+
+def test_nothing_and_some_rows_contradict_each_other(settings):
+    with pytest.raises(ValueError, match="--keep none and --keep-data contradict each other"):
+        finetune(replace(settings, keep="none", keep_data=(ROWS,)), silent)
+
+
+@pytest.mark.parametrize(("keep", "checkpoints"), [("2", 2), ("self", 3)])
+def test_the_number_that_keep_took_once_is_that_of_checkpoints(keep, checkpoints, settings):
+    resolved, lines = replace(settings, keep=what_to_keep(keep)).resolved(4, False)
+    assert resolved.keep_checkpoints == checkpoints and resolved.keep == "self"
+    assert ("--keep 2 is --keep-checkpoints 2 today." in lines) == (keep == "2")
