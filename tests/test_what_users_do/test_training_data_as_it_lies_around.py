@@ -93,11 +93,6 @@ def test_a_file_that_is_something_else_is_named_with_the_remedy(kind, read):
     assert len(str(caught.value)) < LONGEST_ERROR
 
 
-def test_a_folder_is_no_file_of_rows(folder):
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        read_dataset([folder])
-
-
 # ---------------------------------------------------------------- rows
 
 
@@ -204,7 +199,7 @@ ODD_PICTURES = {
     "a number": 3,
     "a truth": True,
     "a list": ["a.png"] * 999,
-    "an object": {"path": "a.png"},
+    "an object": {"name": "a.png"},
 }
 
 
