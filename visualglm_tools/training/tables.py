@@ -80,9 +80,12 @@ def open_table(place: Path) -> "Dataset":
     try:
         from datasets import Dataset, load_from_disk
         from datasets.exceptions import DatasetsError
+        from pyarrow.parquet import read_metadata
     except ImportError as error:
         raise ValueError(f"{place} is a table: {missing('datasets', 'data')}") from error
     try:
+        if place.is_file() and not read_metadata(place).num_rows:
+            return Dataset.from_dict({})
         table = load_from_disk(str(place)) if place.is_dir() else Dataset.from_parquet(str(place))
     except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors, too
         reason = str(error).partition("\n")[0]
