@@ -211,7 +211,8 @@ TOOL_ROOMS = {
     ),
     "training": Room(
         tools="checkpoints.adapters checkpoints.folder checkpoints.loading options packages printing shipped",
-        model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm processing_visualglm quantization",
+        model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm "
+        "processing_visualglm quantization",
         packages="PIL datasets filelock jinja2 matplotlib peft pyarrow safetensors torch tqdm transformers",
     ),
     "calibration": Room(

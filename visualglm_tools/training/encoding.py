@@ -2,8 +2,8 @@
 
 A conversation gives one example for each of its answers: `[gMASK]<sop>` occurs once in a sequence of GLM, so what comes
 before an answer is all context. Lengths count as in the original: a source of pictures and words with its `[gMASK]`,
-a target of words with `<sop>` and `<eop>`. What is longer loses its end. A source of several turns loses the oldest ones
-first, as many as it must and with their pictures, and then what the system said.
+a target of words with `<sop>` and `<eop>`. What is longer loses its end. A source of several turns loses its oldest
+ones first, as many as it must and with their pictures, and then what the system said.
 
 Not here: what a prompt looks like (`visualglm_hf.conversation`, through the processor's chat template).
 """

@@ -13,7 +13,7 @@ from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import Collator, Encoder, describe_contradictions, describe_truncation
 
 
-TURNS = [("一" * 30, "甲"), ("二" * 30, "乙"), ("三" * 30, "丙"), ("四" * 30, "丁")]
+TURNS = [("海" * 40, answer) for answer in "甲乙丙丁"]  # of the same length
 ENOUGH = 1000  # tokens of a source
 
 
@@ -86,7 +86,7 @@ def test_pictures_go_with_their_turns(read, encoder_of, processor):
 
 
 def test_what_is_left_out_is_counted_and_the_advice_leaves_nothing_out(read, encoder_of, processor):
-    rows = [talk([("<image>一", "甲"), ("二" * 30, "乙")], images=["a.png"]), talk(TURNS)]
+    rows = [talk([("<image>一", "甲"), TURNS[1]], images=["a.png"]), talk(TURNS)]
     whole = read(rows, encoder_of(ENOUGH))
     encoder = encoder_of(max(read([talk(TURNS[:1])], encoder_of(ENOUGH))[0].source_length, whole[0].source_length))
     advice = describe_truncation(read(rows, encoder), encoder)

@@ -3,15 +3,18 @@
 import json
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.training_helpers import At, adapter_in, interrupt, is_same, short_run, silent
 from tests.training_rows import said, turn
 from visualglm_tools.training.asking import write_rows
 from visualglm_tools.training.dataset import digest_picture, read_dataset
 from visualglm_tools.training.encoding import Collator, Encoder, digest
+from visualglm_tools.training.run import finetune
 from visualglm_tools.training.tables import PictureInTable
 
 
@@ -166,6 +169,21 @@ def test_answers_to_questions_about_a_table_are_rows_of_their_own(folder):
     [again], _ = read(folder / "kept.jsonl")
     assert again.messages == conversation.messages
     assert [*map(digest_picture, again.pictures)] == [*map(digest_picture, conversation.pictures)]
+
+
+def test_a_run_on_a_table_opens_its_pictures_in_other_processes_and_goes_on(folder):
+    """Pickled as they are; the rows of a run that goes on are known again."""
+    rows = [{"image": name, "question": "x", "answer": "y"} for name in COLORS] * 4
+    place = save(with_bytes(rows, folder), TABLES["questions and answers"][0], folder, "parquet")
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    usual = {"train_iters": 3, "save_interval": 1, "answers": 0}
+    finetune(short_run(folder / "json", train_data=(folder / "rows.json",), **usual), silent)
+    settings = short_run(folder / "table", train_data=(place,), num_workers=1, **usual)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings, silent, [At(1, interrupt)])
+    report = finetune(replace(settings, resume=True), silent)
+    assert report["data"] == ["table.parquet: 8 rows, questions and answers."]
+    assert is_same(adapter_in(folder / "table"), adapter_in(folder / "json"))
 
 
 # ---------------------------------------------------------------- bad input
