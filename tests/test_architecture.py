@@ -223,11 +223,11 @@ TOOL_ROOMS = {
         packages="matplotlib",
     ),
     "training": Room(
-        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size options printing "
-        "shipped",
-        model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm processing_visualglm "
-        "quantization",
-        packages="PIL filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
+        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size options packages "
+        "printing shipped",
+        model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm "
+        "processing_visualglm quantization",
+        packages="PIL datasets filelock jinja2 matplotlib peft pyarrow safetensors torch tqdm transformers",
     ),
     "calibration": Room(
         tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar printing serving.questions",

@@ -10,8 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.paths import ROOT
+from tests.training_helpers import short_run
+from visualglm_hf import VisualGLMConfig
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import IGNORED, Collator, Encoder, count_shared, describe_truncation, digest
+from visualglm_tools.training.layouts import COMPLETION, MARKS, ORIGINAL
+from visualglm_tools.training.run import build_encoder, read_data
 
 
 GOOD = {"img": "a.png", "prompt": "这是什么？", "label": "海。"}
@@ -91,11 +96,6 @@ def test_a_file_that_is_something_else_is_named_with_the_remedy(kind, read):
     with pytest.raises(ValueError, match=rf"{name}.*{message}") as caught:
         read(content, name)
     assert len(str(caught.value)) < LONGEST_ERROR
-
-
-def test_a_folder_is_no_file_of_rows(folder):
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        read_dataset([folder])
 
 
 # ---------------------------------------------------------------- rows
@@ -204,7 +204,7 @@ ODD_PICTURES = {
     "a number": 3,
     "a truth": True,
     "a list": ["a.png"] * 999,
-    "an object": {"path": "a.png"},
+    "an object": {"name": "a.png"},
 }
 
 
@@ -301,6 +301,74 @@ def test_the_length_that_is_advised_for_many_pictures_is_taken(pictures, fits, p
         return
     lengths = {"max_target_length": 256, **advice, "max_source_length": int(needed.group(1))}
     assert len(read([row], convert=Encoder(processor, **lengths, max_length=MODEL_LENGTH))) == 1
+
+
+# ---------------------------------------------------------------- a run
+
+
+TALK = {
+    "messages": [
+        {"role": "user", "content": "海" * 40},
+        {"role": "assistant", "content": "一"},
+        {"role": "user", "content": "海" * 40},
+        {"role": "assistant", "content": "二"},
+    ]
+}
+
+
+@pytest.fixture
+def run(folder):
+    """Reads what a run is given, as it does before any model is loaded; returns the data and what was said."""
+
+    def run(*names, **changes):
+        settings = short_run(folder / "out", train_data=tuple(folder / name for name in names), **changes)
+        lines = []
+        encoder = build_encoder(settings, VisualGLMConfig.from_pretrained(settings.model))
+        return read_data(settings, encoder, lines.append), lines
+
+    return run
+
+
+def test_a_run_says_what_its_data_is_and_what_of_it_is_not_learned(folder, run):
+    (folder / "rows.json").write_text(json.dumps([GOOD, {**GOOD, "label": "草。"}, TALK]), encoding="utf-8")
+    (folder / "pictures").mkdir()
+    shutil.copy(folder / "a.png", folder / "pictures")
+    (folder / "pictures" / "a.txt").write_text("A red square.", encoding="utf-8")
+    data, lines = run("rows.json", "pictures")
+    assert data.notes == lines[:4]
+    named, captions, left_out, contradicting = lines[:4]
+    assert named == "rows.json: 3 rows, the original's layout (2), messages (1)."
+    assert captions.startswith("pictures: 1 row, captions; a caption is the answer to ")
+    assert left_out.startswith(
+        "1 example(s) lose the oldest turns of their conversations, 2 messages in all; none would"
+    )
+    assert contradicting.endswith("at most one can be learned: rows.json, row 1, rows.json, row 2.")
+
+
+def test_a_strict_run_leaves_no_turn_out(folder, run):
+    (folder / "rows.json").write_text(json.dumps([TALK]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^1 example\(s\) lose the oldest turns"):
+        run("rows.json", strict=True)
+
+
+EXAMPLES = re.search(r"\n## Data\n(.*?)\n## ", (ROOT / "docs/finetuning.md").read_text(encoding="utf-8"), re.DOTALL)
+EXAMPLES = re.findall(r"```json\n(.*?)```", EXAMPLES.group(1), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_each_row_of_the_documentation_is_one(example, read, folder):
+    for name in set(re.findall(r'"([\w./-]+\.(?:png|jpg))"', example)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "a.png", folder / name)
+    text = example.replace("iVBORw0KGgo…", base64.b64encode(picture_bytes()).decode())
+    assert read(text if text.startswith("[") else f"[{text}]")
+
+
+def test_each_layout_has_its_row_in_the_documentation(read):
+    fields = {layout.fields for layout in (*MARKS.values(), ORIGINAL, COMPLETION)}
+    shown = {name for example in EXAMPLES for name in re.findall(r'"(\w+)":', example)}
+    assert [names for names in fields if not set(names) & shown] == []
+    assert len(EXAMPLES) > len(fields) - 1
 
 
 # ---------------------------------------------------------------- the same rows again

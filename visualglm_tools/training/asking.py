@@ -24,6 +24,7 @@ from visualglm_tools.training.encoding import Collator, Encoder, Example
 from visualglm_tools.training.keeping import KeepAnswers, switched_off
 from visualglm_tools.training.output import KEPT
 from visualglm_tools.training.settings import Settings
+from visualglm_tools.training.tables import PictureInTable
 
 
 ABOUT_PICTURES = (
@@ -266,4 +267,6 @@ def write_rows(conversations: Iterable[Conversation], file: Path) -> None:
 def name_of(picture: Picture) -> str:
     if isinstance(picture, Path):
         return str(picture.resolve())
+    if isinstance(picture, PictureInTable):
+        picture = picture.read_bytes()
     return base64.b64encode(picture).decode() if isinstance(picture, bytes) else picture

@@ -2,31 +2,44 @@
 
 A conversation gives one example for each of its answers: `[gMASK]<sop>` occurs once in a sequence of GLM, so what comes
 before an answer is all context. Lengths count as in the original: a source of pictures and words with its `[gMASK]`,
-a target of words with `<sop>` and `<eop>`; what is longer loses its end.
+a target of words with `<sop>` and `<eop>`. What is longer loses its end. A source of several turns loses its oldest
+ones first, as many as it must and with their pictures, and then what the system said.
 
 Not here: what a prompt looks like (`visualglm_hf.conversation`, through the processor's chat template).
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from jinja2 import TemplateError
 
-from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_hf.processing_visualglm import VisualGLMProcessor
-from visualglm_tools.training.dataset import Conversation, Picture, digest_picture, shown
+from visualglm_tools.training.dataset import Conversation, Picture, digest_picture, load_picture
+from visualglm_tools.training.layouts import shown
 
 
 IGNORED = -100  # as a label: no loss here
+NAMED = 10  # questions with several answers
 MIN_TARGET_LENGTH = 3  # <sop>, a token, <eop>
 
 
 @dataclass(frozen=True)
 class Example:
-    """One answer in its context. `source_length` and `target_length` are the tokens before truncation."""
+    """One answer in its context.
+
+    Attributes:
+        input_ids: of context and answer.
+        labels: the same, `IGNORED` in the context.
+        pictures: that are shown in `input_ids`.
+        conversation: all of it, whatever was left out.
+        source_length, target_length: tokens before anything was left out.
+        left_out: messages, and `is_cut`: whether the source has lost its end, too.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -34,6 +47,8 @@ class Example:
     conversation: Conversation
     source_length: int
     target_length: int
+    left_out: int = 0
+    is_cut: bool = False
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -85,17 +100,19 @@ class Encoder:
         examples = []
         for end in ends:
             messages = conversation.messages[:end]
-            shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-            part = Conversation(conversation.source, messages, conversation.pictures[:shown])
+            pictures = conversation.pictures[: count_pictures(messages)]
+            part = Conversation(conversation.source, messages, pictures)
             examples.append(self.encode(part))
         return examples
 
     def encode(self, conversation: Conversation) -> Example:
         """Encode the last answer of a conversation."""
-        source, target = self.tokenize(conversation)
+        whole, target = self.tokenize(conversation)
         if not target:
             raise ValueError(f"the answer {shown(conversation.answer)} has no token to train on.")
         tokenizer, image_token_id = self.processor.tokenizer, self.processor.image_token_id
+        recent = conversation if self.has_room_for(whole) else self.leave_out(conversation)
+        source = whole if recent is conversation else self.tokenize(recent)[0]
         kept = source[: self.max_source_length - 1]
         if kept.count(image_token_id) != source.count(image_token_id):
             raise ValueError(
@@ -106,11 +123,24 @@ class Encoder:
         return Example(
             [*context, *answer],
             [IGNORED] * len(context) + answer,
-            conversation.pictures,
+            recent.pictures,
             conversation,
-            len(source) + 1,
+            len(whole) + 1,
             len(target) + 2,
+            len(conversation.messages) - len(recent.messages),
+            not self.has_room_for(source),
         )
+
+    def has_room_for(self, source: list[int]) -> bool:
+        return len(source) < self.max_source_length  # with [gMASK]
+
+    def leave_out(self, conversation: Conversation) -> Conversation:
+        """The conversation without as many of its oldest turns as must be left out, its last question at the least."""
+        shorter = list(shortened(conversation))
+        place = bisect_left(
+            shorter, True, hi=len(shorter) - 1, key=lambda each: self.has_room_for(self.tokenize(each)[0])
+        )
+        return shorter[place]
 
     def room_for(self, source_length: int) -> str:
         """What to do about a source that must not be cut."""
@@ -134,19 +164,48 @@ class Encoder:
         return ids[: start - 1], ids[start + 1 : -1]
 
 
+def shortened(conversation: Conversation) -> Iterator[Conversation]:
+    """A conversation without its oldest turn, its two oldest, and so on; the last of all without the system message."""
+    messages, begin = conversation.messages, 0
+    if messages[0]["role"] == "system":
+        begin = 1
+    yield conversation
+    for end in range(begin + 2, len(messages) - 1, 2):
+        yield without(conversation, range(begin, end))
+    if begin:
+        yield without(conversation, range(len(messages) - 2))
+
+
+def without(conversation: Conversation, numbers: range) -> Conversation:
+    """A conversation without some messages, and the pictures of these."""
+    gone = conversation.messages[numbers.start : numbers.stop]
+    messages = conversation.messages[: numbers.start] + conversation.messages[numbers.stop :]
+    return replace(conversation, messages=messages, pictures=conversation.pictures[count_pictures(gone) :])
+
+
+def count_pictures(messages: Iterable[dict]) -> int:
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
 def describe_truncation(examples: Iterable[Example], encoder: Encoder) -> str | None:
-    """Say how many examples lose their end, and what to do about it; None if all are whole.
+    """Say how many examples lose their end or their oldest turns, and what to do about it; None if all are whole.
 
     The advice can be followed: lengths at which none would, or else which row is too long for the model.
     """
     examples = list(examples)
-    sources = sum(example.source_length > encoder.max_source_length for example in examples)
+    sources = sum(example.is_cut for example in examples)
     targets = sum(example.target_length > encoder.max_target_length for example in examples)
-    if not sources and not targets:
+    losses = [describe_left_out(examples)] if any(example.left_out for example in examples) else []
+    if sources or targets:
+        are = (
+            f"{sources} source(s) and {targets} target(s) of {len(examples)} examples are too long and lose their ends"
+        )
+        losses.insert(0, are)
+    if not losses:
         return None
     source = max(examples, key=lambda example: example.source_length)
     target = max(examples, key=lambda example: example.target_length)
-    counts = f"{sources} source(s) and {targets} target(s) of {len(examples)} examples are too long and lose their ends"
+    counts = "; ".join(losses)
     if source.source_length + target.target_length <= encoder.max_length:
         lengths = f"--max_source_length {source.source_length} --max_target_length {target.target_length}"
         return f"{counts}; none would with {lengths}."
@@ -154,6 +213,34 @@ def describe_truncation(examples: Iterable[Example], encoder: Encoder) -> str | 
         f"{counts}; no lengths would keep all, since the model takes {encoder.max_length} tokens for both. Shorten the "
         f"longest: {source.conversation.source} has a source of {source.source_length}, {target.conversation.source} a "
         f"target of {target.target_length}."
+    )
+
+
+def describe_left_out(examples: Iterable[Example]) -> str:
+    """Say how many examples have lost messages and pictures, and how many of them all pictures that they had."""
+    shorter = [example for example in examples if example.left_out]
+    messages = sum(example.left_out for example in shorter)
+    pictures = sum(len(example.conversation.pictures) - len(example.pictures) for example in shorter)
+    blind = sum(bool(example.conversation.pictures) and not example.pictures for example in shorter)
+    line = f"{len(shorter)} example(s) lose the oldest turns of their conversations, {messages} messages in all"
+    line += f" with {pictures} picture(s)" if pictures else ""
+    return f"{line}; {blind} of them have no picture left to answer by" if blind else line
+
+
+def describe_contradictions(examples: Iterable[Example]) -> str | None:
+    """Name the rows that ask the same of the same pictures and have different answers; None if there are none."""
+    digest_once, asked = cache(digest_picture), defaultdict(dict)
+    for example in examples:
+        if example.pictures:
+            question = (tuple(example.prompt_ids), *map(digest_once, example.pictures))
+            asked[question].setdefault(tuple(example.labels), example.conversation.source)
+    several = [", ".join(answers.values()) for answers in asked.values() if len(answers) > 1]
+    if not several:
+        return None
+    more = f"; and {len(several) - NAMED} more" if len(several) > NAMED else ""
+    return (
+        f"{len(several)} question(s) about the same picture have different answers, of which at most one can be "
+        f"learned: {'; '.join(several[:NAMED])}{more}."
     )
 
 
@@ -194,7 +281,7 @@ class Collator:
         return {"input_ids": pad_left(rows, self.processor.tokenizer.pad_token_id), "attention_mask": mask}
 
     def open_pictures(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        pictures = [open_picture(picture) for example in examples for picture in example.pictures]
+        pictures = [load_picture(picture) for example in examples for picture in example.pictures]
         return dict(self.processor.image_processor(pictures, return_tensors="pt")) if pictures else {}
 
 

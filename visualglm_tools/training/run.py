@@ -48,6 +48,7 @@ from visualglm_tools.training.encoding import (
     Encoder,
     Example,
     count_shared,
+    describe_contradictions,
     describe_truncation,
     digest,
 )
@@ -87,6 +88,7 @@ class Data:
     valid: list[Example] = field(default_factory=list)
     old: list[Example] = field(default_factory=list)
     kept: list[Example] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of the files: layouts, and what of their rows is not learned
 
 
 def finetune(
@@ -279,18 +281,28 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
         ValueError: names every bad row; with `strict` also what would be truncated.
     """
 
+    notes = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
     def read(files: Sequence[Path], needs_answers: bool = True) -> list[Example]:
-        return [example for row in read_dataset(list(files), encoder, needs_answers) for example in row]
+        return [example for row in read_dataset(list(files), encoder, needs_answers, note) for example in row]
 
     data = Data(
-        read(settings.train_data), read(settings.valid_data), read(settings.old_data), read(settings.keep_data, False)
+        read(settings.train_data),
+        read(settings.valid_data),
+        read(settings.old_data),
+        read(settings.keep_data, False),
+        notes,
     )
     # Of all files at once: lengths that are good for one may be too small for another.
     truncation = describe_truncation([*data.train, *data.valid, *data.old, *data.kept], encoder)
     if truncation and settings.strict:
         raise ValueError(truncation)
-    if truncation:
-        say(truncation)
+    for line in filter(None, (truncation, describe_contradictions(data.train))):
+        note(line)
     trained = sum(min(example.target_length, settings.max_target_length) for example in data.train)
     say(f"{len(data.train)} training examples with {trained} tokens of answers.")
     note = describe_languages(data)
@@ -447,6 +459,7 @@ def run(
         "steps": trainer.state.global_step,
         "best_checkpoint": Path(best).name if best else None,
         "measured": measured,
+        "data": data.notes,
         "log": trainer.state.log_history,
     }
 

@@ -91,7 +91,9 @@ class Settings:
     )
     pre_seq_len: int = option("keys and values in each layer, of --use-ptuning", 4, metavar="N", **WHAT)
 
-    train_data: tuple[Path, ...] = option(".json or .jsonl; see docs/finetuning.md", (), metavar="FILE", **DATA)
+    train_data: tuple[Path, ...] = option(
+        "rows, or pictures with captions; see docs/finetuning.md", (), metavar="FILE", **DATA
+    )
     valid_data: tuple[Path, ...] = option("rows to evaluate on", (), metavar="FILE", **DATA)
     old_data: tuple[Path, ...] = option("rows to see what is forgotten", (), metavar="FILE", **DATA)
     image_size: int | None = option(
@@ -127,7 +129,7 @@ class Settings:
     )
     max_source_length: int = option("tokens with pictures", 64, parse=COUNT, metavar="N", **DATA)
     max_target_length: int = option("tokens of an answer", 256, parse=COUNT, metavar="N", **DATA)
-    strict: bool = option("fail if anything is too long, instead of cutting its end", False, **DATA)
+    strict: bool = option("fail if anything is too long, instead of shortening it", False, **DATA)
     prompt_language: str = option(
         "prompt with 问：/答：, or Q:/A:; auto: by the question's language, as chat() does (the original: zh)",
         "auto",

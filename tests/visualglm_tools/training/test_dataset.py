@@ -181,7 +181,7 @@ BAD_ROWS = {
     "label is empty": {"img": "a.png", "prompt": "x", "label": " "},
     "prompt is empty": {"img": "a.png", "prompt": "", "label": "y"},
     "label must be a string, found int": {"img": "a.png", "prompt": "x", "label": 3},
-    "pictures must be given as file names, found [3]": {"img": 3, "prompt": "x", "label": "y"},
+    "pictures must be given as file names, found 3": {"img": 3, "prompt": "x", "label": "y"},
     "there is no picture 'gone.png'": {"img": "gone.png", "prompt": "x", "label": "y"},
     "pictures must be files": {"img": "https://example.org/a.png", "prompt": "x", "label": "y"},
     "images has 2 picture(s), the messages mention 1": {
