@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tools.tiny.questions import TEXT
 from tools.tiny.world import COLOURS
 from visualglm_hf.text_in_pictures import read_picture
 from visualglm_tools.evaluation.scoring import contains, normalise
@@ -46,7 +47,7 @@ WORDS = {
     "latin": ("EXIT", "STOP", "OPEN", "Parking", "Library", "Bakery", "Hotel", "TAXI", "Cinema", "School"),
     "digits": ("24", "108", "2026", "60", "315", "7402"),
 }
-QUESTIONS = {"zh": "图片里写着什么？", "en": "What does the sign say?"}
+QUESTIONS = {language: wordings[0] for language, wordings in TEXT.items()}  # which the tiny model has learned
 NO_WORD = {"zh": "描述这张图片。", "en": "Describe the image."}
 SIDES = (224, 448, 896, 1344)  # pixels
 HEIGHTS = (0.03, 1 / 6)  # of a word, of the canvas' height

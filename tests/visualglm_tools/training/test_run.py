@@ -125,7 +125,7 @@ def test_the_originals_folder_is_trained_on_as_it_is(settings, tiny_original):
 
 
 def test_doors_answer_with_the_adapter(settings, capsys):
-    settings = replace(settings, layer_range=("all",), train_iters=60, batch_size=4, save_interval=60)
+    settings = replace(settings, layer_range=("all",), train_iters=120, batch_size=4, save_interval=120)
     finetune(settings, silent)
     answers = []
     for options in ({}, {"adapter": settings.save / "adapter"}, {"adapter": settings.save / "adapter", "quant": 8}):
