@@ -475,7 +475,7 @@ def test_on_a_phone_an_answer_is_seen_without_scrolling(open_tab):
         for selector in ("#picture img", "#chat [data-testid=bot]", "#question textarea", "#submit", "#clear"):
             wait_until(lambda s=selector: tab.browser.execute_script(WITHIN, tab.find(s)[-1]))
         tab.ask("What colour are the shapes?")
-        tab.wait_for("Describe the image.", "circles", "What colour", "red")
+        tab.wait_for("Describe the image.", "circles", "What colour", "Red")
         wait_until(lambda: tab.browser.execute_script(WITHIN, tab.find("#chat [data-testid=bot]")[-1]))
         assert tab.browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     finally:

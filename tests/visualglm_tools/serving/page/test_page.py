@@ -54,7 +54,7 @@ def test_a_conversation_through_the_door(browser, tmp_path, monkeypatch):
         seen = tab.seen
         assert all(seen[-1].startswith(text) for text in seen if "%" not in text)  # a slow machine shows a bar first
         tab.ask("What colour are the shapes?")
-        tab.wait_for("描述这张图片。", "红色", "What colour are the shapes?", "red")
+        tab.wait_for("描述这张图片。", "红色", "What colour are the shapes?", "Red")
         tab.click("clear")
         tab.wait_for()
         wait_until(lambda: tab.find("#picture input[type=file]"))
