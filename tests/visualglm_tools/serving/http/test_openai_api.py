@@ -102,7 +102,7 @@ def test_max_tokens_stop_and_seed_do_what_openai_says(client):
     assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 2)
     stopped = create(stop="！", **EXACT).choices[0]
     assert (stopped.finish_reason, stopped.message.content) == ("stop", "你好")
-    hot = {"temperature": 2, "top_p": 1, "max_tokens": 20}
+    hot = {"temperature": 2, "top_p": 1, "max_tokens": 20, "extra_body": {"min_tokens": 20}}
     answers = [create(seed=seed, **hot).choices[0].message.content for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
     longer = create(temperature=0, extra_body={"min_tokens": 30})
