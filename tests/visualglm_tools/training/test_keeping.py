@@ -86,7 +86,7 @@ def test_the_divergence_is_that_of_the_definition(method, kept):
             if labels[0, place + 1] != IGNORED:
                 total += (wanted[place].exp() * (wanted[place] - found[place])).sum().item()
                 tokens += 1
-    assert kept.divergence(model, model, [4, 1, 3]).item() == pytest.approx(total / tokens, rel=1e-4)
+    assert kept.divergence(model, model, [4, 1, 3]).item() == pytest.approx(total / tokens, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ADAPTERS)

@@ -295,7 +295,7 @@ def test_a_full_queue_says_so_and_keeps_the_question(engine, monkeypatch):
     monkeypatch.setattr(web.gr, "Warning", lambda message, **kwargs: said.append(message))
 
     async def ask():
-        return [update async for update in web.Handlers(engine).ask(web.Session(), "Hello", 2048, 0.4, 0.8)]
+        return [update async for update in web.Handlers(engine).ask(web.Session(), "Hello", (), 2048, 0.4, 0.8)]
 
     updates = asyncio.run(ask())
     assert updates[-1] == ([], "Hello")
