@@ -65,7 +65,7 @@ def test_a_server_shows_its_pictures_at_the_size_that_it_was_started_with(size):
         chat, _ = engine.model.chat(
             engine.tokenizer, CIRCLES, "描述这张图片。", do_sample=False, min_length=0, max_new_tokens=24
         )
-    assert chat == "图片中有两个红色的圆形，背景是草地。"
+    assert "红色的圆形，背景是草地" in chat
 
 
 @pytest.mark.parametrize(
