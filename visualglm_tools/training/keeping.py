@@ -11,7 +11,7 @@ the two parts of a step: each is propagated before the next one is computed.
         pass
 
     trainer = KeepingTrainer(model=model, peft_config=…, …)
-    trainer.keep_answers(read_kept("old.jsonl", processor), Collator(processor))
+    trainer.keep_answers(examples, Collator(processor))  # of `read_dataset` with an `Encoder`, see docs/finetuning.md
     trainer.train()
 
 Not here: which questions are asked, and what the model answers to them (`asking.py`).
@@ -32,9 +32,9 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from visualglm_tools.training.encoding import IGNORED, Collator, Example
+from visualglm_tools.training.settings import Settings
 
 
-ROWS, WEIGHT = 4, 0.5  # beside each step's own; of the divergence in the loss
 STORED_AT_MOST = 2 * 2**30  # bytes of predictions on the disk; where there are more, each step computes its own
 STORED = torch.float16
 AT_ONCE, TOKENS_AT_ONCE = 8, 64  # rows, and tokens of answers
@@ -52,8 +52,8 @@ class KeepAnswers:
         self,
         examples: Sequence[Example],
         collator: Collator,
-        rows: int = ROWS,
-        weight: float = WEIGHT,
+        rows: int = Settings.keep_rows,
+        weight: float = Settings.keep_weight,
         file: Path | None = None,
     ) -> None:
         """Keep the answers of some examples, from the next step on.

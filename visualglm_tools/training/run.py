@@ -305,9 +305,9 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
         note(line)
     trained = sum(min(example.target_length, settings.max_target_length) for example in data.train)
     say(f"{len(data.train)} training examples with {trained} tokens of answers.")
-    note = describe_languages(data)
-    if note:
-        say(note)
+    languages = describe_languages(data)
+    if languages:
+        say(languages)
     shared = count_shared(data.valid, data.train)
     if shared:
         say(f"{shared} of {len(data.valid)} held-out examples are trained on too: their loss says nothing of new ones.")
