@@ -16,6 +16,7 @@ import numpy as np
 from tools.tiny import world
 from tools.tiny.pictures import HABITS, OFTEN, STRANGERS, USUAL, Picture
 from tools.tiny.world import BACKGROUNDS, COLOURS, COUNTS, POSITIONS, SHAPES, Exchange, Scene, Subject
+from visualglm_hf.conversation import CHINESE_READING, ENGLISH_READING
 
 
 # As people also ask; `world.WORDINGS` has those that the model's older figures were measured with.
@@ -127,8 +128,7 @@ ABSENT = {"zh": "图片中没有{0}。", "en": "There is no {0} in the picture."
 READ_OUT = {"zh": "图片上写着“{0}”。", "en": 'It says "{0}".'}
 UNREADABLE = {"zh": "我看不清图片上的文字。", "en": "I cannot read the text in the picture."}
 NO_TEXT = {"zh": "图片上没有文字。", "en": "There is no text in the picture."}
-# As `visualglm_hf.conversation` puts what was read before a question.
-READING = {"zh": "图片中的文字：“{0}”\n", "en": 'Text in the picture: "{0}"\n'}
+READING = {"zh": CHINESE_READING, "en": ENGLISH_READING}  # what was read in a picture, before the question
 
 SIMPLE_KINDS = tuple(world.WORDINGS)
 STRATEGIES = ("random", "popular", "adversarial")
