@@ -92,6 +92,21 @@ def test_reading_in_another_dtype_is_a_cast_that_leaves_no_pages(file, dtype):
     assert torch.equal(read_as(torch.tensor(3), dtype), torch.tensor(3, dtype=dtype))
 
 
+def test_of_a_large_tensor_a_few_pieces_at_most_count_while_it_is_copied(file, monkeypatch):
+    tensor = mapped(file)
+    release_pages(tensor)
+    before, seen = resident_file_pages(), []
+
+    def watch(piece: torch.Tensor) -> None:
+        seen.append(resident_file_pages() - before)
+        release_pages(piece)
+
+    monkeypatch.setattr(mapped_files, "PIECE", MIB)
+    monkeypatch.setattr(mapped_files, "release_pages", watch)
+    read_as(tensor, torch.float32)
+    assert len(seen) == 33 and max(seen) < 8 * MIB
+
+
 def test_the_dtypes_of_files_are_told_without_reading_them(file, tmp_path):
     torch.save({"b": torch.zeros(3, dtype=torch.bfloat16)}, tmp_path / "pytorch_model.bin")
     assert stored_dtypes([file, tmp_path / "pytorch_model.bin"]) == {"a": torch.float16, "b": torch.bfloat16}
