@@ -15,6 +15,7 @@ from tests.commands import web as web_command
 from tests.paths import CIRCLES, ROOT, STAR, TINY
 from tests.serving_helpers import CAPTION, EngineByHand, is_idle, open_door, sample, wait_until
 from visualglm_tools.serving.engine.answers import QueueFull
+from visualglm_tools.serving.engine.batching import Row
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
 
@@ -32,8 +33,20 @@ WEBCAM_SHOWS = "return [...document.querySelectorAll('#picture video')].some(eac
 
 @pytest.fixture
 def long_answers(monkeypatch):
-    """Each answer takes seconds: whoever stops one does so before its end."""
-    monkeypatch.setattr(web, "Settings", functools.partial(Settings, min_new_tokens=1500))
+    """Each answer takes minutes: whoever stops one does so before its end, on a busy machine too.
+
+    After `monkeypatch.undo()` new answers have their usual length; those on their way keep theirs.
+    """
+    accept = Row.accept
+
+    def accept_slowly(row: Row, token_id: int) -> None:
+        time.sleep(0.1)
+        accept(row, token_id)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(Row, "accept", accept_slowly)
+        monkeypatch.setattr(web, "Settings", functools.partial(Settings, min_new_tokens=1500))
+        yield
 
 
 def cancelled(engine: Engine) -> int:
