@@ -100,8 +100,7 @@ def limits_of(options: Options):
     from visualglm_tools.serving.engine.engine import Limits
 
     return Limits(
-        max_batch_size=options.max_batch_size,
-        max_waiting=options.max_waiting,
+        **options.limiting(),
         max_new_tokens=options.max_new_tokens,
         max_pictures=options.max_pictures,
         max_picture_bytes=int(options.max_picture_mib * MIB),

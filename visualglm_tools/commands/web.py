@@ -42,7 +42,7 @@ def run(options: Options) -> None:
     from visualglm_tools.serving.page.page import create_page, launch
 
     logging.set_verbosity_error()
-    limits = Limits(max_batch_size=options.max_batch_size, max_waiting=options.max_waiting)
+    limits = Limits(**options.limiting())
     with Engine.load(options.model, limits, **options.loading()) as engine:
         engine.start_decoders()
         page = create_page(engine, EXAMPLES)

@@ -101,6 +101,22 @@ class LimitOptions:
 
     max_batch_size: int = option("answers generated at a time", 8, parse=COUNT, metavar="N", group="limits")
     max_waiting: int = option("requests that may wait; more are refused", 64, parse=COUNT, metavar="N", group="limits")
+    prompt_cache_mib: float = option(
+        "of what was computed for the last prompts, so that the same are not read again; 0 for none",
+        256,
+        parse=AMOUNT,
+        metavar="MIB",
+        group="limits",
+    )
+
+    def limiting(self) -> dict[str, int]:
+        """The keywords of `Limits`."""
+        prompt_cache_bytes = int(self.prompt_cache_mib * 2**20)
+        return {
+            "max_batch_size": self.max_batch_size,
+            "max_waiting": self.max_waiting,
+            "prompt_cache_bytes": prompt_cache_bytes,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,12 @@
 """Answers that are generated side by side, and may begin and end at different times.
 
 `generate` works on a fixed set of rows, so a batch pauses (its stopping criterion says stop for all) when others wait
-to join or many rows are done. Then the prompts of those who join are run into a cache, the caches of all rows that go
+to join or many rows are done. Then the prompts of those who join are run into a cache, each once, the caches of all rows that go
 on are put together, and `generate` continues from them. A row does not depend on its neighbours: padding is on the
 left, masked, and not counted by its positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteria, Stopp
 
 from visualglm_hf.glm_positions import build_glm_position_ids
 from visualglm_hf.growing_cache import make_cache
+from visualglm_tools.serving.engine.prompt_cache import Key, PromptCache, States, describe_prompt
 from visualglm_tools.serving.engine.sampling import Chooser, RowSampler
 
 
@@ -100,6 +101,58 @@ class RowsStop(StoppingCriteria):
                 row.accept(token_id)
         is_paused = self.should_pause()
         return torch.tensor([is_paused or not row.is_live for row in self.rows], device=input_ids.device)
+
+
+def start(model: PreTrainedModel, rows: Sequence[Row], known: PromptCache) -> list[Batch]:
+    """Batches of new rows: equal prompts are read once, and those that are `known` not at all.
+
+    Args:
+        rows: whose pictures are encoded.
+        known: is asked, and told what is read.
+    """
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(describe_prompt(row.token_ids, row.image_embeds), []).append(row)
+    batches, unread = [], {}
+    for key, group in groups.items():
+        states = known.find(key)
+        if states is None:
+            unread[key] = group
+        else:
+            batches.append(Batch(group, make_filled_cache(model, states, len(group))))
+    if unread:
+        read = prefill(model, [group[0] for group in unread.values()])
+        known.num_read += len(unread)
+        remember(known, unread, read)
+        batches.append(repeat(read, list(unread.values())))
+    return batches
+
+
+def repeat(batch: Batch, groups: Sequence[list[Row]]) -> Batch:
+    """A batch of the rows of all `groups`, each of which begins as one row of the given batch."""
+    rows = [row for group in groups for row in group]
+    if len(rows) > len(groups):
+        places = [place for place, group in enumerate(groups) for _ in group]
+        batch.cache.batch_select_indices(torch.tensor(places, device=batch.cache.layers[0].keys.device))
+    return Batch(rows, batch.cache)
+
+
+def remember(known: PromptCache, groups: Mapping[Key, Sequence[Row]], read: Batch) -> None:
+    """Tell a prompt cache of prompts that were read, those of them for which it has room."""
+    for place, (key, group) in enumerate(groups.items()):
+        length = group[0].prompt_length - 1
+        states = [(layer.keys[place : place + 1], layer.values[place : place + 1]) for layer in read.cache.layers]
+        states = [tuple(each[:, :, -length:] for each in layer) for layer in states]
+        if known.has_room(states):
+            known.add(key, [tuple(each.clone() for each in layer) for layer in states])
+
+
+def make_filled_cache(model: PreTrainedModel, states: States, rows: int) -> DynamicCache:
+    """A cache that holds the same prompt for so many rows."""
+    cache = make_cache(model.config.text_config, model.device)
+    for index, (keys, values) in enumerate(states):
+        cache.update(keys.repeat(rows, 1, 1, 1), values.repeat(rows, 1, 1, 1), index)
+    return cache
 
 
 @torch.no_grad()

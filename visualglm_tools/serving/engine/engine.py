@@ -32,8 +32,9 @@ from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.layer_bar import counted_layers
 from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
-from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, prefill
+from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, start
 from visualglm_tools.serving.engine.metrics import Metrics
+from visualglm_tools.serving.engine.prompt_cache import PromptCache
 from visualglm_tools.serving.engine.prompts import OpenedPicture, Prompt, PromptBuilder
 from visualglm_tools.serving.engine.sampling import Chooser, Settings
 from visualglm_tools.serving.engine.text import GrowingText
@@ -70,6 +71,7 @@ class Engine:
         self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
         model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
         self.queue = Queue(self.limits, self.metrics)
+        self._known = PromptCache(self.limits.prompt_cache_bytes)
         self._steps = 0  # since the batch last paused
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
@@ -235,23 +237,25 @@ class Engine:
         batch: Batch | None = None
         try:
             while (newcomers := self.queue.take(len(batch.rows) if batch else 0)) is not None:
-                batch = merge(self.model, [each for each in (batch, self._start(newcomers)) if each is not None])
+                batch = merge(self.model, [*([batch] if batch else []), *self._start(newcomers)])
                 if batch is not None:
                     self._advance(batch)
                     batch = merge(self.model, [batch])
         finally:  # closed, with nothing left; or failed, and nobody shall wait for ever
             self.queue.abandon("The engine has failed.")
 
-    def _start(self, answers: Sequence[Answer]) -> Batch | None:
-        if not answers:
-            return None
+    @torch.no_grad()
+    def _start(self, answers: Sequence[Answer]) -> list[Batch]:
         rows = [self._row(answer) for answer in answers]
         with self._failing(rows):
             for row, answer in zip(rows, answers, strict=True):
                 row.image_embeds = self._look(answer, self._encode(answer.prompt.pixel_values))
+            before = self._known.num_read
             with counted_layers(self.model, Reading(answers, len(self.model.get_decoder().layers))):
-                return prefill(self.model, rows)
-        return None
+                batches = start(self.model, rows, self._known)
+            self.metrics.prompts.inc(self._known.num_read - before)
+            return batches
+        return []
 
     def _row(self, answer: Answer) -> Row:
         prompt, settings = answer.prompt, answer.settings

@@ -42,7 +42,7 @@ class Replica:
     """One engine. Ray closes it with its process."""
 
     def __init__(self, options: ServiceOptions):
-        limits = Limits(max_batch_size=options.max_batch_size, max_waiting=options.max_waiting)
+        limits = Limits(**options.limiting())
         self.engine = Engine.load(options.model, limits, **options.loading())
 
     def check_health(self) -> None:
