@@ -1,12 +1,12 @@
 """Answers that are generated side by side, and may begin and end at different times.
 
 `generate` works on a fixed set of rows, so a batch pauses (its stopping criterion says stop for all) when others wait
-to join or many rows are done. Then the prompts of those who join are run into a cache, each once, the caches of all rows that go
-on are put together, and `generate` continues from them. A row does not depend on its neighbours: padding is on the
-left, masked, and not counted by its positions.
+to join or many rows are done. Then the prompts of those who join are run into a cache, each once, the caches of all
+rows that go on are put together, and `generate` continues from them. A row does not depend on its neighbours: padding
+is on the left, masked, and not counted by its positions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,8 +174,8 @@ def prefill(model: PreTrainedModel, rows: Sequence[Row]) -> Batch:
     return Batch(list(rows), cache)
 
 
-def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], bool]) -> None:
-    """Generate until every row is done or, after some token, `should_pause()`."""
+def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], bool], **options) -> None:
+    """Generate until every row is done or, after some token, `should_pause()`; `options` are more of `generate`'s."""
     pad_token_id = model.config.text_config.pad_token_id
     input_ids, attention_mask = pad_left([row.token_ids for row in batch.rows], pad_token_id, model.device)
     model.generate(
@@ -186,6 +186,7 @@ def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], boo
         stopping_criteria=StoppingCriteriaList([RowsStop(batch.rows, should_pause)]),
         max_new_tokens=max(row.max_length - len(row.token_ids) for row in batch.rows),
         do_sample=False,  # the rows choose
+        **options,
     )
 
 
@@ -207,16 +208,23 @@ def merge(model: PreTrainedModel, batches: Sequence[Batch]) -> Batch | None:
     if len(batches) == 1 and len(rows) == len(batches[0].rows) and batches[0].cache.get_seq_length() == length:
         return batches[0]
     cache = make_cache(model.config.text_config, model.device)
-    kept = [torch.tensor([row.is_live for row in batch.rows]).nonzero().flatten() for batch in batches]
-    for index in range(len(batches[0].cache.layers)):
-        layers = [batch.cache.layers[index] for batch in batches]
-        keys = [fit(layer.keys, indices, length) for layer, indices in zip(layers, kept, strict=True)]
-        values = [fit(layer.values, indices, length) for layer, indices in zip(layers, kept, strict=True)]
-        cache.update(torch.cat(keys), torch.cat(values), index)
+    for index, (keys, values) in enumerate(gather(batches, length)):
+        cache.update(keys, values, index)
     return Batch(rows, cache)
 
 
-def fit(states: torch.Tensor, indices: torch.Tensor, length: int) -> torch.Tensor:
-    """The rows `indices` of [rows, heads, T, D], cut or padded on the left to T = `length`."""
-    states = states[indices.to(states.device)][:, :, -length:]
+def gather(batches: Sequence[Batch], length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [rows, heads, T, D] of each layer for the rows of all `batches` that go on, with T = `length`."""
+    kept = [torch.tensor([row.is_live for row in batch.rows]).nonzero().flatten() for batch in batches]
+    for layers in zip(*(batch.cache.layers for batch in batches), strict=True):
+        pairs = list(zip(layers, kept, strict=True))
+        yield (
+            torch.cat([fit(layer.keys, int(layer.get_seq_length()), rows, length) for layer, rows in pairs]),
+            torch.cat([fit(layer.values, int(layer.get_seq_length()), rows, length) for layer, rows in pairs]),
+        )
+
+
+def fit(states: torch.Tensor, filled: int, rows: torch.Tensor, length: int) -> torch.Tensor:
+    """The `rows` of [rows, heads, T, D], of which `filled` tokens are, cut or padded on the left to `length` tokens."""
+    states = states[rows.to(states.device)][:, :, max(filled - length, 0) : filled]
     return F.pad(states, (0, 0, length - states.shape[2], 0))
