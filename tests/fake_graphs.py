@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig
+
+from visualglm_hf.compilation import GRAPHS_ALONE, RecordedCall, call_model
+
+
+RECORD = CompileConfig(backend=GRAPHS_ALONE)
 
 
 class FakeGraph:
@@ -83,3 +89,11 @@ def play_graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setenv("VISUALGLM_KERNELS", "torch")  # ours write to memory without torch knowing
     return graphs
+
+
+def play_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+    """Let decode steps of models on this CPU be recorded, whatever `compile` says; returns their graphs, in order."""
+    for room in ("chat", "generation_visualglm"):
+        monkeypatch.setattr(f"visualglm_hf.{room}.resolve_compile_config", lambda compile, device: compile)
+    monkeypatch.setattr("visualglm_hf.generation_visualglm.compile_call", lambda *_: RecordedCall(call_model))
+    return play_graphs(monkeypatch)

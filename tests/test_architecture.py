@@ -185,7 +185,7 @@ TOOL_ROOMS = {
         "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",
-        model="compilation conversation fetching image_processing_visualglm zooming",
+        model="conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),
     "checkpoints": Room(
@@ -195,15 +195,15 @@ TOOL_ROOMS = {
         packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers",
     ),
     "serving": Room(
-        tools="checkpoints.folder options output_files printing serving.engine.answers serving.engine.engine "
-        "serving.engine.prompts serving.engine.sampling shipped",
-        model="fetching image_processing_visualglm",
+        tools="checkpoints.folder checkpoints.loading options output_files printing serving.engine.answers "
+        "serving.engine.engine serving.engine.prompts serving.engine.sampling shipped",
+        model="compilation fetching image_processing_visualglm",
         packages="PIL accelerate tqdm transformers",
     ),
     "serving/engine": Room(
         tools="checkpoints.loading checkpoints.picture_size layer_bar printing",
-        model="attention_maps chat conversation glm_positions growing_cache image_processing_visualglm picture_reading "
-        "text_in_pictures tokenization_chatglm visualglm_hf zooming",
+        model="attention_maps chat compilation conversation glm_positions growing_cache image_processing_visualglm "
+        "picture_reading text_in_pictures tokenization_chatglm visualglm_hf zooming",
         packages="PIL jinja2 numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(

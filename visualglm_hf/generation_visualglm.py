@@ -57,6 +57,44 @@ def wants_dynamic_cache(options: dict) -> bool:
     )
 
 
+def compile_options(
+    model: "VisualGLMGenerationMixin", compile: bool | CompileConfig, prompt_length: int, options: dict
+) -> dict:
+    """What to add to the `options` of `generate` for a compiled decode step.
+
+    Args:
+        compile: `generate`'s.
+        prompt_length: in tokens.
+        options: all that hold for the call.
+
+    Raises:
+        ValueError: no compiler, weights that come and go, or options that the cache of a compiled step contradicts.
+    """
+    setting = options.get
+    compile_config = resolve_compile_config(compile, model.device)
+    compiled_call = model.compile_step(compile_config)
+    for name in ("assistant_model", "prompt_lookup_num_tokens", CACHE_NAME):
+        if setting(name) is not None:
+            raise ValueError(f"compile has a cache of its own and steps of one token: leave it or {name} out.")
+    if setting("use_cache") is False or setting("cache_implementation") not in (None, "static"):
+        raise ValueError("compile needs the static cache: leave use_cache and cache_implementation out.")
+    length = prompt_length + (setting("max_new_tokens") or DEFAULT_NEW_TOKENS)
+    if setting("max_new_tokens") is None:
+        length = setting("max_length") or length
+    # If nothing is compiled for its length, it begins short, and `prepare_inputs_for_generation` lengthens it.
+    grows = compile_config.backend == GRAPHS_ALONE and setting("cache_implementation") is None
+    limit = model.config.text_config.max_position_embeddings
+    length = max(bucket_length(prompt_length + 1 if grows else length, limit), setting("max_cache_len") or 0)
+    cache = {"cache_implementation": "static", "max_cache_len": length}
+    if grows:
+        cache = {CACHE_NAME: StaticCache(config=model.config.text_config, max_cache_len=length)}
+    return {
+        **cache,
+        "compiled_call": compiled_call,
+        "disable_compile": True,  # transformers' own way, which there is on CUDA alone
+    }
+
+
 class VisualGLMGenerationMixin(GenerationMixin):
     """`generate` with pictures in the prompt and GLM's positions, for a `VisualGLMForConditionalGeneration`."""
 
@@ -72,7 +110,7 @@ class VisualGLMGenerationMixin(GenerationMixin):
         image_embeds: torch.FloatTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         cache: Cache | None = None,
-        compile: bool | CompileConfig = False,
+        compile: bool | CompileConfig | Callable = False,
         interpolate_pos_encoding: bool | None = None,
         **kwargs,
     ):
@@ -92,7 +130,8 @@ class VisualGLMGenerationMixin(GenerationMixin):
             compile: True to compile the step from token to token, with CUDA graphs on CUDA, on a CPU with its C++
                 compiler; or how, as transformers' `CompileConfig`. The first answer waits for the compiler, and so does
                 the first with a longer cache: of 256, 512, 1,024 and 2,048 tokens, as `max_length` needs. The backend
-                "cudagraphs" only records, and its cache grows with the answer.
+                "cudagraphs" only records, and its cache grows with the answer. Or what `compile_step` returned, with a
+                static `cache`: what was compiled or recorded for it goes on to hold.
             interpolate_pos_encoding: True for `pixel_values` of other sizes than `image_size`, such as 392 x 392; None
                 as the config says, and so does an assistant model.
             kwargs: the other options; a `tokenizer` among them says which tokens there are, else the config does.
@@ -155,52 +194,36 @@ class VisualGLMGenerationMixin(GenerationMixin):
             self.check_shapes(prompt.input_ids, prompt.inputs_embeds, attention_mask)
         return num_images
 
-    def cache_options(
-        self, cache: Cache | None, compile: bool | CompileConfig, prompt_length: int, options: dict
-    ) -> dict:
-        """What to add to the `options` of `generate` for a cache, or for a compiled decode step; see there."""
-        added = {} if cache is None else {CACHE_NAME: cache}
-        if compile:
-            added |= self.compile_options(compile, prompt_length, options | {CACHE_NAME: cache})
-        return added
-
-    def compile_options(self, compile: bool | CompileConfig, prompt_length: int, options: dict) -> dict:
-        """What to add to the `options` of `generate` for a compiled decode step.
+    def compile_step(self, compile: bool | CompileConfig = True) -> Callable:
+        """A decode step that is compiled or recorded once, for all calls of `generate` that continue one static cache.
 
         Args:
             compile: `generate`'s.
-            prompt_length: in tokens.
-            options: all that hold for the call.
 
         Raises:
-            ValueError: no compiler, weights that come and go, or options that the cache of a compiled step contradicts.
+            ValueError: no compiler, or weights that come and go.
         """
-        setting = options.get
         places = {str(place) for place in getattr(self, "hf_device_map", {}).values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError("A model that is partly offloaded cannot be compiled. Leave compile out.")
-        compile_config = resolve_compile_config(compile, self.device)
-        for name in ("assistant_model", "prompt_lookup_num_tokens", CACHE_NAME):
-            if setting(name) is not None:
-                raise ValueError(f"compile has a cache of its own and steps of one token: leave it or {name} out.")
-        if setting("use_cache") is False or setting("cache_implementation") not in (None, "static"):
-            raise ValueError("compile needs the static cache: leave use_cache and cache_implementation out.")
-        length = prompt_length + (setting("max_new_tokens") or DEFAULT_NEW_TOKENS)
-        if setting("max_new_tokens") is None:
-            length = setting("max_length") or length
-        # If nothing is compiled for its length, it begins short, and `prepare_inputs_for_generation` lengthens it.
-        grows = compile_config.backend == GRAPHS_ALONE and setting("cache_implementation") is None
-        limit = self.config.text_config.max_position_embeddings
-        length = max(bucket_length(prompt_length + 1 if grows else length, limit), setting("max_cache_len") or 0)
-        cache = {"cache_implementation": "static", "max_cache_len": length}
-        if grows:
-            cache = {CACHE_NAME: StaticCache(config=self.config.text_config, max_cache_len=length)}
         is_divided = len(places) > 1 or count_processes(self.config) > 1
-        return {
-            **cache,
-            "compiled_call": compile_call(compile_config, self.device, is_divided),
-            "disable_compile": True,  # transformers' own way, which there is on CUDA alone
-        }
+        return compile_call(resolve_compile_config(compile, self.device), self.device, is_divided)
+
+    def cache_options(
+        self, cache: Cache | None, compile: bool | CompileConfig | Callable, prompt_length: int, options: dict
+    ) -> dict:
+        """What to add to the `options` of `generate` for a cache, or for a compiled decode step; see there."""
+        added = {} if cache is None else {CACHE_NAME: cache}
+        if callable(compile):
+            if not isinstance(cache, StaticCache):
+                raise ValueError(
+                    f"What compile_step() returned continues a StaticCache, found {type(cache).__name__}. Give one as "
+                    "cache, or compile=True, which makes its own."
+                )
+            added |= {"compiled_call": compile, "disable_compile": True}
+        elif compile:
+            added |= compile_options(self, compile, prompt_length, options | {CACHE_NAME: cache})
+        return added
 
     def count_tokens(self, tokenizer) -> int:
         """How many tokens may be generated: those of the tokenizer, if there is one, else of the config."""
@@ -309,7 +332,7 @@ class VisualGLMGenerationMixin(GenerationMixin):
         if prompt_embeds is not None:
             model_inputs |= self.place_prompt(prompt_embeds, input_ids.shape[1] - current.shape[1], cache)
         is_static = cache is not None and cache.is_compileable
-        if compiled_call is not None and is_static and not is_first_iteration:  # prompts have all lengths
+        if compiled_call is not None and is_static and current.shape[1] == 1:  # prompts have all lengths
             model_inputs["compiled_call"] = compiled_call
         return model_inputs
 

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache, StaticCache
 
-from tests.fake_graphs import FakeGraph, play_graphs
+from tests.fake_graphs import RECORD, FakeGraph, play_recorded_steps
 from tests.helpers import load_float32
 from tests.paths import CIRCLES, TINY
 from visualglm_hf import (
@@ -274,13 +275,7 @@ def test_other_devices_are_refused():
 @pytest.fixture
 def recorded(monkeypatch) -> list[FakeGraph]:
     """The graphs that were recorded, in order."""
-    for room in ("chat", "generation_visualglm"):
-        monkeypatch.setattr(f"visualglm_hf.{room}.resolve_compile_config", lambda compile, device: compile)
-    monkeypatch.setattr("visualglm_hf.generation_visualglm.compile_call", lambda *_: RecordedCall(call_model))
-    return play_graphs(monkeypatch)
-
-
-RECORD = CompileConfig(backend="cudagraphs")
+    return play_recorded_steps(monkeypatch)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -362,3 +357,40 @@ def test_a_longer_cache_may_be_asked_for_from_the_start(talker, tokenizer, recor
             **inputs, compile=RECORD, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, **options
         )
         assert output.past_key_values.layers[0].max_cache_len >= 300
+
+
+# One step for many calls
+
+
+def continued(model, inputs: dict, calls: int, tokens: int, **options) -> tuple[torch.Tensor, StaticCache]:
+    """What `generate` makes of `inputs` in so many calls with one static cache, each of so many tokens."""
+    cache, sequences = StaticCache(config=model.config.text_config, max_cache_len=256), inputs["input_ids"]
+    attention_mask = inputs["attention_mask"]
+    for _ in range(calls):
+        sequences = model.generate(
+            input_ids=sequences,
+            attention_mask=attention_mask,
+            cache=cache,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            **options,
+        )
+        attention_mask = F.pad(attention_mask, (0, tokens), value=1)
+    return sequences, cache
+
+
+def test_a_step_that_is_kept_is_recorded_once_for_many_calls_with_one_cache(talker, tokenizer, recorded):
+    inputs = tokenizer(["问：你好\n答：", "问：图里有什么颜色？\n答："], padding=True, return_tensors="pt")
+    expected, _ = continued(talker, inputs, calls=1, tokens=12)
+    step = talker.compile_step(RECORD)
+    found, _ = continued(talker, inputs, calls=4, tokens=3, compile=step)
+    assert torch.equal(found, expected)
+    assert len(recorded) == 1 and recorded[0].replays == 10  # all but the prompt and the first step
+
+
+def test_a_step_that_is_kept_needs_a_cache_to_continue(talker, tokenizer, recorded):
+    inputs, step = tokenizer("问：你好\n答：", return_tensors="pt"), talker.compile_step(RECORD)
+    for cache in (None, DynamicCache(config=talker.config.text_config)):
+        with pytest.raises(ValueError, match=r"StaticCache, found (NoneType|DynamicCache)"):
+            talker.generate(**inputs, compile=step, cache=cache)

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.options import COUNT_OR_NONE, number, one_of, option
+from visualglm_tools.options import COUNT_OR_NONE, number, option
 from visualglm_tools.output_files import behind_links
 from visualglm_tools.printing import printable, report
 from visualglm_tools.prompt_bar import prompt_bar
 from visualglm_tools.serving.engine.text import stable_part
-from visualglm_tools.serving.options import ModelOptions, PictureOptions, SamplingOptions
+from visualglm_tools.serving.options import PictureOptions, SamplingOptions, SpeedOptions
 
 
 # torch, transformers and the model are imported in `open_model`: `-h` and typing errors shall not wait for them.
@@ -68,7 +68,7 @@ TEMPERATURE = number(float, lambda value: 0.001 <= value < math.inf, "0.001 or m
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, PictureOptions, ModelOptions):
+class Options(SamplingOptions, PictureOptions, SpeedOptions):
     image: str | None = option(
         "picture to begin with; together with --query, print one answer and end", None, metavar="PATH_OR_URL"
     )
@@ -81,14 +81,6 @@ class Options(SamplingOptions, PictureOptions, ModelOptions):
     greedy: bool = option("always take the likeliest token: no randomness", False, group="answers")
     seed: int | None = option(
         "makes the random choices repeatable", None, parse=COUNT_OR_NONE, metavar="N", group="answers"
-    )
-    speed_up: str | None = one_of(
-        {
-            "compile": ("compile", "compile the model: faster, but the first answer waits a minute or more"),
-            "record": ("record", "on an NVIDIA GPU, record a CUDA graph for each answer: faster, and no wait"),
-        },
-        None,
-        group="answers",
     )
 
 
@@ -328,34 +320,20 @@ def open_model(options: Options) -> tuple:
     import torch
     from transformers.utils import logging
 
-    from visualglm_hf.compilation import resolve_compile_config
-    from visualglm_tools.checkpoints.loading import choose_device, load_model
+    from visualglm_tools.checkpoints.loading import load_model
 
     logging.set_verbosity_error()
-    compile = choose_compilation(options)
-    if compile:
-        resolve_compile_config(compile, choose_device(options.device))  # a compiler is missing now or not at all
+    options.check_compiling()  # a compiler is missing now or not at all
     model, tokenizer = load_model(options.model, **options.loading())
     if options.seed is not None:
         torch.manual_seed(options.seed)
     return model, tokenizer
 
 
-def choose_compilation(options: Options):
-    """What `chat` takes as `compile`: a bool, or a CompileConfig of transformers."""
-    if options.speed_up != "record":
-        return options.speed_up == "compile"
-    from transformers import CompileConfig
-
-    from visualglm_hf.compilation import GRAPHS_ALONE
-
-    return CompileConfig(backend=GRAPHS_ALONE)
-
-
 def answer_keywords(options: Options, tokenizer) -> dict:
     """The keywords of `chat` and `stream_chat`."""
     keywords = {name: getattr(options, name) for name in ("max_length", "top_p", "top_k", "temperature")}
-    keywords |= {"do_sample": not options.greedy, "compile": choose_compilation(options)}
+    keywords |= {"do_sample": not options.greedy, "compile": options.compiling()}
     if options.english:
         keywords |= {"english": True, "suppress_tokens": english_only_token_ids(tokenizer.get_vocab())}
     return keywords

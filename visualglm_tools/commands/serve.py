@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from visualglm_tools.options import COUNT, POSITIVE, number, option
 from visualglm_tools.serving.http.api_key import KEY_VARIABLE, read_key
 from visualglm_tools.serving.listening import address_of, listen
-from visualglm_tools.serving.options import AddressOptions, ApiOptions, LimitOptions, ModelOptions, NameOptions
+from visualglm_tools.serving.options import AddressOptions, ApiOptions, LimitOptions, NameOptions, SpeedOptions
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -27,7 +27,7 @@ SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LimitOptions, ApiOptions, NameOptions, AddressOptions, ModelOptions):
+class Options(LimitOptions, ApiOptions, NameOptions, AddressOptions, SpeedOptions):
     api_key: str | None = option(
         f"that clients must send; better set {KEY_VARIABLE}", None, metavar="KEY", group="server"
     )
@@ -66,12 +66,13 @@ def run(options: Options) -> int:
     # The model's thread lets go of Python only when it must: others, such as a refusal, shall not wait 5 ms each time.
     sys.setswitchinterval(SWITCH_SECONDS)
     limits = limits_of(options)
+    options.check_compiling()
 
     def stop_serving() -> None:
         server.should_exit = True
 
     def load() -> Engine:
-        engine = Engine.load(options.model, limits, **options.loading())
+        engine = Engine.load(options.model, limits, options.compiling(), **options.loading())
         engine.start_decoders()
         return engine
 
@@ -100,8 +101,7 @@ def limits_of(options: Options):
     from visualglm_tools.serving.engine.engine import Limits
 
     return Limits(
-        max_batch_size=options.max_batch_size,
-        max_waiting=options.max_waiting,
+        **options.limiting(),
         max_new_tokens=options.max_new_tokens,
         max_pictures=options.max_pictures,
         max_picture_bytes=int(options.max_picture_mib * MIB),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from visualglm_tools.options import option
 from visualglm_tools.serving.listening import find_port
-from visualglm_tools.serving.options import AddressOptions, LimitOptions, ModelOptions, NameOptions
+from visualglm_tools.serving.options import AddressOptions, LimitOptions, NameOptions, SpeedOptions
 from visualglm_tools.shipped import EXAMPLES
 
 
@@ -23,7 +23,7 @@ EXTRA = "web"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LimitOptions, NameOptions, AddressOptions, ModelOptions):
+class Options(LimitOptions, NameOptions, AddressOptions, SpeedOptions):
     share: bool = option("a public link through a tunnel of gradio's makers", False, group="server")
 
 
@@ -42,8 +42,9 @@ def run(options: Options) -> None:
     from visualglm_tools.serving.page.page import create_page, launch
 
     logging.set_verbosity_error()
-    limits = Limits(max_batch_size=options.max_batch_size, max_waiting=options.max_waiting)
-    with Engine.load(options.model, limits, **options.loading()) as engine:
+    limits = Limits(**options.limiting())
+    options.check_compiling()
+    with Engine.load(options.model, limits, options.compiling(), **options.loading()) as engine:
         engine.start_decoders()
         page = create_page(engine, EXAMPLES)
         launch(page, options.host, port, limits.max_picture_bytes, share=options.share, hosts=options.allowed_hosts)

@@ -64,6 +64,38 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedOptions(ModelOptions):
+    """How the step from token to token is made faster."""
+
+    speed_up: str | None = one_of(
+        {
+            "compile": ("compile", "compile the model: faster, but the first answer waits a minute or more"),
+            "record": ("record", "on an NVIDIA GPU, record CUDA graphs: faster, and no wait"),
+        },
+        None,
+        group="answers",
+    )
+
+    def compiling(self):
+        """What `generate` takes as `compile`: a bool, or a CompileConfig of transformers."""
+        if self.speed_up != "record":
+            return self.speed_up == "compile"
+        from transformers import CompileConfig
+
+        from visualglm_hf.compilation import GRAPHS_ALONE
+
+        return CompileConfig(backend=GRAPHS_ALONE)
+
+    def check_compiling(self) -> None:
+        """Raise a `ValueError` if this cannot be done on the device, or its compiler is missing."""
+        if self.speed_up is not None:
+            from visualglm_hf.compilation import resolve_compile_config
+            from visualglm_tools.checkpoints.loading import choose_device
+
+            resolve_compile_config(self.compiling(), choose_device(self.device))
+
+
+@dataclass(frozen=True, kw_only=True)
 class NameOptions:
     """Under which names a server may be reached."""
 
@@ -101,6 +133,22 @@ class LimitOptions:
 
     max_batch_size: int = option("answers generated at a time", 8, parse=COUNT, metavar="N", group="limits")
     max_waiting: int = option("requests that may wait; more are refused", 64, parse=COUNT, metavar="N", group="limits")
+    prompt_cache_mib: float = option(
+        "of what was computed for the last prompts, so that the same are not read again; 0 for none",
+        256,
+        parse=AMOUNT,
+        metavar="MIB",
+        group="limits",
+    )
+
+    def limiting(self) -> dict[str, int]:
+        """The keywords of `Limits`."""
+        prompt_cache_bytes = int(self.prompt_cache_mib * 2**20)
+        return {
+            "max_batch_size": self.max_batch_size,
+            "max_waiting": self.max_waiting,
+            "prompt_cache_bytes": prompt_cache_bytes,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ class Limits:
         max_pictures: of a conversation.
         max_picture_bytes: of one encoded picture. Its pixels are limited by `visualglm_hf`'s image processor.
         timeout: seconds from the request, or from `submit`, to the end of the answer.
+        prompt_cache_bytes: of what was computed for the last prompts, so that the same are not read again.
     """
 
     max_batch_size: int = 8
@@ -57,6 +58,7 @@ class Limits:
     max_pictures: int = 8
     max_picture_bytes: int = 20 * 2**20
     timeout: float = 300
+    prompt_cache_bytes: int = 256 * 2**20
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Answers that are generated side by side, and may begin and end at different times.
 
 `generate` works on a fixed set of rows, so a batch pauses (its stopping criterion says stop for all) when others wait
-to join or many rows are done. Then the prompts of those who join are run into a cache, the caches of all rows that go
-on are put together, and `generate` continues from them. A row does not depend on its neighbours: padding is on the
-left, masked, and not counted by its positions.
+to join or many rows are done. Then the prompts of those who join are run into a cache, each once, the caches of all
+rows that go on are put together, and `generate` continues from them. A row does not depend on its neighbours: padding
+is on the left, masked, and not counted by its positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteria, Stopp
 
 from visualglm_hf.glm_positions import build_glm_position_ids
 from visualglm_hf.growing_cache import make_cache
+from visualglm_tools.serving.engine.prompt_cache import Key, PromptCache, States, describe_prompt
 from visualglm_tools.serving.engine.sampling import Chooser, RowSampler
 
 
@@ -102,6 +103,58 @@ class RowsStop(StoppingCriteria):
         return torch.tensor([is_paused or not row.is_live for row in self.rows], device=input_ids.device)
 
 
+def start(model: PreTrainedModel, rows: Sequence[Row], known: PromptCache) -> list[Batch]:
+    """Batches of new rows: equal prompts are read once, and those that are `known` not at all.
+
+    Args:
+        rows: whose pictures are encoded.
+        known: is asked, and told what is read.
+    """
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(describe_prompt(row.token_ids, row.image_embeds), []).append(row)
+    batches, unread = [], {}
+    for key, group in groups.items():
+        states = known.find(key)
+        if states is None:
+            unread[key] = group
+        else:
+            batches.append(Batch(group, make_filled_cache(model, states, len(group))))
+    if unread:
+        read = prefill(model, [group[0] for group in unread.values()])
+        known.num_read += len(unread)
+        remember(known, unread, read)
+        batches.append(repeat(read, list(unread.values())))
+    return batches
+
+
+def repeat(batch: Batch, groups: Sequence[list[Row]]) -> Batch:
+    """A batch of the rows of all `groups`, each of which begins as one row of the given batch."""
+    rows = [row for group in groups for row in group]
+    if len(rows) > len(groups):
+        places = [place for place, group in enumerate(groups) for _ in group]
+        batch.cache.batch_select_indices(torch.tensor(places, device=batch.cache.layers[0].keys.device))
+    return Batch(rows, batch.cache)
+
+
+def remember(known: PromptCache, groups: Mapping[Key, Sequence[Row]], read: Batch) -> None:
+    """Tell a prompt cache of prompts that were read, those of them for which it has room."""
+    for place, (key, group) in enumerate(groups.items()):
+        length = group[0].prompt_length - 1
+        states = [(layer.keys[place : place + 1], layer.values[place : place + 1]) for layer in read.cache.layers]
+        states = [tuple(each[:, :, -length:] for each in layer) for layer in states]
+        if known.has_room(states):
+            known.add(key, [tuple(each.clone() for each in layer) for layer in states])
+
+
+def make_filled_cache(model: PreTrainedModel, states: States, rows: int) -> DynamicCache:
+    """A cache that holds the same prompt for so many rows."""
+    cache = make_cache(model.config.text_config, model.device)
+    for index, (keys, values) in enumerate(states):
+        cache.update(keys.repeat(rows, 1, 1, 1), values.repeat(rows, 1, 1, 1), index)
+    return cache
+
+
 @torch.no_grad()
 def prefill(model: PreTrainedModel, rows: Sequence[Row]) -> Batch:
     """A batch of new rows. The last token of a prompt, `<sop>`, is the first that its context does not look at."""
@@ -121,8 +174,8 @@ def prefill(model: PreTrainedModel, rows: Sequence[Row]) -> Batch:
     return Batch(list(rows), cache)
 
 
-def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], bool]) -> None:
-    """Generate until every row is done or, after some token, `should_pause()`."""
+def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], bool], **options) -> None:
+    """Generate until every row is done or, after some token, `should_pause()`; `options` are more of `generate`'s."""
     pad_token_id = model.config.text_config.pad_token_id
     input_ids, attention_mask = pad_left([row.token_ids for row in batch.rows], pad_token_id, model.device)
     model.generate(
@@ -133,6 +186,7 @@ def advance(model: PreTrainedModel, batch: Batch, should_pause: Callable[[], boo
         stopping_criteria=StoppingCriteriaList([RowsStop(batch.rows, should_pause)]),
         max_new_tokens=max(row.max_length - len(row.token_ids) for row in batch.rows),
         do_sample=False,  # the rows choose
+        **options,
     )
 
 
@@ -154,16 +208,23 @@ def merge(model: PreTrainedModel, batches: Sequence[Batch]) -> Batch | None:
     if len(batches) == 1 and len(rows) == len(batches[0].rows) and batches[0].cache.get_seq_length() == length:
         return batches[0]
     cache = make_cache(model.config.text_config, model.device)
-    kept = [torch.tensor([row.is_live for row in batch.rows]).nonzero().flatten() for batch in batches]
-    for index in range(len(batches[0].cache.layers)):
-        layers = [batch.cache.layers[index] for batch in batches]
-        keys = [fit(layer.keys, indices, length) for layer, indices in zip(layers, kept, strict=True)]
-        values = [fit(layer.values, indices, length) for layer, indices in zip(layers, kept, strict=True)]
-        cache.update(torch.cat(keys), torch.cat(values), index)
+    for index, (keys, values) in enumerate(gather(batches, length)):
+        cache.update(keys, values, index)
     return Batch(rows, cache)
 
 
-def fit(states: torch.Tensor, indices: torch.Tensor, length: int) -> torch.Tensor:
-    """The rows `indices` of [rows, heads, T, D], cut or padded on the left to T = `length`."""
-    states = states[indices.to(states.device)][:, :, -length:]
+def gather(batches: Sequence[Batch], length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [rows, heads, T, D] of each layer for the rows of all `batches` that go on, with T = `length`."""
+    kept = [torch.tensor([row.is_live for row in batch.rows]).nonzero().flatten() for batch in batches]
+    for layers in zip(*(batch.cache.layers for batch in batches), strict=True):
+        pairs = list(zip(layers, kept, strict=True))
+        yield (
+            torch.cat([fit(layer.keys, int(layer.get_seq_length()), rows, length) for layer, rows in pairs]),
+            torch.cat([fit(layer.values, int(layer.get_seq_length()), rows, length) for layer, rows in pairs]),
+        )
+
+
+def fit(states: torch.Tensor, filled: int, rows: torch.Tensor, length: int) -> torch.Tensor:
+    """The `rows` of [rows, heads, T, D], of which `filled` tokens are, cut or padded on the left to `length` tokens."""
+    states = states[rows.to(states.device)][:, :, max(filled - length, 0) : filled]
     return F.pad(states, (0, 0, length - states.shape[2], 0))

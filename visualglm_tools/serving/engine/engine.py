@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf.attention_maps import see
 from visualglm_hf.chat import check_tokenizer
@@ -32,10 +32,12 @@ from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.layer_bar import counted_layers
 from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
-from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, prefill
+from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, start
 from visualglm_tools.serving.engine.metrics import Metrics
+from visualglm_tools.serving.engine.prompt_cache import PromptCache
 from visualglm_tools.serving.engine.prompts import OpenedPicture, Prompt, PromptBuilder
 from visualglm_tools.serving.engine.sampling import Chooser, Settings
+from visualglm_tools.serving.engine.slots import Slots
 from visualglm_tools.serving.engine.text import GrowingText
 from visualglm_tools.serving.engine.waiting import Queue
 
@@ -51,12 +53,19 @@ class Engine:
         model: in evaluation mode, on its device; the engine's alone from now on.
         tokenizer: the checkpoint's.
         limits: what it takes on.
+        compile: `generate`'s: whether, or how, the step of all answers is compiled or recorded.
 
     Raises:
-        ValueError: a tokenizer that is not the model's.
+        ValueError: a tokenizer that is not the model's, or a step that cannot be compiled here.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits | None = None,
+        compile: bool | CompileConfig = False,
+    ):
         config = model.config.text_config
         check_tokenizer(tokenizer, config)
         self.model, self.tokenizer = model, tokenizer
@@ -70,19 +79,27 @@ class Engine:
         self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
         model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
         self.queue = Queue(self.limits, self.metrics)
+        self._slots = Slots(model, compile) if compile else None
+        self._known = PromptCache(self.limits.prompt_cache_bytes)
         self._steps = 0  # since the batch last paused
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
 
     @classmethod
-    def load(cls, folder: str | Path, limits: Limits | None = None, **options) -> "Engine":
+    def load(
+        cls,
+        folder: str | Path,
+        limits: Limits | None = None,
+        compile: bool | CompileConfig = False,
+        **options,
+    ) -> "Engine":
         """An engine for a checkpoint folder; `options` are those of `load_model`: device, dtype, ...
 
         Raises:
-            ValueError: as `load_model`.
+            ValueError: as `load_model`, and a step that cannot be compiled here.
         """
         model, tokenizer = load_model(folder, **options)
-        return cls(model, tokenizer, limits)
+        return cls(model, tokenizer, limits, compile)
 
     def __enter__(self) -> "Engine":
         return self
@@ -234,24 +251,27 @@ class Engine:
     def _work(self) -> None:
         batch: Batch | None = None
         try:
-            while (newcomers := self.queue.take(len(batch.rows) if batch else 0)) is not None:
-                batch = merge(self.model, [each for each in (batch, self._start(newcomers)) if each is not None])
+            while (newcomers := self.queue.take(len(batch.live) if batch else 0)) is not None:
+                batch = self._merge([*([batch] if batch else []), *self._start(newcomers)])
                 if batch is not None:
                     self._advance(batch)
-                    batch = merge(self.model, [batch])
+                    if not batch.live:  # its cache shall not wait for the next request
+                        batch = self._merge([])
         finally:  # closed, with nothing left; or failed, and nobody shall wait for ever
             self.queue.abandon("The engine has failed.")
 
-    def _start(self, answers: Sequence[Answer]) -> Batch | None:
-        if not answers:
-            return None
+    @torch.no_grad()
+    def _start(self, answers: Sequence[Answer]) -> list[Batch]:
         rows = [self._row(answer) for answer in answers]
         with self._failing(rows):
             for row, answer in zip(rows, answers, strict=True):
                 row.image_embeds = self._look(answer, self._encode(answer.prompt.pixel_values))
+            before = self._known.num_read
             with counted_layers(self.model, Reading(answers, len(self.model.get_decoder().layers))):
-                return prefill(self.model, rows)
-        return None
+                batches = start(self.model, rows, self._known)
+            self.metrics.prompts.inc(self._known.num_read - before)
+            return batches
+        return []
 
     def _row(self, answer: Answer) -> Row:
         prompt, settings = answer.prompt, answer.settings
@@ -295,11 +315,15 @@ class Engine:
             return image_embeds
         return zoom_in(self.model, seen, input_ids, image_embeds, place, prompt.looks)
 
+    def _merge(self, batches: Sequence[Batch]) -> Batch | None:
+        return merge(self.model, batches) if self._slots is None else self._slots.merge(batches)
+
     def _advance(self, batch: Batch) -> None:
         """Generate until there is something else to do."""
         self._steps = 0
+        options = {} if self._slots is None else {"compile": self._slots.step}
         with self._failing(batch.rows):
-            advance(self.model, batch, lambda: self._should_pause(batch))
+            advance(self.model, batch, lambda: self._should_pause(batch), **options)
 
     @contextlib.contextmanager
     def _failing(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -20,6 +20,7 @@ class Metrics:
         )
         self.waiting = Gauge("visualglm_queue_length", "Requests that wait for the model", **registry)
         self.running = Gauge("visualglm_running", "Requests that are being answered", **registry)
+        self.prompts = Counter("visualglm_read_prompts", "Prompts read; the same again are not", **registry)
         self.prompt_tokens = Counter("visualglm_prompt_tokens", "Tokens of prompts, pictures included", **registry)
         self.completion_tokens = Counter("visualglm_completion_tokens", "Tokens of answers", **registry)
         self.pictures = Counter("visualglm_encoded_pictures", "Pictures that the image encoder has seen", **registry)

@@ -21,7 +21,7 @@ from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.http.api_key import read_key
 from visualglm_tools.serving.http.app import ApiOptions, create_app
 from visualglm_tools.serving.options import ApiOptions as ServedOptions
-from visualglm_tools.serving.options import LimitOptions, ModelOptions, NameOptions
+from visualglm_tools.serving.options import LimitOptions, NameOptions, SpeedOptions
 
 
 PACKAGES = Path(__file__).resolve().parents[3]  # on each machine of a cluster, at the same path
@@ -29,7 +29,7 @@ FOLDERS = ("model", "adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServiceOptions(LimitOptions, ServedOptions, NameOptions, ModelOptions):
+class ServiceOptions(LimitOptions, ServedOptions, NameOptions, SpeedOptions):
     """What `serve run` may be given as name=value; the limits are a replica's, and again for requests before them."""
 
     min_replicas: int = option("that there are always", 1, parse=COUNT)
@@ -42,8 +42,9 @@ class Replica:
     """One engine. Ray closes it with its process."""
 
     def __init__(self, options: ServiceOptions):
-        limits = Limits(max_batch_size=options.max_batch_size, max_waiting=options.max_waiting)
-        self.engine = Engine.load(options.model, limits, **options.loading())
+        options.check_compiling()
+        limits = Limits(**options.limiting())
+        self.engine = Engine.load(options.model, limits, options.compiling(), **options.loading())
 
     def check_health(self) -> None:
         self.engine.check_alive()

@@ -52,6 +52,12 @@ def prompts(engine):
     return [engine.prepare(messages) for messages in asked]
 
 
+def alone(loaded, prompt, settings) -> Completion:
+    """The answer of an engine that has nothing else to do, and knows no prompt."""
+    with Engine(*loaded, Limits(max_batch_size=1, prompt_cache_bytes=0)) as engine:
+        return engine.submit(prompt, settings).result(SECONDS)
+
+
 def refuses(engine) -> bool:
     try:
         engine.check_alive()
@@ -319,6 +325,41 @@ def test_a_picture_is_encoded_once_for_all_who_ask_about_it(loaded):
             answers += engine.submit_all(engine.prepare(question(text, PICTURES[0])), [GREEDY] * 2)
         assert all(answer.result(SECONDS).text for answer in answers)
         assert sample(engine, "encoded_pictures_total") == 1
+
+
+def test_the_same_prompt_is_read_once_for_all_who_ask_it_together_or_after_one_another(loaded, prompts):
+    with Engine(*loaded) as engine:
+        for prompt in (prompts[0], prompts[-1]):
+            choices = engine.submit_all(prompt, [GREEDY, GREEDY, Settings(seed=3)])
+            first, again, sampled = [choice.result(SECONDS) for choice in choices]
+            retried = engine.submit(prompt, GREEDY).result(SECONDS)
+            assert first == again == retried == alone(loaded, prompt, GREEDY)
+            assert sampled == alone(loaded, prompt, Settings(seed=3))
+        assert sample(engine, "read_prompts_total") == 2
+
+
+def test_the_same_question_about_another_picture_is_another_prompt(loaded):
+    asked = [[question("描述这张图片。", picture)] for picture in PICTURES]
+    with Engine(*loaded) as engine:
+        prompts = [engine.prepare(*messages) for messages in asked]
+        answers = [engine.submit(prompt, GREEDY).result(SECONDS) for prompt in prompts + prompts]
+        assert sample(engine, "read_prompts_total") == len(PICTURES)
+    assert answers == [alone(loaded, prompt, GREEDY) for prompt in prompts + prompts]
+
+
+def test_prompts_are_remembered_up_to_a_number_of_bytes_the_latest_longest(loaded, prompts):
+    model, tokenizer = loaded
+    config = model.config.text_config
+    bytes_per_token = 2 * 4 * config.hidden_size * config.num_hidden_layers
+    most = bytes_per_token * max(len(prompt.token_ids) for prompt in prompts[:3])
+    with Engine(model, tokenizer, Limits(prompt_cache_bytes=2 * most)) as engine:
+        for index in (0, 1, 0, 2, 0, 1):  # the third takes the second's place
+            engine.submit(prompts[index], Settings(max_new_tokens=1)).result(SECONDS)
+        assert sample(engine, "read_prompts_total") == 4
+    with Engine(model, tokenizer, Limits(prompt_cache_bytes=0)) as engine:
+        for _ in range(2):
+            engine.submit(prompts[0], Settings(max_new_tokens=1)).result(SECONDS)
+        assert sample(engine, "read_prompts_total") == 2
 
 
 def test_settings_beyond_the_servers_limits_are_refused(loaded, prompts):
