@@ -27,6 +27,7 @@ print(*before)
 """
 
 
+@pytest.mark.slow
 def test_fingerprints_are_the_same_in_every_process():
     command = [sys.executable, "-c", FINGERPRINTS, "models/visualglm-tiny"]
     processes = [

@@ -38,7 +38,9 @@ def losses(monkeypatch) -> list[tuple[float, float]]:
     return noted
 
 
-@pytest.mark.parametrize("lessons", ["first", "second", "third"])
+@pytest.mark.parametrize(
+    "lessons", [*(pytest.param(lessons, marks=pytest.mark.slow) for lessons in ("first", "second")), "third"]
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, losses, monkeypatch, lessons):
     latin = {script: listed for script, listed in words.TRAINED_WORDS.items() if script != "Chinese"}
     monkeypatch.setattr(pictures, "TRAINED_WORDS", latin)  # Chinese signs need a font

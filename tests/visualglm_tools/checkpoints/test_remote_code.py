@@ -213,7 +213,7 @@ def is_whole(folder: Path) -> bool:
     return {path.name for path in own} == set(code) and not any("linked_code" in text for text in settings)
 
 
-@pytest.mark.parametrize("source", ["linked", "texts"])
+@pytest.mark.parametrize("source", [pytest.param("linked", marks=pytest.mark.slow), "texts"])
 def test_what_commands_write_from_the_linked_model_has_the_code_in_files(source, request, tmp_path):
     source = request.getfixturevalue(source)
     assert convert(source, tmp_path / "converted") == 0

@@ -155,6 +155,7 @@ def test_a_stopped_run_prints_no_table_and_goes_on(number, expected, door, monke
     assert code == 0 and table_of(shown)["talk", "zh"][:2] == ["40", "40"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_exam_and_the_first_judges(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
     words = [

@@ -131,7 +131,13 @@ def test_a_step_without_weight_on_it_is_the_step_without_keeping(tmp_path):
     assert is_same(adapter_in(plain.save), adapter_in(weightless.save))
 
 
-@pytest.mark.parametrize("way", ["lora", "ptuning", "qlora", "accumulating", "checkpointing"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "qlora",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("lora", "ptuning", "accumulating", "checkpointing")),
+    ],
+)
 def test_an_interrupted_run_that_keeps_answers_resumes_to_the_same_adapter(way, tmp_path):
     changes = {"method": way} if way in ("lora", "ptuning", "qlora") else {}
     changes |= {"gradient_accumulation_steps": 2} if way == "accumulating" else {}

@@ -178,6 +178,7 @@ class FillDisk(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@pytest.mark.slow
 def test_when_the_disk_fills_the_last_good_checkpoint_survives(settings):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -318,6 +319,7 @@ def test_computed_memory_grows_with_the_batch_and_shrinks_with_checkpoints():
     assert one.adapter == two.adapter == 16 * 10 * 2 * ((128 + 384) + (128 + 128))
 
 
+@pytest.mark.slow
 def test_computed_memory_of_kept_rows_is_about_that_of_as_many_others():
     full = VisualGLMConfig()
     for checkpointing in (False, True):
@@ -351,6 +353,7 @@ def assert_close(first, second):
         assert torch.allclose(first[name], second[name], atol=1e-4), name
 
 
+@pytest.mark.slow  # by default a run keeps answers: see below
 def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
     one = replace(settings, train_iters=2, save_interval=2, batch_size=4, save=tmp_path / "one")
     finetune(one, silent)

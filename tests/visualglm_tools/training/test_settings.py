@@ -199,7 +199,9 @@ def in_earlier_names(file: Path) -> None:
     file.write_text(json.dumps(record), encoding="utf-8")
 
 
-@pytest.mark.parametrize("language", ["auto", "zh", "en"])
+@pytest.mark.parametrize(
+    "language", ["auto", *(pytest.param(language, marks=pytest.mark.slow) for language in ("zh", "en"))]
+)
 def test_a_run_that_an_earlier_version_began_is_resumed_and_is_the_same_run(language, tmp_path):
     settings = short_run(tmp_path / "out", save_interval=2, prompt_language=language)
     whole = replace(settings, save=tmp_path / "whole")
