@@ -137,10 +137,9 @@ def quantize_checkpoint(
 
 
 def describe_quantized(
-    source: Path, name: str, checkpoint: Checkpoint, entries: dict[str, Entry], command: str
+    source: Path, name: str, config: VisualGLMConfig, entries: dict[str, Entry], command: str
 ) -> Card:
     """The card of a folder called `name` with the weights of `source` in low bits."""
-    config = checkpoint.config
     return Card(
         title=name,
         summary=f"A VisualGLM for transformers, quantized to {config.quantization_bit} bits.",
