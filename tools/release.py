@@ -1,5 +1,5 @@
-"""A release: a wheel and a source distribution that are the same to the bit whenever and wherever a commit is built, what
-they are built on, and the SHA-256 of each file.
+"""A release: a wheel and a source distribution that are the same to the bit whenever and wherever a commit is built,
+what they are built on, and the SHA-256 of each file.
 
     python -m tools.release dist
 
@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tools.sbom import write_sbom
+from visualglm_tools.packages import missing
 from visualglm_tools.printing import report
 
 
@@ -37,6 +37,8 @@ def release(checkout: Path, target: Path) -> None:
     Raises:
         ValueError: changes that are in no commit, a folder that is in use, or a build that fails.
     """
+    from tools.sbom import write_sbom  # whose packages only a release needs
+
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} holds something already. Remove it, or name another folder.")
     if changes := git(checkout, "status", "--porcelain", "--untracked-files=no"):
@@ -133,6 +135,9 @@ def main(target: Path) -> int:
     """Build a release of this checkout; returns the exit code."""
     try:
         release(ROOT, target)
+    except ImportError as error:
+        report(missing(str(error.name), "release"))
+        return 2
     except (ValueError, OSError) as error:
         report(error)
         return 2

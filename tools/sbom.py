@@ -1,5 +1,5 @@
-"""What a wheel of ours is built on, as a CycloneDX bill of materials: every package that it needs, and what they need, in
-the versions of the environment that writes it, which is the one that the tests have run in; and the model in it.
+"""What a wheel of ours is built on, as a CycloneDX bill of materials: every package that it needs, and what they need,
+in the versions of the environment that writes it, which is the one that the tests have run in; and the model in it.
 
 The same wheel and the same environment give the same bytes: there is no other date in it than the commit's. Extras are
 not in it. Not here: what is known about the safety of these versions; `pip-audit` asks a database for that.

@@ -10,11 +10,9 @@ Not here: whether what was written makes sense (`checks.py`).
 import hashlib
 import json
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from visualglm_tools.checkpoints.remote_code import LINKED_CODE, package_folder
 from visualglm_tools.shipped import DEFAULT_MODEL
@@ -49,23 +47,24 @@ def is_listed(name: str) -> bool:
     return name not in {MANIFEST_FILE, ".git", ".gitattributes", *SIGNATURES} and not name.startswith(BOOKKEEPING)
 
 
-def sha256_of(file: Path, progress: tqdm | None = None) -> str:
-    """The SHA-256 of a file, which is read piece by piece."""
+def sha256_of(file: Path, count_bytes: Callable[[int], object] = lambda count: None) -> str:
+    """The SHA-256 of a file, which is read piece by piece; `count_bytes` is called with the length of each."""
     digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(piece):
             digest.update(piece[:count])
-            if progress is not None:
-                progress.update(count)
+            count_bytes(count)
     return digest.hexdigest()
 
 
 def hashed(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     """The names of files, each with the SHA-256 of what is in it."""
+    from tqdm import tqdm  # not for -h
+
     total = sum(path.stat().st_size for path in files.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="Hashing", leave=False, disable=None, delay=1) as progress:
         for name, path in files.items():
-            yield name, sha256_of(path, progress)
+            yield name, sha256_of(path, progress.update)
 
 
 def render(content: dict) -> bytes:
