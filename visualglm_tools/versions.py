@@ -1,13 +1,12 @@
 """Which version this is, and which ones of the libraries it computes with: nothing of them is imported."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-
 OWN = "visualglm-hf"
 
 
 def version_of(package: str) -> str:
     """What is installed of a package."""
+    from importlib.metadata import PackageNotFoundError, version  # a third of the time of a command's -h
+
     try:
         return version(package)
     except PackageNotFoundError:  # a checkout that is on the path, and not installed

@@ -64,7 +64,8 @@ def prepare(options: Options) -> None:
     """Write into the folder what was asked for."""
     if options.copy_code:
         names = copy_code(options.folder)
-        renew_manifest(options.folder, names)
+        if not options.write_manifest:
+            renew_manifest(options.folder, names)
         print(f"{len(names)} files of code written to {options.folder}", flush=True)
     if options.write_manifest:
         write_manifest(options.folder)
