@@ -91,7 +91,7 @@ def build(source: Path, target: Path, epoch: int) -> Path:
 
 
 def run_backend(hook: str, source: Path, target: Path, epoch: int) -> str:
-    """Let setuptools build something, in a process that nothing of this machine's habits reaches; returns its name."""
+    """Let setuptools build something, with the commit's time and nobody's umask; returns the name of what is built."""
     environment = {
         **os.environ,
         "SOURCE_DATE_EPOCH": str(epoch),

@@ -176,8 +176,8 @@ class Card:
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         return "\n\n".join(
             [
-                f"# {self.title}",
-                self.summary,
+                f"# {one_line(self.title)}",
+                one_line(self.summary),
                 f"| | |\n|---|---|\n{table}",
                 f"```\n{self.command}\n```",
                 f"## How to load it\n\n{LOADING[self.library]}",
