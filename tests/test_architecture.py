@@ -174,25 +174,26 @@ TOOL_ROOMS = {
         packages="tqdm",
     ),
     "__main__": Room(
-        tools="options packages printing",
+        tools="options packages printing versions",
         packages="argcomplete",
     ),
     "commands": Room(
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
-        "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
-        "checkpoints.picture_size checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.objects "
+        "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.manifest "
+        "checkpoints.merging checkpoints.picture_size checkpoints.quantizing checkpoints.remote_code "
+        "evaluation.chart evaluation.objects "
         "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
         "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
-        "training.run training.settings",
+        "training.run training.settings versions",
         model="conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),
     "checkpoints": Room(
-        tools="packages printing",
+        tools="packages printing shipped versions",
         model="adapters chat configuration_visualglm image_processing_visualglm measured_choice "
         "modeling_visualglm processing_visualglm quantization tokenization_chatglm visualglm_hf",
-        packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers",
+        packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers yaml",
     ),
     "serving": Room(
         tools="checkpoints.folder checkpoints.loading options output_files printing serving.engine.answers "
@@ -223,8 +224,8 @@ TOOL_ROOMS = {
         packages="matplotlib",
     ),
     "training": Room(
-        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size options packages "
-        "printing shipped",
+        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.manifest "
+        "checkpoints.picture_size options packages printing shipped",
         model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm "
         "processing_visualglm quantization",
         packages="PIL datasets filelock jinja2 matplotlib peft pyarrow safetensors torch tqdm transformers",
@@ -242,9 +243,9 @@ TOOL_ROOMS = {
     ),
     "tools/tiny": Room(
         tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.references "
-        "evaluation.scoring evaluation.statistics evaluation.tables options printing serving.questions",
+        "evaluation.scoring evaluation.statistics evaluation.tables options packages printing serving.questions",
         model="conversation text_in_pictures visualglm_hf zooming",
-        packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
+        packages="PIL cyclonedx nbclient nbformat numpy packageurl packaging sentencepiece torch tqdm transformers",
     ),
 }
 TOOL_FILES = sorted([*TOOLS.rglob("*.py"), *(PACKAGE.parent / "tools").rglob("*.py")])

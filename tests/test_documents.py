@@ -41,6 +41,10 @@ STARTS = (
     "pip install ",
     "curl ",
     "eval ",
+    "hf ",
+    "make ",
+    "sha256sum ",
+    "ssh-keygen ",
 )
 SETTING = re.compile(r"^[A-Z_]+=\S* ")  # of a variable, before a command
 REST = ("…", "...")  # more options, which the reader knows
@@ -62,6 +66,8 @@ ADDRESS = "http://127.0.0.1:8080"  # of the server; what is sent there is sent b
 # Commands that another test runs, by what they begin with: the test, and what in it shows that it does.
 ELSEWHERE = {
     "serve run visualglm_tools": ("tests/visualglm_tools/serving/http/test_ray_app.py", "http.ray_app:create_service"),
+    "ssh-keygen -Y verify": ("tests/tools/test_release.py", "ssh-keygen -Y verify"),
+    "sha256sum --check": ("tests/tools/test_release.py", "sha256sum --check"),
     'eval "$(register-python-argcomplete': ("tests/test_documents.py", "def test_a_shell_learns_to_complete"),
 }
 NOT_OURS = ("curl http://localhost:8000/",)  # how transformers' own server fails
@@ -133,6 +139,13 @@ def check_install(words: list[str]) -> None:
             assert set(extras[1].split(",")) <= set(known)
 
 
+def check_hub(words: list[str]) -> None:
+    """A hub's own command has the options that are named here; nothing is sent."""
+    names = words[1:3] if words[1] in ("auth", "models") else words[1:2]
+    said = run(Path(sys.executable).with_name("hf"), *names, "--help", environment={"COLUMNS": "200"}).stdout
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z][a-z-]*", said)), said
+
+
 def targets_of(words: list[str]) -> list[str]:
     """The folders that a command writes and that must not be there yet."""
     places = {"convert": 3, "quantize": 3, "merge": 4}
@@ -183,6 +196,10 @@ def test_commands_of_a_document_run_from_top_to_bottom(document, reader, monkeyp
             assert sign in (ROOT / test).read_text(encoding="utf-8")
         elif words[0] == "pip":
             check_install(words)
+        elif words[0] == "hf":
+            check_hub(words)
+        elif words[0] == "make":
+            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
         elif words[0] in ("accelerate", "torchrun"):
             read_launcher(words)
         elif words[:2] == ["python", "-m"]:
@@ -298,8 +315,17 @@ def test_a_command_in_a_sentence_is_one_with_options_that_it_has(document):
 
 
 LAUNCHERS = {"config-file", "multi-gpu", "num-processes", "nproc-per-node", "trust-remote-code", "app-dir"}
-# Of pip and of lmms-eval, in the recipe for that.
-OTHER_PROGRAMS = {"no-deps", "model-args", "include-path", "tasks", "output-path", "log-samples"}
+# Of pip and of lmms-eval, in the recipe for that; and of what is used to verify.
+OTHER_PROGRAMS = {
+    "check",
+    "commit-message",
+    "expand",
+    "local-dir",
+    "private",
+    "revision",
+    "strict",
+}  # of hf and sha256sum
+OTHER_PROGRAMS |= {"no-deps", "model-args", "include-path", "tasks", "output-path", "log-samples"}
 # Of the original's fine-tuning, which are taken and do nothing, so that no help lists them.
 OBSOLETE = {
     "distributed-backend",
@@ -371,3 +397,11 @@ def test_the_walks_through_the_house_are_those_of_the_code():
         tree = ast.parse((ROOT / folder / f"{room}.py").read_text(encoding="utf-8"))
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, kinds)}, f"{room}.{name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_what_is_loaded_from_a_hub_is_a_commit(document):
+    """A folder is what it is; a name is whatever its owner last put there."""
+    named = re.findall(r"from_pretrained\(NAME[^)]*\)", document.read_text(encoding="utf-8"))
+    assert [call for call in named if "revision=COMMIT" not in call] == []
+    assert bool(named) == (name_of(document) in ("README.md", "docs/verifying.md"))

@@ -23,6 +23,7 @@ try:
     from visualglm_tools.options import Parser, build_parser, from_namespace
     from visualglm_tools.packages import missing
     from visualglm_tools.printing import report
+    from visualglm_tools.versions import OWN, version_of
 except KeyboardInterrupt:  # a tenth of a second in which nothing has begun
     sys.exit(INTERRUPTED)
 
@@ -136,18 +137,8 @@ def list_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=own_version())
+    parser.add_argument("--version", action="version", version=version_of(OWN))
     return parser
-
-
-def own_version() -> str:
-    """What is installed."""
-    from importlib.metadata import PackageNotFoundError, version  # a third of the time of a command's -h
-
-    try:
-        return version("visualglm-hf")
-    except PackageNotFoundError:  # a checkout that is on the path, and not installed
-        return "not installed"
 
 
 def complete(words: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ import pytest
 
 from tests.commands import run as run_program
 from tests.paths import PICTURES, ROOT, TINY
+from tools import release
+from tools.release import run_backend
 
 
 # Not looked for by importing, nor by `find_spec`: after either, setuptools can no more be imported in this process.
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.skipif(not HAS_PIP, reason="no pip")
 [VERSION] = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 PACKED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 FOLDERS = ("visualglm_hf", "visualglm_tools", "tools", "models", "examples")
-BUILD = "import setuptools.build_meta as backend, sys; print(getattr(backend, sys.argv[1])(sys.argv[2]))"
+EPOCH = 1_750_000_000  # seconds, at which the commit was made that is released
 FOUND = "from visualglm_tools.shipped import *; print(DEFAULT_MODEL, *EXAMPLES, sep='\\n')"
 LOAD = """
 import sys
@@ -64,19 +66,20 @@ def checkout(place) -> Path:
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
-    """Build a distribution without the network; returns its file."""
+    """Build a distribution as a release does, without the network; returns its file."""
     target.mkdir(exist_ok=True)
-    return target / python("-c", BUILD, f"build_{kind}", target, cwd=source).stdout.split()[-1]
+    return target / run_backend(f"build_{kind}", source, target, EPOCH)
 
 
 @pytest.fixture(scope="module")
-def sdist(checkout, place) -> Path:
-    return build("sdist", checkout, place / "sdist")
+def wheel(checkout, place) -> Path:
+    return release.build(checkout, place / "released", EPOCH)
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout, sdist, place) -> Path:
-    return build("wheel", checkout, place / "wheel")
+def sdist(wheel) -> Path:
+    (archive,) = wheel.parent.glob("*.tar.gz")
+    return archive
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +136,25 @@ def test_the_wheel_says_what_it_is(wheel):
     assert "Root-Is-Purelib: true" in read["WHEEL"] and "Tag: py3-none-any" in read["WHEEL"]
 
 
-def test_the_source_distribution_builds_the_same_wheel(sdist, wheel, place):
+def test_the_source_distribution_has_what_a_wheel_is_built_from(sdist):
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
-        archive.extractall(place / "unpacked", filter="data")
     assert all(member.isfile() or member.isdir() for member in members)  # no links, for where there are none
     tops = {member.name.split("/")[1] for member in members if "/" in member.name}
     assert not {"tests", "tools", "scripts"} & tops
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"} <= tops
-    again = build("wheel", next((place / "unpacked").iterdir()), place / "again")
-    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
-        assert sorted(one.namelist()) == sorted(other.namelist())
-        assert all(one.read(name) == other.read(name) for name in one.namelist() if not name.endswith("/RECORD"))
+
+
+def test_a_release_is_the_same_to_the_bit_when_it_is_built_elsewhere_later_and_by_others(checkout, sdist, wheel, place):
+    source = place / "another place"
+    shutil.copytree(checkout, source, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    for path in source.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(0o700)
+            os.utime(path, (EPOCH + 86_400, EPOCH + 86_400))
+    again = release.build(source, place / "released again", EPOCH)
+    assert again.read_bytes() == wheel.read_bytes()
+    assert (again.parent / sdist.name).read_bytes() == sdist.read_bytes()
 
 
 def test_a_wheel_is_complete_where_git_has_written_the_texts_of_links(checkout, wheel, place):
@@ -157,7 +167,8 @@ def test_a_wheel_is_complete_where_git_has_written_the_texts_of_links(checkout, 
             link.write_text(text)
     again = build("wheel", source, place / "from texts")
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
-        assert all(one.read(name) == other.read(name) for name in one.namelist() if not name.endswith("/RECORD"))
+        assert sorted(one.namelist()) == sorted(other.namelist())
+        assert all(one.read(name) == other.read(name) for name in one.namelist())
 
 
 def test_the_installed_tiny_model_has_the_code_as_files(installed):

@@ -5,7 +5,6 @@ on. Shapes alone do not tell two models apart; these do, whatever the number for
 Not here: what else may stand beside it, the size of its pictures (`picture_size.py`).
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder
 from visualglm_tools.checkpoints.folder import ADAPTER_WEIGHT_FILE, read_adapter_config, read_object
+from visualglm_tools.checkpoints.manifest import sha256_of
 from visualglm_tools.checkpoints.picture_size import adopt_image_size
 from visualglm_tools.packages import missing
 from visualglm_tools.printing import first_line
@@ -66,7 +66,7 @@ def check_fingerprint(folder: Path, model: PreTrainedModel) -> None:
 
 def digest_of(folder: Path) -> str:
     """By which an adapter's weights are known again, whatever they have changed."""
-    return hashlib.sha256((folder / ADAPTER_WEIGHT_FILE).read_bytes()).hexdigest()
+    return sha256_of(folder / ADAPTER_WEIGHT_FILE)
 
 
 def check_not_merged(folder: Path, model: PreTrainedModel) -> None:

@@ -4,9 +4,12 @@
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+from visualglm_tools.checkpoints.cards import PEFT, SAT, Card, describe_weights, read_origin
 from visualglm_tools.checkpoints.files import LM_HEAD, Weights
+from visualglm_tools.checkpoints.manifest import write_manifest
 from visualglm_tools.checkpoints.prepared import (
     MAX_SHARD_SIZE,
     SPARE_BYTES,
@@ -46,6 +49,7 @@ def convert(
     destination: str = "hf",
     version: str | None = None,
     lora: str | None = None,
+    command: str = "visualglm convert",
 ) -> list[str]:
     """Convert the checkpoint in `source` into the new folder `target`.
 
@@ -61,6 +65,7 @@ def convert(
             the later one in `target`.
         lora: what to do with a LoRA in a SAT checkpoint: "adapter", the default, writes it for PEFT into
             `target`/adapter, "merge" folds it into the weights, "only" makes `target` the adapter, without weights.
+        command: what the model card says of how this was done.
 
     Returns:
         Lines about what the user should know.
@@ -80,14 +85,16 @@ def convert(
         checkpoint = read_checkpoint(source, vocabulary)
     if not checkpoint.is_tied and checkpoint.entries[LM_HEAD].dtype.is_floating_point:
         notes.append("warning: lm_head and the word embeddings differ, unlike the original's; both are kept.")
+    card = describe_converted(source, target.name, checkpoint, command)
     if lora == "only":
         with written_whole(target) as folder:
             write_adapter(folder, adapter)
+            describe_adapter(card).write(folder)
     elif destination == "sat":
-        write_for_sat(target, checkpoint, version or BLOCKS)
+        write_for_sat(target, checkpoint, version or BLOCKS, card)
         notes += describe_written(checkpoint.config)
     else:
-        write_prepared(target, checkpoint, max_shard_size or MAX_SHARD_SIZE, use_links, adapter)
+        write_prepared(target, checkpoint, max_shard_size or MAX_SHARD_SIZE, use_links, adapter, card)
     return notes
 
 
@@ -113,8 +120,26 @@ def check_options(
         raise ValueError("From SAT to SAT no adapter can be kept; use --lora merge.")
 
 
+def describe_converted(source: Path, name: str, checkpoint: Checkpoint, command: str) -> Card:
+    """The card of a folder called `name` with the weights of `source`, for transformers."""
+    return Card(
+        title=name,
+        summary="A VisualGLM for today's transformers, with the code that loads it.",
+        origin=read_origin(source, checkpoint.config),
+        command=command,
+        weights=describe_weights(checkpoint.config, kept_entries(checkpoint).values()),
+        bits=checkpoint.config.quantization_bit,
+    )
+
+
+def describe_adapter(card: Card) -> Card:
+    """The card of the LoRA alone that was in what another card is of."""
+    summary = "A LoRA of SwissArmyTransformer for VisualGLM, as an adapter of PEFT."
+    return replace(card, summary=summary, weights="", bits=None, library=PEFT, relation="adapter", tags=("lora",))
+
+
 def write_prepared(
-    target: Path, checkpoint: Checkpoint, max_shard_size: str, use_links: bool, adapter: dict[str, LoraPair]
+    target: Path, checkpoint: Checkpoint, max_shard_size: str, use_links: bool, adapter: dict[str, LoraPair], card: Card
 ) -> None:
     """Write a folder for transformers; an adapter goes into a folder of its own inside."""
     entries = kept_entries(checkpoint)
@@ -127,15 +152,19 @@ def write_prepared(
         else:
             write_weights(folder, entries, max_shard_size)
         write_description(folder, checkpoint.config, checkpoint.tokenizer)
+        card.write(folder)
         if adapter:
             write_adapter(folder / ADAPTER_FOLDER, adapter)
+            replace(describe_adapter(card), title=f"{card.title}/{ADAPTER_FOLDER}").write(folder / ADAPTER_FOLDER)
+            write_manifest(folder / ADAPTER_FOLDER)
 
 
-def write_for_sat(target: Path, checkpoint: Checkpoint, version: str) -> None:
+def write_for_sat(target: Path, checkpoint: Checkpoint, version: str, card: Card) -> None:
     check_writable(checkpoint)
     check_space(target, SPARE_BYTES + 2 * total_bytes(checkpoint.entries))  # with the scratch files
     with written_whole(target) as folder:
         write_sat(folder, checkpoint, version)
+        replace(card, summary="A VisualGLM for SwissArmyTransformer.", library=SAT).write(folder)
 
 
 def link_weights(folder: Path, weights: Weights) -> None:

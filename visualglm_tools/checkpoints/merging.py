@@ -12,7 +12,9 @@ from visualglm_hf.adapters import check_plain, is_tied, record_untied
 from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
 from visualglm_hf.quantization import check_mergeable
 from visualglm_tools.checkpoints.adapters import load_adapter, note_merged
+from visualglm_tools.checkpoints.cards import Card, describe_weights, read_origin
 from visualglm_tools.checkpoints.files import LM_HEAD, Entry, read_tensors
+from visualglm_tools.checkpoints.folder import read_adapter_config
 from visualglm_tools.checkpoints.prepared import (
     SPARE_BYTES,
     Checkpoint,
@@ -81,7 +83,9 @@ def fold_layers(adapted: torch.nn.Module) -> VisualGLMForConditionalGeneration:
     return adapted.merge_and_unload()  # what is merged stays so; whole layers that were trained take their places
 
 
-def merge(base: Path, adapter: Path, target: Path, vocabulary: Path | None = None) -> None:
+def merge(
+    base: Path, adapter: Path, target: Path, vocabulary: Path | None = None, command: str = "visualglm merge"
+) -> None:
     """Fold `adapter` into the weights of `base` and write them into the new folder `target`.
 
     Args:
@@ -89,6 +93,7 @@ def merge(base: Path, adapter: Path, target: Path, vocabulary: Path | None = Non
         adapter: folder of the adapter, with PEFT's adapter_config.json and adapter_model.safetensors.
         target: folder to be; may exist if it is empty.
         vocabulary: an ice_text.model, or a folder that has it; `base` by default.
+        command: what the model card says of how this was done.
 
     Raises:
         ValueError: something is missing or damaged, the weights are quantized, the adapter is another model's or
@@ -114,3 +119,13 @@ def merge(base: Path, adapter: Path, target: Path, vocabulary: Path | None = Non
         write_weights(folder, entries)
         write_description(folder, model.config, checkpoint.tokenizer)
         keep_generation_config(base, folder)
+        card = Card(
+            title=target.name,
+            summary=f"A VisualGLM for transformers, with the adapter `{adapter.resolve().name}` "
+            f"({read_adapter_config(adapter).get('peft_type')}) merged into its weights.",
+            origin=read_origin(base, model.config),
+            command=command,
+            weights=describe_weights(model.config, entries.values()),
+            relation="finetune",
+        )
+        card.write(folder)

@@ -39,6 +39,7 @@ from visualglm_tools.checkpoints.files import (
     read_tokenizer,
     survey,
 )
+from visualglm_tools.checkpoints.manifest import write_manifest
 from visualglm_tools.checkpoints.picture_size import image_size_of
 
 
@@ -115,12 +116,13 @@ def check_space(target: Path, num_bytes: int, remedy: str = "Make room or take a
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` if the block succeeds and disappears if it does not."""
+    """A folder that becomes `target`, with its manifest, if the block succeeds, and disappears if it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     unfinished.mkdir()
     try:
         yield unfinished
+        write_manifest(unfinished)
         if target.exists():  # empty, see check_target; a shell may stand in it
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG_FILE):
                 file.rename(target / file.name)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_hf.quantization import quantize_tensor, record
+from visualglm_tools.checkpoints.cards import Card, describe_weights, read_origin
 from visualglm_tools.checkpoints.files import Entry, expected_tensors, map_tensors
 from visualglm_tools.checkpoints.prepared import (
     SPARE_BYTES,
@@ -102,6 +103,7 @@ def quantize_checkpoint(
     vocabulary: Path | None = None,
     choose_codes: Callable[[Checkpoint], Codes] | None = None,
     image_encoder: bool = False,
+    command: str = "visualglm quantize",
 ) -> Checkpoint:
     """Quantize the checkpoint in `source` into the new folder `target`.
 
@@ -114,6 +116,7 @@ def quantize_checkpoint(
         choose_codes: gives codes and scales that are better than those of the weights alone; called when all checks
             have passed.
         image_encoder: quantize the image encoder too, to 8 bits.
+        command: what the model card says of how this was done.
 
     Raises:
         ValueError: something is missing or damaged, does not belong together, or cannot be quantized so.
@@ -129,4 +132,20 @@ def quantize_checkpoint(
         write_shards(folder, entries, planned, checkpoint.config, codes)
         write_description(folder, checkpoint.config, checkpoint.tokenizer)
         keep_generation_config(source, folder)
+        describe_quantized(source, target.name, checkpoint.config, entries, command).write(folder)
     return checkpoint
+
+
+def describe_quantized(
+    source: Path, name: str, config: VisualGLMConfig, entries: dict[str, Entry], command: str
+) -> Card:
+    """The card of a folder called `name` with the weights of `source` in low bits."""
+    return Card(
+        title=name,
+        summary=f"A VisualGLM for transformers, quantized to {config.quantization_bit} bits.",
+        origin=read_origin(source, config),
+        command=command,
+        weights=describe_weights(config, entries.values()),
+        bits=config.quantization_bit,
+        relation="quantized",
+    )

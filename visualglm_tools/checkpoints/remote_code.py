@@ -40,8 +40,8 @@ def is_text_of_link(path: Path) -> bool:
     return len(lines) == 1 and lines[0].endswith((f"/{path.name}".encode(), f"\\{path.name}".encode()))
 
 
-def copy_code(folder: Path) -> int:
-    """Write the code of this version into a folder, instead of links or of an older version's; returns how many files.
+def copy_code(folder: Path) -> list[str]:
+    """Write the code of this version into a folder, instead of links or of an older version's; returns its files.
 
     Raises:
         ValueError: the folder is not loaded with this code.
@@ -63,7 +63,7 @@ def copy_code(folder: Path) -> int:
             fresh.replace(folder / name)  # a link itself, not what it leads to
         finally:
             fresh.unlink(missing_ok=True)
-    return len(names)
+    return names
 
 
 def package_folder() -> Path:

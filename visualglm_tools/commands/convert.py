@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.commands.options import READY, target_argument, tokenizer_option
+from visualglm_tools.commands.options import READY, describe_command, target_argument, tokenizer_option
 from visualglm_tools.options import argument, option
 from visualglm_tools.printing import one_line
 
@@ -91,6 +91,7 @@ def run(options: Options) -> None:
             options.destination,
             options.sat_version,
             options.lora,
+            describe_command("convert", options),
         )
     for note in notes:
         print(one_line(note), file=sys.stderr)

@@ -11,7 +11,7 @@ Everything is checked before anything is written, and DST appears when it is com
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.commands.options import READY, target_argument, tokenizer_option
+from visualglm_tools.commands.options import READY, describe_command, target_argument, tokenizer_option
 from visualglm_tools.options import argument
 
 
@@ -34,5 +34,5 @@ def run(options: Options) -> None:
     from visualglm_tools.checkpoints.merging import merge
 
     with readable():
-        merge(options.base, options.adapter, options.target, options.tokenizer)
+        merge(options.base, options.adapter, options.target, options.tokenizer, describe_command("merge", options))
     print(READY.format(options.target))

@@ -12,7 +12,7 @@ anything is written, and DST appears when it is complete or not at all.
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualglm_tools.commands.options import READY, target_argument, tokenizer_option
+from visualglm_tools.commands.options import READY, describe_command, target_argument, tokenizer_option
 from visualglm_tools.options import argument, option
 
 
@@ -68,5 +68,6 @@ def run(options: Options) -> None:
             options.tokenizer,
             choose_codes if options.calibrate is not None else None,
             options.quant_image_encoder,
+            describe_command("quantize", options),
         )
     print(READY.format(options.target))

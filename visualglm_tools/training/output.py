@@ -1,6 +1,6 @@
 """The folder `--save` of a run: who may write there, what there is to resume from, and what is left of a run cut short.
 
-    adapter/        the result: adapter_config.json, adapter_model.safetensors, base_model.json
+    adapter/        the result: adapter_config.json, adapter_model.safetensors, base_model.json, manifest.json
     checkpoint-N/   states to resume from, each an adapter too; one without the file `complete` was cut short
     settings.json   what the run is: another one cannot be resumed from its checkpoints
     kept/           rows whose answers are kept, with these, and what the model predicts there without the adapter

@@ -30,6 +30,7 @@ from visualglm_tools.checkpoints.adapters import (
 )
 from visualglm_tools.checkpoints.folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, check_folder
 from visualglm_tools.checkpoints.loading import load_processor
+from visualglm_tools.checkpoints.manifest import write_manifest
 from visualglm_tools.checkpoints.picture_size import PICTURES_FILE, set_image_size, write_image_size
 from visualglm_tools.printing import first_line
 from visualglm_tools.training.adapters import (
@@ -545,6 +546,7 @@ def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
         for path in unfinished.iterdir():
             if path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, BASE_FILE, PICTURES_FILE):
                 path.unlink()
+        write_manifest(unfinished)
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         unfinished.rename(folder / ADAPTER)
     except SAVING_ERRORS as error:

@@ -148,7 +148,7 @@ def test_code_is_copied_over_links_and_over_older_code_and_not_through_them(link
     package = package_of(linked)
     (linked / "chat.py").unlink()
     (linked / "chat.py").write_text("# of an older version\n")
-    assert copy_code(linked) == len(list(package.glob("*.py"))) - 1
+    assert len(copy_code(linked)) == len(list(package.glob("*.py"))) - 1
     assert is_untouched(package) and not has_links(linked)
     for file in (ROOT / "visualglm_hf").glob("[!_]*.py"):
         assert (linked / file.name).read_bytes() == file.read_bytes()

@@ -182,8 +182,10 @@ def test_scratch_files_are_gone(to_sat):
     assert {str(path.relative_to(to_sat)) for path in to_sat.rglob("*")} == {
         "1",
         f"1/{PART}",
+        "README.md",
         "ice_text.model",
         "latest",
+        "manifest.json",
         "model_config.json",
     }
 
@@ -281,7 +283,8 @@ def test_merged_lora_is_sats_to_the_bit(convert, golden_dir, sat, sat_arrays, pi
 def test_adapter_alone_is_written_for_weights_that_are_there(convert, golden_dir, sat, sat_arrays, pixel_values):
     peft = pytest.importorskip("peft")
     adapter = convert(golden_dir / "sat_lora", "--lora", "only")
-    assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = {"adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"}
+    assert {path.name for path in adapter.iterdir()} == written
     base = convert(golden_dir / "sat_lora", "--lora", "adapter")
     model = peft.PeftModel.from_pretrained(load_float32(base), adapter).eval()
     assert_computes(model, sat["lora"]["cases"], sat_arrays, "lora.unmerged.sat_native.logits.f32", pixel_values)

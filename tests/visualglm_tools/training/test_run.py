@@ -31,6 +31,7 @@ from tests.training_helpers import (
 from visualglm_hf import VisualGLMConfig
 from visualglm_tools.checkpoints.adapters import attach_adapter
 from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.checkpoints.manifest import verify
 from visualglm_tools.training import memory
 from visualglm_tools.training.output import complete_checkpoints
 from visualglm_tools.training.run import finetune
@@ -55,7 +56,9 @@ def test_a_run_writes_an_adapter_curves_and_a_report(settings):
         "adapter_config.json",
         "adapter_model.safetensors",
         "base_model.json",
+        "manifest.json",
     ]
+    assert verify(settings.save / "adapter").problems == ()
     assert (settings.save / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((settings.save / "report.json").read_text(encoding="utf-8")) == report
     losses = {entry["step"]: entry["eval_loss"] for entry in report["log"] if "eval_loss" in entry}

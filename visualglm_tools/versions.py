@@ -1,0 +1,18 @@
+"""Which version this is, and which ones of the libraries it computes with: nothing of them is imported."""
+
+OWN = "visualglm-hf"
+
+
+def version_of(package: str) -> str:
+    """What is installed of a package."""
+    from importlib.metadata import PackageNotFoundError, version  # a third of the time of a command's -h
+
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is on the path, and not installed
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """By which versions something is made that is written now."""
+    return {package: version_of(package) for package in (OWN, "transformers", "torch")}
