@@ -192,9 +192,9 @@ def of_release(folder: Path, release: str, monkeypatch) -> None:
 
 def test_code_of_another_release_is_named_and_can_be_renewed(folder, monkeypatch, capsys):
     (folder / "chat.py").write_bytes((folder / "chat.py").read_bytes() + b"# as it was before\n")
-    of_release(folder, "0.1.0", monkeypatch)
+    of_release(folder, "0.0.1", monkeypatch)
     assert problem(folder) == (
-        f"chat.py is not the code of this release ({RELEASE}); the manifest says that 0.1.0 wrote it. "
+        f"chat.py is not the code of this release ({RELEASE}); the manifest says that 0.0.1 wrote it. "
         "visualglm check FOLDER --copy-code renews it."
     )
     assert check(folder, "--copy-code", "--verify") == 0
@@ -204,7 +204,7 @@ def test_code_of_another_release_is_named_and_can_be_renewed(folder, monkeypatch
 
 def test_code_of_another_release_that_has_fewer_files_is_found(folder, monkeypatch):
     (folder / "zooming.py").unlink()
-    of_release(folder, "0.1.0", monkeypatch)
+    of_release(folder, "0.0.1", monkeypatch)
     assert problem(folder).startswith("zooming.py, code of this release")
 
 
