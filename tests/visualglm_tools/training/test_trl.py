@@ -80,7 +80,7 @@ def test_either_layout_teaches_the_example_and_keeps_old_abilities(layout, parts
     for name in ("held_out", "old_abilities"):
         found = read_dataset([EXAMPLE / f"{name}.json"], Encoder(processor, 64, 256, 2048))
         examples = [example for examples in found for example in examples]
-        right[name] = measure(trainer.model, Collator(processor), examples, 8)["right"]
+        right[name] = measure(trainer.model, Collator(processor), examples, 8).figures["right"]
     print(layout.__name__, right)
     assert right["held_out"] == 5
     assert right["old_abilities"] >= 38
