@@ -184,7 +184,7 @@ TOOL_ROOMS = {
         "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
         "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
-        "training.run training.settings",
+        "training.rehearsal training.run training.settings",
         model="compilation conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),
@@ -192,7 +192,7 @@ TOOL_ROOMS = {
         tools="packages printing",
         model="adapters chat configuration_visualglm image_processing_visualglm measured_choice "
         "modeling_visualglm processing_visualglm quantization tokenization_chatglm visualglm_hf",
-        packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers",
+        packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers yaml",
     ),
     "serving": Room(
         tools="checkpoints.folder options output_files printing serving.engine.answers serving.engine.engine "
@@ -223,8 +223,8 @@ TOOL_ROOMS = {
         packages="matplotlib",
     ),
     "training": Room(
-        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size options packages "
-        "printing shipped",
+        tools="benchmarking.timing checkpoints.adapters checkpoints.cards checkpoints.folder checkpoints.loading "
+        "checkpoints.picture_size options packages printing shipped versions",
         model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm "
         "processing_visualglm quantization",
         packages="PIL datasets filelock jinja2 matplotlib peft pyarrow safetensors torch tqdm transformers",

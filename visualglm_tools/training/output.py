@@ -89,7 +89,7 @@ def check_free(folder: Path) -> None:
 
 def remove_unsaved_run(folder: Path, say: Callable[[str], None]) -> None:
     """Remove what a run has left that ended before its first complete checkpoint: there is nothing to lose in it."""
-    if complete_checkpoints(folder) or (folder / ADAPTER).exists() or not is_record(folder / SETTINGS_FILE):
+    if not is_unsaved_run(folder):
         return
     incomplete = remove_incomplete(folder)
     (folder / CURVES_FILE).unlink(missing_ok=True)
@@ -98,6 +98,12 @@ def remove_unsaved_run(folder: Path, say: Callable[[str], None]) -> None:
     (folder / SETTINGS_FILE).unlink()
     names = [SETTINGS_FILE, *(path.name for path in incomplete)]
     say(f"Removed {', '.join(names)} of a run in {folder} that ended before it had saved anything.")
+
+
+def is_unsaved_run(folder: Path) -> bool:
+    """Whether there is what a run has left that ended before it had saved anything."""
+    is_saved = complete_checkpoints(folder) or (folder / ADAPTER).exists()
+    return not is_saved and is_record(folder / SETTINGS_FILE)
 
 
 def is_record(file: Path) -> bool:
