@@ -167,14 +167,13 @@ def describe_lengths(examples: Sequence[Example], settings: Settings) -> str:
 
 def describe_steps(plan: Plan, count: int) -> str:
     settings, processes = plan.settings, plan.arguments.world_size
-    rows = settings.batch_size * settings.gradient_accumulation_steps * processes
-    parts = (
-        f"{settings.batch_size} at once, {settings.gradient_accumulation_steps} times in each of {processes} process"
-    )
+    at_once = {"at once": settings.batch_size, "times": settings.gradient_accumulation_steps, "processes": processes}
+    rows = math.prod(at_once.values())
+    parts = ", ".join(f"{number} {name}" for name, number in at_once.items() if number > 1)
+    kept = f"; {settings.keep_rows} kept rows beside them" if settings.keeps_answers else ""
     return (
-        f"Steps: {settings.train_iters} of {rows} rows ({parts}{'es' * (processes > 1)}), which is each row "
-        f"{settings.train_iters * rows / count:.3g} times"
-        f"{f'; {settings.keep_rows} kept rows beside them' if settings.keeps_answers else ''}."
+        f"Steps: {settings.train_iters} of {rows} rows{f' ({parts})' if parts else ''}, which is each row "
+        f"{settings.train_iters * rows / count:.3g} times{kept}."
     )
 
 

@@ -181,7 +181,8 @@ def make_plan(settings: Settings) -> Plan:
     if settings.image_size is not None:
         set_image_size(config, settings.image_size)
     has_gpu = torch.cuda.is_available() and not settings.cpu
-    settings, notes = settings.resolved(config.text_config.num_hidden_layers, has_gpu)
+    text = config.text_config
+    settings, notes = settings.resolved(text.num_hidden_layers, has_gpu, text.hidden_size)
     adapter, bits = choose_adapter(settings, config), choose_bits(settings, config)
     return Plan(settings, config, adapter, bits, training_arguments(settings), notes)
 

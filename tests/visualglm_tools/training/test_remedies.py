@@ -65,6 +65,14 @@ def test_another_error_stays_what_it_is(settings):
         fail()
 
 
+def test_where_kept_rows_take_the_most_fewer_of_them_are_advised():
+    config = VisualGLMConfig.from_pretrained(TINY)
+    settings, _ = Settings(method="lora", batch_size=1, keep_rows=32).resolved(4, False, 128)
+    said = describe_remedies(settings, config, LENGTHS, on_gpu=False)
+    first, second, *_ = said.partition("computed. ")[2].split("; ")
+    assert {re.sub(r" takes [\d.]+ .B less", "", each) for each in (first, second)} == {"--keep none", "--keep-rows 1"}
+
+
 @pytest.mark.slow
 def test_at_full_size_the_best_remedy_is_the_first_and_takes_what_the_table_says():
     settings, _ = Settings(method="lora", precision="float16").resolved(28, True)

@@ -49,6 +49,7 @@ def test_the_originals_command_line_is_understood_and_what_means_nothing_is_said
         eval_iters=10,
         precision="float16",
         batch_size=4,
+        lr=1e-4,
     )
     assert part(options, Settings) == settings
     assert sorted(line.split()[0] for line in describe_obsolete(options)) == [
