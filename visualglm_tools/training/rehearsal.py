@@ -147,7 +147,8 @@ def time_measuring(trainer: Trainer, settings: Settings, data: Data) -> float:
         measure(trainer.model, trainer.data_collator, rows, settings.eval_batch_size)
         seconds = (perf_counter() - begin) / len(rows)
     points = math.ceil(settings.train_iters / settings.steps_between_evaluations)
-    lists = [len(rows[: settings.answers]) for rows in (data.valid, data.old)]
+    kept = settings.answers if settings.keeps_answers else 0  # at most; measured where there are no old rows
+    lists = [min(count, settings.answers) for count in (len(data.valid), len(data.old) or kept)]
     counted = sum(2 * count + points * min(count, WATCHED) for count in lists)
     return seconds * (counted + (points + 1) * len(data.valid))
 
@@ -185,10 +186,10 @@ def describe_needed(
     needed = estimate_most(config, step_of(settings, config, lengths))
     names = ("weights", "adapter", "activations", "workspace")
     parts = ", ".join(f"{name} {in_words(getattr(needed, name))}" for name in names)
-    line = (
-        f"Memory: a step takes {in_words(needed.total)}, computed ({parts}); at most {describe_memory(device)} were in "
-    )
-    line += f"use, and {in_words(free)} were free beside the weights."
+    in_use = describe_memory(device)
+    line = f"Memory: a step takes {in_words(needed.total)}, computed ({parts})"
+    line += f"; at most {in_use} were in use" if in_use else ""
+    line += f"; {in_words(free)} were free beside the weights."
     if needed.total - needed.weights > free:
         line += f" That is too little. {describe_remedies(settings, config, lengths, device.type != 'cpu')}"
     return line
