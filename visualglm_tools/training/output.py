@@ -138,14 +138,19 @@ def remove_incomplete(folder: Path) -> list[Path]:
 
 
 def as_begun(settings: Settings) -> Settings:
-    """The settings of a resumed run, which keeps no answers if an earlier version began it, when none were kept."""
-    if not settings.resume or settings.keep_data or settings.keep in (SELF, NONE):
+    """The settings of a resumed run: what is not said is as it was, whatever today's defaults are.
+
+    An earlier version had another learning rate, and kept no answers, when `keep` was the number of checkpoints.
+    """
+    if not settings.resume:
         return settings
     try:
         before = json.loads((settings.save / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return settings  # `check_same_run` says so
-    if not isinstance(before.get("keep"), int):
+    if settings.lr is None:
+        settings = replace(settings, lr=before.get("lr"))
+    if settings.keep_data or settings.keep in (SELF, NONE) or not isinstance(before.get("keep"), int):
         return settings
     return replace(settings, keep=NONE, keep_checkpoints=settings.keep or settings.keep_checkpoints)
 

@@ -154,7 +154,8 @@ def finetune(
             record["base weights"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
             check_resumed(settings, record)
             say(describe_model(trainer.model))
-            if shortage := foresee_memory(settings, plan.config, data.train, trainer.model):
+            shortage = foresee_memory(settings, plan.config, data.train, trainer.model)
+            if shortage and not is_divided(trainer):
                 say(shortage)
             if arguments.should_save:
                 write_json(settings.save / SETTINGS_FILE, record)
