@@ -89,4 +89,4 @@ def test_a_method_learns_the_example_with_nothing_but_its_own_defaults(method, t
     report = json.loads((tmp_path / method / "report.json").read_text(encoding="utf-8"))
     assert report["measured"]["held out"]["after"]["right"] >= 4
     kept = report["measured"]["kept answers"]
-    assert kept["after"]["right"] >= 0.75 * kept["examples"]
+    assert kept["after"]["right"] >= 0.7 * kept["examples"]
