@@ -185,7 +185,7 @@ TOOL_ROOMS = {
         "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
         "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
-        "training.run training.settings versions",
+        "training.rehearsal training.run training.settings versions",
         model="conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),
@@ -224,8 +224,8 @@ TOOL_ROOMS = {
         packages="matplotlib",
     ),
     "training": Room(
-        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.manifest "
-        "checkpoints.picture_size options packages printing shipped",
+        tools="benchmarking.timing checkpoints.adapters checkpoints.cards checkpoints.folder checkpoints.loading "
+        "checkpoints.manifest checkpoints.picture_size options packages printing shipped versions",
         model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm "
         "processing_visualglm quantization",
         packages="PIL datasets filelock jinja2 matplotlib peft pyarrow safetensors torch tqdm transformers",

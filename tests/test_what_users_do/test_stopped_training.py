@@ -148,7 +148,7 @@ def test_the_command_ends_as_shells_expect_and_says_what_is_true(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "finetune_visualglm.py"), *options.split()]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen = ""
-    while not re.search(r" [1-9]/40 ", seen) and (character := process.stderr.read(1)):
+    while not re.search(r"step [1-9] of 40: ", seen) and (character := process.stderr.read(1)):
         seen += character
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=120)

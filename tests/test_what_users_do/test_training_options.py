@@ -20,8 +20,9 @@ from tests.training_helpers import (
 )
 from visualglm_hf import VisualGLMConfig
 from visualglm_tools.options import parse
-from visualglm_tools.training.run import choose_bits, finetune, memory_remedies
-from visualglm_tools.training.settings import Settings, usual_layers
+from visualglm_tools.training.adapters import choose_bits
+from visualglm_tools.training.run import finetune
+from visualglm_tools.training.settings import Settings, usual_layers, usual_rate
 
 
 LORA_OPTIONS = ("lora_rank", "layer_range")  # of the original's
@@ -45,6 +46,24 @@ def test_the_shortest_command_works_from_any_folder(method, tmp_path, capsys):
     assert train(f"--use_{method} --train-data {ROWS} --train-iters 1", tmp_path) == 0
     assert (tmp_path / "checkpoints" / "adapter" / "adapter_model.safetensors").is_file()
     assert "The adapter is in checkpoints/adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "original", "tiny"), [("lora", 1e-4, 2e-2), ("qlora", 1e-4, 2e-2), ("ptuning", 2e-2, 0.1)]
+)
+def test_each_method_has_its_own_learning_rate_which_is_higher_for_a_small_model(method, original, tiny):
+    assert usual_rate(method, 4096) == usual_rate(method, 8192) == original
+    assert usual_rate(method, 128) == usual_rate(method, 64) == tiny
+    rates = [usual_rate(method, width) for width in (128, 256, 1024, 2048, 4096)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
+    given, _ = Settings(method=method, lr=0.5).resolved(28, False)
+    assert given.lr == 0.5 and Settings(method=method).resolved(28, False)[0].lr == original
+
+
+def test_a_learning_rate_of_lora_is_said_to_be_low_for_a_prefix():
+    _, said = Settings(method="ptuning", lr=0.01).resolved(4, False, width=128)
+    assert said == ["--lr 0.01 is low for P-tuning, which may learn nothing; without --lr it is 0.1."]
+    assert Settings(method="ptuning", lr=0.05).resolved(4, False, width=128)[1] == []
 
 
 def test_layers_are_in_the_originals_places_whatever_their_number(tmp_path, capsys):
@@ -140,15 +159,8 @@ def test_the_lengths_that_strict_advises_are_taken_at_once_for_all_files(setting
     assert finetune(replace(settings, **lengths), silent)["steps"] == 1
 
 
-def test_what_would_take_less_memory_is_only_advised_where_it_would(settings):
-    assert memory_remedies(settings).startswith("--checkpoint-activations or --use_qlora")
-    done = replace(settings, method="qlora", checkpoint_activations=True)
-    assert memory_remedies(done) == "shorter --max_source_length and --max_target_length"
-    assert "--checkpoint" not in memory_remedies(replace(settings, method="ptuning"))
-
-
 def test_after_too_little_memory_the_same_folder_takes_the_remedy(settings):
-    with pytest.raises(ValueError, match="Try --checkpoint-activations"):
+    with pytest.raises(ValueError, match="--checkpoint-activations takes .* less"):
         finetune(settings, silent, [At(0, run_out_of_memory)])
     assert finetune(replace(settings, checkpoint_activations=True), silent)["steps"] == 2
 

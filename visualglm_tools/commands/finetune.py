@@ -1,6 +1,7 @@
 """Fine-tune VisualGLM on your own pictures: LoRA, QLoRA or P-tuning, in one process or under `accelerate launch`.
 
     visualglm finetune --use_lora --model FOLDER --train-data dataset.json --save out
+    visualglm finetune --use_lora --model FOLDER --train-data dataset.json --dry-run
     visualglm finetune --memory
 
 The result is an adapter in `out/adapter`: `--adapter out/adapter` uses it in the other commands, and `visualglm merge`
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from visualglm_tools.checkpoints.folder import check_folder
 from visualglm_tools.options import COUNT, describe_obsolete, obsolete, option, part
 from visualglm_tools.printing import printable
-from visualglm_tools.training.settings import WHAT, Settings
+from visualglm_tools.training.settings import HOW, WHAT, Settings
 
 
 # torch, transformers and PEFT are imported in `run`: `-h` and typing errors shall not wait for them.
@@ -32,6 +33,9 @@ EXTRA = "train"
 class Options(Settings):
     """The settings of a run, and what the command line has besides: options of the original's scripts, most of all."""
 
+    dry_run: bool = option(
+        "tell lengths, memory, steps and time from ten measured steps; leave nothing behind", False, **HOW
+    )
     memory: bool = option("print the memory that training takes at full size, and end", False, **WHAT)
     skip_init: bool = obsolete("weights are never initialised before they are loaded", False)
     resume_dataloader: bool = obsolete("--resume continues with the same data", False)
@@ -63,7 +67,7 @@ def say(line: str) -> None:
 
 
 def carry_out(options: Options) -> None:
-    """Print the table of memory, or train.
+    """Print the table of memory, try a run, or train.
 
     Raises:
         ValueError: options or data with which nothing can be trained, or training that has failed.
@@ -79,10 +83,15 @@ def carry_out(options: Options) -> None:
         print(memory_table())
         return
     check_folder(options.model)
-    from visualglm_tools.training.run import finetune
-
     for line in describe_obsolete(options):
         say(line)
+    if options.dry_run:
+        from visualglm_tools.training.rehearsal import rehearse
+
+        rehearse(part(options, Settings), say)
+        return
+    from visualglm_tools.training.run import finetune
+
     finetune(part(options, Settings), say)
 
 

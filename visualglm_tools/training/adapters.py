@@ -14,10 +14,47 @@ from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_hf.modeling_visualglm import VisualGLMForConditionalGeneration
 from visualglm_tools.checkpoints.loading import load_weights
+from visualglm_tools.training.settings import Settings
 
 
 DECODER_LINEARS = "query_key_value|dense"  # as in the original; the MLP stays as it is
 QFORMER_LINEARS = "query_key_value|dense|query|key_value"
+
+
+def choose_adapter(settings: Settings, config: VisualGLMConfig) -> PeftConfig:
+    """PEFT's description of what is trained; a `ValueError` for a rank, layer or length that cannot be."""
+    if settings.method == "ptuning":
+        return prefix_config(settings.pre_seq_len, config)
+    layers = resolve_layers(settings.layer_range, config.text_config.num_hidden_layers)
+    return lora_config(
+        settings.lora_rank,
+        layers,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        settings.train_qformer,
+        settings.train_projection,
+    )
+
+
+def choose_bits(settings: Settings, config: VisualGLMConfig) -> int | None:
+    """The bits to quantize to while loading; None for a checkpoint that has few already.
+
+    Raises:
+        ValueError: other bits are asked for than the checkpoint has.
+    """
+    if settings.method != "qlora":
+        return None
+    found = config.quantization_bit
+    if found and (settings.bits not in (None, found) or settings.qlora_backend != "lowbit"):
+        raise ValueError(
+            f"{str(settings.model)!r} has {found} bits already, of this package. Leave --bits and --qlora_backend out, "
+            "or give the folder with the full weights as --model."
+        )
+    return None if found else settings.bits or 4
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return getattr(torch, precision)
 
 
 def load_base(

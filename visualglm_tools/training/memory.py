@@ -1,7 +1,10 @@
-"""The GPU memory that training takes, computed: nothing is allocated, and no GPU is asked.
+"""The memory that training takes, computed: nothing is allocated, and no GPU is asked.
 
-The model is built without weights, at full size, and run on shapes alone; what autograd would keep is counted. Not
-counted: the CUDA context (about 0.5 GB), the allocator's gaps, and what mixed precision keeps in float32.
+The model is built without weights, at its size, and run on shapes alone; what autograd would keep is counted. Not
+counted: the CUDA context (about 0.5 GB), the allocator's gaps, what mixed precision keeps in float32, and what adapters
+of the image encoder keep.
+
+Not here: which options take less of it (`remedies.py`).
 """
 
 import copy
@@ -9,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftConfig
 from torch.autograd.graph import saved_tensors_hooks
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
@@ -18,7 +22,7 @@ from visualglm_tools.training.adapters import add_adapter, lora_config
 from visualglm_tools.training.keeping import TOKENS_AT_ONCE
 
 
-GIGABYTE = 1e9
+MEGABYTE, GIGABYTE = 1e6, 1e9
 DTYPE = torch.float16
 BYTES_PER_TRAINED = 16  # float32: the parameter, its gradient, and two averages of AdamW
 RANK, LAYERS, ANSWER_LENGTH, LENGTH = 10, (0, 14), 256, 64 + 256  # the defaults
@@ -46,68 +50,91 @@ class Memory:
         return self.weights + self.adapter + self.activations + self.workspace
 
 
-def estimate(
-    config: VisualGLMConfig, bits: int, batch_size: int, length: int, checkpointing: bool, layers: Sequence[int]
-) -> Memory:
-    """Compute the memory of one training step with LoRA.
+@dataclass(frozen=True)
+class Step:
+    """What there is to hold in a training step.
 
-    Args:
-        config: of the model.
-        bits: 4 or 8, 0 for float16.
-        batch_size, length: B and S.
+    Attributes:
+        adapter: as PEFT describes it.
+        rows, length: B and S of a micro-batch.
+        kept_rows: whose answers are kept beside it.
+        answer_length: tokens of the longest answer, of `length`.
+        bits: 4 or 8; 0 for weights in `dtype`.
         checkpointing: keep only the input of each layer, and compute the rest again.
-        layers: with an adapter.
+        dtype: of what has no few bits.
     """
+
+    adapter: PeftConfig
+    rows: int
+    length: int = LENGTH
+    kept_rows: int = 0
+    answer_length: int = ANSWER_LENGTH
+    bits: int = 0
+    checkpointing: bool = False
+    dtype: torch.dtype = DTYPE
+
+
+def default_step(bits: int, rows: int, checkpointing: bool) -> Step:
+    """With LoRA of the default rank on the default layers, and as many kept rows as others."""
+    return Step(lora_config(RANK, LAYERS), rows, kept_rows=rows, bits=bits, checkpointing=checkpointing)
+
+
+def estimate(config: VisualGLMConfig, step: Step) -> Memory:
+    """Compute what it takes to learn the rows of a step."""
+    return memory_of(config, step, [learning])
+
+
+def estimate_kept(config: VisualGLMConfig, step: Step) -> Memory:
+    """Compute what it takes to keep answers in a step; it comes after the rest, so the larger counts."""
+    return memory_of(config, step, [keeping])
+
+
+def estimate_most(config: VisualGLMConfig, step: Step) -> Memory:
+    """Compute what a step takes, kept rows and all."""
+    return memory_of(config, step, [learning, keeping] if step.kept_rows else [learning])
+
+
+def memory_of(config: VisualGLMConfig, step: Step, parts: Sequence[Callable]) -> Memory:
+    """The memory of the largest part of a step."""
+    model = build(in_full(config), step.dtype, step.adapter)
+    activations, workspace = max((part(model, config, step) for part in parts), key=sum)
     text = config.text_config
-    activations = count_activations(config, learn, batch_size, length, checkpointing, layers)
-    # The gradients of the logits, in float32 and in float16.
-    workspace = batch_size * length * text.vocab_size * (torch.float32.itemsize + DTYPE.itemsize)
-    return with_weights(config, bits, layers, activations, workspace)
+    workspace += text.hidden_size * text.intermediate_size * step.dtype.itemsize if step.bits else 0  # a matrix in full
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Memory(weight_bytes(config, step.bits, step.dtype), BYTES_PER_TRAINED * trained, activations, workspace)
 
 
-def estimate_kept(
-    config: VisualGLMConfig, bits: int, rows: int, length: int, checkpointing: bool, layers: Sequence[int]
-) -> Memory:
-    """Compute the memory of what keeps answers in a training step; it comes after the rest, so the larger counts.
+def learning(model: torch.nn.Module, config: VisualGLMConfig, step: Step) -> tuple[int, int]:
+    """Bytes of activations, and of workspace."""
+    # The gradients of the logits, in float32 and as they are.
+    bytes_per_logit = torch.float32.itemsize + step.dtype.itemsize
+    workspace = step.rows * step.length * config.text_config.vocab_size * bytes_per_logit
+    return count_activations(model, config, step, learn, step.rows), workspace
 
-    Args:
-        config, bits, length, checkpointing, layers: see `estimate`.
-        rows: whose answers are kept.
-    """
-    vocab_size = config.text_config.vocab_size
-    activations = count_activations(config, keep, rows, length, checkpointing, layers)
+
+def keeping(model: torch.nn.Module, config: VisualGLMConfig, step: Step) -> tuple[int, int]:
+    """Bytes of activations, and of workspace."""
     # Of the answers' tokens the logits, what was predicted, and gradients, before and after they are put together; of
     # all tokens the gradients; of a few tokens logarithms, what was predicted, and the gradients of both in float32.
-    tokens = 4 * rows * min(length, ANSWER_LENGTH) + rows * length
-    workspace = vocab_size * (tokens * DTYPE.itemsize + 4 * TOKENS_AT_ONCE * torch.float32.itemsize)
-    return with_weights(config, bits, layers, activations, workspace)
-
-
-def with_weights(config: VisualGLMConfig, bits: int, layers: Sequence[int], activations: int, workspace: int) -> Memory:
-    trained = sum(parameter.numel() for parameter in build(config, layers).parameters() if parameter.requires_grad)
-    one_matrix = config.text_config.hidden_size * config.text_config.intermediate_size * DTYPE.itemsize  # in full
-    workspace += one_matrix if bits else 0
-    return Memory(weight_bytes(config, bits), BYTES_PER_TRAINED * trained, activations, workspace)
+    tokens = 4 * step.kept_rows * min(step.length, step.answer_length) + step.kept_rows * step.length
+    of_few = 4 * TOKENS_AT_ONCE * torch.float32.itemsize
+    workspace = config.text_config.vocab_size * (tokens * step.dtype.itemsize + of_few)
+    return count_activations(model, config, step, keep, step.kept_rows), workspace
 
 
 def count_activations(
-    config: VisualGLMConfig,
-    propagate: Callable,
-    batch_size: int,
-    length: int,
-    checkpointing: bool,
-    layers: Sequence[int],
+    model: torch.nn.Module, config: VisualGLMConfig, step: Step, propagate: Callable, rows: int
 ) -> int:
     """Bytes that are kept from a forward pass to its backward pass; the same whatever the bits of the weights."""
-    model = build(config, layers)
-    activations = saved_bytes(model, propagate, batch_size, length)
-    if not checkpointing:
+    activations = saved_bytes(model, propagate, rows, step.length)
+    if not step.checkpointing:
         return activations
     text = config.text_config
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    outside = saved_bytes(model, propagate, batch_size, length)
+    outside = saved_bytes(model, propagate, rows, step.length)
+    model.gradient_checkpointing_disable()
     one_layer = (activations - outside) // text.num_hidden_layers
-    inputs = text.num_hidden_layers * batch_size * length * text.hidden_size * DTYPE.itemsize
+    inputs = text.num_hidden_layers * rows * step.length * text.hidden_size * step.dtype.itemsize
     return outside + inputs + one_layer
 
 
@@ -119,24 +146,33 @@ def keep(model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels: torch.
     model(**inputs)  # the divergence is computed again
 
 
-def build(config: VisualGLMConfig, layers: Sequence[int] = ()) -> torch.nn.Module:
-    """The model of shapes alone, with an adapter on `layers` if there are any, ready to train."""
+def build(config: VisualGLMConfig, dtype: torch.dtype = DTYPE, adapter: PeftConfig | None = None) -> torch.nn.Module:
+    """The model of shapes alone, with an adapter if there is one, ready to train."""
     with torch.device("meta"):
-        model = VisualGLMForConditionalGeneration(config).to(DTYPE)
+        model = VisualGLMForConditionalGeneration(config).to(dtype)
         model.tie_weights()
-        return add_adapter(model, lora_config(RANK, layers)).train() if layers else model
+        return add_adapter(model, adapter).train() if adapter else model
 
 
-def weight_bytes(config: VisualGLMConfig, bits: int) -> int:
+def weight_bytes(config: VisualGLMConfig, bits: int, dtype: torch.dtype = DTYPE) -> int:
     """Bytes of the weights, tied ones counted once."""
-    config = copy.deepcopy(config)
-    if bits:
-        record(config, bits, None, lm_head=False)
-    model = build(config)
+    if config.quantization_bit != bits:
+        config = in_full(config)
+        if bits:
+            record(config, bits, None, lm_head=False)
+    model = build(config, dtype)
     return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
-def saved_bytes(model: torch.nn.Module, propagate: Callable, batch_size: int, length: int) -> int:
+def in_full(config: VisualGLMConfig) -> VisualGLMConfig:
+    """The config of the same model without low bits."""
+    config = copy.deepcopy(config)
+    config.quantization_bit, config.quantization_group_size = 0, None
+    config.quantization_lm_head = config.quantization_image_encoder = False
+    return config
+
+
+def saved_bytes(model: torch.nn.Module, propagate: Callable, rows: int, length: int) -> int:
     """Bytes that autograd keeps between forward and backward; weights, and what is computed again, do not count."""
     config = model.config.get_text_config()
     weights = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]]
@@ -150,9 +186,10 @@ def saved_bytes(model: torch.nn.Module, propagate: Callable, batch_size: int, le
             kept.append(storage.nbytes())
         return tensor
 
-    inputs_embeds = torch.empty(batch_size, length, config.hidden_size, dtype=DTYPE, device="meta")
-    positions = torch.empty(batch_size, 2, length, dtype=torch.long, device="meta")
-    labels = torch.empty(batch_size, length, dtype=torch.long, device="meta")
+    dtype = model.get_input_embeddings().weight.dtype
+    inputs_embeds = torch.empty(rows, length, config.hidden_size, dtype=dtype, device="meta")
+    positions = torch.empty(rows, 2, length, dtype=torch.long, device="meta")
+    labels = torch.empty(rows, length, dtype=torch.long, device="meta")
     with saved_tensors_hooks(see, lambda tensor: tensor):
         propagate(model, {"inputs_embeds": inputs_embeds, "position_ids": positions}, labels)
     return sum(kept)
@@ -165,12 +202,15 @@ def memory_table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, bits, batch_size, checkpointing in CASES:
-        memory, kept = (
-            compute(VisualGLMConfig(), bits, batch_size, LENGTH, checkpointing, LAYERS)
-            for compute in (estimate, estimate_kept)
-        )
+        step = default_step(bits, batch_size, checkpointing)
+        memory, kept = (compute(VisualGLMConfig(), step) for compute in (estimate, estimate_kept))
         parts = (memory.weights, memory.adapter, memory.activations, memory.workspace, memory.total)
         cells = " | ".join(f"{part / GIGABYTE:.2f} GB" for part in parts)
         most = max(memory.total, kept.total) / GIGABYTE
         lines.append(f"| {name} | {batch_size} | {cells} | {most:.2f} GB |")
     return "\n".join(lines)
+
+
+def in_words(num_bytes: float) -> str:
+    """Bytes as people read them: "7.07 GB", "12 MB"."""
+    return f"{num_bytes / GIGABYTE:.2f} GB" if num_bytes >= GIGABYTE / 10 else f"{num_bytes / MEGABYTE:.0f} MB"

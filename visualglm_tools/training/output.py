@@ -89,7 +89,7 @@ def check_free(folder: Path) -> None:
 
 def remove_unsaved_run(folder: Path, say: Callable[[str], None]) -> None:
     """Remove what a run has left that ended before its first complete checkpoint: there is nothing to lose in it."""
-    if complete_checkpoints(folder) or (folder / ADAPTER).exists() or not is_record(folder / SETTINGS_FILE):
+    if not is_unsaved_run(folder):
         return
     incomplete = remove_incomplete(folder)
     (folder / CURVES_FILE).unlink(missing_ok=True)
@@ -98,6 +98,12 @@ def remove_unsaved_run(folder: Path, say: Callable[[str], None]) -> None:
     (folder / SETTINGS_FILE).unlink()
     names = [SETTINGS_FILE, *(path.name for path in incomplete)]
     say(f"Removed {', '.join(names)} of a run in {folder} that ended before it had saved anything.")
+
+
+def is_unsaved_run(folder: Path) -> bool:
+    """Whether there is what a run has left that ended before it had saved anything."""
+    is_saved = complete_checkpoints(folder) or (folder / ADAPTER).exists()
+    return not is_saved and is_record(folder / SETTINGS_FILE)
 
 
 def is_record(file: Path) -> bool:
@@ -132,14 +138,19 @@ def remove_incomplete(folder: Path) -> list[Path]:
 
 
 def as_begun(settings: Settings) -> Settings:
-    """The settings of a resumed run, which keeps no answers if an earlier version began it, when none were kept."""
-    if not settings.resume or settings.keep_data or settings.keep in (SELF, NONE):
+    """The settings of a resumed run: what is not said is as it was, whatever today's defaults are.
+
+    An earlier version had another learning rate, and kept no answers, when `keep` was the number of checkpoints.
+    """
+    if not settings.resume:
         return settings
     try:
         before = json.loads((settings.save / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return settings  # `check_same_run` says so
-    if not isinstance(before.get("keep"), int):
+    if settings.lr is None:
+        settings = replace(settings, lr=before.get("lr"))
+    if settings.keep_data or settings.keep in (SELF, NONE) or not isinstance(before.get("keep"), int):
         return settings
     return replace(settings, keep=NONE, keep_checkpoints=settings.keep or settings.keep_checkpoints)
 

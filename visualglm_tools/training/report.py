@@ -6,8 +6,14 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.ticker import PercentFormatter
 
 from visualglm_tools.training.encoding import IGNORED, Collator, Example
+
+
+HELD_OUT, OLD, KEPT_ANSWERS = "held out", "old abilities", "kept answers"  # what is measured before and after
+RIGHT = "right_"  # in a log, before the name of what was measured: the share of right answers
+CURVES = {HELD_OUT: "new: held out", OLD: "old: old abilities", KEPT_ANSWERS: "old: kept answers"}
 
 
 @dataclass(frozen=True)
@@ -48,27 +54,40 @@ def measure(model: torch.nn.Module, collator: Collator, examples: list[Example],
 
 
 def plot_curves(log: list[dict], file: Path) -> None:
-    """Draw training and evaluation loss over the steps; nothing if there is nothing yet."""
+    """Draw the losses over the steps and, where some were measured, the shares of right answers; nothing of nothing."""
+    losses = curves_in(log, {"loss": "training", "eval_loss": "held out"})
+    names = dict.fromkeys(name for entry in log for name in entry if name.startswith(RIGHT))
+    shares = curves_in(log, {name: CURVES.get(name.removeprefix(RIGHT), name.removeprefix(RIGHT)) for name in names})
+    if not losses:
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves = {
-        label: [(entry["step"], entry[key]) for entry in log if key in entry]
-        for key, label in {"loss": "training", "eval_loss": "held out"}.items()
-    }
-    if not any(curves.values()):
-        return
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for label, points in curves.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-    axes.set(xlabel="step", ylabel="loss per token", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}" if is_narrow(axes.get_ylim()) else "")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels = [losses, *([shares] if shares else [])]
+    figure, axes = pyplot.subplots(
+        len(panels), sharex=True, squeeze=False, figsize=(7, 1 + 3 * len(panels)), layout="constrained"
+    )
+    for panel, curves in zip(axes.flat, panels, strict=True):
+        for label, points in curves.items():
+            panel.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    above, below = axes.flat[0], axes.flat[-1]
+    above.set(ylabel="loss per token", yscale="log")
+    above.yaxis.set_major_formatter("{x:g}")
+    above.yaxis.set_minor_formatter("{x:g}" if is_narrow(above.get_ylim()) else "")
+    if shares:
+        below.set(ylabel="right answers", ylim=(-0.03, 1.03))
+        below.yaxis.set_major_formatter(PercentFormatter(1.0))
+    below.set(xlabel="step")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def curves_in(log: list[dict], labels: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
+    """The points of the curves of a log that has any, by their labels."""
+    curves = {label: [(entry["step"], entry[key]) for entry in log if key in entry] for key, label in labels.items()}
+    return {label: points for label, points in curves.items() if points}
 
 
 def is_narrow(limits: tuple[float, float]) -> bool:

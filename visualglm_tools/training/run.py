@@ -1,7 +1,9 @@
 """One fine-tuning run: check everything, train, keep what is worth keeping.
 
 Not here: options (`settings.py`), data (`dataset.py`, `encoding.py`), models and adapters (`adapters.py`), what is in
-the folder of results (`output.py`), signals (`stopping.py`), figures and tables (`report.py`).
+the folder of results (`output.py`), signals (`stopping.py`), figures and curves (`report.py`, `watching.py`), progress
+(`progress.py`), too little memory (`remedies.py`), the adapter's card (`card.py`), a run that is tried only
+(`rehearsal.py`).
 """
 
 import hashlib
@@ -9,8 +11,8 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import Subset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from visualglm_hf.configuration_visualglm import VisualGLMConfig
 from visualglm_hf.conversation import is_english
@@ -28,20 +30,21 @@ from visualglm_tools.checkpoints.adapters import (
     fingerprint,
     write_fingerprint,
 )
+from visualglm_tools.checkpoints.cards import read_origin, write_card
 from visualglm_tools.checkpoints.folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, check_folder
 from visualglm_tools.checkpoints.loading import load_processor
 from visualglm_tools.checkpoints.manifest import write_manifest
 from visualglm_tools.checkpoints.picture_size import PICTURES_FILE, set_image_size, write_image_size
-from visualglm_tools.printing import first_line
 from visualglm_tools.training.adapters import (
     add_adapter,
+    choose_adapter,
+    choose_bits,
     count_targets,
+    dtype_of,
     load_base,
-    lora_config,
-    prefix_config,
-    resolve_layers,
 )
 from visualglm_tools.training.asking import choose_kept, is_divided, say_greedily
+from visualglm_tools.training.card import describe_adapter
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import (
     IGNORED,
@@ -72,9 +75,12 @@ from visualglm_tools.training.output import (
     remove_old,
     remove_unsaved_run,
 )
-from visualglm_tools.training.report import Measurement, measure, plot_curves, write_json
+from visualglm_tools.training.progress import Progress
+from visualglm_tools.training.remedies import explained_memory, foresee_memory
+from visualglm_tools.training.report import HELD_OUT, KEPT_ANSWERS, OLD, Measurement, measure, plot_curves, write_json
 from visualglm_tools.training.settings import Settings
 from visualglm_tools.training.stopping import StopAfterStep, Stopped
+from visualglm_tools.training.watching import Watch
 
 
 SHOWN_CHANGES = 3  # answers that are not what they were
@@ -90,6 +96,27 @@ class Data:
     old: list[Example] = field(default_factory=list)
     kept: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # of the files: layouts, and what of their rows is not learned
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the settings of a run before its data are read.
+
+    Attributes:
+        settings: resolved.
+        config: of the base model.
+        adapter: as PEFT describes it.
+        bits: to quantize to while loading; None: none.
+        arguments: as transformers' `Trainer` takes them.
+        notes: what the user should read of the settings.
+    """
+
+    settings: Settings
+    config: VisualGLMConfig
+    adapter: PeftConfig
+    bits: int | None
+    arguments: TrainingArguments
+    notes: list[str]
 
 
 def finetune(
@@ -109,43 +136,34 @@ def finetune(
 
     Raises:
         ValueError: bad settings or data, named before the weights are loaded; a loss that is no number; a checkpoint
-            that cannot be written, after which the last complete one is still there.
+            that cannot be written, after which the last complete one is still there; too little memory.
         Stopped: Ctrl-C or SIGTERM; the error says whether there is a checkpoint to resume from.
     """
-    settings.check()
-    settings = as_begun(settings)
-    check_folder(settings.model)
-    config = VisualGLMConfig.from_pretrained(settings.model)
-    if settings.image_size is not None:
-        set_image_size(config, settings.image_size)
-    has_gpu = torch.cuda.is_available() and not settings.cpu
-    settings, notes = settings.resolved(config.text_config.num_hidden_layers, has_gpu)
-    adapter, bits = choose_adapter(settings, config), choose_bits(settings, config)
-    arguments = training_arguments(settings)
-    say = say if arguments.process_index == 0 else lambda line: None
-    for line in notes:
-        say(line)
+    plan = make_plan(settings)
+    settings, arguments = plan.settings, plan.arguments
+    say = said_once(say, plan)
     with held(settings.save) if arguments.should_save else nullcontext(), explained_stops(settings.save):
         record = settings.as_json() | {"processes": arguments.world_size * max(1, arguments.n_gpu)}
         checkpoint = prepare_output(settings, record, arguments, say)
-        encoder = build_encoder(settings, config)
+        encoder = build_encoder(settings, plan.config)
         data = read_data(settings, encoder, say)
         record["rows and pictures"] = digest([*data.train, *data.valid])
         check_resumed(settings, record)
-        set_seed(settings.seed)
-        base = load_base(settings.model, dtype_of(settings.precision), bits, settings.qlora_backend)
-        base.config.vision_config.preferred_image_size = config.vision_config.preferred_image_size
-        samples = fingerprint(base)
-        record["base weights"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
-        check_resumed(settings, record)
-        trainer = build_trainer(settings, arguments, base, adapter, data, Collator(encoder.processor), callbacks)
-        say(describe_model(trainer.model))
-        if arguments.should_save:
-            write_json(settings.save / SETTINGS_FILE, record)
-        with explained_memory(settings):
+        with explained_memory(settings, plan.config, data.train, arguments.device):
+            trainer = load_trainer(plan, data, Collator(encoder.processor), [Progress(say), *callbacks])
+            samples = fingerprint(trainer.model.get_base_model())
+            record["base weights"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+            check_resumed(settings, record)
+            say(describe_model(trainer.model))
+            shortage = foresee_memory(settings, plan.config, data.train, trainer.model)
+            if shortage and not is_divided(trainer):
+                say(shortage)
+            if arguments.should_save:
+                write_json(settings.save / SETTINGS_FILE, record)
             data.kept = choose_kept(trainer, settings, data.train, data.kept, encoder, say)
-        report = run(trainer, settings, data, encoder, checkpoint, say)
-        save_adapter(trainer, settings.save, samples)
+            report = run(trainer, settings, data, encoder, checkpoint, say)
+        card = describe_adapter(settings, read_origin(settings.model, plan.config), report)
+        save_adapter(trainer, settings.save, samples, card)
         if arguments.should_save:
             plot_curves(trainer.state.log_history, settings.save / CURVES_FILE)
             write_json(settings.save / REPORT_FILE, report)
@@ -156,40 +174,28 @@ def finetune(
 # ---------------------------------------------------------------- before anything is loaded
 
 
-def choose_adapter(settings: Settings, config: VisualGLMConfig) -> PeftConfig:
-    """PEFT's description of what is trained; a `ValueError` for a rank, layer or length that cannot be."""
-    if settings.method == "ptuning":
-        return prefix_config(settings.pre_seq_len, config)
-    layers = resolve_layers(settings.layer_range, config.text_config.num_hidden_layers)
-    return lora_config(
-        settings.lora_rank,
-        layers,
-        settings.lora_alpha,
-        settings.lora_dropout,
-        settings.train_qformer,
-        settings.train_projection,
-    )
+def make_plan(settings: Settings) -> Plan:
+    """Check the settings, and find out what follows from them."""
+    settings.check()
+    settings = as_begun(settings)
+    check_folder(settings.model)
+    config = VisualGLMConfig.from_pretrained(settings.model)
+    if settings.image_size is not None:
+        set_image_size(config, settings.image_size)
+    has_gpu = torch.cuda.is_available() and not settings.cpu
+    text = config.text_config
+    settings, notes = settings.resolved(text.num_hidden_layers, has_gpu, text.hidden_size)
+    adapter, bits = choose_adapter(settings, config), choose_bits(settings, config)
+    return Plan(settings, config, adapter, bits, training_arguments(settings), notes)
 
 
-def choose_bits(settings: Settings, config: VisualGLMConfig) -> int | None:
-    """The bits to quantize to while loading; None for a checkpoint that has few already.
-
-    Raises:
-        ValueError: other bits are asked for than the checkpoint has.
-    """
-    if settings.method != "qlora":
-        return None
-    found = config.quantization_bit
-    if found and (settings.bits not in (None, found) or settings.qlora_backend != "lowbit"):
-        raise ValueError(
-            f"{str(settings.model)!r} has {found} bits already, of this package. Leave --bits and --qlora_backend out, "
-            "or give the folder with the full weights as --model."
-        )
-    return None if found else settings.bits or 4
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    return getattr(torch, precision)
+def said_once(say: Callable[[str], None], plan: Plan) -> Callable[[str], None]:
+    """What to say things with in each of a run's processes; the notes of the plan are said."""
+    if plan.arguments.process_index:
+        return lambda line: None
+    for line in plan.notes:
+        say(line)
+    return say
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
@@ -213,6 +219,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         dataloader_pin_memory=not on_cpu,
         logging_steps=min(settings.log_interval, settings.train_iters),
         logging_nan_inf_filter=False,
+        disable_tqdm=True,  # `Progress` says how it goes
         save_steps=settings.save_interval,
         eval_strategy="steps" if settings.valid_data else "no",
         eval_steps=settings.steps_between_evaluations,
@@ -390,26 +397,25 @@ def count_learned(labels: Sequence[Sequence[int]]) -> float:
     return sum(label != IGNORED for row in labels for label in row) / len(labels)
 
 
-def build_trainer(
-    settings: Settings,
-    arguments: TrainingArguments,
-    base: torch.nn.Module,
-    adapter: PeftConfig,
-    data: Data,
-    collator: Collator,
-    callbacks: Sequence[TrainerCallback],
-) -> Trainer:
+def load_trainer(plan: Plan, data: Data, collator: Collator, callbacks: Sequence[TrainerCallback]) -> Trainer:
+    """Load the base model, put the untrained adapter on it, and make a trainer of both."""
+    settings = plan.settings
+    set_seed(settings.seed)
+    base = load_base(settings.model, dtype_of(settings.precision), plan.bits, settings.qlora_backend)
+    base.config.vision_config.preferred_image_size = plan.config.vision_config.preferred_image_size
     evaluated = data.valid
     if settings.eval_iters is not None:
         evaluated = Subset(evaluated, range(min(len(evaluated), settings.eval_iters * settings.eval_batch_size)))
-    return PerTokenTrainer(
-        model=add_adapter(base, adapter),
-        args=arguments,
+    trainer = PerTokenTrainer(
+        model=add_adapter(base, plan.adapter),
+        args=plan.arguments,
         data_collator=collator,
         train_dataset=data.train,
         eval_dataset=evaluated if len(evaluated) else None,
         callbacks=[Keeper(settings.keep_checkpoints), *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def describe_model(model: PeftModel) -> str:
@@ -427,7 +433,7 @@ def run(
     say: Callable[[str], None],
 ) -> dict:
     """Measure, train, measure again; what is forgotten is measured on kept answers if there are no old ones."""
-    lists = {"held out": data.valid} | ({"old abilities": data.old} if data.old else {"kept answers": data.kept})
+    lists = {HELD_OUT: data.valid} | ({OLD: data.old} if data.old else {KEPT_ANSWERS: data.kept})
     lists = {name: examples[: settings.answers] for name, examples in lists.items() if examples and settings.answers}
     if is_divided(trainer) and lists:
         say("Answers are not measured before and after: the model is divided among processes.")
@@ -437,6 +443,7 @@ def run(
             name: measure(trainer.model, trainer.data_collator, rows, settings.eval_batch_size)
             for name, rows in lists.items()
         }
+    trainer.add_callback(Watch(trainer, lists, before, settings.steps_between_evaluations, settings.eval_batch_size))
     train(trainer, settings, checkpoint)
     after = {
         name: measure(trainer.model, trainer.data_collator, rows, settings.eval_batch_size)
@@ -448,7 +455,7 @@ def run(
     }
     for name, figures in measured.items():
         say(describe_change(name, figures))
-        if name != "held out":
+        if name != HELD_OUT:
             figures["changed"] = show_changes(trainer, encoder, find_lost(lists[name], before[name], after[name]))
             for change in figures["changed"]:
                 say("  {question} was answered {before!r}, and is now answered {after!r}.".format(**change))
@@ -493,14 +500,13 @@ def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None
     """Train to the end.
 
     Raises:
-        ValueError: a checkpoint that cannot be written, which is removed (the error says what is left), or a device
-            with too little memory.
+        ValueError: a checkpoint that cannot be written, which is removed; the error says what is left.
         Stopped: a signal has come; the step was saved.
     """
     stop = StopAfterStep()
     trainer.add_callback(stop)
     try:
-        with stop.listening(), explained_memory(settings):
+        with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except SAVING_ERRORS as error:
         incomplete = remove_incomplete(settings.save) if trainer.args.should_save else []
@@ -511,31 +517,8 @@ def train(trainer: Trainer, settings: Settings, checkpoint: Path | None) -> None
         raise Stopped(number=stop.asked_by)
 
 
-@contextmanager
-def explained_memory(settings: Settings) -> Iterator[None]:
-    """Make of a device's error that its memory is too small one that says what would take less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"The memory of the device is too small: {first_line(error)} Try {memory_remedies(settings)}."
-        ) from error
-
-
-def memory_remedies(settings: Settings) -> str:
-    """What would take less memory than these settings, and has not been done yet."""
-    remedies = {
-        "--checkpoint-activations": not settings.checkpoint_activations and settings.method != "ptuning",
-        "a smaller --batch-size with more --gradient-accumulation-steps": settings.batch_size > 1,
-        "a smaller --keep-rows, or --keep none": settings.keeps_answers,
-        "--use_qlora": settings.method != "qlora",
-        "shorter --max_source_length and --max_target_length": True,
-    }
-    return " or ".join(remedy for remedy, helps in remedies.items() if helps)
-
-
-def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
-    """Write the adapter alone; the folder appears whole or not at all, in the place of one that was there."""
+def save_adapter(trainer: Trainer, folder: Path, samples: dict, card: tuple[dict, str]) -> None:
+    """Write the adapter with its card; the folder appears whole or not at all, in the place of one that was there."""
     unfinished = folder / UNFINISHED
     try:
         trainer.save_model(str(unfinished))  # in all processes: the parts of a divided model are gathered
@@ -546,6 +529,7 @@ def save_adapter(trainer: Trainer, folder: Path, samples: dict) -> None:
         for path in unfinished.iterdir():
             if path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, BASE_FILE, PICTURES_FILE):
                 path.unlink()
+        write_card(unfinished, *card)
         write_manifest(unfinished)
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         unfinished.rename(folder / ADAPTER)

@@ -18,6 +18,12 @@ from visualglm_tools.shipped import DEFAULT_MODEL
 
 CURVE_POINTS = 10  # evaluations in a run, where no interval is asked for
 LANGUAGES = {"auto": None, "zh": False, "en": True}  # whether a prompt is English; None: by its question
+ORIGINAL_WIDTH = 4096  # of VisualGLM-6B's decoder
+# Learning rates that are known to do, by the decoder's width: the original's for LoRA, ChatGLM-6B's for its P-tuning,
+# and what was measured with the tiny model (docs/finetuning.md). Between them it is a straight line of logarithms.
+OF_LORA, OF_PTUNING = {ORIGINAL_WIDTH: 1e-4, 128: 2e-2}, {ORIGINAL_WIDTH: 2e-2, 128: 1e-1}
+USUAL_RATES = {"lora": OF_LORA, "qlora": OF_LORA, "ptuning": OF_PTUNING}
+LOW_RATE = 0.2  # of the usual one: a prefix has learned nothing with less
 USUAL_BATCHES = {"qlora": (1, 4)}  # rows at once, batches in a step: of the original's QLoRA script
 OTHER_BATCHES = (4, 1)
 
@@ -138,7 +144,14 @@ class Settings:
     )
 
     train_iters: int = option("steps of the optimizer", 300, parse=COUNT, metavar="N", **HOW)
-    lr: float = option("learning rate", 1e-4, parse=POSITIVE, metavar="RATE", **HOW)
+    lr: float | None = option(
+        "learning rate",
+        None,
+        parse=POSITIVE,
+        metavar="RATE",
+        unset="1e-4, with --use-ptuning 0.02; more for a decoder that is narrower than VisualGLM-6B's",
+        **HOW,
+    )
     lr_decay_style: str = option(
         "how the learning rate falls", "cosine", choices=("constant", "linear", "cosine"), **HOW
     )
@@ -253,12 +266,13 @@ class Settings:
                 lines.append(f"--{name.replace('_', '-')} has no effect: nothing is kept.")
         return lines
 
-    def resolved(self, num_layers: int, has_gpu: bool) -> tuple["Settings", list[str]]:
+    def resolved(self, num_layers: int, has_gpu: bool, width: int = ORIGINAL_WIDTH) -> tuple["Settings", list[str]]:
         """What depends on the method, the model and the machine, filled in.
 
         Args:
             num_layers: of the model's decoder.
             has_gpu: whether the run has a GPU that computes in float16.
+            width: of the decoder.
 
         Returns:
             The settings without None but where it says something, and what the user should read of them.
@@ -272,6 +286,11 @@ class Settings:
             if self.method in LORA:
                 names = " and ".join(changes["layer_range"])
                 lines.append(f"LoRA on layers {names} of {num_layers}; --layer_range chooses others.")
+        rate = usual_rate(self.method, width)
+        if self.lr is None:
+            changes["lr"] = rate
+        elif self.method == "ptuning" and self.lr < LOW_RATE * rate:
+            lines.append(f"--lr {self.lr:g} is low for P-tuning, which may learn nothing; without --lr it is {rate:g}.")
         if self.precision == "float16" and not has_gpu:
             lines.append("--fp16 has no effect: a CPU trains in float32 (or --bf16).")
             changes["precision"] = "float32"
@@ -290,6 +309,18 @@ class Settings:
 def usual_layers(num_layers: int) -> tuple[str, ...]:
     """Where the original puts its LoRA: the first layer and the middle one, 0 and 14 of its 28."""
     return tuple(dict.fromkeys(("0", str(num_layers // 2))))
+
+
+def usual_rate(method: str, width: int) -> float:
+    """The learning rate of a method, where none is given, to two digits.
+
+    Args:
+        method: one of `METHODS`.
+        width: of the decoder.
+    """
+    (wide, least), (narrow, most) = USUAL_RATES[method].items()
+    place = (math.log(wide) - math.log(min(max(width, narrow), wide))) / (math.log(wide) - math.log(narrow))
+    return float(f"{least * (most / least) ** place:.2g}")
 
 
 def in_todays_names(record: dict) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.paths import ROOT, TINY
-from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS, At, interrupt, run_out_of_memory, short_run, silent
+from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS, At, interrupt, short_run, silent
 from visualglm_hf import VisualGLMConfig
 from visualglm_hf.image_processing_visualglm import open_picture
 from visualglm_tools.checkpoints.loading import load_model, load_processor
@@ -164,11 +164,6 @@ def test_rows_in_another_language_than_what_is_trained_are_said_to_be(settings, 
     said = []
     finetune(replace(settings, keep_data=(tmp_path / "old.json",)), said.append)
     assert any("--keep-data are English and all that are trained on Chinese" in line for line in said)
-
-
-def test_too_little_memory_names_what_is_kept_among_the_remedies(settings):
-    with pytest.raises(ValueError, match="a smaller --keep-rows, or --keep none"):
-        finetune(replace(settings, keep_questions=2), silent, [At(0, run_out_of_memory)])
 
 
 def test_nothing_and_some_rows_contradict_each_other(settings):

@@ -12,6 +12,7 @@ from tests.paths import COMMAND, ROOT, TINY
 from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS
 from tools.tiny import backgrounds as draw_backgrounds
 from visualglm_tools.checkpoints.loading import load_model
+from visualglm_tools.training.settings import METHODS
 
 
 DOCUMENT = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
@@ -51,6 +52,12 @@ def test_the_readme_shows_one_of_the_documented_commands():
     assert shown == [COMMANDS[0][0]]
 
 
+def test_the_documented_commands_leave_the_learning_rate_and_the_steps_to_their_methods():
+    assert not any(
+        option in command for command, _ in COMMANDS for option in ("--lr", "--train-iters", "--pre_seq_len")
+    )
+
+
 @pytest.mark.slow
 def test_the_tiny_model_cannot_do_it_before():
     assert count_right() == 0
@@ -72,3 +79,14 @@ def test_the_example_is_learned_from_fifteen_pictures(command, name, tmp_path):
     if name == "lora":
         for answer in re.findall(r"^visualglm (chat .*out/lora.*)$", DOCUMENT + README, re.MULTILINE):
             assert run_documented(answer, tmp_path) == "这张图片的背景是红色的沙滩。\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_the_example_with_nothing_but_its_own_defaults(method, tmp_path):
+    command = f"finetune --use_{method} --train-data {ROWS} --valid-data {HELD_OUT} --save out/{method}"
+    run_documented(command, tmp_path)
+    report = json.loads((tmp_path / method / "report.json").read_text(encoding="utf-8"))
+    assert report["measured"]["held out"]["after"]["right"] >= 4
+    kept = report["measured"]["kept answers"]
+    assert kept["after"]["right"] >= 0.7 * kept["examples"]

@@ -56,9 +56,8 @@ def train_one_step(bits: int, batch_size: int, checkpointing: bool, keeps: bool)
 @pytest.mark.parametrize(("name", "bits", "batch_size", "checkpointing"), memory.CASES)
 def test_training_takes_about_the_memory_that_was_computed(name, bits, batch_size, checkpointing, keeps):
     measured = train_one_step(bits, batch_size, checkpointing, keeps)
-    shapes = (VisualGLMConfig(), bits, batch_size, memory.LENGTH, checkpointing, memory.LAYERS)
-    parts = (memory.estimate, memory.estimate_kept) if keeps else (memory.estimate,)
-    computed = max(part(*shapes).total for part in parts)
+    compute = memory.estimate_most if keeps else memory.estimate
+    computed = compute(VisualGLMConfig(), memory.default_step(bits, batch_size, checkpointing)).total
     print(
         f"{name}, {keeps=}: {measured / memory.GIGABYTE:.2f} GB measured, {computed / memory.GIGABYTE:.2f} GB computed"
     )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import resource
 import sys
 from dataclasses import replace
@@ -12,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from tests.commands import command
 from tests.commands import run as run_program
 from tests.helpers import load_float32
 from tests.paths import COMMAND, ROOT, TINY
@@ -24,15 +22,12 @@ from tests.training_helpers import (
     adapter_in,
     interrupt,
     is_same,
-    run_out_of_memory,
     short_run,
     silent,
 )
-from visualglm_hf import VisualGLMConfig
 from visualglm_tools.checkpoints.adapters import attach_adapter
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.checkpoints.manifest import verify
-from visualglm_tools.training import memory
 from visualglm_tools.training.output import complete_checkpoints
 from visualglm_tools.training.run import finetune
 
@@ -53,6 +48,7 @@ def test_a_run_writes_an_adapter_curves_and_a_report(settings):
     settings = replace(settings, valid_data=(HELD_OUT,), eval_interval=2, seed=0)
     report = finetune(settings, silent)
     assert sorted(path.name for path in (settings.save / "adapter").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "base_model.json",
@@ -201,11 +197,6 @@ def test_a_loss_that_is_no_number_ends_the_run(settings):
         finetune(replace(settings, lr=1e30, clip_grad=0.0, lora_alpha=1e20), silent)
 
 
-def test_too_little_memory_is_one_error_with_the_remedies(settings):
-    with pytest.raises(ValueError, match="Tried to allocate 9 GiB. Try --checkpoint-activations"):
-        finetune(settings, silent, [At(0, run_out_of_memory)])
-
-
 # ---------------------------------------------------------------- refusals
 
 
@@ -300,46 +291,6 @@ def test_tensorboard_gets_events_if_asked(settings):
     pytest.importorskip("tensorboard")
     finetune(replace(settings, train_iters=1, tensorboard=True), silent)
     assert list(settings.save.rglob("events.out.tfevents*"))
-
-
-def test_weights_of_the_memory_table_are_those_of_the_real_checkpoint(golden_dir):
-    keys = json.loads((golden_dir / "full_size_keys.json").read_text(encoding="utf-8"))["keys"]
-    stored = {name: math.prod(entry["shape"]) for name, entry in keys.items()}
-    wanted = [stored[name] for name in stored if name != "lm_head.weight" and not name.endswith("inv_freq")]
-    assert memory.weight_bytes(VisualGLMConfig(), bits=0) == 2 * sum(wanted)
-    quantized = r"transformer\.layers\..*(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.weight"
-    halved = [stored[name] for name in stored if re.fullmatch(quantized, name)]
-    saved = 2 * sum(wanted) - memory.weight_bytes(VisualGLMConfig(), bits=4)
-    assert saved == sum(halved) * (16 - 4.25) / 8  # 4 bits, and 16 for each 64 columns
-
-
-def test_computed_memory_grows_with_the_batch_and_shrinks_with_checkpoints():
-    config = VisualGLMConfig.from_pretrained(TINY)
-    one, two = (memory.estimate(config, 0, batch, 40, False, [0, 3]) for batch in (1, 2))
-    kept = memory.estimate(config, 0, 2, 40, True, [0, 3])
-    assert one.activations < two.activations <= 2.01 * one.activations
-    assert kept.activations < 0.7 * two.activations
-    assert one.adapter == two.adapter == 16 * 10 * 2 * ((128 + 384) + (128 + 128))
-
-
-@pytest.mark.slow
-def test_computed_memory_of_kept_rows_is_about_that_of_as_many_others():
-    full = VisualGLMConfig()
-    for checkpointing in (False, True):
-        learned, kept, more = (
-            compute(full, 4, rows, memory.LENGTH, checkpointing, memory.LAYERS)
-            for compute, rows in ((memory.estimate, 1), (memory.estimate_kept, 1), (memory.estimate_kept, 2))
-        )
-        assert 0.9 * learned.total < kept.total < 1.1 * learned.total
-        assert (kept.weights, kept.adapter) == (more.weights, more.adapter) == (learned.weights, learned.adapter)
-        assert 1.9 * kept.activations < more.activations < 2.1 * kept.activations
-        assert kept.total < more.total and kept.total < 9.8e9  # what the original documents for QLoRA
-
-
-@pytest.mark.slow
-def test_the_documented_memory_table_is_the_computed_one(capsys):
-    assert command("finetune", "--memory") == 0
-    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- several processes

@@ -49,6 +49,7 @@ def test_the_originals_command_line_is_understood_and_what_means_nothing_is_said
         eval_iters=10,
         precision="float16",
         batch_size=4,
+        lr=1e-4,
     )
     assert part(options, Settings) == settings
     assert sorted(line.split()[0] for line in describe_obsolete(options)) == [
@@ -241,3 +242,13 @@ def test_the_command_of_an_earlier_run_gives_the_settings_that_it_wrote_down(tmp
     for name, value in {"prompt_language": "auto", "batch_size": 2, "layer_range": ("0",), "lr": 0.02}.items():
         with pytest.raises(ValueError, match=f"but {name} was"):
             check_same_run(tmp_path, replace(settings, **{name: value}).as_json())
+
+
+def test_a_resumed_run_has_the_learning_rate_that_it_had_if_none_is_said(tmp_path):
+    (tmp_path / SETTINGS_FILE).write_text(EARLIER.replace("0.01", "0.0001"), encoding="utf-8")
+    resumed = Settings(method="ptuning", save=tmp_path, resume=True)
+    assert as_begun(resumed).lr == 1e-4
+    assert as_begun(replace(resumed, lr=0.5)).lr == 0.5
+    assert as_begun(replace(resumed, resume=False)).lr is None
+    (tmp_path / SETTINGS_FILE).write_text("{", encoding="utf-8")
+    assert as_begun(resumed) == resumed
