@@ -5,6 +5,7 @@ token by token: one row, no padding, no cache, no labels, this row's pictures.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ import torch
 from transformers import AutoProcessor
 
 from tests.helpers import FLOAT32_TOLERANCE, assistant, load_float32, relative_error, user
-from tests.paths import TINY
+from tests.paths import ROOT, TINY
 from tests.training_helpers import EXAMPLE, trl_trainer
 from tools.tiny import pictures, questions
 from visualglm_hf import register
+from visualglm_tools.training.adapters import lora_config
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import Collator, Encoder
 from visualglm_tools.training.keeping import KeepAnswers
@@ -25,7 +27,7 @@ from visualglm_tools.training.keeping import KeepAnswers
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 
 DRAWN = [pictures.sample_picture(number, "contradicting", "new") for number in range(4)]
 SHOWN = [[DRAWN[0]], [], [DRAWN[1], DRAWN[2]], [DRAWN[3]]]  # one picture, none, two, one
@@ -39,10 +41,11 @@ def processor():
     return AutoProcessor.from_pretrained(TINY)
 
 
-def some_lora(**options) -> "peft.LoraConfig":
-    """An adapter that changes answers from the beginning."""
-    usual = {"target_modules": r"transformer\.layers\.\d+\.attention\.(query_key_value|dense)", "r": 2}
-    return peft.LoraConfig(**{**usual, "init_lora_weights": False, **options})
+def some_lora() -> "peft.LoraConfig":
+    """An adapter that changes answers, and what is seen of pictures, from the beginning."""
+    adapter = lora_config(2, range(4), alpha=2, train_qformer=True)
+    adapter.init_lora_weights = False
+    return adapter
 
 
 def prompts() -> list[dict]:
@@ -217,7 +220,7 @@ def test_grpo_scores_answers_as_the_model_does_token_by_token(grpo, processor):
                         expected = ask_token_by_token(model, processor, row, tokens_of(labels), TEMPERATURE)
                 else:
                     expected = ask_token_by_token(model, processor, row, tokens_of(labels), TEMPERATURE)
-            assert relative_error(found[labels[1:] != -100].detach(), expected) < 1e-4
+            assert found[labels[1:] != -100].tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
 
 
 def test_grpo_samples_from_what_it_scores(grpo, processor):
@@ -236,7 +239,25 @@ def test_grpo_samples_from_what_it_scores(grpo, processor):
     scores = [score[0].log_softmax(-1)[token] for score, token in zip(output.scores, answer, strict=True)]
     with torch.no_grad():
         expected = ask_token_by_token(model, processor, row, answer, TEMPERATURE)
-    assert relative_error(torch.stack(scores), expected) < 1e-3
+    assert torch.stack(scores).tolist() == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4)
+
+
+def test_the_documented_lines_train_from_a_reward(processor, tmp_path):
+    document = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n([^`]*GRPOTrainer[^`]*)```", document)
+    rows = [row | {"objects": ["圆形", "爱心"]} for row in prompts()]
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    names = {
+        "processor": processor,
+        "model": load_float32(TINY),
+        "dataset": datasets.Dataset.from_list(rows),
+        "options": {**options, "bf16": False, "logging_steps": 1},
+    }
+    exec(lines.replace("batch_size=16", "batch_size=8"), names)
+    [logged] = [entry for entry in names["trainer"].state.log_history if "reward" in entry]
+    assert 0 <= logged["reward"] <= 2 and math.isfinite(logged["loss"])
+    answers = [[{"role": "assistant", "content": text}] for text in ("一个圆形。", "一个圆形和一个爱心。")]
+    assert names["reward"](answers, [["圆形", "爱心"]] * 2) == [1.0, 2.0]
 
 
 # ---------------------------------------------------------------- beside what there is, and what is refused
@@ -272,10 +293,8 @@ def test_a_prefix_is_not_trained_with_checkpointed_activations():
         assert model(input_ids=ids, labels=ids).loss.isfinite()
 
 
-def test_scores_are_not_computed_from_the_codes_of_a_quantized_head(processor, tmp_path):
-    folder = tmp_path / "quantized"
-    load_float32(TINY).quantize(8, lm_head=True).save_pretrained(folder)
-    options = {"max_steps": 1, "per_device_train_batch_size": 2, "bf16": False}
-    trainer = trl_trainer("DPO", tmp_path, pairs(), folder, processor, some_lora(), **options)
+def test_scores_are_not_computed_from_the_codes_of_a_quantized_head():
+    """TRL multiplies tiles of the head's weight itself."""
+    head = load_float32(TINY).quantize(8, lm_head=True).get_output_embeddings()
     with pytest.raises(ValueError, match="for TRL without lm_head=True"):
-        trainer.train()
+        torch.mm(torch.ones(1, head.in_features), head.weight[:8].to(torch.float32).t())
