@@ -106,8 +106,8 @@ def check_fillable(cache: Cache | None, layers: Iterable[nn.Module]) -> None:
     if any(layer.training and layer.gradient_checkpointing for layer in layers):
         raise ValueError(
             "Activation checkpointing computes the layers twice, and a cache cannot be filled twice; prefix tuning "
-            "(P-tuning) has its prefix in one. Train without it: gradient_checkpointing=False, which TRL's trainers "
-            "have on by default, or another adapter, such as LoRA."
+            "(P-tuning) has its prefix in one. TRL's trainers checkpoint by default: say gradient_checkpointing=False, "
+            "or train another adapter, such as LoRA."
         )
 
 

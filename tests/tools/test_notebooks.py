@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 EXAMPLES = ROOT / "examples"
 # How little of what each does is done by default.
 LESS = {
-    "finetune.ipynb": {"STEPS": 1, "QUESTIONS": 3},
+    "finetune.ipynb": {"STEPS": 1, "QUESTIONS": 1, "METHOD": ["--use_lora", "--answers", "3"]},
     "preference.ipynb": {"STEPS": 1, "PICTURES": 3, "ANSWERS": 2, "HELD_OUT": 5},
 }
 # How far the figures of another run may be from those that are stored: answers are sampled in one of them.

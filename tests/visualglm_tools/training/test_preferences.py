@@ -19,6 +19,7 @@ from tests.paths import ROOT, TINY
 from tests.training_helpers import EXAMPLE, trl_trainer
 from tools.tiny import pictures, questions
 from visualglm_hf import register
+from visualglm_hf.conversation import clean_response
 from visualglm_tools.training.adapters import lora_config
 from visualglm_tools.training.dataset import read_dataset
 from visualglm_tools.training.encoding import Collator, Encoder
@@ -202,9 +203,9 @@ def test_grpo_tells_the_reward_whose_answers_and_pictures_they_are(grpo, process
     for number, prompt, images in zip(told.truth, told.prompts, told.images, strict=True):
         assert prompt[-1]["content"][-1]["text"] == ASKED[number]
         assert [each.tobytes() for each in images] == [each.tobytes() for each in rows[number]["images"]]
-    assert [completion[0]["content"] for completion in told.completions] == processor.batch_decode(
-        told.ids, skip_special_tokens=True
-    )
+    texts = [completion[0]["content"] for completion in told.completions]
+    assert texts == processor.batch_decode(told.ids, skip_special_tokens=True)
+    assert processor.post_process_image_text_to_text(told.ids) == [clean_response(text) for text in texts]
 
 
 def test_grpo_scores_answers_as_the_model_does_token_by_token(grpo, processor):
