@@ -27,7 +27,7 @@ from visualglm_tools.training.keeping import KeepAnswers
 
 
 peft = pytest.importorskip("peft")
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", minversion="1.16")  # whose trainers ask for scores by one keyword
 datasets = pytest.importorskip("datasets")
 
 DRAWN = [pictures.sample_picture(number, "contradicting", "new") for number in range(4)]
