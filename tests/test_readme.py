@@ -1,13 +1,13 @@
-"""The README's snippets and commands, and the notebook, as a new user runs them."""
+"""The README's snippets and commands, and the first notebook, as a new user runs them."""
 
 import re
 import shlex
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from tests.commands import python, run
+from tests.notebook_helpers import code_of, shown_by, trains
 from tests.paths import COMMAND, ROOT
 from tools.notebooks import NOTEBOOKS, execute
 
@@ -68,20 +68,15 @@ def test_the_front_page_leads_to_every_page():
     assert {name for name in pages if f"]({name})" not in front} == set()
 
 
-def shown_by(cell: nbformat.NotebookNode) -> tuple[str, int]:
-    """What a cell shows: its text, however it came in pieces, and how many pictures."""
-    text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
-    pictures = sum(name.startswith("image/") for output in cell.outputs for name in output.get("data", {}))
-    return text, pictures
+# Those that train are run by tests/tools/test_notebooks.py.
+QUICK = [path for path in NOTEBOOKS if not trains(path)]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", QUICK, ids=lambda path: path.name)
 def test_a_notebook_shows_what_is_stored_in_it(path):
     """After a change that is meant to change it: python -m tools.notebooks."""
-    stored, executed = nbformat.read(path, as_version=4), execute(path)
+    cells, again = code_of(path), [cell for cell in execute(path).cells if cell.cell_type == "code"]
     assert path.stat().st_size < 300 * 1024
-    cells = [cell for cell in stored.cells if cell.cell_type == "code"]
-    again = [cell for cell in executed.cells if cell.cell_type == "code"]
     for cell, other in zip(cells, again, strict=True):
         assert shown_by(cell) == shown_by(other), cell.source
     shown = [shown_by(cell) for cell in cells]

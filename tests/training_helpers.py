@@ -92,6 +92,7 @@ def trl_trainer(
     processor,
     adapter,
     kind: type | None = None,
+    reward: Callable | None = None,
     **options,
 ) -> Trainer:
     """TRL's trainer of a method ("SFT", "DPO", …), or a `kind` of it, for a checkpoint in float32 on the CPU."""
@@ -101,11 +102,13 @@ def trl_trainer(
 
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     register()
-    usual = {"max_length": None, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    usual = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    usual |= {"max_length": None} if reward is None else {}
     return (kind or getattr(trl, f"{method}Trainer"))(
         model=AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32),
         args=getattr(trl, f"{method}Config")(output_dir=str(folder), logging_steps=1, **{**usual, **options}),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=processor,
         peft_config=adapter,
+        **({} if reward is None else {"reward_funcs": reward}),
     )

@@ -4,14 +4,17 @@
 transformers' own makes every tensor anew for every token. On a CPU that touches fresh memory of the whole cache's size:
 of a step in 4 bits, a fifteenth with 64 tokens before it and a quarter with 2,000 (2 threads, 28 layers).
 
-And a static cache that is made longer when it is full.
+And a static cache that is made longer when it is full, and what no cache can be used for.
 
 Shapes: B batch, H heads, T tokens, D head dimension.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.configuration_utils import PretrainedConfig
 
 
@@ -93,6 +96,18 @@ class GrowingCache(DynamicCache):
             layer.is_initialized and states.shape == shape and states.numel() > 0 and states.dtype == dtype
             for layer in self.layers
             for states in (layer.keys, layer.values)
+        )
+
+
+def check_fillable(cache: Cache | None, layers: Iterable[nn.Module]) -> None:
+    """Raise a `ValueError` for a cache that layers would fill twice, once more for gradients."""
+    if cache is None or not torch.is_grad_enabled():
+        return
+    if any(layer.training and layer.gradient_checkpointing for layer in layers):
+        raise ValueError(
+            "Activation checkpointing computes the layers twice, and a cache cannot be filled twice; prefix tuning "
+            "(P-tuning) has its prefix in one. TRL's trainers checkpoint by default: say gradient_checkpointing=False, "
+            "or train another adapter, such as LoRA."
         )
 
 

@@ -57,7 +57,7 @@ from .glm_positions import (
     shift_left,
 )
 from .glm_prompts import PromptMixin, two_rows
-from .growing_cache import make_cache
+from .growing_cache import check_fillable, make_cache
 from .kernel_report import KernelReport, report_kernels
 from .looking import LookMixin
 from .model_weights import WeightsMixin
@@ -260,6 +260,7 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         """
         if use_cache and cache is None and not self.training:
             cache = make_cache(self.config, inputs_embeds.device)
+        check_fillable(cache, self.layers)
         if attention_mask is None or attention_mask.dim() == 2:
             past_length = cache.get_seq_length() if cache is not None else 0
             key_length = past_length + inputs_embeds.shape[1]

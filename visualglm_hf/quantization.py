@@ -54,8 +54,9 @@ OVERLAYS |= {"IA3", "BEFT", "BOFT", "OFT", "ROAD", "FOURIERFT", "WAVEFT", "C3A"}
 OVERLAYS_OF_THE_SHAPE = {"LOHA", "LOKR"}
 CODES_ARE_NO_NUMBERS = (
     "The codes of quantized weights are no numbers to calculate with: an adapter that reads or changes weights, or is "
-    "merged into them, and a layer that is trained itself need them in full. Load the model without quantization, "
-    "train or merge there, and quantize the result; or keep an adapter such as LoRA beside the quantized model."
+    "merged into them, a layer that is trained itself, and a trainer that multiplies by lm_head itself, as TRL's do, "
+    "need them in full. Load the model without quantization, or for TRL without lm_head=True, train or merge there, "
+    "and quantize the result; or keep an adapter such as LoRA beside the quantized model."
 )
 
 
