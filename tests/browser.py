@@ -70,7 +70,11 @@ class Tab:
         self.browser.switch_to.window(self.handle)
 
     def close(self) -> None:
+        """Leave the page, with nothing left in the browser for the next test, and close the tab."""
         self.focus()
+        origin = self.browser.execute_script("return window.origin")
+        self.browser.get("about:blank")
+        self.browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "local_storage"})
         self.browser.close()
         self.browser.switch_to.window(self.browser.window_handles[0])
 
