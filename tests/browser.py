@@ -96,12 +96,15 @@ class Tab:
     def click_first(self, selector: str, which=lambda element: True) -> None:
         patiently(lambda: next(filter(which, self.find(selector))).click())
 
-    def copy(self, path: Path) -> None:
-        """Put a PNG into the clipboard, as another program does."""
+    def allow_clipboard(self) -> None:
         origin = self.browser.execute_script("return window.origin")
         permissions = {"origin": origin, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
         self.browser.execute_cdp_cmd("Browser.grantPermissions", permissions)
         self.browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
+
+    def copy(self, path: Path) -> None:
+        """Put a PNG into the clipboard, as another program does."""
+        self.allow_clipboard()
         script = """
             const [data, done] = arguments;
             fetch("data:image/png;base64," + data).then(response => response.blob())
@@ -148,6 +151,13 @@ class Tab:
         found = self.messages
         assert len(found) == len(messages), found
         assert all(text in each for text, each in zip(messages, found, strict=True)), found
+
+
+def change_of_picture(config: dict) -> int:
+    """The number of the event that a new picture makes, in what gradio tells a browser of a page."""
+    [picture] = [each["id"] for each in config["components"] if each["props"].get("elem_id") == "picture"]
+    [number] = [each["id"] for each in config["dependencies"] if [picture, "change"] in each["targets"]]
+    return number
 
 
 @contextlib.contextmanager

@@ -30,10 +30,11 @@ pytest.importorskip("selenium", reason="the web demo is tested through selenium"
 
 import gradio
 
-from tests.browser import patiently
+from tests.browser import change_of_picture, patiently
 from visualglm_tools.serving.engine.prompts import OpenedPicture
 from visualglm_tools.serving.page import gate as web_gate
 from visualglm_tools.serving.page import page as web
+from visualglm_tools.serving.page.layout import add_picture
 from visualglm_tools.serving.page.uploads import LOCK, PREFIX, Uploads, own_uploads
 
 
@@ -79,12 +80,9 @@ def uploaded_files() -> set[Path]:
 def change_picture(url: str, picture) -> dict:
     """What becomes of the event that a new picture makes, sent by a program."""
     config = json.loads(send(url, "/config")[1])
-    [number] = [
-        each["id"] for each in config["dependencies"] if each["targets"][0][1] == "change" and each["backend_fn"]
-    ]
     body = {
         "data": [None, picture, "描述这张图片。", *CONTROLS],
-        "fn_index": number,
+        "fn_index": change_of_picture(config),
         "session_hash": os.urandom(8).hex(),
     }
     status, _ = send(url, "/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -421,7 +419,7 @@ def test_no_hand_made_picture_opens_a_file(page_url, picture):
 def test_gradio_is_given_uploads_alone_to_delete_in_the_end():
     uploads = own_uploads()
     with gradio.Blocks():
-        picture = web.add_picture(uploads)
+        picture = add_picture(uploads)
     for path in (uploads.folder, uploads.folder / "none.png", uploads.folder / LOCK, CIRCLES):
         with pytest.raises(gradio.Error, match="is not here"):
             asyncio.run(picture.async_move_resource_to_block_cache(str(path)))
