@@ -1,6 +1,6 @@
 """A real browser with the page in it, as tests drive it.
 
-`python -m tests.browser docs/web_demo.png` renews the screenshot.
+`python -m tests.browser docs` renews the screenshots, `web_light.png` and `web_dark.png`.
 """
 
 import base64
@@ -190,19 +190,35 @@ def start_browser(*more_options: str) -> Iterator[webdriver.Chrome]:
             driver.quit()
 
 
-def take_screenshot(path: str) -> None:
-    """A conversation about an example, as a Chinese user sees it; fonts for Chinese must be installed."""
+# What is asked about `CIRCLES` for a screenshot, and what must be in the answer: theme -> language and turns.
+SHOWN = {
+    "light": (
+        "zh-CN",
+        [("描述这张图片。", "红色的圆形"), ("这张图片的背景里有什么内容？", "草地"), ("What colour are the shapes?", "Red.")],
+    ),
+    "dark": (
+        "en",
+        [("Describe the image.", "red circles"), ("What colour are the shapes?", "Red."), ("图片的背景是什么？", "草地")],
+    ),
+}
+
+
+def take_screenshots(folder: Path) -> None:
+    """Conversations about an example, whose answers are checked; fonts for Chinese must be installed."""
     with open_door(script="web_demo_hf.py") as (url, _, _), start_browser("hide-scrollbars") as browser:
-        tab = Tab(browser, url, "zh-CN")
-        tab.click_example(CIRCLES)
-        tab.wait_for("描述", "红色")
-        tab.ask("这张图片的背景里有什么内容？")
-        tab.wait_for("描述", "红色", "背景", "草地")
-        tab.ask("What colour are the shapes?")
-        tab.wait_for("描述", "红色", "背景", "草地", "colour", "Red.")
-        browser.save_screenshot(path)
-        Image.open(path).quantize(128).save(path, optimize=True)
+        for theme, (language, turns) in SHOWN.items():
+            tab = Tab(browser, f"{url}/?__theme={theme}", language)
+            tab.click_example(CIRCLES)
+            for number in range(len(turns)):
+                if number:
+                    tab.ask(turns[number][0])
+                tab.wait_for(*(text for turn in turns[: number + 1] for text in turn))
+            wait_until(lambda tab=tab: tab.question == "")
+            path = folder / f"web_{theme}.png"
+            browser.save_screenshot(str(path))
+            Image.open(path).quantize(128).save(path, optimize=True)
+            tab.close()
 
 
 if __name__ == "__main__":
-    take_screenshot(sys.argv[1])
+    take_screenshots(Path(sys.argv[1]))
