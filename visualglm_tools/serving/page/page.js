@@ -72,7 +72,7 @@ const visualglm = (() => {
         const writeText = clipboard?.writeText.bind(clipboard);
         if (clipboard) clipboard.writeText = (text) => writeText(plain(text)).then(() => speak(words.copied));
         document.addEventListener("copy", (event) => { // where there is no clipboard: a page without https
-            if (event.target.parentElement !== document.body) return; // not gradio's box for it
+            if (!event.target.matches?.("body > textarea")) return; // not gradio's box for it
             event.clipboardData.setData("text/plain", plain(event.target.value));
             event.preventDefault();
             speak(words.copied);
@@ -117,12 +117,11 @@ const visualglm = (() => {
             new MutationObserver(update).observe(document.querySelector("#page"), changes);
             copyPlain();
             update();
-            answers = document.querySelectorAll("#chat [data-testid=bot]").length;
         },
         // What was typed before the page was loaded again, in front of what has been typed since.
         recall: (typed) => typed === draft ? typed : joined(draft, typed),
         settings: (first, ...controls) =>
-            [tab.first ?? QUESTIONS[isChinese ? 0 : 1], ...(tab.controls ?? controls)],
+            [tab.first ?? QUESTIONS[isChinese ? 0 : 1], ...controls.map((value, place) => tab.controls?.[place] ?? value)],
         keepSettings: (first, ...controls) => keep({controls}),
         keepFirst: (first) => keep({first}),
         keepToken: (token) => keep({token}),
