@@ -19,7 +19,7 @@ from selenium.common import exceptions
 
 from tests.commands import SECONDS
 from tests.paths import CIRCLES, PICTURES
-from tests.serving_helpers import open_door, wait_until
+from tests.serving_helpers import CAPTION, open_door, wait_until
 
 
 INTERRUPTIONS = (
@@ -194,11 +194,11 @@ def start_browser(*more_options: str) -> Iterator[webdriver.Chrome]:
 SHOWN = {
     "light": (
         "zh-CN",
-        [("描述这张图片。", "红色的圆形"), ("这张图片的背景里有什么内容？", "草地"), ("What colour are the shapes?", "Red.")],
+        [("描述这张图片。", CAPTION), ("图片的背景是什么？", "草地"), ("What colour are the shapes?", "Red.")],
     ),
     "dark": (
         "en",
-        [("Describe the image.", "red circles"), ("What colour are the shapes?", "Red."), ("图片的背景是什么？", "草地")],
+        [("Describe the image.", "two red circles"), ("What colour are they?", "Red."), ("图片的背景是什么？", "草地")],
     ),
 }
 

@@ -183,8 +183,8 @@ TOOL_ROOMS = {
         "checkpoints.picture_size checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.objects "
         "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
         "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
-        "serving.options serving.page.accounts serving.page.page serving.page.uploads serving.runs shipped training.memory "
-        "training.run training.settings",
+        "serving.options serving.page.accounts serving.page.page serving.page.uploads serving.runs shipped "
+        "training.memory training.run training.settings",
         model="compilation conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),

@@ -120,8 +120,10 @@ const visualglm = (() => {
         },
         // What was typed before the page was loaded again, in front of what has been typed since.
         recall: (typed) => typed === draft ? typed : joined(draft, typed),
-        settings: (first, ...controls) =>
-            [tab.first ?? QUESTIONS[isChinese ? 0 : 1], ...controls.map((value, place) => tab.controls?.[place] ?? value)],
+        settings(first, ...controls) {
+            const kept = tab.controls ?? [];
+            return [tab.first ?? QUESTIONS[isChinese ? 0 : 1], ...controls.map((value, place) => kept[place] ?? value)];
+        },
         keepSettings: (first, ...controls) => keep({controls}),
         keepFirst: (first) => keep({first}),
         keepToken: (token) => keep({token}),
