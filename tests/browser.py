@@ -198,7 +198,11 @@ SHOWN = {
     ),
     "dark": (
         "en",
-        [("Describe the image.", "two red circles"), ("What colour are they?", "Red."), ("图片的背景是什么？", "草地")],
+        [
+            ("Describe the image.", "red circles"),
+            ("What colour are the shapes?", "Red."),
+            ("图片的背景是什么？", "草地"),
+        ],
     ),
 }
 
