@@ -1,6 +1,6 @@
 """A real browser with the page in it, as tests drive it.
 
-`python -m tests.browser docs/web_demo.png` renews the screenshot.
+`python -m tests.browser docs` renews the screenshots, `web_light.png` and `web_dark.png`.
 """
 
 import base64
@@ -19,7 +19,7 @@ from selenium.common import exceptions
 
 from tests.commands import SECONDS
 from tests.paths import CIRCLES, PICTURES
-from tests.serving_helpers import open_door, wait_until
+from tests.serving_helpers import CAPTION, open_door, wait_until
 
 
 INTERRUPTIONS = (
@@ -70,7 +70,11 @@ class Tab:
         self.browser.switch_to.window(self.handle)
 
     def close(self) -> None:
+        """Leave the page, with nothing left in the browser for the next test, and close the tab."""
         self.focus()
+        origin = self.browser.execute_script("return window.origin")
+        self.browser.get("about:blank")
+        self.browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "local_storage"})
         self.browser.close()
         self.browser.switch_to.window(self.browser.window_handles[0])
 
@@ -92,12 +96,15 @@ class Tab:
     def click_first(self, selector: str, which=lambda element: True) -> None:
         patiently(lambda: next(filter(which, self.find(selector))).click())
 
-    def copy(self, path: Path) -> None:
-        """Put a PNG into the clipboard, as another program does."""
+    def allow_clipboard(self) -> None:
         origin = self.browser.execute_script("return window.origin")
         permissions = {"origin": origin, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
         self.browser.execute_cdp_cmd("Browser.grantPermissions", permissions)
         self.browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
+
+    def copy(self, path: Path) -> None:
+        """Put a PNG into the clipboard, as another program does."""
+        self.allow_clipboard()
         script = """
             const [data, done] = arguments;
             fetch("data:image/png;base64," + data).then(response => response.blob())
@@ -146,6 +153,13 @@ class Tab:
         assert all(text in each for text, each in zip(messages, found, strict=True)), found
 
 
+def change_of_picture(config: dict) -> int:
+    """The number of the event that a new picture makes, in what gradio tells a browser of a page."""
+    [picture] = [each["id"] for each in config["components"] if each["props"].get("elem_id") == "picture"]
+    [number] = [each["id"] for each in config["dependencies"] if [picture, "change"] in each["targets"]]
+    return number
+
+
 @contextlib.contextmanager
 def start_browser(*more_options: str) -> Iterator[webdriver.Chrome]:
     """Chromium with an empty profile, a webcam and no window."""
@@ -176,19 +190,39 @@ def start_browser(*more_options: str) -> Iterator[webdriver.Chrome]:
             driver.quit()
 
 
-def take_screenshot(path: str) -> None:
-    """A conversation about an example, as a Chinese user sees it; fonts for Chinese must be installed."""
+# What is asked about `CIRCLES` for a screenshot, and what must be in the answer: theme -> language and turns.
+SHOWN = {
+    "light": (
+        "zh-CN",
+        [("描述这张图片。", CAPTION), ("图片的背景是什么？", "草地"), ("What colour are the shapes?", "Red.")],
+    ),
+    "dark": (
+        "en",
+        [
+            ("Describe the image.", "red circles"),
+            ("What colour are the shapes?", "Red."),
+            ("图片的背景是什么？", "草地"),
+        ],
+    ),
+}
+
+
+def take_screenshots(folder: Path) -> None:
+    """Conversations about an example, whose answers are checked; fonts for Chinese must be installed."""
     with open_door(script="web_demo_hf.py") as (url, _, _), start_browser("hide-scrollbars") as browser:
-        tab = Tab(browser, url, "zh-CN")
-        tab.click_example(CIRCLES)
-        tab.wait_for("描述", "红色")
-        tab.ask("这张图片的背景里有什么内容？")
-        tab.wait_for("描述", "红色", "背景", "草地")
-        tab.ask("What colour are the shapes?")
-        tab.wait_for("描述", "红色", "背景", "草地", "colour", "Red.")
-        browser.save_screenshot(path)
-        Image.open(path).quantize(128).save(path, optimize=True)
+        for theme, (language, turns) in SHOWN.items():
+            tab = Tab(browser, f"{url}/?__theme={theme}", language)
+            tab.click_example(CIRCLES)
+            for number in range(len(turns)):
+                if number:
+                    tab.ask(turns[number][0])
+                tab.wait_for(*(text for turn in turns[: number + 1] for text in turn))
+            wait_until(lambda tab=tab: tab.question == "")
+            path = folder / f"web_{theme}.png"
+            browser.save_screenshot(str(path))
+            Image.open(path).quantize(128).save(path, optimize=True)
+            tab.close()
 
 
 if __name__ == "__main__":
-    take_screenshot(sys.argv[1])
+    take_screenshots(Path(sys.argv[1]))

@@ -184,8 +184,8 @@ TOOL_ROOMS = {
         "evaluation.chart evaluation.objects "
         "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
         "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
-        "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
-        "training.rehearsal training.run training.settings versions",
+        "serving.options serving.page.accounts serving.page.page serving.page.uploads serving.runs shipped "
+        "training.memory training.rehearsal training.run training.settings versions",
         model="conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),

@@ -111,6 +111,7 @@ def test_the_wheel_has_both_packages_the_tiny_model_and_the_pictures_and_nothing
     names = {name for name in names_in(wheel) if ".dist-info/" not in name}
     code = {path for folder in ("visualglm_hf", "visualglm_tools") for path in (ROOT / folder).rglob("*.py")}
     data = {ROOT / "visualglm_tools" / "checkpoints" / "real_tokenizer_vectors.json"}
+    data |= {ROOT / "visualglm_tools" / "serving" / "page" / name for name in ("page.js", "style.css")}
     expected = {path.relative_to(ROOT).as_posix() for path in code | data}
     shipped = [*PICTURES, *(path for path in TINY.iterdir() if path.suffix)]
     expected |= {f"visualglm_tools/shipped/{path.relative_to(ROOT).as_posix()}" for path in shipped}

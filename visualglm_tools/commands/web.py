@@ -9,10 +9,12 @@ import importlib
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from visualglm_tools.options import option
 from visualglm_tools.serving.listening import find_port
 from visualglm_tools.serving.options import AddressOptions, LimitOptions, NameOptions, SpeedOptions
+from visualglm_tools.serving.page.accounts import VARIABLE, read_accounts
 from visualglm_tools.shipped import EXAMPLES
 
 
@@ -25,11 +27,22 @@ EXTRA = "web"
 @dataclass(frozen=True, kw_only=True)
 class Options(LimitOptions, NameOptions, AddressOptions, SpeedOptions):
     share: bool = option("a public link through a tunnel of gradio's makers", False, group="server")
+    auth: tuple[str, ...] = option(
+        f"who may log in; may be given several times; better set {VARIABLE}, which other users do not see",
+        (),
+        metavar="USER:PASSWORD",
+        is_repeated=True,
+        group="server",
+    )
+    auth_file: Path | None = option(
+        "who may log in, a USER:PASSWORD in each line", None, metavar="FILE", group="server"
+    )
 
 
 def run(options: Options) -> None:
     """Serve until the process is asked to end."""
     options.check()
+    accounts = read_accounts(options.auth, options.auth_file)
     port = find_port(options.host, options.port)
     from visualglm_tools.serving.page.uploads import own_uploads
 
@@ -47,6 +60,7 @@ def run(options: Options) -> None:
     with Engine.load(options.model, limits, options.compiling(), **options.loading()) as engine:
         engine.start_decoders()
         page = create_page(engine, EXAMPLES)
-        launch(page, options.host, port, limits.max_picture_bytes, share=options.share, hosts=options.allowed_hosts)
+        hosts = options.allowed_hosts
+        launch(page, options.host, port, limits.max_picture_bytes, options.share, hosts, accounts)
         print(f"VisualGLM-6B is at {page.local_url}", file=sys.stderr)
         page.block_thread()  # until Ctrl-C

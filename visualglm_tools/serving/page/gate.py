@@ -29,6 +29,7 @@ UPLOAD, FILE = f"{API}upload", f"{API}file="
 EVENTS = ("startup-events", "info", "app_id", "theme.css", "queue/join", "queue/data", "cancel", "reset")
 PATHS = ("/", "/config", "/theme.css", "/manifest.json", "/favicon.ico", "/robots.txt", UPLOAD, f"{UPLOAD}_progress")
 PATHS += tuple(API + name for name in EVENTS)
+LOGIN_PATHS = ("/login", "/logout")
 FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}heartbeat/", f"{API}run/")
 
 MAX_EVENT_BYTES = 2**19  # a conversation is less: the model reads 2,048 tokens
@@ -69,10 +70,12 @@ class Gate:
         app: gradio's application.
         uploads: where it puts what is uploaded.
         max_picture_bytes: of one upload.
+        has_login: whether there are users with passwords.
     """
 
-    def __init__(self, app: Callable, uploads: Uploads, max_picture_bytes: int):
+    def __init__(self, app: Callable, uploads: Uploads, max_picture_bytes: int, has_login: bool = False):
         self.app, self.uploads, self.max_picture_bytes = app, uploads, max_picture_bytes
+        self.paths = PATHS + LOGIN_PATHS if has_login else PATHS
         self.arriving: dict[anyio.CancelScope, None] = {}  # the uploads on their way, the first one first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +105,7 @@ class Gate:
     def is_asked_by_the_page(self, path: str) -> bool:
         if path.startswith(FILE):
             return Path(os.path.normpath(path.removeprefix(FILE))).is_relative_to(self.uploads.folder)
-        return path in PATHS or path.startswith(FOLDERS)
+        return path in self.paths or path.startswith(FOLDERS)
 
     async def take_upload(self, scope: Scope, body: "Body", send: Send) -> None:
         """Take one picture. Beyond `MAX_ARRIVING`, the one that is longest on its way has to go: it may never come."""

@@ -1,17 +1,20 @@
 """The page of the web demo: a picture on the left, the talk about it on the right.
 
 Each tab has a `Session` of its own on the server. What the browser may send is an uploaded picture, texts and numbers;
-of the conversation it only sees a copy. Not here: what runs in the browser (`client.py`), what it may ask the
-server for (`gate.py`), and where uploads lie (`uploads.py`).
+of the conversation it only sees a copy. Not here: what the page is built of (`layout.py`), what runs in the browser
+(`client.py`), what it may ask the server for (`gate.py`), and where uploads lie (`uploads.py`).
 """
 
 import asyncio
+import base64
 import contextlib
 import html
 import os
-from collections.abc import AsyncIterator, Sequence
+import secrets
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -23,20 +26,17 @@ from visualglm_tools.layer_bar import PATIENCE
 from visualglm_tools.serving.engine.answers import Answer, EngineError, QueueFull
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.picture_pool import DecoderNotStarted, PoolClosed
-from visualglm_tools.serving.engine.prompts import QUESTIONS, OpenedPicture, Prompt, conversation_messages
+from visualglm_tools.serving.engine.prompts import OpenedPicture, Prompt, conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http.guards import ANY, RefuseOtherPages
-from visualglm_tools.serving.page.client import (
-    CHOOSE_FIRST_QUESTION,
-    GIVE_BACK,
-    NAME_PICTURES,
-    SEND,
-    STYLE,
-    TEXTS,
-    UNSEND,
-)
+from visualglm_tools.serving.page import client
+from visualglm_tools.serving.page.accounts import login_of
+from visualglm_tools.serving.page.export import pack
 from visualglm_tools.serving.page.gate import Gate
-from visualglm_tools.serving.page.uploads import Upload, Uploads, own_uploads
+from visualglm_tools.serving.page.head import AddToHead
+from visualglm_tools.serving.page.layout import AT_ONCE, Parts, Switches, add_parts
+from visualglm_tools.serving.page.uploads import Upload, own_uploads
+from visualglm_tools.serving.page.words import TEXTS, words_of
 
 
 OPENED_AT_A_TIME, MAX_OPENING, OPENING_SECONDS = 4, 20, 10  # uploads, uploads, seconds after which to try again
@@ -47,31 +47,17 @@ UPLOAD_SECONDS = 3600  # that an uploaded file is kept, unless its tab lets it g
 
 # Options of events. The engine, not the page's queue, decides how many are answered at a time.
 IN_THE_BROWSER = {"fn": None, "show_progress": "hidden", "api_visibility": "private"}
-AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 ANSWERING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 FORGOTTEN = (
     "The server does not know this conversation any more: it was restarted, or this page was away for too long. "
     "Clear the history, or choose the picture again."
 )
+NOTHING_SAID = "There is no conversation yet that could be exported."
 
 
 class Superseded(Exception):
     """The user has gone on to something else."""
-
-
-@dataclass(frozen=True)
-class Switches:
-    """How a picture is looked at, in the order of the page's switches."""
-
-    read_text: bool = False
-    zoom: bool = False
-    show_look: bool = False
-
-    @property
-    def looks_into(self) -> bool:
-        """Whether its own pixels are needed when it is asked about."""
-        return self.zoom or self.show_look
 
 
 class Session:
@@ -89,6 +75,14 @@ class Session:
         self.answer: Answer | None = None
         self.turn = ("", "")  # that `answer` belongs to, as far as it was shown
         self.number = 0  # of what was begun
+        self.user: str | None = None  # who has logged in
+
+    def resume(self, session: "Session") -> None:
+        """Go on with the conversation of another tab, or of this one before its page was loaded again."""
+        session.settle()
+        for name in ("upload", "picture", "told", "look", "turns"):
+            setattr(self, name, getattr(session, name))
+        self.number += 1
 
     def begin(self, upload: Upload | None) -> None:
         """Forget everything; talk about the picture of `upload` from now on."""
@@ -168,6 +162,11 @@ class Session:
             self.picture = replace(picture, reading=reading, whole=None)
         return picture
 
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        """The turns, also the one on its way as far as it was shown."""
+        return [*self.turns, self.turn] if self.answer is not None and self.turn[1] else self.turns
+
     def check_current(self, number: int) -> None:
         if number != self.number:
             raise Superseded
@@ -208,33 +207,6 @@ class Opener:
             raise EngineError(str(error)) from error
 
 
-def take_uploads_as_they_are(picture: gr.Image, uploads: Uploads) -> None:
-    """Let `picture` give an upload, for the engine to check and to open, and nothing else.
-
-    A subclass would say it better, but for each gradio writes a .pyi file beside its source. Handlers may give it new
-    values, but no new properties: for these gradio makes a new component of the class.
-    """
-    move_to_cache = picture.async_move_resource_to_block_cache
-
-    def find(path: str) -> Upload:
-        try:
-            return uploads.find(path)
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
-
-    def preprocess(payload) -> Upload | None:
-        return payload and find(payload.path or "")
-
-    async def move_uploads_to_cache(url_or_file_path):
-        if str(url_or_file_path).lower().startswith(("http:", "https:")):
-            raise gr.Error("Upload the picture; addresses are not opened here.")
-        find(url_or_file_path)  # gradio deletes in the end what it has taken, or fails to
-        return await move_to_cache(url_or_file_path)
-
-    picture.preprocess = preprocess
-    picture.async_move_resource_to_block_cache = move_uploads_to_cache
-
-
 class Handlers:
     """What happens on the page's events. Those that answer yield what the chat and the question box show.
 
@@ -243,29 +215,62 @@ class Handlers:
 
     def __init__(self, engine: Engine):
         self.opener = Opener(engine)
+        self.sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()  # by their tokens
+
+    async def resume(self, session: Session, token: str, request: gr.Request):
+        """The session's own token, and of the one whose `token` the tab has kept the chat, the map and the picture."""
+        session.user = request.username
+        before = self.sessions.get(token) if isinstance(token, str) else None
+        self.sessions[own := secrets.token_urlsafe()] = session
+        if before in (None, session) or before.user != session.user or before.is_new or not session.is_new:
+            return own, *[gr.skip()] * 3
+        session.resume(before)
+        upload = session.upload
+        path = str(upload.path) if upload and upload.path.exists() else ""
+        return own, displayed(session.turns, session.told), session.look, path
+
+    async def show_picture(self, path: str) -> str:
+        """The picture again, for its box; the box is given nothing but values (`take_uploads_as_they_are`)."""
+        return path
 
     async def ask(self, session: Session, question: str, shown: Sequence, *controls):
         """`shown` is what the browser has of the conversation; `controls` are the values of sliders and switches."""
         if question := question.strip():
-            if shown and session.is_new:
-                gr.Warning(FORGOTTEN, title="")
+            if is_forgotten(session, shown):
                 yield gr.skip(), question
                 return
             async for update in self.answer(session, question, controls):
                 yield update
 
     async def retry(self, session: Session, shown: Sequence, *controls):
-        if shown and session.is_new:
-            gr.Warning(FORGOTTEN, title="")
+        if is_forgotten(session, shown):
+            yield gr.skip()
             return
         session.settle()
         if session.turns:
-            *session.turns, (question, _) = session.turns
-            async for update in self.answer(session, question, controls):
-                yield update
+            question, _ = session.turns[-1]
+            async for chat, _ in self.answer(session, question, controls, len(session.turns) - 1):
+                yield chat
+
+    async def edit(self, session: Session, shown: Sequence, edited: gr.EditData, *controls):
+        """Ask an earlier question in other words; the answer takes the place of all that came after it."""
+        question = edited.value.strip() if isinstance(edited.value, str) else ""
+        if is_forgotten(session, shown):
+            yield gr.skip(), question
+            return
+        session.settle()
+        said = messages(session.turns, session.told)
+        asked = {place: number for place, (role, _, number) in enumerate(said) if role == "user"}
+        number = asked.get(edited.index) if isinstance(edited.index, int) else None
+        if number is None or not question:  # nobody has said what was read in the picture
+            yield displayed(session.turns, session.told), gr.skip()
+            return
+        async for update in self.answer(session, question, controls, number):
+            yield update
 
     async def change_picture(self, session: Session, upload: Upload | None, question: str, *controls):
-        if upload is None and session.upload is None:  # `clear` has removed it
+        if upload == session.upload:  # `clear` has removed it, or `resume` has shown it again
+            yield gr.skip()  # or the chat would be emptied
             return
         session.begin(upload)
         yield []
@@ -285,8 +290,23 @@ class Handlers:
         """Where the model looked for the last answer, if that was asked for."""
         return session.look
 
-    async def answer(self, session: Session, question: str, controls: Sequence):
-        text = ""
+    async def export(self, session: Session, shown: Sequence, language: str) -> str:
+        """The conversation with its pictures, as an archive in base64; "" if there is none."""
+        if is_forgotten(session, shown):
+            return ""
+        if not session.said:
+            gr.Warning(NOTHING_SAID, title="")
+            return ""
+        upload, view = session.upload, session.picture and session.picture.image
+        archive = await asyncio.to_thread(
+            pack, session.said, session.told, upload, view, session.look, words_of(str(language))
+        )
+        return base64.b64encode(archive).decode()
+
+    async def answer(self, session: Session, question: str, controls: Sequence, number: int | None = None):
+        """With a `number` of a turn: in its place and that of all after it, which stay if there is no answer."""
+        replaced, text = session.turns, ""
+        session.turns = replaced[:number]
         yield displayed([*session.turns, (question, text)], session.told), ""
         try:
             max_length, top_p, temperature, *switches = controls
@@ -300,7 +320,17 @@ class Handlers:
             return
         except (ValueError, EngineError) as error:
             gr.Warning(html.escape(str(error)), title="")
+            if not text:
+                session.turns = replaced
         yield displayed(session.turns, session.told), gr.skip() if text else question
+
+
+def is_forgotten(session: Session, shown: Sequence) -> bool:
+    """Whether the browser shows a conversation that this server does not know; then that is said."""
+    if shown and session.is_new:
+        gr.Warning(FORGOTTEN, title="")
+        return True
+    return False
 
 
 def bar(share: float) -> str:
@@ -308,14 +338,22 @@ def bar(share: float) -> str:
     return f"{'█' * round(BAR * share):░<{BAR}} {share:.0%}"
 
 
-def displayed(turns: Sequence[tuple[str, str]], told: str = "") -> list[dict]:
-    """The turns as the chat takes them: without markdown, it still takes `<img src=...>` for a picture to load.
+def messages(turns: Sequence[tuple[str, str]], told: str = "") -> Iterator[tuple[str, str, int | None]]:
+    """What the chat shows, one after the other: who has said it, what, and in which turn.
 
     What was read in the picture stands in front, in brackets: nobody has said it.
     """
-    said = [("user", f"[{told}]")] if told else []
-    said += [each for turn in turns for each in zip(("user", "assistant"), turn, strict=True)]
-    return [{"role": role, "content": html.escape(text, quote=False)} for role, text in said if text]
+    if told:
+        yield "user", f"[{told}]", None
+    for number, turn in enumerate(turns):
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            if text:
+                yield role, text, number
+
+
+def displayed(turns: Sequence[tuple[str, str]], told: str = "") -> list[dict]:
+    """The turns as the chat takes them: without markdown, it still takes `<img src=...>` for a picture to load."""
+    return [{"role": role, "content": html.escape(text, quote=False)} for role, text, _ in messages(turns, told)]
 
 
 def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
@@ -328,66 +366,70 @@ def create_page(engine: Engine, examples: Sequence[Path]) -> gr.Blocks:
     uploads = own_uploads()
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # the browser would keep pictures and answers
     with gr.Blocks(
-        title="VisualGLM-6B",
+        title=client.TITLE,
         analytics_enabled=False,
         fill_height=True,
         delete_cache=(UPLOAD_SECONDS // 10, UPLOAD_SECONDS),
     ) as page:
-        gr.Markdown("# VisualGLM-6B")
-        with gr.Row(elem_id="page"):  # its layout is `STYLE`'s
-            gr.Markdown(TEXTS("notes"), elem_id="notes")
-            picture = add_picture(uploads)
-            with gr.Column(elem_id="talk"):
-                chat = add_chat()
-                question = gr.Textbox(
-                    label=TEXTS("question"),
-                    show_label=False,
-                    placeholder=TEXTS("question"),
-                    max_lines=8,
-                    elem_id="question",
-                )
-                buttons = add_buttons()
-            with gr.Column(elem_id="settings"):
-                add_examples(picture, examples)
-                first_question = gr.Radio(QUESTIONS, value=QUESTIONS[0], label=TEXTS("first_question"))
-                controls = [*add_sliders(), *add_switches()]
-                look = gr.HTML("", elem_id="look")
-        page.load(js=CHOOSE_FIRST_QUESTION, outputs=first_question, **IN_THE_BROWSER)
-        page.load(js=NAME_PICTURES, **IN_THE_BROWSER)
-        connect(Handlers(engine), picture, first_question, controls, chat, question, buttons, look)
+        parts, session = add_parts(uploads, examples), gr.State(Session())
+        handlers = Handlers(engine)
+        connect_conversation(handlers, session, parts)
+        connect_browser(handlers, session, parts, page)
     return page
 
 
-def connect(handlers: Handlers, picture, first_question, controls, chat, question, buttons, look) -> None:
-    """Say which events of the page are whose."""
-    submit, stop, retry, clear = buttons
-    session = gr.State(Session())
+def connect_conversation(handlers: Handlers, session: gr.State, parts: Parts) -> None:
+    """Say which events of the conversation are whose."""
+    chat, controls, buttons = parts.chat, parts.controls, parts.buttons
     sent, unanswered = (gr.Textbox(visible="hidden") for _ in range(2))
-    boxes, display = [question, sent, unanswered], [chat, unanswered]
-    gr.on([submit.click, question.submit], js=SEND, inputs=[question, sent], outputs=[question, sent], **IN_THE_BROWSER)
-    asked = gr.on([submit.click, question.submit], handlers.ask, [session, sent, chat, *controls], display, **ANSWERING)
-    asked.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
-    asked.failure(js=UNSEND, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
-    retried = retry.click(handlers.retry, [session, chat, *controls], display, **ANSWERING)
-    retried.then(js=GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
-    changed = picture.change(
+    boxes, display = [parts.question, sent, unanswered], [chat, unanswered]
+    triggers = [buttons["submit"].click, parts.question.submit]
+    gr.on(triggers, js=client.SEND, inputs=boxes[:2], outputs=boxes[:2], **IN_THE_BROWSER)
+    asked = gr.on(triggers, handlers.ask, [session, sent, chat, *controls], display, **ANSWERING)
+    edited = chat.edit(handlers.edit, [session, chat, *controls], display, **ANSWERING)
+    asked.failure(js=client.UNSEND, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
+    for answered in (asked, edited):
+        answered.then(js=client.GIVE_BACK, inputs=boxes, outputs=boxes, **IN_THE_BROWSER)
+    retried = buttons["retry"].click(handlers.retry, [session, chat, *controls], chat, **ANSWERING)
+    changed = parts.picture.change(
         handlers.change_picture,
-        [session, picture, first_question, *controls],
+        [session, parts.picture, parts.first_question, *controls],
         chat,
         trigger_mode="multiple",  # a new picture need not wait for the last one's answer
         **ANSWERING,
     )
-    for answered in (asked, retried, changed):
-        answered.then(handlers.show_look, session, look, **AT_ONCE)
-    stop.click(handlers.stop, session, **AT_ONCE)
+    for answered in (asked, edited, retried, changed):
+        answered.then(js=client.FINISH, **IN_THE_BROWSER)
+        answered.then(handlers.show_look, session, parts.look, **AT_ONCE)
+    buttons["stop"].click(handlers.stop, session, **AT_ONCE)
     gr.on(
-        [clear.click, chat.clear],
+        [buttons["clear"].click, chat.clear],
         handlers.clear,
         session,
-        [picture, chat, look],
-        cancels=[asked, retried, changed],  # or what was sent before might arrive after
+        [parts.picture, chat, parts.look],
+        cancels=[asked, edited, retried, changed],  # or what was sent before might arrive after
         **AT_ONCE,
     )
+
+
+def connect_browser(handlers: Handlers, session: gr.State, parts: Parts, page: gr.Blocks) -> None:
+    """Say what happens when the page is loaded, and what the browser does or keeps by itself."""
+    token, path, archive, language = (gr.Textbox(visible="hidden") for _ in range(4))
+    settings, shown = [parts.first_question, *parts.controls], [parts.chat, parts.look, path]
+    page.load(js=client.RECALL, inputs=parts.question, outputs=parts.question, **IN_THE_BROWSER)
+    page.load(js=client.SETTINGS, inputs=settings, outputs=settings, **IN_THE_BROWSER)
+    page.load(js=client.ATTEND, **IN_THE_BROWSER)
+    resumed = page.load(handlers.resume, [session, token], [token, *shown], js=client.RESUME, **AT_ONCE)
+    path.change(handlers.show_picture, path, parts.picture, **AT_ONCE)
+    resumed.then(js=client.KEEP_TOKEN, inputs=token, **IN_THE_BROWSER)
+    parts.first_question.input(js=client.KEEP_FIRST, inputs=parts.first_question, **IN_THE_BROWSER)
+    for control in parts.controls:
+        control.change(js=client.KEEP_SETTINGS, inputs=settings, **IN_THE_BROWSER)
+    parts.language.click(js=client.OTHER_LANGUAGE, **IN_THE_BROWSER)
+    exported = parts.buttons["export"].click(
+        handlers.export, [session, parts.chat, language], archive, js=client.NAME_LANGUAGE, **AT_ONCE
+    )
+    exported.then(js=client.SAVE, inputs=archive, outputs=archive, **IN_THE_BROWSER)
 
 
 def launch(
@@ -397,11 +439,13 @@ def launch(
     max_picture_bytes: int,
     share: bool = False,
     hosts: Sequence[str] = (),
+    accounts: Mapping[str, str] | None = None,
 ) -> None:
     """Serve the page from threads of its own until `page.close()`, with `share` to the whole world.
 
     Args:
         hosts: names that lead here; addresses, `localhost` and `host` need not be given.
+        accounts: passwords of the users that may see it; without any, whoever reaches it may.
 
     Raises:
         OSError: the port is taken.
@@ -411,16 +455,17 @@ def launch(
     own_names = [ANY] if share else [host, *hosts]  # gradio's makers choose the name of the public link
     middleware = [
         Middleware(RefuseOtherPages, origins=[], hosts=own_names),
-        Middleware(Gate, uploads=uploads, max_picture_bytes=max_picture_bytes),
+        Middleware(Gate, uploads=uploads, max_picture_bytes=max_picture_bytes, has_login=bool(accounts)),
+        Middleware(AddToHead, markup=client.HEAD),
     ]
     page.launch(
         server_name=host,
         server_port=port,
         share=share,
+        auth=login_of(accounts or {}),
         max_file_size=max_picture_bytes,
         i18n=TEXTS,
         footer_links=[],
-        css=STYLE,
         state_session_capacity=MAX_SESSIONS,
         app_kwargs={"middleware": middleware},
         enable_monitoring=False,
@@ -430,63 +475,4 @@ def launch(
         inbrowser=False,
         quiet=True,
         prevent_thread_lock=True,
-    )
-
-
-def add_picture(uploads: Uploads) -> gr.Image:
-    picture = gr.Image(
-        image_mode=None,
-        type="filepath",
-        sources=["upload", "clipboard", "webcam"],
-        label=TEXTS("picture"),
-        height=300,
-        buttons=[],
-        elem_id="picture",
-    )
-    take_uploads_as_they_are(picture, uploads)
-    return picture
-
-
-def add_examples(picture: gr.Image, paths: Sequence[Path]) -> None:
-    if paths:
-        gallery = gr.Dataset(
-            components=[picture], samples=[[str(path)] for path in paths], type="index", label=TEXTS("examples")
-        )
-        copies = [sample["path"] for [sample] in gallery.samples]  # gradio opens no others from another folder
-        gallery.click(lambda index: copies[index], gallery, picture, **AT_ONCE)
-
-
-def add_buttons() -> list[gr.Button]:
-    with gr.Row(elem_id="buttons"):
-        return [
-            gr.Button(TEXTS(name), variant="primary" if name == "submit" else "secondary", min_width=60, elem_id=name)
-            for name in ("submit", "stop", "retry", "clear")
-        ]
-
-
-def add_sliders() -> list[gr.Slider]:
-    """Maximum length, top-p and temperature, as in the original."""
-    return [
-        gr.Slider(0, 4096, 2048, step=1, label=TEXTS("max_length"), elem_id="max_length"),
-        gr.Slider(0, 1, 0.4, step=0.01, label=TEXTS("top_p"), elem_id="top_p"),
-        gr.Slider(0, 1, 0.8, step=0.01, label=TEXTS("temperature"), elem_id="temperature"),
-    ]
-
-
-def add_switches() -> list[gr.Checkbox]:
-    """Those of `Switches`."""
-    return [gr.Checkbox(False, label=TEXTS(each.name), elem_id=each.name) for each in fields(Switches)]
-
-
-def add_chat() -> gr.Chatbot:
-    """A chat that shows texts as they are: markdown would let an answer load pictures, and hide what it says."""
-    return gr.Chatbot(
-        label=TEXTS("chat"),
-        height="55vh",
-        render_markdown=False,
-        allow_tags=False,
-        latex_delimiters=[],
-        feedback_options=None,
-        buttons=[],
-        elem_id="chat",
     )

@@ -23,7 +23,7 @@ from visualglm_tools.serving.engine.sampling import Settings
 pytest.importorskip("gradio", reason="the web demo needs gradio")
 pytest.importorskip("selenium", reason="the web demo is tested through selenium")
 
-from tests.browser import Tab, patiently
+from tests.browser import Tab, change_of_picture, patiently
 from visualglm_tools.serving.page import page as web
 
 
@@ -286,9 +286,12 @@ def test_the_page_asks_nobody_but_its_server(browser, open_tab):
 @pytest.mark.parametrize("path", [str(CIRCLES), "/etc/hostname", "http://example.org/picture.png"])
 def test_only_uploads_are_opened_whatever_a_program_sends(page_url, path):
     config = json.load(urllib.request.urlopen(page_url + "/config"))
-    [change] = [each for each in config["dependencies"] if each["targets"][0][1] == "change"]
     picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [None, picture, "描述这张图片。", 2048, 0.4, 0.8], "fn_index": change["id"], "session_hash": "me"}
+    body = {
+        "data": [None, picture, "描述这张图片。", 2048, 0.4, 0.8],
+        "fn_index": change_of_picture(config),
+        "session_hash": "me",
+    }
     request = urllib.request.Request(
         page_url + "/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
