@@ -30,7 +30,7 @@ from tests.serving_helpers import (
 from visualglm_tools.serving.http import intake
 from visualglm_tools.serving.http.errors import ApiError
 from visualglm_tools.serving.http.legacy_api import LegacyRequest
-from visualglm_tools.serving.http.openai_api import check_address
+from visualglm_tools.serving.http.service import check_address
 
 
 MIB = 2**20
@@ -258,6 +258,11 @@ def test_many_large_bodies_at_a_time_do_not_add_up(server):
     assert memory.most - memory.before < 2 * MOST_GROWTH
 
 
+def request_of(stream) -> SimpleNamespace:
+    """As much of a request as an intake asks for."""
+    return SimpleNamespace(headers={}, stream=stream, state=SimpleNamespace())
+
+
 @pytest.mark.parametrize(("undisturbed", "stalled", "next_one"), [(0, 408, 200), (60, 200, 429)])
 def test_bodies_that_stop_halfway_make_room_for_others(monkeypatch, undisturbed, stalled, next_one):
     monkeypatch.setattr(intake, "UNDISTURBED_SECONDS", undisturbed)
@@ -274,7 +279,7 @@ def test_bodies_that_stop_halfway_make_room_for_others(monkeypatch, undisturbed,
                 yield b'"}'
 
             try:
-                async with taking.read(SimpleNamespace(headers={}, stream=stream), LegacyRequest):
+                async with taking.read(request_of(stream), LegacyRequest):
                     return 200
             except ApiError as error:
                 return error.status_code
@@ -303,7 +308,7 @@ def test_of_bodies_that_grow_together_some_arrive():
                     await asyncio.sleep(0)  # all others get as far
 
             try:
-                async with taking.read(SimpleNamespace(headers={}, stream=stream), LegacyRequest):
+                async with taking.read(request_of(stream), LegacyRequest):
                     return 200
             except ApiError as error:
                 return error.status_code

@@ -66,7 +66,7 @@ async def prepare(
 async def prepare_text(engine: Engine, text: str, asked_at: float, is_context: bool) -> Prompt:
     """The tokens of a text, which need not leave room for an answer; an `ApiError` for whatever is wrong with it."""
     with refusing(), engine.room_for(1):
-        return await engine.prepare_text_in_time(text, asked_at, is_context, fits=False)
+        return await engine.prepare_text_in_time(text, asked_at, is_context=is_context, fits=False)
 
 
 async def grammar_of(engine: Engine, schema: Mapping | None, asked_at: float, param: str) -> Grammar | None:

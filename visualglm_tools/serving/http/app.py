@@ -120,8 +120,10 @@ def create_app(get_engine: Callable[[], Engine], options: ApiOptions, lifespan: 
     intake = Intake(options.max_body_bytes, options.strict)
     app.include_router(legacy_api.create_router(get_engine, intake))
     service = Service(get_engine, intake, options)
-    for routes in (openai_api, completions_api, responses_api, tokenize_api):
-        app.include_router(routes.create_router(service))
+    app.include_router(openai_api.create_router(service))
+    app.include_router(completions_api.create_router(service))
+    app.include_router(responses_api.create_router(service))
+    app.include_router(tokenize_api.create_router(service))
     add_status_routes(app, get_engine, options)
     app.openapi = functools.partial(describe, app)
     # The last one added sees a request first.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-from visualglm_tools.serving.engine.grammar import ANY_OBJECT
+from visualglm_tools.serving.engine.grammar import ANY_OBJECT, Grammar
 from visualglm_tools.serving.engine.sampling import (
     MAX_BIAS,
     MAX_PENALTY,
@@ -108,7 +108,7 @@ class Choosing(Fields):
     presence_penalty: float = Field(0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     frequency_penalty: float = Field(0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     logit_bias: Annotated[dict[str, Bias], BeforeValidator(check_count)] = Field(
-        {}, description="by the ids of tokens, or by texts that are exactly one token each"
+        {}, description="by the ids of tokens, or by texts that are one token each, behind a blank or not"
     )
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="makes the answer repeatable; -1 for a new one each time"
@@ -117,18 +117,18 @@ class Choosing(Fields):
         [], max_length=MAX_STOPS
     )
 
-    def choosing(self, number: int, vocabulary: Vocabulary, schema: Mapping | None, **more: Any) -> list[Settings]:
+    def choosing(self, number: int, vocabulary: Vocabulary, grammar: Grammar | None, **more: Any) -> list[Settings]:
         """So many settings, whose seeds count on from the request's.
 
         Args:
             vocabulary: of the model.
-            schema: what the answers must be, if anything.
+            grammar: what the answers must be, if anything.
             more: of `Settings`.
 
         Raises:
             ValueError: a bias for what is no token.
         """
-        is_penalized = schema is None or "repetition_penalty" in self.model_fields_set
+        is_penalized = grammar is None or "repetition_penalty" in self.model_fields_set
         more = {
             "min_new_tokens": self.min_tokens,
             "temperature": self.temperature,
@@ -138,8 +138,11 @@ class Choosing(Fields):
             "repetition_penalty": self.repetition_penalty if is_penalized else 1,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": {vocabulary.token_id(name): value for name, value in self.logit_bias.items()},
+            "logit_bias": {
+                token_id: value for name, value in self.logit_bias.items() for token_id in vocabulary.token_ids(name)
+            },
             "stop": tuple(self.stop),
+            "grammar": grammar,
             **more,
         }
         is_seeded = self.seed is not None and self.seed != -1

@@ -47,7 +47,10 @@ class NameIgnored:
 
         async def send_named(message):
             if message["type"] == "http.response.start" and (ignored := state.get("ignored_fields")):
-                message = {**message, "headers": [*message["headers"], (IGNORED_FIELDS.lower().encode(), told(ignored))]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (IGNORED_FIELDS.lower().encode(), told(ignored))],
+                }
             await send(message)
 
         await self.app(scope, receive, send_named)

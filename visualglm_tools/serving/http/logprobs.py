@@ -1,7 +1,7 @@
 """How likely the tokens of an answer were, in the shapes of OpenAI's routes.
 
-They are the model's: before temperature, penalties, biases and masks. A token is told as what it adds to the text, which
-is before the clean-up of the answer; one that is no text, such as the end, by its name and without bytes.
+They are the model's: before temperature, penalties, biases and masks. A token is told as what it adds to the text
+before the clean-up of the answer; one that is no text, such as the end, by its name and without bytes.
 """
 
 import math
@@ -60,11 +60,11 @@ class Words:
             self.told += 1
         return found
 
-    def lists(self, tokens: Sequence[TokenLogprob], begin: int) -> CompletionLogprobs:
-        """The next tokens as completions have them, of a text whose answer begins at `begin`."""
+    def lists(self, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        """The next tokens as completions have them."""
         offsets = []
         for index, each in enumerate(tokens, self.told):
-            offsets.append(begin + self.length)
+            offsets.append(self.length)
             self.length += self.vocabulary.length_of(each.token_id, is_begin=not index)
         chosen = self.chosen(tokens)
         return CompletionLogprobs(

@@ -181,7 +181,9 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "visualglm-hf"
-    max_model_len: int | None = Field(description="tokens of prompt and answer together; null while the model is loaded")
+    max_model_len: int | None = Field(
+        description="tokens of prompt and answer together; null while the model is loaded"
+    )
 
 
 class ModelList(BaseModel):

@@ -88,9 +88,8 @@ class Usage(BaseModel):
 
 def usage(completions: Sequence[Completion], n: int) -> Usage:
     """Of `n` answers to each prompt, which counts once, whatever their number."""
-    prompts, answers = sum(each.prompt_tokens for each in completions) // n, sum(
-        each.completion_tokens for each in completions
-    )
+    prompts = sum(each.prompt_tokens for each in completions) // n
+    answers = sum(each.completion_tokens for each in completions)
     return Usage(prompt_tokens=prompts, completion_tokens=answers, total_tokens=prompts + answers)
 
 
