@@ -202,14 +202,14 @@ TOOL_ROOMS = {
         packages="PIL accelerate tqdm transformers",
     ),
     "serving/engine": Room(
-        tools="checkpoints.loading checkpoints.picture_size layer_bar printing",
+        tools="checkpoints.loading checkpoints.picture_size layer_bar packages printing",
         model="attention_maps chat compilation conversation glm_positions growing_cache image_processing_visualglm "
         "picture_reading text_in_pictures tokenization_chatglm visualglm_hf zooming",
-        packages="PIL jinja2 numpy prometheus_client torch transformers",
+        packages="PIL jinja2 llguidance numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(
-        tools="options serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling "
-        "serving.options",
+        tools="options serving.engine.answers serving.engine.engine serving.engine.grammar serving.engine.prompts "
+        "serving.engine.sampling serving.engine.vocabulary serving.options",
         model="conversation fetching",
         packages="fastapi prometheus_client pydantic ray starlette",
     ),

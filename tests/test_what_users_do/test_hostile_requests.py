@@ -30,7 +30,7 @@ from tests.serving_helpers import (
 from visualglm_tools.serving.http import intake
 from visualglm_tools.serving.http.errors import ApiError
 from visualglm_tools.serving.http.legacy_api import LegacyRequest
-from visualglm_tools.serving.http.openai_api import check_address
+from visualglm_tools.serving.http.service import check_address
 
 
 MIB = 2**20
@@ -38,6 +38,7 @@ MOST_GROWTH = 300 * MIB
 MOST_PATIENCE = 30  # times as long as a usual answer of the neighbour's: 8 were seen, and 100 to 300 before
 JSON = {"Content-Type": "application/json"}
 CHAT, LEGACY = "/v1/chat/completions", "/"
+COMPLETIONS, RESPONSES, TOKENIZE = "/v1/completions", "/v1/responses", "/tokenize"
 # 8192 x 8192 pixels each, deflated: in one process decoding takes up to 16 s and 1.5 GB.
 JPEG_2000 = """
 c-muNVBpCLP*C9IYUg5LU=T?wsVvAUFj4@r8KAT-kj?<oVwo8!MGOoeAs}XEX9uZa;7`uaDPjaO1sE8Z{s0vx|M&kN$e_=_09OnLXnbaNMn(wwAH=`|6ku
@@ -116,6 +117,17 @@ def chat_body(content, **fields) -> bytes:
     return json_bytes(model=MODEL, messages=[{"role": "user", "content": content}], max_tokens=1, **fields)
 
 
+def schema_body(schema: dict) -> bytes:
+    return chat_body("a", response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+
+
+def deep_schema(depth: int) -> dict:
+    schema: dict = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 def uri_body(uri: str) -> bytes:
     return chat_body([{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "?"}])
 
@@ -160,7 +172,7 @@ HOSTILE = {
     "a text that may just fit": (CHAT, lambda: chat_body(" " * 150_000 + "a"), (200, 400)),
     "a text of marks": (LEGACY, lambda: json_bytes(text="[gMASK]<sop>" * 13_000), 400),
     "a long name": (CHAT, lambda: json_bytes(model="m" * 20 * MIB, messages=[{"role": "user", "content": "a"}]), 404),
-    "a long field": (CHAT, lambda: chat_body("a", **{"x" * 20 * MIB: 1}), 422),
+    "a long field": (CHAT, lambda: chat_body("a", **{"x" * 20 * MIB: 1}), 200),
     "brackets": (CHAT, lambda: b"[" * 16 * MIB, 413),
     "fewer brackets": (LEGACY, lambda: b"[" * 100_000, 400),
     "digits": (LEGACY, lambda: b'{"text": "a", "top_k": ' + b"9" * 5 * MIB + b"}", 400),
@@ -172,6 +184,37 @@ HOSTILE = {
     "a JPEG 2000": (CHAT, lambda: uri_body(unpacked(JPEG_2000)), 400),
     "an AVIF": (CHAT, lambda: uri_body(unpacked(AVIF)), 400),
     "a PNG of 16 bits": (CHAT, lambda: uri_body(data_uri(png_of_zeros(8192, 8192, 16, 0))), 200),
+    "prompts": (COMPLETIONS, lambda: json_bytes(model=MODEL, prompt=["a"] * 40_000), 422),
+    "long prompts": (COMPLETIONS, lambda: json_bytes(model=MODEL, prompt=["a " * 20_000] * 60), 400),
+    "a long prompt": (COMPLETIONS, lambda: json_bytes(model=MODEL, prompt="好" * 5_000_000), 400),
+    "input of nothing": (RESPONSES, lambda: json_bytes(model=MODEL, input=[{}] * 40_000), 422),
+    "many input pictures": (
+        RESPONSES,
+        lambda: json_bytes(
+            model=MODEL,
+            input=[{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}] * 2000}],
+        ),
+        400,
+    ),
+    "long instructions": (RESPONSES, lambda: json_bytes(model=MODEL, input="a", instructions="a " * 2_000_000), 400),
+    "a text to tokenize": (TOKENIZE, lambda: json_bytes(prompt="好" * 5_000_000), 400),
+    "a text to count": (TOKENIZE, lambda: json_bytes(prompt=" " * 150_000 + "a"), (200, 400)),
+    "biases": (CHAT, lambda: chat_body("a", logit_bias={str(index): 1 for index in range(50_000)}), 422),
+    "biases of long texts": (CHAT, lambda: chat_body("a", logit_bias={"x" * 20 * MIB: 1}), 400),
+    "a large schema": (CHAT, lambda: schema_body({"enum": ["x" * 10 * MIB]}), 422),
+    "a deep schema": (CHAT, lambda: schema_body(deep_schema(400)), 422),
+    "a schema of many values": (CHAT, lambda: schema_body({"enum": list(range(100_000))}), 422),
+    "a schema of patterns": (
+        CHAT,
+        lambda: schema_body({"allOf": [{"pattern": f".*a.{{{20 + index}}}b"} for index in range(8)]}),
+        (200, 422),
+    ),
+    "a schema of remainders": (CHAT, lambda: schema_body({"type": "integer", "multipleOf": 9973}), 200),
+    "a schema of repeats": (
+        CHAT,
+        lambda: schema_body({"type": "array", "minItems": 10**9, "items": {"type": "string", "minLength": 10**8}}),
+        (200, 422),
+    ),
     "a PNG with alpha": (
         LEGACY,
         lambda: json_bytes(text="a", image=data_uri(png_of_zeros(8192, 8192, 8, 6)), max_length=60),
@@ -196,6 +239,8 @@ TELLING = (
     "base64 of nothing",
     "a JPEG 2000",
     "a PNG of 16 bits",
+    "long prompts",
+    "a schema of patterns",
 )
 
 
@@ -258,6 +303,11 @@ def test_many_large_bodies_at_a_time_do_not_add_up(server):
     assert memory.most - memory.before < 2 * MOST_GROWTH
 
 
+def request_of(stream) -> SimpleNamespace:
+    """As much of a request as an intake asks for."""
+    return SimpleNamespace(headers={}, stream=stream, state=SimpleNamespace())
+
+
 @pytest.mark.parametrize(("undisturbed", "stalled", "next_one"), [(0, 408, 200), (60, 200, 429)])
 def test_bodies_that_stop_halfway_make_room_for_others(monkeypatch, undisturbed, stalled, next_one):
     monkeypatch.setattr(intake, "UNDISTURBED_SECONDS", undisturbed)
@@ -274,7 +324,7 @@ def test_bodies_that_stop_halfway_make_room_for_others(monkeypatch, undisturbed,
                 yield b'"}'
 
             try:
-                async with taking.read(SimpleNamespace(headers={}, stream=stream), LegacyRequest):
+                async with taking.read(request_of(stream), LegacyRequest):
                     return 200
             except ApiError as error:
                 return error.status_code
@@ -303,7 +353,7 @@ def test_of_bodies_that_grow_together_some_arrive():
                     await asyncio.sleep(0)  # all others get as far
 
             try:
-                async with taking.read(SimpleNamespace(headers={}, stream=stream), LegacyRequest):
+                async with taking.read(request_of(stream), LegacyRequest):
                     return 200
             except ApiError as error:
                 return error.status_code

@@ -117,6 +117,7 @@ def api_of(options: Options, key: str | None):
         model_name=options.served_model_name or options.model.absolute().name,
         api_key=key,
         allow_urls=options.allow_urls,
+        strict=options.strict,
         max_body_bytes=int(options.max_body_mib * MIB),
         cors_origins=options.cors_origins,
         allowed_hosts=[options.host, *options.allowed_hosts],

@@ -125,6 +125,9 @@ class ApiOptions:
         "what clients call the model", None, metavar="NAME", unset="the folder's name", group="server"
     )
     allow_urls: bool = option("fetch pictures from public http(s) addresses", False, group="server")
+    strict: bool = option(
+        "refuse fields of requests that are not known, instead of ignoring and naming them", False, group="server"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

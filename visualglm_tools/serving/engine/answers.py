@@ -6,12 +6,12 @@ Not here: the engine, and who is answered when (`waiting.py`).
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from visualglm_tools.serving.engine.prompts import Prompt
-from visualglm_tools.serving.engine.sampling import Settings
+from visualglm_tools.serving.engine.sampling import Settings, TokenLogprob
 
 
 class EngineError(RuntimeError):
@@ -66,15 +66,17 @@ class Completion:
     """A complete answer.
 
     Args:
-        text: cleaned up as the original does.
+        text: cleaned up as the original does, unless its settings say otherwise.
         finish_reason: "stop" (the model ended it, or a stop text), "length" (a limit) or "cancelled".
         prompt_tokens, completion_tokens: how many there were, image tokens and the end token included.
+        logprobs: of the tokens of the text, if they were asked for; the end token is none of them.
     """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Answer:
@@ -90,6 +92,7 @@ class Answer:
         self.is_cancelled = False
         self.is_watched = False
         self.text = ""
+        self.logprobs: Sequence[TokenLogprob] = ()  # of the tokens so far, the end token included
         self.share_read = 0.0
         self.attention_map = None  # [side, side] over the last picture, once the answer has begun, if that was wanted
         self.future: Future[Completion] = Future()

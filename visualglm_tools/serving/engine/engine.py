@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,17 +34,21 @@ from visualglm_tools.layer_bar import counted_layers
 from visualglm_tools.printing import first_line
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError, Limits, late
 from visualglm_tools.serving.engine.batching import Batch, Row, advance, merge, start
+from visualglm_tools.serving.engine.grammar import Grammar, GrammarCompiler
 from visualglm_tools.serving.engine.metrics import Metrics
 from visualglm_tools.serving.engine.prompt_cache import PromptCache
 from visualglm_tools.serving.engine.prompts import OpenedPicture, Prompt, PromptBuilder
-from visualglm_tools.serving.engine.sampling import Chooser, Settings
+from visualglm_tools.serving.engine.sampling import Chooser, Settings, TokenLogprob
 from visualglm_tools.serving.engine.slots import Slots
-from visualglm_tools.serving.engine.text import GrowingText
+from visualglm_tools.serving.engine.text import GrowingText, RawText
+from visualglm_tools.serving.engine.vocabulary import Vocabulary
 from visualglm_tools.serving.engine.waiting import Queue
 
 
 JOIN_EVERY = 4  # tokens: a pause costs about one, so those who come meanwhile join together
 REMEMBERED_PICTURES = 64  # of the real model, 256 KiB each in half precision
+
+Prepared = TypeVar("Prepared")
 
 
 class Engine:
@@ -76,6 +81,8 @@ class Engine:
         self.limits = limits or Limits()
         self.context_length, self.eos_token_id = config.max_position_embeddings, config.eos_token_id
         self.metrics = Metrics()
+        self.vocabulary = Vocabulary(tokenizer)
+        self._grammars = GrammarCompiler(self.vocabulary, self.eos_token_id)
         self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
         model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
         self.queue = Queue(self.limits, self.metrics)
@@ -152,7 +159,22 @@ class Engine:
             ValueError: as `prepare`.
             AnswerTimeout: the prompt was not ready in time.
         """
-        preparing = self._prompts.build_async(messages, english, fetch, read_text, zoom)
+        return await self._in_time(self._prompts.build_async(messages, english, fetch, read_text, zoom), asked_at)
+
+    async def prepare_text_in_time(self, text: str, asked_at: float, **how: bool) -> Prompt:
+        """`prepare_in_time` for a text that is the whole prompt, as it stands.
+
+        Args:
+            text, how: see `PromptBuilder.build_text_async`, which raises too.
+            asked_at: when the time of the request began, by `time.monotonic`.
+        """
+        return await self._in_time(self._prompts.build_text_async(text, **how), asked_at)
+
+    async def compile_in_time(self, schema: Mapping, asked_at: float) -> Grammar:
+        """The grammar of a JSON schema, for `Settings`; see `GrammarCompiler.compile`, and `prepare_in_time`."""
+        return await self._in_time(self._grammars.compile_async(schema), asked_at)
+
+    async def _in_time(self, preparing: Awaitable[Prepared], asked_at: float) -> Prepared:
         try:
             return await asyncio.wait_for(preparing, asked_at + self.limits.timeout - time.monotonic())
         except asyncio.TimeoutError as error:
@@ -234,6 +256,7 @@ class Engine:
         self.queue.cancel()
         self._worker.join()
         self._prompts.close()
+        self._grammars.close()
 
     def _check_settings(self, prompt: Prompt, settings: Settings) -> None:
         wanted, limit = settings.max_new_tokens, self.limits.max_new_tokens
@@ -362,7 +385,10 @@ class Delivery:
 
     def __init__(self, answer: Answer, engine: Engine):
         self.answer, self.engine = answer, engine
-        self.text = GrowingText(engine.tokenizer, answer.settings.stop)
+        settings = answer.settings
+        is_raw = settings.is_raw or settings.grammar is not None
+        kind, words = (RawText, engine.vocabulary) if is_raw else (GrowingText, engine.tokenizer)
+        self.text = kind(words, settings.stop)
 
     def on_token(self, row: Row) -> str | None:
         answer, now = self.answer, time.monotonic()
@@ -372,6 +398,7 @@ class Delivery:
             return "cancelled"
         if now > answer.deadline:
             return "timeout"
+        answer.logprobs = row.chooser.logprobs
         if answer.is_watched or answer.settings.stop:
             self.text.update(row.answer_ids)
             answer.publish(self.text.shown)
@@ -388,4 +415,13 @@ class Delivery:
             return late(self.engine.limits.timeout)
         text, is_stopped = self.text.final(row.answer_ids)
         reason = "stop" if is_stopped else row.finish_reason
-        return Completion(text, reason, row.prompt_length, len(row.answer_ids))
+        logprobs = self.logprobs_of(row, text) if row.chooser.logprobs else ()
+        return Completion(text, reason, row.prompt_length, len(row.answer_ids), logprobs)
+
+    def logprobs_of(self, row: Row, text: str) -> tuple[TokenLogprob, ...]:
+        """Of the tokens without which there would be less of the `text`: not of the end token, and of no stop text."""
+        token_ids = row.answer_ids
+        count = len(token_ids) - (token_ids[-1] == row.eos_token_id)
+        while self.text.stops and count and self.text.final(token_ids[: count - 1])[0] == text:
+            count -= 1
+        return tuple(row.chooser.logprobs[:count])

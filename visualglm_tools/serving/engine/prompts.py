@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
-from visualglm_hf.conversation import is_english, quote_reading
+from visualglm_hf.conversation import check_text, is_english, quote_reading
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
 from visualglm_hf.text_in_pictures import load_reader, read_picture
 from visualglm_hf.tokenization_chatglm import MAX_BLANKS
@@ -145,6 +145,34 @@ class PromptBuilder:
         threads = self.short_ones if count_characters(conversation) <= SHORT_TEXT else self.long_ones
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(threads, self.finish, conversation, opened, english, looks)
+
+    async def build_text_async(self, text: str, is_context: bool = True, fits: bool = True) -> Prompt:
+        """A prompt that is a text as it stands, without `问：` and `答：`, beside the event loop.
+
+        Args:
+            text: typed special tokens in it are text.
+            is_context: whether it is followed by the two tokens behind which the model answers.
+            fits: whether it must leave room for an answer.
+
+        Raises:
+            ValueError: an empty text, one with reserved characters, or more tokens than the model takes.
+        """
+        check_text(text, "The prompt")
+        if not text:
+            raise ValueError("The prompt is empty.")
+        if (tokens := self.least_tokens([text])) > self.context_length:
+            raise ValueError(f"The prompt is at least {tokens} tokens long; the model takes {self.context_length}.")
+        threads = self.short_ones if len(text) <= SHORT_TEXT else self.long_ones
+        return await asyncio.get_running_loop().run_in_executor(threads, self.of_text, text, is_context, fits)
+
+    def of_text(self, text: str, is_context: bool, fits: bool) -> Prompt:
+        tokens = self.tokenizer(text, add_special_tokens=is_context, split_special_tokens=True)["input_ids"]
+        if fits and len(tokens) >= self.context_length:
+            raise ValueError(
+                f"The prompt is {len(tokens)} tokens long; the model takes {self.context_length}, answer included. "
+                "Shorten it."
+            )
+        return Prompt(tuple(tokens))
 
     def close(self) -> None:
         self.pictures.close()

@@ -6,8 +6,8 @@ settings share a batch and none depends on its neighbours. The scores are shaped
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.generation import (
@@ -21,6 +21,7 @@ from transformers.generation import (
 )
 
 from visualglm_hf.chat import RefuseNan
+from visualglm_tools.serving.engine.grammar import Grammar
 
 
 MAX_SEED = 2**63 - 1
@@ -28,6 +29,9 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MIN_TEMPERATURE = 1e-3  # below, scores divided by it would overflow
 PENALTIES = (0.01, 100)
+MAX_PENALTY = 2  # of presence and frequency, either way, as OpenAI has it
+MAX_BIAS = 100
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class Settings:
         seed: makes the answer repeatable, whatever runs beside it; None takes a new one.
         stop: the answer ends before the first of these texts.
         suppress_tokens: token ids that the answer may not contain.
+        presence_penalty: taken from the score of each token that the answer has already; the prompt does not count.
+        frequency_penalty: taken from it as often as the answer has the token.
+        logit_bias: added to the scores of tokens, by their ids.
+        grammar: what the answer must be. It is given as its tokens say it, as with `is_raw`.
+        top_logprobs: how many of the likeliest tokens to tell beside each chosen one; None to tell nothing.
+        is_raw: whether to give the text as its tokens say it, without the original's clean-up.
 
     Raises:
         ValueError: a value out of its range.
@@ -63,6 +73,12 @@ class Settings:
     seed: int | None = None
     stop: Sequence[str] = ()
     suppress_tokens: Sequence[int] = ()
+    presence_penalty: float = 0
+    frequency_penalty: float = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
+    top_logprobs: int | None = None
+    is_raw: bool = False
 
     def __post_init__(self):
         check = self._check
@@ -79,6 +95,12 @@ class Settings:
         is_usable = not isinstance(self.stop, str) and len(self.stop) <= MAX_STOPS
         is_usable = is_usable and all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop)
         check("stop", is_usable, f"a list of up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, abs(getattr(self, name)) <= MAX_PENALTY, f"from -{MAX_PENALTY} to {MAX_PENALTY}")
+        is_usable = all(abs(each) <= MAX_BIAS for each in self.logit_bias.values())
+        check("logit_bias", is_usable, f"numbers from -{MAX_BIAS} to {MAX_BIAS} by the ids of tokens")
+        is_usable = self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS
+        check("top_logprobs", is_usable, f"from 0 to {MAX_TOP_LOGPROBS}")
 
     @property
     def is_greedy(self) -> bool:
@@ -87,6 +109,28 @@ class Settings:
     def _check(self, name: str, is_valid: bool, expected: str) -> None:
         if not is_valid:
             raise ValueError(f"{name} must be {expected}, found {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer, and how likely the model found it: before settings, masks and penalties.
+
+    Args:
+        token_id, logprob: of the token that was chosen.
+        top: (token_id, logprob) of the likeliest ones, the likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def logprob_of(scores: torch.Tensor, chosen: torch.Tensor, top: int) -> TokenLogprob:
+    """The log-probability of the `chosen` token [1] by the model's `scores` [1, V], and the `top` likeliest ones."""
+    logprobs = scores[0].float().log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(top, len(logprobs)))
+    likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(chosen.item(), logprobs[chosen].item(), likeliest)
 
 
 class Chooser:
@@ -98,7 +142,8 @@ class Chooser:
         self.vocab_size = vocab_size  # of the tokenizer: the model has rows beyond it, which mean nothing
         min_length = max(settings.min_length, prompt_length + settings.min_new_tokens)
         settings = replace(settings, min_length=min_length if min_length > prompt_length else 0)
-        self.processors = score_processors(settings, eos_token_id, device)
+        self.processors = score_processors(settings, prompt_length, eos_token_id, device)
+        self.top_logprobs, self.logprobs = settings.top_logprobs, []  # of the tokens so far
         self.generator = None
         if not settings.is_greedy:
             seed = secrets.randbelow(MAX_SEED) if settings.seed is None else settings.seed
@@ -110,16 +155,49 @@ class Chooser:
         Raises:
             ValueError: NaN among the scores.
         """
-        scores = scores[:, : self.vocab_size]
+        raw = scores = scores[:, : self.vocab_size]
         for process in self.processors:  # a LogitsProcessorList would look up each one's signature for every token
             scores = process(token_ids, scores)
         if self.generator is None:
-            return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator)[0]
+            chosen = scores.argmax(dim=-1)
+        else:
+            chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator)[0]
+        if self.top_logprobs is not None:
+            self.logprobs.append(logprob_of(raw, chosen, self.top_logprobs))
+        return chosen
 
 
-def score_processors(settings: Settings, eos_token_id: int, device: torch.device) -> list[LogitsProcessor]:
-    """What `generate` would put together for these settings, in its order."""
+class OpenAIPenalties(LogitsProcessor):
+    """OpenAI's penalties for tokens that the answer has already.
+
+    Args:
+        presence, frequency: once for each token, and for each time that it is there.
+        prompt_length: tokens before the answer.
+    """
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int):
+        self.presence, self.frequency, self.prompt_length = presence, frequency, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        token_ids, counts = input_ids[0, self.prompt_length :].unique(return_counts=True)
+        return scores.index_add(1, token_ids, -(self.presence + self.frequency * counts.to(scores.dtype))[None])
+
+
+class Biases(LogitsProcessor):
+    """Adds to the scores of some tokens, given as {id: how much}."""
+
+    def __init__(self, biases: Mapping[int, float], device: torch.device):
+        self.token_ids = torch.tensor(list(biases), device=device)
+        self.values = torch.tensor([list(biases.values())], dtype=torch.float32, device=device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.index_add(1, self.token_ids, self.values.to(scores.dtype))
+
+
+def score_processors(
+    settings: Settings, prompt_length: int, eos_token_id: int, device: torch.device
+) -> list[LogitsProcessor]:
+    """What `generate` would put together for these settings, in its order, with what it does not know between."""
     processors: list[LogitsProcessor] = []
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(penalty=float(settings.repetition_penalty)))
@@ -127,7 +205,14 @@ def score_processors(settings: Settings, eos_token_id: int, device: torch.device
         processors.append(MinLengthLogitsProcessor(settings.min_length, eos_token_id, device=device))
     if settings.suppress_tokens:
         processors.append(SuppressTokensLogitsProcessor(list(settings.suppress_tokens), device=device))
+    if settings.presence_penalty or settings.frequency_penalty:
+        penalties = (float(settings.presence_penalty), float(settings.frequency_penalty))
+        processors.append(OpenAIPenalties(*penalties, prompt_length))
+    if settings.logit_bias:
+        processors.append(Biases(settings.logit_bias, device))
     processors.append(RefuseNan())
+    if settings.grammar is not None:
+        processors.append(settings.grammar.start(prompt_length))
     if not settings.is_greedy:
         processors.append(TemperatureLogitsWarper(float(settings.temperature)))
         if settings.top_k:

@@ -1,5 +1,6 @@
 """The text of an answer while its tokens come: what later tokens will not change, and nothing after a stop text."""
 
+import codecs
 import re
 from collections.abc import Sequence
 
@@ -61,3 +62,31 @@ class GrowingText:
         from visualglm_hf.conversation import clean_response
 
         return cut_at_stop(clean_response(self.tokenizer.decode(list(token_ids))), self.stops)
+
+
+class RawText:
+    """As `GrowingText`, of an answer that is given as its tokens say it, without the original's clean-up.
+
+    Args:
+        vocabulary: what the tokens stand for, a `vocabulary.Vocabulary`.
+        stops: the answer ends before the first of these texts.
+    """
+
+    def __init__(self, vocabulary, stops: Sequence[str]):
+        self.vocabulary, self.stops = vocabulary, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.read, self.text, self.shown = 0, "", ""
+        self.has_begun = self.is_stopped = False
+
+    def update(self, token_ids: Sequence[int]) -> None:
+        """Take in all tokens of the answer so far; each is decoded once."""
+        new = self.vocabulary.bytes_of(token_ids[self.read :], is_begin=not self.has_begun)
+        self.has_begun |= bool(new)
+        self.text += self.decoder.decode(new)
+        self.read = len(token_ids)
+        text, self.is_stopped = cut_at_stop(self.text, self.stops)
+        self.shown = text if self.is_stopped else without_begun_stop(text, self.stops)
+
+    def final(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """The whole text of a complete answer up to its stop text, and whether there was one."""
+        return cut_at_stop(self.vocabulary.text_of(token_ids), self.stops)

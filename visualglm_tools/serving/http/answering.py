@@ -1,15 +1,17 @@
 """What the routes have in common: from a request's messages to answers, for as long as the client is there."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from fastapi import Request
 
-from visualglm_tools.serving.engine.answers import Answer, Completion, EngineClosed
+from visualglm_tools.serving.engine.answers import Answer, Completion, EngineClosed, EngineError
 from visualglm_tools.serving.engine.engine import Engine
-from visualglm_tools.serving.engine.prompts import PictureTooLarge
+from visualglm_tools.serving.engine.grammar import Grammar
+from visualglm_tools.serving.engine.prompts import PictureTooLarge, Prompt
 from visualglm_tools.serving.engine.sampling import Settings
-from visualglm_tools.serving.http.errors import ApiError, client_has_left
+from visualglm_tools.serving.http.errors import ApiError, client_has_left, of_answer
 
 
 async def ask(
@@ -29,14 +31,64 @@ async def ask(
         settings: of each answer.
         asked_at: when the request came, by `time.monotonic`: its time counts from then on.
     """
-    try:
+    with refusing():
         with engine.room_for(len(settings)):  # before anything is done for it
             prompt = await engine.prepare_in_time(messages, asked_at, english, fetch, read_text, zoom)
         return engine.submit_all(prompt, settings, asked_at)
+
+
+async def ask_texts(
+    engine: Engine, texts: Sequence[str], settings: Sequence[Settings], asked_at: float
+) -> list[Answer]:
+    """Submit each of the `texts`, as it stands, once for each of the `settings`; all are taken or none."""
+    answers: list[Answer] = []
+    with refusing():
+        with engine.room_for(len(texts) * len(settings)):
+            prompts = [await engine.prepare_text_in_time(text, asked_at) for text in texts]
+        try:
+            for prompt in prompts:
+                answers += engine.submit_all(prompt, settings, asked_at)
+        except (EngineError, ValueError):
+            for answer in answers:
+                answer.cancel()
+            raise
+    return answers
+
+
+async def prepare(
+    engine: Engine, messages: Sequence[Mapping], asked_at: float, fetch: Callable[[str], Awaitable[bytes]] | None
+) -> Prompt:
+    """The prompt of a conversation that is not to be answered; an `ApiError` for whatever is wrong with it."""
+    with refusing(), engine.room_for(1):
+        return await engine.prepare_in_time(messages, asked_at, fetch=fetch)
+
+
+async def prepare_text(engine: Engine, text: str, asked_at: float, is_context: bool) -> Prompt:
+    """The tokens of a text, which need not leave room for an answer; an `ApiError` for whatever is wrong with it."""
+    with refusing(), engine.room_for(1):
+        return await engine.prepare_text_in_time(text, asked_at, is_context=is_context, fits=False)
+
+
+async def grammar_of(engine: Engine, schema: Mapping | None, asked_at: float, param: str) -> Grammar | None:
+    """What an answer must be to be JSON of the schema that `param` has; an `ApiError` if that cannot be."""
+    if schema is None:
+        return None
+    try:
+        with engine.room_for(1):
+            return await engine.compile_in_time(schema, asked_at)
+    except ValueError as error:
+        raise ApiError(422, f"{param}: {error}", param=param, code="invalid_schema") from error
+
+
+@contextlib.contextmanager
+def refusing(param: str | None = None) -> Iterator[None]:
+    """What is wrong with a request as an `ApiError`."""
+    try:
+        yield
     except PictureTooLarge as error:
         raise ApiError(413, str(error), code="picture_too_large") from error
     except ValueError as error:
-        raise ApiError(400, str(error), code="invalid_request") from error
+        raise ApiError(400, str(error), param=param, code="invalid_request") from error
 
 
 async def complete(request: Request, answers: Sequence[Answer]) -> list[Completion]:
@@ -52,8 +104,8 @@ async def complete(request: Request, answers: Sequence[Answer]) -> list[Completi
             answer.cancel()
     try:
         completions = await done  # of cancelled answers within a token
-    except ValueError as error:  # NaN
-        raise ApiError(500, str(error), code="model_failed") from error
+    except ValueError as error:
+        raise of_answer(error) from error
     if is_gone:
         raise client_has_left()
     return [check_complete(completion) for completion in completions]

@@ -15,10 +15,21 @@ from pydantic.json_schema import models_json_schema
 from visualglm_tools.serving.engine.answers import EngineClosed
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.http.api_key import check_key
-from visualglm_tools.serving.http.guards import Normalize, RefuseOtherPages, RequireKey
+from visualglm_tools.serving.http.guards import IGNORED_FIELDS, NameIgnored, Normalize, RefuseOtherPages, RequireKey
 from visualglm_tools.serving.http.intake import Intake
+from visualglm_tools.serving.http.service import Service
 
-from . import errors, legacy_api, openai_api
+from . import completions_api, errors, legacy_api, openai_api, responses_api, tokenize_api
+
+
+# What routes read themselves, so that FastAPI does not know of it.
+BODIES = (
+    legacy_api.LegacyRequest,
+    openai_api.ChatRequest,
+    completions_api.CompletionRequest,
+    responses_api.ResponsesRequest,
+    tokenize_api.TokenizeRequest,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class ApiOptions:
         cors_origins: web pages that may call from a browser; "*" for all.
         max_choices: the largest `n`.
         allowed_hosts: names of this server, where it has no key; "*" for any.
+        strict: whether unknown fields are refused; else they are ignored, and named in a header of the response.
 
     Raises:
         ValueError: a key that is empty or that no client could send.
@@ -46,6 +58,7 @@ class ApiOptions:
     cors_origins: Sequence[str] = ()
     max_choices: int = 8
     allowed_hosts: Sequence[str] = ()
+    strict: bool = False
 
     def __post_init__(self):
         if self.api_key is not None:
@@ -104,12 +117,17 @@ def create_app(get_engine: Callable[[], Engine], options: ApiOptions, lifespan: 
         redoc_url=None,
     )
     errors.install(app)
-    intake = Intake(options.max_body_bytes)
+    intake = Intake(options.max_body_bytes, options.strict)
     app.include_router(legacy_api.create_router(get_engine, intake))
-    app.include_router(openai_api.create_router(get_engine, intake, options))
+    service = Service(get_engine, intake, options)
+    app.include_router(openai_api.create_router(service))
+    app.include_router(completions_api.create_router(service))
+    app.include_router(responses_api.create_router(service))
+    app.include_router(tokenize_api.create_router(service))
     add_status_routes(app, get_engine, options)
     app.openapi = functools.partial(describe, app)
     # The last one added sees a request first.
+    app.add_middleware(NameIgnored)
     if options.api_key is None:
         app.add_middleware(RefuseOtherPages, origins=options.cors_origins, hosts=options.allowed_hosts)
     else:
@@ -121,6 +139,7 @@ def create_app(get_engine: Callable[[], Engine], options: ApiOptions, lifespan: 
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=[IGNORED_FIELDS],
         )
     return app
 
@@ -129,7 +148,7 @@ def describe(app: FastAPI) -> dict:
     """The OpenAPI schema: FastAPI's, and the bodies that the routes read themselves."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        bodies = [(legacy_api.LegacyRequest, "validation"), (openai_api.ChatRequest, "validation")]
+        bodies = [(body, "validation") for body in BODIES]
         _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"].update(definitions["$defs"])
         app.openapi_schema = schema

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from visualglm_tools.serving.engine.answers import AnswerTimeout, EngineClosed, EngineError, QueueFull
+from visualglm_tools.serving.engine.grammar import GrammarTooComplex
 
 
 LONGEST_TEXT = 1000  # characters of a message, which may quote what the client sent
@@ -76,7 +77,7 @@ DESCRIPTIONS = {
     408: "The body did not come in time",
     413: "The request or a picture in it is too large, or has too many values",
     415: "The body is compressed",
-    422: "A field is missing, unknown, of the wrong type, or asks for what this model cannot do",
+    422: "A field is missing, of the wrong type, or asks for what this model cannot do",
     429: "The queue is full, or too much is being taken in; Retry-After says when to come back",
     500: "The model failed",
     503: "The model is being loaded, or the server shuts down",
@@ -101,6 +102,15 @@ def of_engine(error: EngineError) -> ApiError:
     if isinstance(error, AnswerTimeout):
         return ApiError(504, str(error), code="timeout")
     return ApiError(500, f"The model failed: {error}", code="model_failed")
+
+
+def of_answer(error: EngineError | ValueError) -> ApiError:
+    """What it means to a client that an answer has failed."""
+    if isinstance(error, GrammarTooComplex):
+        return ApiError(400, str(error), code="schema_too_complex")
+    if isinstance(error, ValueError):  # NaN
+        return ApiError(500, str(error), code="model_failed")
+    return of_engine(error)
 
 
 def of_validation(error: ValidationError | RequestValidationError) -> ApiError:

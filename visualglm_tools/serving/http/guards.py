@@ -3,7 +3,7 @@
 import ipaddress
 import secrets
 from collections.abc import Sequence
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
 
@@ -12,6 +12,8 @@ from visualglm_tools.serving.http.errors import ApiError
 
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # without a key
 ANY = "*"
+IGNORED_FIELDS = "X-Ignored-Fields"
+NAMED_FIELDS, LONGEST_NAME = 20, 80  # characters, before what is no letter is escaped
 
 
 class Normalize:
@@ -32,6 +34,33 @@ class Normalize:
         path = scope["path"].rstrip("/") or "/"
         scope = {**scope, "path": path, "method": "GET" if is_head else scope["method"]}
         await self.app(scope, receive, send_head if is_head else send)
+
+
+class NameIgnored:
+    """Names the fields of a body that were ignored, as `intake.parse` has noted them, in a header of the response."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        state = scope.setdefault("state", {})
+
+        async def send_named(message):
+            if message["type"] == "http.response.start" and (ignored := state.get("ignored_fields")):
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (IGNORED_FIELDS.lower().encode(), told(ignored))],
+                }
+            await send(message)
+
+        await self.app(scope, receive, send_named)
+
+
+def told(fields: Sequence[str]) -> bytes:
+    """Names from a body as the value of a header: some, each not too long, without what headers cannot have."""
+    names = [quote(name[:LONGEST_NAME], safe="[]", errors="replace") for name in fields[:NAMED_FIELDS]]
+    more = [f"({len(fields) - NAMED_FIELDS} more)"] if len(fields) > NAMED_FIELDS else []
+    return ", ".join([*names, *more]).encode()
 
 
 class RequireKey:

@@ -33,10 +33,11 @@ class Intake:
 
     Args:
         max_bytes: of one body.
+        refuses_unknown: whether unknown fields are an error.
     """
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, refuses_unknown: bool = False):
+        self.max_bytes, self.refuses_unknown = max_bytes, refuses_unknown
         self.free_bytes = BODIES_HELD * max_bytes
         self.arriving: dict[Held, asyncio.Task] = {}  # the one that is longest on its way first
         self.large_ones = ThreadPoolExecutor(1, "large-bodies")  # one by one: parsing takes a body's memory twice
@@ -45,6 +46,8 @@ class Intake:
     @contextlib.asynccontextmanager
     async def read(self, request: Request, model: type[Asked], strict: bool = True) -> AsyncIterator[Asked]:
         """What was asked, checked; its bytes count as held until the context ends.
+
+        Unknown fields are noted for `guards.NameIgnored`, or refused.
 
         Args:
             request: whose body has not been read.
@@ -57,7 +60,12 @@ class Intake:
         """
         held = Held(self)
         try:
-            yield await self.parsed(await self.received(request, held), model, strict)
+            asked, unknown = await self.parsed(await self.received(request, held), model, strict)
+            if unknown and self.refuses_unknown:
+                message = f"{unknown[0]}: this server knows no such field, and was started with --strict."
+                raise ApiError(422, message, param=unknown[0], code="unknown_field")
+            request.state.ignored_fields = unknown
+            yield asked
         finally:
             held.release()
 
@@ -88,7 +96,7 @@ class Intake:
                 held.is_given_up = True
                 held.release()
 
-    def parsed(self, body: bytearray, model: type[Asked], strict: bool) -> Awaitable[Asked]:
+    def parsed(self, body: bytearray, model: type[Asked], strict: bool) -> Awaitable[tuple[Asked, list[str]]]:
         threads = self.small_ones if len(body) <= SMALL_BYTES else self.large_ones
         return asyncio.get_running_loop().run_in_executor(threads, parse, body, model, strict)
 
@@ -138,8 +146,10 @@ def check_count(values):
     return values
 
 
-def parse(body: bytearray, model: type[Asked], strict: bool) -> Asked:
-    """What the JSON of a body asks for; an `ApiError` for too many values, for no JSON, and for what is no `model`."""
+def parse(body: bytearray, model: type[Asked], strict: bool) -> tuple[Asked, list[str]]:
+    """What the JSON of a body asks for, and the fields that are unknown, which a `model` notes in the context of its
+    validation; an `ApiError` for too many values, for no JSON, and for what is no `model`.
+    """
     marks = sum(map(body.count, (b"{", b"[", b",")))
     if marks > MAX_MARKS:
         message = f"The body has more than {MAX_MARKS:,} values or commas, more than any conversation that fits."
@@ -149,7 +159,8 @@ def parse(body: bytearray, model: type[Asked], strict: bool) -> Asked:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is no valid JSON: {error}.", code="invalid_json") from error
     body.clear()  # whoever still holds it, it takes no memory
+    unknown: dict[str, None] = {}
     try:
-        return model.model_validate(content)
+        return model.model_validate(content, context=unknown), list(unknown)
     except ValidationError as error:
         raise of_validation(error) from error

@@ -65,6 +65,7 @@ def create_service(values: dict[str, Any]) -> Application:
         model_name=options.served_model_name or options.model.name,
         api_key=read_key(),
         allow_urls=options.allow_urls,
+        strict=options.strict,
         allowed_hosts=options.allowed_hosts,
     )
 

@@ -37,7 +37,11 @@ def test_a_key_is_demanded_everywhere_but_for_health(engine):
             for method, path in (
                 ("POST", "/"),
                 ("POST", "/v1/chat/completions"),
+                ("POST", "/v1/completions"),
+                ("POST", "/v1/responses"),
+                ("POST", "/tokenize"),
                 ("GET", "/v1/models"),
+                ("GET", "/version"),
                 ("GET", "/metrics"),
             ):
                 response = request(method, url + path, headers=wrong)
@@ -81,8 +85,15 @@ def test_a_full_queue_is_a_429_at_once_with_retry_after(loaded):
         ("/v1/chat/completions", {"model": MODEL, "messages": [HELLO], "stream": True, "min_tokens": 1500}),
         ("/v1/chat/completions", {"model": MODEL, "messages": [HELLO], "min_tokens": 1500}),
         ("/", {"text": "a", **ENDLESS}),
+        ("/v1/completions", {"model": MODEL, "prompt": "a", "min_tokens": 1500, "max_tokens": 2000}),
+        ("/v1/completions", {"model": MODEL, "prompt": "a", "min_tokens": 1500, "max_tokens": 2000, "stream": True}),
+        ("/v1/responses", {"model": MODEL, "input": "a", "min_tokens": 1500}),
+        ("/v1/responses", {"model": MODEL, "input": "a", "min_tokens": 1500, "stream": True}),
     ],
-    ids=["stream", "answer", "the original's route"],
+    ids=[
+        *("stream", "answer", "the original's route"),
+        *("completion", "stream of a completion", "response", "events of a response"),
+    ],
 )
 def test_when_the_client_leaves_the_model_stops(engine, url, path, body):
     cancelled = sample(engine, "requests_total", outcome="cancelled")
@@ -133,7 +144,8 @@ def short_url(loaded):
 def schema_file(short_url, tmp_path) -> Path:
     """The server's schema with the name of its model, without which nearly all requests would be a 404."""
     schema = get(f"{short_url}/openapi.json").json()
-    schema["components"]["schemas"]["ChatRequest"]["properties"]["model"] = {"const": MODEL}
+    for name in ("ChatRequest", "CompletionRequest", "ResponsesRequest", "TokenizeRequest"):
+        schema["components"]["schemas"][name]["properties"]["model"] = {"const": MODEL}
     file = tmp_path / "openapi.json"
     file.write_text(json.dumps(schema), encoding="utf-8")
     return file
@@ -144,5 +156,5 @@ def test_no_request_that_schemathesis_invents_fails_the_server(short_url, schema
     schemathesis = Path(sys.executable).with_name("schemathesis")
     options = ("--url", short_url, "--seed", 1, "--checks", CHECKS, "--max-examples", examples)
     finished = run(schemathesis, "run", schema_file, *options, cwd=schema_file.parent, timeout=1800)
-    assert "6 selected / 6 total" in finished.stdout
+    assert "10 selected / 10 total" in finished.stdout
     assert get(f"{short_url}/health").status_code == 200

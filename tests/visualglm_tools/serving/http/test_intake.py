@@ -13,7 +13,7 @@ from visualglm_tools.serving.engine.engine import Engine
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
-@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
 def test_a_body_that_is_no_json_is_a_400_or_422(url, path, body):
     response = post(url + path, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code in (400, 422)

@@ -1,8 +1,14 @@
 """OpenAI's routes over real sockets, by its official client; what cannot be honoured is refused by its name."""
 
 import itertools
+import json
+import sys
+from typing import Literal
 
+import httpx
+import jsonschema
 import openai
+import pydantic
 import pytest
 
 from tests.paths import CIRCLES, PICTURES
@@ -16,8 +22,10 @@ from tests.serving_helpers import (
     data_uri,
     error_of,
     is_idle,
+    post,
     post_chat,
     sample,
+    serve,
     wait_until,
 )
 
@@ -32,7 +40,7 @@ def client(url):
 
 
 def test_openai_client_lists_the_model(client):
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert [(model.id, model.max_model_len) for model in client.models.list()] == [(MODEL, 2048)]
     assert client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError, match="visualglm-tiny"):
         client.models.retrieve("gpt-4o")
@@ -120,6 +128,133 @@ def test_a_system_message_and_several_pictures_are_taken(client):
     assert client.chat.completions.create(model=MODEL, messages=messages).usage.prompt_tokens > 64
 
 
+# ------------------------------------------------------------------------------------------------ how tokens are chosen
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"颜色": {"enum": ["红色", "绿色"]}, "shape": {"type": "string", "maxLength": 8}},
+    "required": ["颜色", "shape"],
+    "additionalProperties": False,
+}
+
+
+def json_of(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+def test_an_answer_is_json_of_a_schema_streamed_or_not(client):
+    asked = {"model": MODEL, "messages": ask_about(data_uri(CIRCLES.read_bytes())), "temperature": 0}
+    whole = client.chat.completions.create(**asked, response_format=json_of(SCHEMA)).choices[0]
+    jsonschema.validate(json.loads(whole.message.content), SCHEMA)
+    assert whole.finish_reason == "stop"
+    chunks = list(client.chat.completions.create(**asked, response_format=json_of(SCHEMA), stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    cut = client.chat.completions.create(**asked, response_format=json_of(SCHEMA), max_tokens=3).choices[0]
+    assert cut.finish_reason == "length" and whole.message.content.startswith(cut.message.content)
+    whatever = client.chat.completions.create(
+        **asked, response_format={"type": "json_object"}, max_tokens=200, stop=['":']
+    )
+    assert whatever.choices[0].message.content.startswith("{")
+
+
+class Picture(pydantic.BaseModel):
+    colour: Literal["red", "green"]
+    count: Literal[1, 2, 3]
+
+
+def test_openai_client_parses_an_answer_into_a_model(client):
+    messages = ask_about(data_uri(CIRCLES.read_bytes()))
+    found = client.chat.completions.parse(model=MODEL, messages=messages, response_format=Picture, temperature=0)
+    assert isinstance(found.choices[0].message.parsed, Picture)
+
+
+def test_without_the_package_json_is_refused_with_the_remedy(url, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    error = error_of(post_chat(url, response_format={"type": "json_object"}), 422)
+    assert error["param"] == "response_format" and "pip install 'visualglm-hf[json]'" in error["message"]
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ["圆形"]}, {"max_tokens": 4}], ids=["whole", "stop", "length"])
+def test_log_probabilities_are_told_streamed_or_not(client, more):
+    asked = {"model": MODEL, "messages": ask_about(data_uri(CIRCLES.read_bytes())), "logprobs": True, **EXACT, **more}
+    whole = client.chat.completions.create(**asked, top_logprobs=2).choices[0]
+    told = whole.logprobs.content
+    assert "".join(each.token for each in told).replace(",", "，") == whole.message.content
+    assert bytes(byte for each in told for byte in each.bytes).decode() == "".join(each.token for each in told)
+    for each in told:
+        assert [each.token, each.logprob] == [each.top_logprobs[0].token, each.top_logprobs[0].logprob]  # greedy
+        assert each.logprob >= each.top_logprobs[1].logprob
+    choices = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, top_logprobs=2, stream=True)]
+    parts = [choice.logprobs.content for choice in choices if choice.logprobs is not None]
+    assert [each.token for part in parts for each in part] == [each.token for each in told]
+    shown = ""
+    for choice in choices:  # no token before its text
+        shown += choice.delta.content or ""
+        parts = choice.logprobs.content if choice.logprobs is not None else []
+        assert choice.finish_reason or len(shown) >= len("".join(each.token for each in parts))
+
+
+def test_biases_and_penalties_do_what_openai_says(client, engine):
+    def create(**options) -> str:
+        asked = {"model": MODEL, "messages": [HELLO], "max_tokens": 6, **EXACT, **options}
+        return client.chat.completions.create(**asked).choices[0].message.content
+
+    assert create().startswith("Hello")
+    for name in ("Hello", str(engine.vocabulary.token_ids("Hello")[-1])):
+        assert not create(logit_bias={name: -100}).startswith("Hello")
+    assert create(logit_bias={"红色": 100}) == "红色" * 6
+    assert create(logit_bias={"红色": 100}, frequency_penalty=2, presence_penalty=2) == "红色" * 6
+    assert create(logit_bias={"红色": 15}, presence_penalty=2).count("红色") < 6
+
+
+# ------------------------------------------------------------------------------------------------ unknown fields
+
+
+def test_unknown_fields_are_ignored_and_named_in_a_header(url):
+    exact = {"temperature": 0, "repetition_penalty": 1}
+    known = post_chat(url, **exact)
+    assert "x-ignored-fields" not in known.headers
+    messages = [{**HELLO, "content": [{"type": "text", "text": "Hello", "lang": "en"}], "reasoning": None}]
+    response = post_chat(url, **exact, messages=messages, web=1, stream_options={"a": 1})
+    assert answer_of(response) == answer_of(known)
+    named = response.headers["x-ignored-fields"].split(", ")
+    assert sorted(named) == ["messages[].content[].lang", "messages[].reasoning", "stream_options.a", "web"]
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body_of(stream=True, web=1)) as stream:
+        assert stream.headers["x-ignored-fields"] == "web"
+    wrong = post_chat(url, web=1, temperature=0, messages=[{"role": "user", "content": " "}])
+    assert error_of(wrong, 400) and wrong.headers["x-ignored-fields"] == "web"
+
+
+def body_of(**fields) -> dict:
+    return {"model": MODEL, "messages": [HELLO], "max_tokens": 2, **fields}
+
+
+def test_names_of_strangers_make_no_header_of_their_own(url):
+    names = ["a\r\nX-Evil: 1", "é, b", "x" * 1000, *(f"f{index}" for index in range(40))]
+    response = post_chat(url, max_tokens=1, **dict.fromkeys(names, 1))
+    header = response.headers["x-ignored-fields"]
+    assert "x-evil" not in response.headers and header.isascii() and len(header) < 400
+    assert header.startswith("a%0D%0AX-Evil%3A%201, %C3%A9%2C%20b, xxx") and header.endswith("(23 more)")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [HELLO]}),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+        ("/tokenize", {"prompt": "a"}),
+    ],
+)
+def test_a_strict_server_refuses_unknown_fields(engine, path, fields):
+    with serve(engine, strict=True) as url:
+        asked = {"model": MODEL, **fields}
+        error = error_of(post(url + path, json={**asked, "web": 1}), 422)
+        assert error["param"] == "web" and "--strict" in error["message"]
+        assert post(url + path, json=asked).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
@@ -138,10 +273,19 @@ def test_a_system_message_and_several_pictures_are_taken(client):
         ({"temperature": 3}, 422, "temperature"),
         ({"n": 99}, 400, "n"),
         ({"stop": [""]}, 422, "stop"),
-        ({"presence_penalty": 1}, 422, "presence_penalty"),
+        ({"presence_penalty": 2.5}, 422, "presence_penalty"),
         ({"tools": [{"type": "function"}]}, 422, "tools"),
-        ({"response_format": {"type": "json_object"}}, 422, "response_format.type"),
-        ({"unknown": 1}, 422, "unknown"),
+        ({"response_format": {"type": "xml"}}, 422, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, 422, "response_format"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, 422, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, 422, "response_format"),
+        ({"response_format": json_of({"type": "objekt"})}, 422, "response_format"),
+        ({"response_format": json_of({"$ref": "file:///etc/passwd"})}, 422, "response_format"),
+        ({"top_logprobs": 2}, 422, None),
+        ({"logprobs": True, "top_logprobs": 21}, 422, "top_logprobs"),
+        ({"logit_bias": {"zzzzqqq": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"99999999": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, 422, "logit_bias"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(url, fields, status, param):
