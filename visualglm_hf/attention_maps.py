@@ -115,17 +115,18 @@ class GradientObserver(AttentionObserver):
         self.attended.append(attended)
 
     def contributions(self, score: torch.Tensor) -> torch.Tensor:
-        """What each position that is looked at adds to a score for each that looks, [S - first, N], to the first order.
+        """What each position that is looked at adds to a score, [N], to the first order.
 
-        It is summed over all layers and heads, with its sign.
+        It is summed over all layers, heads and positions that look; what they take from the score does not count.
         """
         self.is_closed = True
         gradients = torch.autograd.grad(score * GRADIENT_SCALE, self.attended)
-        total = 0
+        layers = []
         for weights, values, gradient in zip(self.layers, self.values, gradients, strict=True):
             gradient = gradient[:, self.first :].transpose(1, 2).float()  # [B, H, S - first, D]
-            total = total + (weights * (gradient @ values.float().transpose(2, 3))).sum((0, 1)).cpu()
-        return total / GRADIENT_SCALE
+            added = weights * (gradient @ values.float().transpose(2, 3))
+            layers.append(added.clamp(min=0).sum((0, 1, 2)).cpu())
+        return torch.stack(layers).sum(0) / GRADIENT_SCALE
 
 
 @torch.no_grad()
@@ -183,10 +184,9 @@ def map_answer(
 ) -> torch.Tensor:
     """Where in a picture an answer comes from: a map [side, side] that sums to 1.
 
-    What a part of the soft prompt adds to the answer's log-probability is summed over layers and heads, for each token
-    of the answer; where that is less than nothing, it speaks against the answer and does not count. If nothing counts,
-    the map is `map_attention`'s. The layers are computed again one by one for their gradients, so that in memory there
-    is what one layer needs for them, and of each what it attended to.
+    That is what each part of the soft prompt adds to the answer's log-probability; if nothing does, the map is
+    `map_attention`'s. The layers are computed again one by one for their gradients, so that in memory there is what one
+    layer needs for them, and of each what it attended to.
 
     Args:
         input_ids: [1, S], a prompt and its answer.
@@ -200,7 +200,7 @@ def map_answer(
             # Clones, since a caller may have made them for inference alone.
             given, observer = (input_ids.clone(), image_embeds.clone()), GradientObserver(first, columns.clone())
             score = answer_score(model, *given, prompt_length, observer)
-            parts = observer.contributions(score).clamp(min=0).sum(0)
+            parts = observer.contributions(score)
         if torch.isfinite(parts).all() and parts.sum() > 0:
             return spread(parts, sources)
     return map_attention(model, input_ids[:, :-1], image_embeds, number, first, sources)

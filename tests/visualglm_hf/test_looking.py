@@ -87,7 +87,7 @@ def test_the_map_is_the_eager_layers_attention_times_the_gradient_that_autograd_
         (weights * gradient)[0, :, turn.prompt_length - 1 :, is_image]
         for weights, gradient in zip(output.attentions, gradients, strict=True)
     ]
-    parts = torch.stack(parts).sum((0, 1)).clamp(min=0).sum(0).detach()
+    parts = torch.stack(parts).clamp(min=0).sum((0, 1, 2)).detach()
     expected = (parts @ turn.seen.sources).view(16, 16)
     look = model.look(trained[1], drawing, QUESTION, repetition_penalty=1.0, **GREEDY)
     torch.testing.assert_close(look.map, expected / expected.sum(), atol=1e-5, rtol=1e-3)
@@ -120,7 +120,7 @@ def test_what_was_prepared_for_inference_alone_is_looked_at_like_everything_else
 
 def test_an_answer_for_which_nothing_in_the_picture_speaks_has_the_map_of_its_attention(trained, monkeypatch):
     model, tokenizer = trained
-    monkeypatch.setattr(GradientObserver, "contributions", lambda self, score: torch.full((1, 32), -1.0))
+    monkeypatch.setattr(GradientObserver, "contributions", lambda self, score: torch.zeros(32))
     look = model.look(tokenizer, world.draw(scene_at("left")), QUESTION, **GREEDY)
     assert peak_of(look)[0] < 112 and float(look.map.sum()) == pytest.approx(1, abs=1e-5)
 
