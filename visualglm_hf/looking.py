@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .attention_maps import map_attention
+from .attention_maps import map_answer
 from .history import ChatHistory
 
 
@@ -111,9 +111,10 @@ class LookMixin:
         do_sample: bool = False,
         **options,
     ) -> Look:
-        """Answer a question as `chat` does, and tell where in the picture the model looked.
+        """Answer a question as `chat` does, and tell where in the picture the answer comes from.
 
-        The answer is the one of `chat(..., do_sample=False)`: attention is computed once more beside it, after it.
+        The answer is the one of `chat(..., do_sample=False)`; after it, prompt and answer are computed once more, with
+        gradients.
 
         Args:
             tokenizer, image_path, query, history, english, read_text, image_size: as in `chat`. The picture must be
@@ -133,13 +134,7 @@ class LookMixin:
         output = self.generate(**turn.inputs, **options)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
         response, history = turn.finish(tokenizer.decode(sequences[0, turn.prompt_length :].tolist()))
-        # The last token was chosen, but not looked from.
-        attention_map = map_attention(
-            self,
-            sequences[:1, :-1],
-            turn.inputs["image_embeds"],
-            turn.place,
-            turn.prompt_length - 1,
-            turn.seen.sources,
+        attention_map = map_answer(
+            self, sequences[:1], turn.inputs["image_embeds"], turn.place, turn.prompt_length, turn.seen.sources
         )
         return Look(attention_map, response, history, turn.seen.picture)

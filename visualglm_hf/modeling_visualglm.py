@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -148,8 +149,6 @@ class VisualGLMAttention(nn.Module):
         if prefix is not None:  # not in the cache, whose length is then that of the text
             key, value = prepend_prefix(prefix, key, value)
         implementation, scaling = self.config._attn_implementation, float(self.layer_idx + 1)
-        if observe is not None:  # fast ways of attending never have their weights
-            observe(query, key, attention_mask, scaling)
         if query_obstacle(implementation, query, attention_mask) is None:
             attended, weights = single_query_attention(query, key, value, attention_mask, scaling), None
         else:
@@ -157,6 +156,8 @@ class VisualGLMAttention(nn.Module):
             attended, weights = attention(
                 self, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs
             )
+        if observe is not None:  # fast ways of attending never have their weights
+            observe(query, key, value, attention_mask, scaling, attended)
         return self.dense(attended.flatten(2)), weights
 
 
@@ -274,10 +275,8 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
             is_visible = 1.0 if attention_mask.dtype == torch.bool else 0.0
             attention_mask = F.pad(attention_mask, (prefix_key_values[0].shape[2], 0), value=is_visible)
 
-        hidden_states = CPU_DECODER.run_layers(
-            self, inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs
-        )
-        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
+        states = CPU_DECODER.run_layers(self, inputs_embeds, attention_mask, rotary, cache, prefix_key_values, **kwargs)
+        return BaseModelOutputWithPast(self.final_layernorm(states), **{CACHE_NAME: cache})
 
     def run_layers(
         self,
@@ -289,9 +288,12 @@ class VisualGLMTextModel(VisualGLMPreTrainedModel):
         **kwargs,
     ) -> torch.Tensor:
         """One layer after the other, [B, S, C] -> [B, S, C]: what `CPU_DECODER` does, faster where it can."""
+        # An observer of gradients needs those of all layers, but not all of their activations at a time.
+        forgets = "observe" in kwargs and torch.is_grad_enabled()
         for layer_idx, layer in enumerate(self.layers):
             prefix = None if prefix_key_values is None else prefix_key_values[layer_idx]
-            hidden_states = layer(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
+            run = partial(checkpoint, layer, use_reentrant=False) if forgets else layer
+            hidden_states = run(hidden_states, attention_mask, rotary, cache, prefix, **kwargs)
         return hidden_states
 
 

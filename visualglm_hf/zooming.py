@@ -27,6 +27,7 @@ Region = tuple[int, int, int, int]
 # Chosen on drawings, see docs/limits.md. Parts of the map's peak, of the heaviest spot, and of the longer side.
 LEAST_ATTENTION = 0.15  # of the peak, from which on a patch belongs to a spot
 LEAST_SPOT = 0.25  # of the heaviest spot, from which on another one matters, too
+LARGEST_SPOT = 2  # patches a side, beyond which what matters is seen well enough in the whole
 MARGIN = 2.5  # the crop's side, in sides of what matters
 SMALLEST_CROP, LARGEST_CROP = 0.25, 0.5  # of the longer side; larger ones gain less than they lose
 
@@ -105,17 +106,17 @@ def find_region(attention_map: torch.Tensor, size: tuple[int, int], image_size: 
         size: width and height of the picture, in pixels.
         image_size: of what the model sees, in pixels.
     """
-    width, height = size
-    rows, columns = len(attention_map), len(attention_map[0])
-    patches = matter(attention_map.tolist())
-    upper, lower = min(y for y, _ in patches) / rows * height, (max(y for y, _ in patches) + 1) / rows * height
-    left, right = min(x for _, x in patches) / columns * width, (max(x for _, x in patches) + 1) / columns * width
-    longer = max(size)
-    side = max(MARGIN * max(right - left, lower - upper), SMALLEST_CROP * longer, image_size)
-    if side > LARGEST_CROP * longer:
+    ys, xs = zip(*matter(attention_map.tolist()), strict=True)
+    columns, rows = max(xs) - min(xs) + 1, max(ys) - min(ys) + 1
+    if max(columns, rows) > LARGEST_SPOT:
         return None
-    (first, last), (top, bottom) = fit((left + right) / 2, side, width), fit((upper + lower) / 2, side, height)
-    return first, top, last, bottom
+    width, height = (length / len(attention_map) for length in size)  # of a patch
+    side = max(MARGIN * max(columns * width, rows * height), SMALLEST_CROP * max(size), image_size)
+    if side > LARGEST_CROP * max(size):
+        return None
+    left, right = fit((min(xs) + columns / 2) * width, side, size[0])
+    upper, lower = fit((min(ys) + rows / 2) * height, side, size[1])
+    return left, upper, right, lower
 
 
 def fit(middle: float, side: float, length: int) -> tuple[int, int]:

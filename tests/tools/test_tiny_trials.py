@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tests.paths import TINY
-from tools.tiny import image_guidance, small_subjects, world
-from tools.tiny.image_guidance import ImageContrast, Setting, Trial, facts_in, from_exam, from_world
+from tools.tiny import image_guidance, questions, small_subjects, world
+from tools.tiny.image_guidance import ImageContrast, Setting, Trial, facts_in, from_drawings, from_exam, from_world
 from visualglm_hf import VisualGLMProcessor, register
 from visualglm_tools.evaluation.references import read_exam
 from visualglm_tools.training.dataset import read_dataset
@@ -100,6 +100,18 @@ def test_the_gate_and_the_cut_off_hold(tiny):
     assert guided[1].argmax() == 1 and torch.isinf(guided[1, 2])  # unsure: away from what is said blindly
     contrast.setting = Setting()
     assert torch.equal(contrast(torch.zeros(2, 0, dtype=torch.long), scores), scores.log_softmax(-1))
+
+
+def test_contradicting_pictures_are_asked_as_often_for_what_is_there_as_for_what_was_expected():
+    for image, asked in from_drawings(image_guidance.CONTRADICTING, range(3)):
+        assert image.size == (world.IMAGE_SIZE, world.IMAGE_SIZE)
+        for language in world.LANGUAGES:
+            kinds = [each.kind for each in asked if each.language == language]
+            assert kinds == ["describe", "shape of", "absent", "presence", "presence"]
+            answers = [each.answer for each in asked if (each.kind, each.language) == ("presence", language)]
+            assert answers == list(questions.YES_NO[language][0])
+            (caption,) = [each.answer for each in asked if (each.kind, each.language) == ("describe", language)]
+            assert len(facts_in(caption, language)) >= 5  # two shapes, two colours, a background
 
 
 def test_the_trial_reads_an_exam_and_prints_both_tables(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`look()`: the answer that `chat` gives, and a map of where the model looked."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -8,9 +9,15 @@ import torch
 from PIL import Image
 
 from tests.paths import TINY
-from tools.tiny import world
+from tools.tiny import pictures, world
 from visualglm_hf import VisualGLMForConditionalGeneration
-from visualglm_hf.attention_maps import AttentionObserver, attention_weights, cross_attention
+from visualglm_hf.attention_maps import (
+    AttentionObserver,
+    GradientObserver,
+    attention_weights,
+    cross_attention,
+    map_attention,
+)
 from visualglm_hf.looking import Look, colour
 from visualglm_hf.modeling_image_encoder import eager_attention_forward
 
@@ -58,22 +65,86 @@ def test_the_answer_is_chats_and_the_map_the_same_however_attention_is_computed(
     assert float((look.map - reference.map).abs().sum()) < (0.02 if dtype == "float32" and not bits else 0.5)
 
 
-def test_the_map_is_the_product_of_the_attention_that_eager_layers_return(trained):
-    _, tokenizer = trained
+def eager_answer(tokenizer, drawing: Image.Image):
+    """A model with eager attention, a turn, and its answer's tokens with those of the prompt."""
     model = VisualGLMForConditionalGeneration.from_pretrained(
         TINY, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    drawing = world.draw(scene_at("right"))
     turn = model.prepare_turn(tokenizer, drawing, QUESTION, None, look=-1)
-    sequences = model.generate(**turn.inputs, **GREEDY, tokenizer=tokenizer)
+    return model, turn, model.generate(**turn.inputs, **GREEDY, tokenizer=tokenizer)
+
+
+def test_the_map_is_the_eager_layers_attention_times_the_gradient_that_autograd_has_for_it(trained):
+    drawing = world.draw(scene_at("right"))
+    model, turn, sequences = eager_answer(trained[1], drawing)
+    embeds = turn.inputs["image_embeds"].clone().requires_grad_()
+    output = model(input_ids=sequences[:, :-1], image_embeds=embeds, output_attentions=True)
+    logits = output.logits[0, turn.prompt_length - 1 :].log_softmax(-1)
+    score = logits.gather(-1, sequences[0, turn.prompt_length :, None]).sum()
+    gradients = torch.autograd.grad(score, output.attentions)
+    is_image = sequences[0, :-1] == model.config.image_token_id
+    parts = [
+        (weights * gradient)[0, :, turn.prompt_length - 1 :, is_image]
+        for weights, gradient in zip(output.attentions, gradients, strict=True)
+    ]
+    parts = torch.stack(parts).clamp(min=0).sum((0, 1, 2)).detach()
+    expected = (parts @ turn.seen.sources).view(16, 16)
+    look = model.look(trained[1], drawing, QUESTION, repetition_penalty=1.0, **GREEDY)
+    torch.testing.assert_close(look.map, expected / expected.sum(), atol=1e-5, rtol=1e-3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_prompts_map_is_the_product_of_the_attention_that_eager_layers_return(trained):
+    model, turn, sequences = eager_answer(trained[1], world.draw(scene_at("right")))
+    inputs = {"input_ids": sequences[:, :-1], "image_embeds": turn.inputs["image_embeds"]}
     with torch.no_grad():
-        inputs = {"input_ids": sequences[:, :-1], "image_embeds": turn.inputs["image_embeds"]}
         attentions = model(**inputs, output_attentions=True).attentions
     is_image = inputs["input_ids"][0] == model.config.image_token_id
-    rows = torch.stack([layer[0, :, turn.prompt_length - 1 :, is_image] for layer in attentions])
+    first = turn.prompt_length - 1
+    rows = torch.stack([layer[0, :, first:, is_image] for layer in attentions])
     expected = (rows.mean((0, 1, 2)) @ turn.seen.sources).view(16, 16)
-    look = model.look(tokenizer, drawing, QUESTION, repetition_penalty=1.0, **GREEDY)
-    torch.testing.assert_close(look.map, expected / expected.sum(), atol=1e-6, rtol=1e-4)
+    found = map_attention(model, *inputs.values(), 0, first, turn.seen.sources)
+    torch.testing.assert_close(found, expected / expected.sum(), atol=1e-6, rtol=1e-4)
+
+
+def test_what_was_prepared_for_inference_alone_is_looked_at_like_everything_else(trained):
+    model, tokenizer = trained
+    drawing = world.draw(scene_at("bottom"))
+    expected = model.look(tokenizer, drawing, QUESTION, **GREEDY)
+    model.look_cache.clear()
+    with torch.inference_mode():
+        look = model.look(tokenizer, drawing, QUESTION, **GREEDY)
+    torch.testing.assert_close(look.map, expected.map)
+    model.look_cache.clear()
+
+
+def test_an_answer_for_which_nothing_in_the_picture_speaks_has_the_map_of_its_attention(trained, monkeypatch):
+    model, tokenizer = trained
+    monkeypatch.setattr(GradientObserver, "contributions", lambda self, score: torch.zeros(32))
+    look = model.look(tokenizer, world.draw(scene_at("left")), QUESTION, **GREEDY)
+    assert peak_of(look)[0] < 112 and float(look.map.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_of_two_subjects_the_map_points_at_the_one_whose_colour_the_answer_names(trained):
+    """Whichever that is: this model gives one of two the colour of the other in every second answer."""
+    model, tokenizer = trained
+    hits = []
+    for number in range(6000, 6012):
+        picture = pictures.sample_picture(number, "mixed", "new")
+        if len(picture.subjects) == 2:
+            question = f"What color is the {picture.subjects[0].shape}?"
+            look = model.look(tokenizer, picture.draw(), question, **GREEDY)
+            hits += [answered_about(look, picture)] if answered_about(look, picture) is not None else []
+    assert len(hits) >= 5 and sum(hits) >= 0.75 * len(hits)
+
+
+def answered_about(look: Look, picture: pictures.Picture) -> bool | None:
+    """Whether the peak is nearer to the subject whose colour the answer names; None if it names none or both."""
+    named = [each for each in picture.subjects if each.colour in look.response.lower()]
+    if len(named) != 1:
+        return None
+    x, y = peak_of(look)
+    return min(picture.subjects, key=lambda each: math.hypot(each.x - x, each.y - y)) is named[0]
 
 
 def test_soft_prompts_come_from_where_the_q_formers_cross_attention_looks(trained):
@@ -108,7 +179,7 @@ def test_the_observers_weights_are_those_of_eager_attention(kind):
     _, expected = eager_attention_forward(torch.nn.Identity(), query, key, value, mask, 3.0)
     torch.testing.assert_close(attention_weights(query, key, mask, 3.0), expected)
     observer = AttentionObserver(3, torch.tensor([0, 2]))
-    observer(query, key, mask, 3.0)
+    observer(query, key, value, mask, 3.0, torch.empty(0))
     torch.testing.assert_close(
         observer.average(), expected[0, :, 3:][..., [2, 4]].mean((0, 1))
     )  # behind two of a prefix

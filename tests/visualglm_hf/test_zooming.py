@@ -46,8 +46,8 @@ def test_a_faint_patch_and_a_light_spot_do_not_widen_the_region():
 
 
 def test_two_things_that_matter_are_both_in_the_region_or_there_is_none():
-    left, upper, right, lower = find_region(map_of((4, 4, 1.0), (4, 6, 0.9)), (1600, 1600), SEEN)
-    assert left <= 400 and right >= 700 and upper <= 400 and lower >= 500
+    left, upper, right, lower = find_region(map_of((4, 4, 1.0), (5, 5, 0.9)), (1600, 1600), SEEN)
+    assert left <= 400 and right >= 600 and upper <= 400 and lower >= 600
     assert find_region(map_of((1, 1, 1.0), (14, 14, 0.9)), (1600, 1600), SEEN) is None
 
 
@@ -59,6 +59,13 @@ def test_a_region_in_a_corner_stays_in_the_picture_and_shows_the_corner(size, co
     assert 0 <= left < right <= size[0] and 0 <= upper < lower <= size[1]
     assert (left == 0 or right == size[0]) and (upper == 0 or lower == size[1])
     assert max(right - left, lower - upper) >= SEEN
+
+
+@pytest.mark.parametrize("size", [(1600, 1600), (3000, 1000)])
+def test_what_is_more_than_two_patches_wide_or_high_is_seen_well_enough(size):
+    for spot in ([(4, 9, 1.0), (4, 10, 1.0), (4, 11, 1.0)], [(3, 9, 1.0), (4, 9, 1.0), (5, 9, 1.0)]):
+        assert find_region(map_of(*spot), size, SEEN) is None
+        assert find_region(map_of(*spot[:2]), size, SEEN) is not None
 
 
 def test_nothing_is_enlarged_beyond_its_own_pixels():

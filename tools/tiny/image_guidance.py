@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from tools.tiny import world
+from tools.tiny import pictures, questions, world
 from tools.tiny.data import Dialogue
 from tools.tiny.exam import MAX_NEW_TOKENS
 from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMProcessor, register
@@ -39,6 +39,7 @@ from visualglm_tools.serving.questions import Pictures
 
 
 CAPTION = "describe"  # a kind of question
+CONTRADICTING = "contradicting"  # a kind of picture
 PLAUSIBLE = 0.1  # of the likeliest token's probability
 GREY = (128, 128, 128)
 GAMMAS, SHAPES_OF_WEIGHT = (0.25, 0.5, 1.0, 2.0), ((0.0, 1.0), (0.0, 0.9), (0.05, 1.0))  # growth and gate
@@ -180,39 +181,60 @@ def words_of(language: str) -> dict[str, dict[str, tuple[str, ...]]]:
 Questions = list[tuple[Image.Image, list[Dialogue]]]  # of each picture
 
 
+def from_drawings(split: str, numbers: Sequence[int]) -> Questions:
+    """Drawings of the world with what is asked of each in both languages."""
+    return from_contradicting(numbers) if split == CONTRADICTING else from_world(split, numbers)
+
+
 def from_world(split: str, numbers: Sequence[int]) -> Questions:
-    """Drawings of the world with what is asked of each in both languages: for a caption, and for the shape."""
-    questions = []
+    """Scenes of equal shapes; asked for a caption, and for the shape."""
+    asked = []
     for scene in (world.sample_scene(number, split) for number in numbers):
         dialogues = [
             Dialogue(kind, language, (), world.WORDINGS[kind][language][0], world.answer(scene, kind, language))
             for kind, language in itertools.product((CAPTION, "shape"), world.LANGUAGES)
         ]
-        questions.append((world.draw(scene), dialogues))
-    return questions
+        asked.append((world.draw(scene), dialogues))
+    return asked
+
+
+def from_contradicting(numbers: Sequence[int]) -> Questions:
+    """Pictures of what training made unlikely; asked for a caption, and yes or no for shapes: there or expected."""
+    drawn = []
+    for number in numbers:
+        picture = pictures.sample_picture(number, CONTRADICTING, "new")
+        dialogues = []
+        for language in world.LANGUAGES:
+            generator = np.random.default_rng((number, 14))
+            asked = [questions.ask(picture, kind, language, generator) for kind in (CAPTION, "shape of", "absent")]
+            for is_there in (True, False):
+                asked.append(questions.ask_presence(picture, language, generator, is_there, "adversarial"))
+            dialogues += [Dialogue(each.kind, language, (), each.question, each.answer) for each in asked]
+        drawn.append((picture.draw(), dialogues))
+    return drawn
 
 
 def from_exam(file: Path) -> Questions:
     """Pictures of a file as `visualglm evaluate` takes it; its captions are of the kind "describe"."""
-    dialogues, pictures = {}, Pictures(file.parent, allow_urls=False)
+    dialogues, opener = {}, Pictures(file.parent, allow_urls=False)
     for each in read_exam(file, "auto"):
         asked = Dialogue(each.kind, each.language, (), each.row.content["text"], each.references[0])
         dialogues.setdefault(each.row.content.get("image"), []).append(asked)
-    return [(pictures.open(name), asked) for name, asked in dialogues.items() if name]
+    return [(opener.open(name), asked) for name, asked in dialogues.items() if name]
 
 
 class Trial:
     """Pictures and questions, and what a model answers to them under each setting."""
 
-    def __init__(self, model: VisualGLMForConditionalGeneration, processor: VisualGLMProcessor, questions: Questions):
+    def __init__(self, model: VisualGLMForConditionalGeneration, processor: VisualGLMProcessor, asked: Questions):
         self.model, self.tokenizer = model, processor.tokenizer
         self.dialogues = [
             replace(dialogue, pictures=(number,), image_turns=(0,))
-            for number, (_, dialogues) in enumerate(questions)
+            for number, (_, dialogues) in enumerate(asked)
             for dialogue in dialogues
         ]
-        pictures = [*(picture for picture, _ in questions), Image.new("RGB", (world.IMAGE_SIZE,) * 2, GREY)]
-        parts = [pictures[first : first + ROWS_AT_ONCE] for first in range(0, len(pictures), ROWS_AT_ONCE)]
+        shown = [*(picture for picture, _ in asked), Image.new("RGB", (world.IMAGE_SIZE,) * 2, GREY)]
+        parts = [shown[first : first + ROWS_AT_ONCE] for first in range(0, len(shown), ROWS_AT_ONCE)]
         pixels = [processor.image_processor(part, return_tensors="pt")["pixel_values"] for part in parts]
         self.embeds = torch.cat([model.get_image_features(each, return_dict=True).pooler_output for each in pixels])
 
@@ -305,7 +327,11 @@ def row_of(name: str, outcome: Outcome, plain: Outcome) -> list:
 @dataclass(frozen=True, kw_only=True)
 class Options:
     model: Path = option("folder of the model", Path("models/visualglm-tiny"), metavar="FOLDER")
-    split: str = option("of the scenes", "new combinations", choices=tuple(world.SPLITS))
+    split: str = option(
+        "of the scenes; or pictures of what training made unlikely",
+        "new combinations",
+        choices=(*world.SPLITS, CONTRADICTING),
+    )
     exam: Path | None = option(
         "questions instead of scenes, as visualglm evaluate takes them; captions have the kind 'describe'",
         None,
@@ -320,17 +346,17 @@ class Options:
 def run(options: Options) -> None:
     total = options.choose_on + options.report_on
     numbers = range(options.seed, options.seed + total)
-    questions = from_world(options.split, numbers) if options.exam is None else from_exam(options.exam)[:total]
-    if len(questions) <= options.choose_on:
-        raise ValueError(f"{options.exam} has {len(questions)} pictures; --choose-on {options.choose_on} leaves none.")
+    asked = from_exam(options.exam)[:total] if options.exam else from_drawings(options.split, numbers)
+    if len(asked) <= options.choose_on:
+        raise ValueError(f"{options.exam} has {len(asked)} pictures; --choose-on {options.choose_on} leaves none.")
     torch.set_num_threads(options.threads)
     model = load_weights(options.model, torch.float32).eval()
     register()
     processor = VisualGLMProcessor.from_pretrained(options.model)
-    best, rows = choose(Trial(model, processor, questions[: options.choose_on]), list(grid()))
+    best, rows = choose(Trial(model, processor, asked[: options.choose_on]), list(grid()))
     print(f"Chosen on {options.choose_on} pictures of {str(options.exam or options.split)!r}: {best.name}\n")
     print(write_table(HEAD, rows))
-    trial = Trial(model, processor, questions[options.choose_on :])
+    trial = Trial(model, processor, asked[options.choose_on :])
     plain = trial.answer(Setting())
     sampled = {"is_sampled": True, "plausible": PLAUSIBLE}
     others = [
@@ -341,7 +367,7 @@ def run(options: Options) -> None:
         Setting(sees=False),
     ]
     rows = [row_of(Setting().name, plain, plain), *(row_of(each.name, trial.answer(each), plain) for each in others)]
-    print(f"Reported on {len(questions) - options.choose_on} others, p against greedy:\n")
+    print(f"Reported on {len(asked) - options.choose_on} others, p against greedy:\n")
     print(write_table(HEAD, rows))
 
 

@@ -23,6 +23,7 @@ from tools.tiny.lessons import alone_at
 from tools.tiny.pictures import Picture
 from tools.tiny.questions import Exchange
 from tools.tiny.world import Subject, Window
+from visualglm_hf.looking import Look
 from visualglm_hf.zooming import find_region, look_ahead
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.evaluation.statistics import wilson_interval
@@ -32,7 +33,8 @@ from visualglm_tools.printing import report
 
 FIRST_SCENE = 1_000_000  # number of the first of today's scenes that is measured
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "min_length": 0, "max_new_tokens": 32}
-TABLES = ("looks", "small", "ordinary", "mixed")
+TABLES = ("looks", "small", "ordinary", "mixed", "larger")
+LARGER = 448  # pixels a side at which a picture is shown, too
 SIMPLE, ABOUT_ONE = ("shape", "colour"), ("colour of", "shape of")
 
 
@@ -75,9 +77,9 @@ class Asker:
         given, _ = self.model.chat(self.tokenizer, list(shown), exchange.question, **GREEDY, **options)
         return given == exchange.answer
 
-    def look(self, exchange: Exchange, image: Image.Image) -> torch.Tensor:
-        """Where it looks when it answers, [side, side]."""
-        return self.model.look(self.tokenizer, image, exchange.question, **GREEDY).map
+    def look(self, exchange: Exchange, image: Image.Image) -> Look:
+        """What it answers, and where that comes from."""
+        return self.model.look(self.tokenizer, image, exchange.question, **GREEDY)
 
     def crop(self, exchange: Exchange, image: Image.Image) -> Image.Image | None:
         """What one zoom cuts out; None if nothing is to be gained."""
@@ -138,38 +140,45 @@ def measure_looks(asker: Asker, numbers: range, tally: Tally) -> None:
         scene = pictures.from_scene(single_scene(number))
         small = single_small(number)
         for exchange in simple_questions(scene, SIMPLE, number):
-            distance = peak_distance(asker.look(exchange, scene.draw()), scene.subjects[0])
+            distance = peak_distance(asker.look(exchange, scene.draw()).map, scene.subjects[0])
             tally.add("one subject of usual size", "peak inside it", distance == 0)
         whole = small.whole()
         for exchange in simple_questions(small, SIMPLE, number):
             # The middle of a patch is up to half a patch from what the patch shows.
-            distance = peak_distance(asker.look(exchange, whole), small.subjects[0])
+            distance = peak_distance(asker.look(exchange, whole).map, small.subjects[0])
             tally.add("one small subject", "peak within a patch of it", distance <= 1.5)
         for kind in ("mixed", "small"):
             measure_following(asker, kind, number, tally)
 
 
 def measure_following(asker: Asker, kind: str, number: int, tally: Tally) -> None:
-    """Whether the map follows the one of two subjects that is asked about."""
+    """Whether the map follows the one of two subjects that is asked about, and the one that is answered about."""
     picture = pictures.sample_picture(number, kind, "new")
     if len(picture.subjects) != 2:
         return
     image = picture.draw() if kind == "mixed" else picture.whole()
+    asked = [list(questions_about(picture, index, number)) for index in range(2)]
     for index, subject in enumerate(picture.subjects):
-        other = picture.subjects[1 - index]
-        for exchange in questions_about(picture, index, number):
-            attention_map = asker.look(exchange, image)
-            follows = peak_distance(attention_map, subject) < peak_distance(attention_map, other)
-            tally.add(f"two {kind} subjects", "peak nearer to the one asked about", follows)
+        for exchange, of_other in zip(asked[index], asked[1 - index], strict=True):
+            look = asker.look(exchange, image)
+            distances = [peak_distance(look.map, each) for each in (subject, picture.subjects[1 - index])]
+            follows = distances[0] < distances[1]
+            row = f"two {kind} subjects"
+            tally.add(row, "peak nearer to the one asked about", follows)
+            tally.add(row, "the answer is about that one", look.response == exchange.answer)
+            if look.response in (exchange.answer, of_other.answer):
+                is_right = look.response == exchange.answer
+                which = "right" if is_right else "about the other one"
+                tally.add(row, f"peak nearer to that, where the answer is {which}", follows == is_right)
 
 
 def measure_small(asker: Asker, numbers: range, tally: Tally) -> None:
-    """The shape and the colour of one small subject, in several looks."""
+    """Every question about one small subject, in several looks."""
     for number in numbers:
         picture = single_small(number)
         whole = picture.whole()
         oracle = cut_out(whole, pictures.oracle_window(picture.subjects[0]))
-        for exchange in simple_questions(picture, SIMPLE, number):
+        for exchange in simple_questions(picture, questions.SIMPLE_KINDS, number):
             crop = asker.crop(exchange, whole)
             row = f"{exchange.kind}, {exchange.language}"
             tally.add(row, "no zoom", asker.answer(exchange, whole))
@@ -222,7 +231,21 @@ def measure_all(asker: Asker, picture: Picture, asked: Sequence[Exchange], tally
             tally.add(row, "zoomed", crop is not None)
 
 
-MEASURES = dict(zip(TABLES, (measure_looks, measure_small, measure_ordinary, measure_mixed), strict=True))
+def measure_larger(asker: Asker, numbers: range, tally: Tally) -> None:
+    """The shape and the colour of one small subject, shown larger, with a zoom and without."""
+    for number in numbers:
+        picture = single_small(number)
+        whole = picture.whole()
+        for exchange in simple_questions(picture, SIMPLE, number):
+            for size in (world.IMAGE_SIZE, LARGER):
+                for zoom in (False, True):
+                    is_right = asker.answer(exchange, whole, image_size=size, zoom=zoom)
+                    tally.add(exchange.kind, f"{size}{', zoom' if zoom else ''}", is_right)
+
+
+MEASURES = dict(
+    zip(TABLES, (measure_looks, measure_small, measure_ordinary, measure_mixed, measure_larger), strict=True)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,6 +194,11 @@ class PictureOptions:
         """The keywords for what was given; none where pictures are looked at as ever."""
         return {each.name: getattr(self, each.name) for each in fields(PictureOptions) if is_given(self, each.name)}
 
+    def looking_switches(self) -> list[str]:
+        """The same as they are typed, such as ["--read-text", "--zoom"]."""
+        given = {"--read-text": self.read_text, "--zoom": self.zoom == 1, "--zoom-twice": self.zoom > 1}
+        return [switch for switch, is_on in given.items() if is_on]
+
 
 def limit_option(default: int | None) -> Any:
     """How long an answer may become."""

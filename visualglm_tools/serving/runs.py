@@ -95,9 +95,12 @@ def answer(options: FileOptions, rows: list, output, state) -> None:
     names = ("max_length", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
     settings = Settings(**{name: getattr(options, name) for name in names})
     done = output.read()
-    mine = [row for row in rows if row.key not in done][state.process_index :: state.num_processes]
+    waiting = [row for row in rows if row.key not in done]
+    mine = waiting[state.process_index :: state.num_processes]
     if not mine:
         return
+    if state.is_main_process:
+        tell_unlooked(options, waiting)
     loading = options.loading()
     if state.num_processes > 1 and loading["device"] == "auto":
         loading["device"] = str(state.device)
@@ -116,6 +119,13 @@ def answer(options: FileOptions, rows: list, output, state) -> None:
             part.write(outcomes, lambda row, problem: draw(progress, problem))
     except EngineError as error:
         raise ValueError(f"{error} {output.how_to_go_on}") from error
+
+
+def tell_unlooked(options: FileOptions, rows: list) -> None:
+    """Say how many of the rows have no picture to look at in the way that was asked for."""
+    switches, without = options.looking_switches(), sum(not row.content.get("image") for row in rows)
+    if switches and without:
+        say(f"{without} of {len(rows)} rows have no picture: {' and '.join(switches)} cannot change their answers.")
 
 
 def finish(output, total: int) -> int:

@@ -1,6 +1,7 @@
 """Text in pictures through every door: read in all their pixels, told apart from the answer, within limits."""
 
 import asyncio
+import base64
 import io
 import json
 import sys
@@ -13,7 +14,7 @@ from PIL import Image
 from tests.helpers import user
 from tests.json_lines import read_lines, write_lines
 from tests.paths import CIRCLES, TINY
-from tests.serving_helpers import ask_about, data_uri, error_of, post_chat
+from tests.serving_helpers import ask_about, data_uri, error_of, post, post_chat
 from visualglm_hf.picture_reading import read_reduced
 from visualglm_tools.commands import batch, chat
 from visualglm_tools.options import parse
@@ -21,6 +22,8 @@ from visualglm_tools.serving.engine import prompts
 from visualglm_tools.serving.engine.picture_pool import PicturePool
 from visualglm_tools.serving.engine.prompts import WHOLE
 from visualglm_tools.serving.page import page as web
+from visualglm_tools.serving.questions import Row
+from visualglm_tools.serving.runs import tell_unlooked
 
 
 SLIDERS = (2048, 0.4, 0.8)
@@ -136,6 +139,17 @@ def test_over_http_what_was_read_is_told_beside_the_answer(url, seen):
     assert post_chat(url, **asked, read_text=True, zoom=True).json()["readings"] == [READING]
 
 
+def test_the_original_route_reads_text_where_that_is_asked_for(url, seen):
+    picture = base64.b64encode(png(800, 400)).decode()
+    asked = {"image": picture, "text": "写着什么？", "temperature": 0, "max_length": 200, "min_length": 0}
+    read = post(url, json={**asked, "read_text": True}).json()
+    assert read["readings"] == [READING] and read["history"] == [["写着什么？", read["result"]]]
+    plain = post(url, json=asked).json()
+    assert set(plain) == {"result", "history", "status", "time"} and len(seen) == 1
+    without = post(url, json={"text": "你好", "read_text": True}).json()
+    assert without["readings"] == [] and without["status"] == 200
+
+
 def test_a_server_without_ocr_says_so(url, monkeypatch):
     def fail():
         raise ValueError("rapidocr is not installed")
@@ -171,7 +185,7 @@ def test_the_page_shows_what_was_read_in_front_and_in_brackets(engine, seen):
     assert len(seen) == 1
 
 
-def test_a_run_over_a_file_reads_pictures_too(tmp_path, monkeypatch, engine, seen):
+def test_a_run_over_a_file_reads_pictures_too(tmp_path, monkeypatch, capsys, engine, seen):
     monkeypatch.chdir(tmp_path)
     Path("sign.png").write_bytes(png(800, 400))
     prepared = []
@@ -187,6 +201,27 @@ def test_a_run_over_a_file_reads_pictures_too(tmp_path, monkeypatch, engine, see
     assert batch.run(options) == 1
     assert [(prompt.readings, prompt.looks) for prompt in prepared] == [((READING,), 1), ((), 0)]
     assert read_lines("out.jsonl.errors.jsonl")[0]["error"] == "asked enough"
+    told = [line for line in capsys.readouterr().err.splitlines() if "no picture" in line]
+    assert told == ["1 of 2 rows have no picture: --read-text and --zoom cannot change their answers."]
+
+
+@pytest.mark.parametrize(
+    ("words", "pictures", "told"),
+    [
+        (
+            ["--zoom-twice"],
+            ["x.png", None, ""],
+            "2 of 3 rows have no picture: --zoom-twice cannot change their answers.\n",
+        ),
+        (["--read-text"], ["x.png"], ""),
+        ([], [None], ""),
+    ],
+)
+def test_a_run_tells_once_how_many_rows_its_switches_do_nothing_for(words, pictures, told, capsys):
+    options = parse(batch.Options, ["in.jsonl", "out.jsonl", *words, "--model", str(TINY)], "batch", "")
+    rows = [Row(number, {"id": number, "text": "你好", "image": name}) for number, name in enumerate(pictures, 1)]
+    tell_unlooked(options, rows)
+    assert capsys.readouterr().err == told
 
 
 def test_the_terminal_tells_what_was_read_apart_from_the_answer(monkeypatch, capsys, loaded):

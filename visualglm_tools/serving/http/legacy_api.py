@@ -1,11 +1,13 @@
 """`POST /`, the API of the original `api_hf.py`: its fields, its defaults, its answer; but the history has the turn.
 
+`read_text` and `zoom` are this server's own.
+
 Source: `api_hf.py` and `model/infer_util.py` of the original.
 """
 
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, Field
@@ -39,9 +41,19 @@ class LegacyRequest(BaseModel):
     top_p: float = 0.4
     top_k: int = 100
     repetition_penalty: float = 1.2
+    read_text: bool = Field(
+        False, description="an extension: read the text in the picture and put it before its question"
+    )
+    zoom: bool | int = Field(
+        False, description="an extension: answer from the part of the picture that matters; or how often to look"
+    )
 
     def settings(self) -> Settings:
-        return Settings(**self.model_dump(exclude={"image", "text", "history"}))
+        return Settings(**self.model_dump(exclude={"image", "text", "history", "read_text", "zoom"}))
+
+    def looking(self) -> dict[str, Any]:
+        """How the picture is looked at: keywords of `ask`."""
+        return {"read_text": self.read_text, "zoom": self.zoom}
 
     def messages(self) -> list[dict]:
         """The conversation; its picture stands in front, as in the original."""
@@ -61,13 +73,19 @@ class LegacyResponse(BaseModel):
     time: str = Field(examples=["2023-05-17 12:00:00"])
 
 
+class ReadLegacyResponse(LegacyResponse):
+    """The answer to a request with `read_text`."""
+
+    readings: list[str] = Field(description="what was read in the picture; empty for nothing")
+
+
 def create_router(get_engine: Callable[[], Engine], intake: Intake) -> APIRouter:
     router = APIRouter(tags=["original"])
     body = {"schema": {"$ref": "#/components/schemas/LegacyRequest"}, "example": EXAMPLE}
 
     @router.post(
         "/",
-        response_model=LegacyResponse,
+        response_model=ReadLegacyResponse | LegacyResponse,
         responses=responses(*ASKING),
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": body}}},
     )
@@ -80,14 +98,16 @@ def create_router(get_engine: Callable[[], Engine], intake: Intake) -> APIRouter
                 settings = asked.settings()
             except ValueError as error:
                 raise ApiError(400, str(error), code="invalid_request") from error
-            answers = await ask(engine, asked.messages(), [settings], asked_at, asked.is_english())
+            answers = await ask(engine, asked.messages(), [settings], asked_at, asked.is_english(), **asked.looking())
             asked.image = None  # not while the model answers
         [completion] = await complete(request, answers)
-        return LegacyResponse(
+        response = LegacyResponse(
             result=completion.text,
             history=[*(asked.history or ()), [asked.text, completion.text]],
             status=200,
             time=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
+        readings = list(answers[0].prompt.readings)
+        return ReadLegacyResponse(**response.model_dump(), readings=readings) if asked.read_text else response
 
     return router

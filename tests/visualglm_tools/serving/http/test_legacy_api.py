@@ -1,6 +1,7 @@
 """The original's route over real sockets: by curl as its README has it, and what it is sent wrongly."""
 
 import base64
+import io
 import json
 import time
 
@@ -51,6 +52,17 @@ def test_the_history_that_is_returned_continues_the_conversation(url):
     assert first["history"] == [["描述这张图片。", CAPTION]]
     assert second["history"] == [*first["history"], ["这张图片的背景里有什么内容？", second["result"]]]
     assert "草地" in second["result"]
+
+
+def test_a_zoom_is_a_field_of_the_original_route_too(url, small_star):
+    file = io.BytesIO()
+    small_star.save(file, "PNG")
+    fields = {"temperature": 0, "repetition_penalty": 1, "min_length": 0, "text": "What color is it?"}
+    asked = {"image": base64.b64encode(file.getvalue()).decode(), **fields}
+    for zoom in (True, 2):
+        assert post(url, json={**asked, "zoom": zoom}).json()["result"] == "White."
+    assert "from 0 to 4" in error_of(post(url, json={**asked, "zoom": 5}), 400)["message"]
+    assert "no picture to zoom into" in error_of(post(url, json={**fields, "zoom": True}), 400)["message"]
 
 
 def test_the_original_route_answers_as_chat_with_its_defaults(url, loaded):
