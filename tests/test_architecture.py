@@ -171,7 +171,7 @@ class Room:
 
 TOOL_ROOMS = {
     ".": Room(
-        packages="tqdm",
+        packages="datasets pyarrow tqdm",
     ),
     "__main__": Room(
         tools="options packages printing",
@@ -195,10 +195,10 @@ TOOL_ROOMS = {
         packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers",
     ),
     "serving": Room(
-        tools="checkpoints.folder options output_files printing serving.engine.answers serving.engine.engine "
-        "serving.engine.prompts serving.engine.sampling shipped",
+        tools="checkpoints.folder messages options output_files packages printing serving.engine.answers "
+        "serving.engine.engine serving.engine.prompts serving.engine.sampling shipped tables",
         model="fetching image_processing_visualglm",
-        packages="PIL accelerate tqdm transformers",
+        packages="PIL accelerate pyarrow tqdm transformers",
     ),
     "serving/engine": Room(
         tools="checkpoints.loading checkpoints.picture_size layer_bar printing",
@@ -219,18 +219,19 @@ TOOL_ROOMS = {
         packages="PIL anyio gradio starlette",
     ),
     "evaluation": Room(
-        tools="printing serving.questions",
+        tools="printing serving.outputs serving.questions",
         packages="matplotlib",
     ),
     "training": Room(
-        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size options packages "
-        "printing shipped",
+        tools="checkpoints.adapters checkpoints.folder checkpoints.loading checkpoints.picture_size messages options "
+        "printing shipped tables",
         model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm "
         "processing_visualglm quantization",
-        packages="PIL datasets filelock jinja2 matplotlib peft pyarrow safetensors torch tqdm transformers",
+        packages="PIL filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
     ),
     "calibration": Room(
-        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar printing serving.questions",
+        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar messages printing "
+        "serving.engine.prompts serving.questions",
         model="quantization visualglm_hf",
         packages="torch tqdm",
     ),

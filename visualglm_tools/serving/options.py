@@ -170,13 +170,20 @@ class FileOptions(SamplingOptions, PictureOptions, ModelOptions):
     """What it takes to answer a file of questions."""
 
     input: Path | None = argument(
-        'rows of {"id", "text", "image"}; -: standard input', parse=path_or_standard, metavar="INPUT"
+        'rows of {"id", "text", "image"} or {"id", "messages"}, JSON Lines or parquet; -: standard input',
+        parse=path_or_standard,
+        metavar="INPUT",
     )
     output: Path | None = argument(
-        "where a run goes on if there are answers already; -: standard output", parse=path_or_standard, metavar="OUTPUT"
+        "where a run goes on if there are answers already, .parquet for a table; -: standard output",
+        parse=path_or_standard,
+        metavar="OUTPUT",
     )
     batch_size: int = option("rows answered at a time", 8, parse=COUNT, metavar="N")
     allow_urls: bool = option("fetch pictures from http(s) addresses", False)
+    system: str | None = option(
+        "system message of the rows that have none of their own", None, metavar="TEXT", group="answers"
+    )
     max_new_tokens: int | None = limit_option(None)
     temperature: float = temperature_option(0.8)
     repetition_penalty: float = penalty_option(1.2)
