@@ -18,7 +18,7 @@ from visualglm_tools.serving.http.api_key import check_key
 from visualglm_tools.serving.http.guards import Normalize, RefuseOtherPages, RequireKey
 from visualglm_tools.serving.http.intake import Intake
 
-from . import errors, legacy_api, openai_api
+from . import errors, legacy_api, openai_api, transformers_api
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def create_app(get_engine: Callable[[], Engine], options: ApiOptions, lifespan: 
     intake = Intake(options.max_body_bytes)
     app.include_router(legacy_api.create_router(get_engine, intake))
     app.include_router(openai_api.create_router(get_engine, intake, options))
+    app.include_router(transformers_api.create_router(get_engine, intake, options.model_name))
     add_status_routes(app, get_engine, options)
     app.openapi = functools.partial(describe, app)
     # The last one added sees a request first.

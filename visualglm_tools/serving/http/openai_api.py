@@ -22,6 +22,7 @@ from visualglm_tools.serving.http.answering import ask, check_complete, complete
 from visualglm_tools.serving.http.errors import ASKING, ApiError, of_engine, responses
 from visualglm_tools.serving.http.intake import Intake, check_count
 from visualglm_tools.serving.http.public_urls import download_public
+from visualglm_tools.serving.http.transformers_api import with_generation_config
 
 
 DOWNLOADS = 16  # at a time; they wait for others' servers
@@ -187,6 +188,11 @@ class ChatRequest(TakenAsTheyAre):
     )
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_generation_config(cls, values: Any) -> Any:
+        return with_generation_config(values)
 
     def settings(self) -> list[Settings]:
         """One for each choice; their seeds count on from the request's."""
