@@ -17,10 +17,14 @@ from visualglm_tools.options import (
     PROBABILITY,
     argument,
     is_given,
+    number,
     one_of,
     option,
 )
 from visualglm_tools.shipped import DEFAULT_MODEL
+
+
+SIZE = number(float, lambda value: 0 < value < 2**40, "above 0, below 2**40")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,28 @@ class LimitOptions:
 
     max_batch_size: int = option("answers generated at a time", 8, parse=COUNT, metavar="N", group="limits")
     max_waiting: int = option("requests that may wait; more are refused", 64, parse=COUNT, metavar="N", group="limits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(LimitOptions, ApiOptions, NameOptions, ModelOptions):
+    """What servers over HTTP have in common, one process or several."""
+
+    cors_origins: tuple[str, ...] = option(
+        "web page that may call; may be given several times",
+        (),
+        name="cors_origin",
+        metavar="ORIGIN",
+        is_repeated=True,
+        group="server",
+    )
+    max_new_tokens: int | None = option(
+        "of an answer", None, parse=COUNT, metavar="N", unset="the context's", group="limits"
+    )
+    max_pictures: int = option("of a conversation", 8, parse=COUNT, metavar="N", group="limits")
+    max_picture_mib: float = option("of an encoded picture", 20, parse=SIZE, metavar="MIB", group="limits")
+    max_body_mib: float = option("of a request", 32, parse=SIZE, metavar="MIB", group="limits")
+    timeout: float = option("for an answer, waiting included", 300, parse=POSITIVE, metavar="S", group="limits")
+    drain_seconds: float = option("for open requests at the end", 300, parse=POSITIVE, metavar="S", group="server")
 
 
 @dataclass(frozen=True, kw_only=True)
