@@ -181,8 +181,9 @@ TOOL_ROOMS = {
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.merging "
         "checkpoints.picture_size checkpoints.quantizing checkpoints.remote_code evaluation.chart evaluation.objects "
-        "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
-        "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
+        "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files packages "
+        "printing prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app "
+        "serving.http.ray_app serving.http.settings serving.listening "
         "serving.options serving.page.page serving.page.uploads serving.runs shipped training.memory "
         "training.run training.settings",
         model="compilation conversation fetching image_processing_visualglm zooming",
@@ -207,10 +208,10 @@ TOOL_ROOMS = {
         packages="PIL jinja2 numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(
-        tools="options serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling "
-        "serving.options",
+        tools="options printing serving.engine.answers serving.engine.engine serving.engine.prompts "
+        "serving.engine.sampling serving.options",
         model="conversation fetching",
-        packages="fastapi prometheus_client pydantic ray starlette",
+        packages="fastapi prometheus_client pydantic ray starlette torch",
     ),
     "serving/page": Room(
         tools="layer_bar serving.engine.answers serving.engine.engine serving.engine.picture_pool "

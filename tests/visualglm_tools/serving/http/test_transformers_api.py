@@ -28,6 +28,12 @@ def config_of(**settings) -> str:
     return config.to_json_string()
 
 
+def name_of(speaker: str) -> str:
+    """How the client begins somebody's words, in colours."""
+    colours = r"(\x1b\[[\d;]*m)*"
+    return f"<{colours}{speaker}{colours}>"
+
+
 def test_transformers_chat_talks_to_the_server(url):
     pexpect = pytest.importorskip("pexpect")
     pytest.importorskip("rich", reason="transformers chat draws with it")
@@ -38,10 +44,10 @@ def test_transformers_chat_talks_to_the_server(url):
         str(executable), command, encoding="utf-8", timeout=SECONDS, env=environment, dimensions=(40, 100)
     ) as terminal:
         terminal.expect("was already loaded")
-        terminal.expect("<me>:")
+        terminal.expect(name_of("me"))
         terminal.sendline("你好")
-        terminal.expect(f"<{MODEL}>:")
-        terminal.expect("<me>:")
+        terminal.expect(name_of(MODEL))
+        terminal.expect(name_of("me"))
         said = ESCAPES.sub("", terminal.before)
         terminal.sendline("!exit")
         terminal.expect(pexpect.EOF)
