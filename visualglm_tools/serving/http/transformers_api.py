@@ -65,7 +65,8 @@ def with_generation_config(values: Any) -> Any:
     settings = {SETTINGS.get(name, f"{FIELD}.{name}"): value for name, value in config.items() if name not in SILENT}
     if settings.pop(f"{FIELD}.do_sample", None) is False:
         settings["temperature"] = 0
-    return {**settings, **{name: value for name, value in values.items() if name != FIELD}}
+    own = {name: value for name, value in values.items() if name != FIELD and value is not None}
+    return {**settings, **own}
 
 
 def parse_config(text: Any) -> dict:

@@ -100,8 +100,10 @@ def test_a_generation_config_is_what_its_settings_are(url, config, fields):
 
 
 def test_a_field_of_the_request_wins_over_the_config(url):
-    answer = post_chat(url, messages=[HELLO], max_tokens=2, generation_config=config_of(max_new_tokens=50))
-    assert answer.json()["usage"]["completion_tokens"] == 2
+    config = config_of(max_new_tokens=3)
+    for limit, expected in ((2, 2), (None, 3)):  # null means that it was not given
+        answer = post_chat(url, messages=[HELLO], max_tokens=limit, generation_config=config)
+        assert answer.json()["usage"]["completion_tokens"] == expected
 
 
 @pytest.mark.parametrize("config", ["{", "[]", "7", 7, "[" * 1000, '{"temperature": 5}', '{"top_p": "high"}'])
