@@ -234,6 +234,22 @@ def undo_what_doors_set_for_their_process():
 
 
 @pytest.fixture
+def batch_door(loaded, tmp_path, monkeypatch, capfd):
+    """Runs `visualglm batch` in an empty folder, the model being loaded already; returns exit code, stdout, stderr."""
+    from tests.commands import batch
+    from visualglm_tools.serving.engine.engine import Engine
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Engine, "load", classmethod(lambda cls, folder, limits, **options: cls(*loaded, limits)))
+
+    def run(*options) -> tuple[int, str, str]:
+        code = batch(*options, "--device", "cpu", "--temperature", "0")
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def torch_operators(monkeypatch):
     """Low-bit products on the CPU as they are where llvmlite is not installed."""
     from visualglm_hf.cpu_many_rows import CPU_MANY_ROWS

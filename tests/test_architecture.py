@@ -171,7 +171,7 @@ class Room:
 
 TOOL_ROOMS = {
     ".": Room(
-        packages="tqdm",
+        packages="datasets pyarrow tqdm",
     ),
     "__main__": Room(
         tools="options packages printing versions",
@@ -181,11 +181,11 @@ TOOL_ROOMS = {
         tools="benchmarking.report benchmarking.run benchmarking.settings calibration.codes checkpoints.checks "
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.manifest "
         "checkpoints.merging checkpoints.picture_size checkpoints.quantizing checkpoints.remote_code "
-        "evaluation.chart evaluation.objects "
-        "evaluation.references evaluation.results evaluation.scoring evaluation.tables options output_files printing "
-        "prompt_bar serving.engine.engine serving.engine.text serving.http.api_key serving.http.app serving.listening "
-        "serving.options serving.page.accounts serving.page.page serving.page.uploads serving.runs shipped "
-        "training.memory training.rehearsal training.run training.settings versions",
+        "evaluation.chart evaluation.objects evaluation.references evaluation.results evaluation.scoring "
+        "evaluation.tables options output_files packages printing prompt_bar serving.engine.engine "
+        "serving.engine.text serving.http.api_key serving.http.app serving.http.ray_app serving.http.settings "
+        "serving.listening serving.options serving.page.accounts serving.page.page serving.page.uploads serving.runs "
+        "shipped training.memory training.rehearsal training.run training.settings versions",
         model="conversation fetching image_processing_visualglm zooming",
         packages="torch transformers uvicorn",
     ),
@@ -196,10 +196,10 @@ TOOL_ROOMS = {
         packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers yaml",
     ),
     "serving": Room(
-        tools="checkpoints.folder checkpoints.loading options output_files printing serving.engine.answers "
-        "serving.engine.engine serving.engine.prompts serving.engine.sampling shipped",
+        tools="checkpoints.folder checkpoints.loading messages options output_files packages printing "
+        "serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling shipped tables",
         model="compilation fetching image_processing_visualglm",
-        packages="PIL accelerate tqdm transformers",
+        packages="PIL accelerate pyarrow tqdm transformers",
     ),
     "serving/engine": Room(
         tools="checkpoints.loading checkpoints.picture_size layer_bar packages printing",
@@ -208,10 +208,10 @@ TOOL_ROOMS = {
         packages="PIL jinja2 llguidance numpy prometheus_client torch transformers",
     ),
     "serving/http": Room(
-        tools="options serving.engine.answers serving.engine.engine serving.engine.grammar serving.engine.prompts "
-        "serving.engine.sampling serving.engine.vocabulary serving.options",
+        tools="options printing serving.engine.answers serving.engine.engine serving.engine.grammar "
+        "serving.engine.prompts serving.engine.sampling serving.engine.vocabulary serving.options",
         model="conversation fetching",
-        packages="fastapi prometheus_client pydantic ray starlette",
+        packages="fastapi prometheus_client pydantic ray starlette torch",
     ),
     "serving/page": Room(
         tools="layer_bar serving.engine.answers serving.engine.engine serving.engine.picture_pool "
@@ -220,18 +220,19 @@ TOOL_ROOMS = {
         packages="PIL anyio gradio starlette",
     ),
     "evaluation": Room(
-        tools="printing serving.questions",
+        tools="printing serving.outputs serving.questions",
         packages="matplotlib",
     ),
     "training": Room(
         tools="benchmarking.timing checkpoints.adapters checkpoints.cards checkpoints.folder checkpoints.loading "
-        "checkpoints.manifest checkpoints.picture_size options packages printing shipped versions",
+        "checkpoints.manifest checkpoints.picture_size messages options printing shipped tables versions",
         model="configuration_visualglm conversation image_processing_visualglm modeling_visualglm "
         "processing_visualglm quantization",
-        packages="PIL datasets filelock jinja2 matplotlib peft pyarrow safetensors torch tqdm transformers",
+        packages="PIL filelock jinja2 matplotlib peft safetensors torch tqdm transformers",
     ),
     "calibration": Room(
-        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar printing serving.questions",
+        tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar messages printing "
+        "serving.engine.prompts serving.questions",
         model="quantization visualglm_hf",
         packages="torch tqdm",
     ),

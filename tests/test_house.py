@@ -236,6 +236,7 @@ OTHERS = {
     "visualglm_tools/training/test_example": "the documented example, from drawings to answers",
     "visualglm_tools/training/test_gpu": "training on a CUDA device",
     "visualglm_tools/training/test_preferences": "TRL's trainers of preferences with model and processor as they are",
+    "visualglm_tools/training/test_tables": "training on the rows of `tables`",
     "visualglm_tools/training/test_trl": "TRL's trainers with what a room of training gives them",
 }
 

@@ -24,6 +24,7 @@ except ImportError:  # Windows
 
 # What stands beside OUTPUT while it is written, as an ending of its name.
 ERRORS, PART, LOCK, TEMPORARY = ".errors.jsonl", ".part", ".lock", ".tmp"
+ANSWERS = ".answers.jsonl"  # those that have not come into a table yet
 
 
 def is_stream(path: Path) -> bool:
@@ -65,7 +66,7 @@ def is_same_file(one: Path, other: Path) -> bool:
 def is_written_for(path: Path, output: Path) -> bool:
     """Whether a plain file is `output` or one that its writer keeps beside it now or later, however it is called."""
     endings = (re.escape(ending) for ending in (ERRORS, LOCK, TEMPORARY))
-    own = re.compile(rf"{re.escape(output.name)}({re.escape(PART)}\d+)?({'|'.join(endings)})*")
+    own = re.compile(rf"{re.escape(output.name)}({re.escape(ANSWERS)})?({re.escape(PART)}\d+)?({'|'.join(endings)})*")
     neighbours = [each for each in output.parent.iterdir() if own.fullmatch(each.name)]
     place = Path(os.path.realpath(path))
     return (is_same_file(place.parent, output.parent) and own.fullmatch(place.name) is not None) or any(
@@ -119,11 +120,18 @@ def is_called(file: BinaryIO, name: Path) -> bool:
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:
     """Write all or nothing; the file's permissions stay. For the owner of the lock only."""
+    with replacing(path) as file:
+        file.writelines(line.encode() for line in lines)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path`, with its permissions, if all goes well; else nothing is changed."""
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.unlink(missing_ok=True)  # of a run that was killed
     try:
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.writelines(lines)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.commands import batch as batch_command
 from tests.json_lines import read_lines, write_lines
 from tests.paths import PICTURES, ROOT, SCRIPTS, TINY
 from visualglm_hf.image_processing_visualglm import open_picture
@@ -28,7 +28,8 @@ from visualglm_tools.serving import questions as batch
 from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
-from visualglm_tools.serving.questions import Output, Pictures, Problem, Row, answer_rows, read_rows
+from visualglm_tools.serving.outputs import Output
+from visualglm_tools.serving.questions import Asking, Pictures, Problem, Row, answer_rows, read_rows
 
 
 DOOR = SCRIPTS / "batch_infer.py"
@@ -37,16 +38,9 @@ GOOD = b'{"id": "good", "text": "\xe4\xbd\xa0\xe5\xa5\xbd"}\n'
 
 
 @pytest.fixture
-def door(loaded, tmp_path, monkeypatch, capfd):
-    """Runs the command in an empty folder, on a model that is there already; returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Engine, "load", classmethod(lambda cls, folder, limits, **options: cls(*loaded, limits)))
-
-    def run(*options) -> tuple[int, str, str]:
-        code = batch_command(*options, "--device", "cpu", "--temperature", "0", "--max-new-tokens", "3")
-        return code, *capfd.readouterr()
-
-    return run
+def door(batch_door):
+    """Runs the command for answers of three tokens."""
+    return partial(batch_door, "--max-new-tokens", "3")
 
 
 def questions(count: int) -> list[dict]:
@@ -57,6 +51,12 @@ def question(**fields) -> bytes:
     return json.dumps({"id": "bad", "text": "你好", **fields}).encode() + b"\n"
 
 
+def conversation(*messages: tuple[str, object], **fields) -> bytes:
+    written = [{"role": role, "content": content} for role, content in messages]
+    return json.dumps({"id": "bad", "messages": written, **fields}).encode() + b"\n"
+
+
+TEXT = {"type": "text", "text": "a"}
 BAD_LINES = {
     "half of a character as the text": question(text="\ud83d"),
     "half of a character as the id": question(id="\ude00"),
@@ -108,6 +108,17 @@ BAD_LINES = {
     "no UTF-8": b'{"id": "bad", "text": "\xff"}\n',
     "UTF-16": '{"id": "bad", "text": "a"}'.encode("utf-16") + b"\n",
     "NUL bytes": b"\0" * 100 + b"\n",
+    "a text and messages": question(messages=[{"role": "user", "content": "a"}]),
+    "no messages": conversation(),
+    "messages that are none": b'{"id": "bad", "messages": "a"}\n',
+    "an answer that asks": conversation(("user", "a"), ("assistant", "b")),
+    "nobody's message": conversation(("judge", "a")),
+    "an empty message": conversation(("user", " ")),
+    "a picture of the model's": conversation(("assistant", [{"type": "image", "path": "a.png"}, TEXT]), ("user", "a")),
+    "a part that is heard": conversation(("user", [{"type": "input_audio"}, TEXT])),
+    "more places than pictures": conversation(("user", "<image><image>a"), images=["broken.png"]),
+    "no picture in a conversation": conversation(("user", [{"type": "image_url", "image_url": "nowhere.png"}, TEXT])),
+    "pictures in two fields": question(image="a.png", images=["b.png"]),
     "an answer": question(answer="mine"),
     "a reason to finish": question(finish_reason="mine"),
 }
@@ -146,7 +157,7 @@ GOOD_LINES = [
     '{"id": 2, "text": "a\u2028b\u2029c\u0085d"}\n'.encode(),
     b'{"text": "\\u4f60\\u597d", "id" : 3, "image": "", "big": 1e400, "exact": 0.10000000000000000001}\n',
     b"\n",
-    b'{"id": 4, "text": "\\u0000\\u001b[2J", "image": null, "temperature": "hot", "history": 7, "messages": [[]] }\n',
+    b'{"id": 4, "text": "\\u0000\\u001b[2J", "image": null, "temperature": "hot", "history": 7, "seed": [[]] }\n',
     b'{"id": 123456789012345678901234567890, "text": "<|image|><sop>[gMASK]", "a": 1, "a": 2}\n',
     b'{"id": "1", "text": "a", "mine": "\\ud83d\\ude00"}',
 ]
@@ -233,7 +244,7 @@ def test_a_batch_that_fails_costs_only_the_row_that_is_too_much(loaded, monkeypa
     monkeypatch.setattr(module, "prefill", prefill)
     rows = [Row(number, {"id": number, "text": "a b c d e f " * (20 if number == 3 else 1)}) for number in range(1, 9)]
     with Engine(*loaded, Limits(max_batch_size=4, max_waiting=100)) as engine:
-        outcomes = list(answer_rows(engine, rows, Pictures(ROOT, False), Settings(max_new_tokens=3), seed=0))
+        outcomes = list(answer_rows(engine, rows, Pictures(ROOT, False), Asking(Settings(max_new_tokens=3))))
     assert [row.number for row, result in outcomes if isinstance(result, Problem)] == [3]
     assert sorted(row.number for row, _ in outcomes) == list(range(1, 9))
 
@@ -250,7 +261,7 @@ def test_a_row_whose_probabilities_are_broken_fails_alone(loaded, monkeypatch):
     monkeypatch.setattr(Chooser, "choose", choose)
     rows = [Row(number, {"id": number, "text": "a b c d e f " * (20 if number == 2 else 1)}) for number in (1, 2, 3)]
     with Engine(*loaded, Limits(max_waiting=100)) as engine:
-        outcomes = list(answer_rows(engine, rows, Pictures(ROOT, False), Settings(max_new_tokens=3), seed=0))
+        outcomes = list(answer_rows(engine, rows, Pictures(ROOT, False), Asking(Settings(max_new_tokens=3))))
     assert [isinstance(result, Problem) for _, result in outcomes] == [False, True, False]
 
 
@@ -308,8 +319,8 @@ def test_what_is_reported_was_counted_in_the_file(door, monkeypatch):
     source = write_lines("in.jsonl", *questions(9))
     draw, drawn = runs.draw, []
 
-    def draw_and_disturb(progress, problem):
-        draw(progress, problem)
+    def draw_and_disturb(progress, result):
+        draw(progress, result)
         drawn.append(progress)
         if len(drawn) == 5:
             os.truncate("out.jsonl", 0)
@@ -467,8 +478,8 @@ def test_a_stopped_run_says_how_many_are_there_and_goes_on(number, expected, doo
     source, handler = write_lines("in.jsonl", *questions(60)), signal.getsignal(signal.SIGTERM)
     draw, drawn = runs.draw, []
 
-    def draw_and_stop(progress, problem):
-        draw(progress, problem)
+    def draw_and_stop(progress, result):
+        draw(progress, result)
         drawn.append(progress)
         if len(drawn) == 3:
             os.kill(os.getpid(), number)

@@ -18,8 +18,10 @@ from visualglm_tools.checkpoints.loading import choose_device, choose_exact_dtyp
 from visualglm_tools.checkpoints.prepared import Checkpoint
 from visualglm_tools.checkpoints.quantizing import Codes
 from visualglm_tools.layer_bar import counted_layers
+from visualglm_tools.messages import Name
 from visualglm_tools.printing import one_line
-from visualglm_tools.serving.questions import UNPREPARED, Pictures, read_rows
+from visualglm_tools.serving.engine.prompts import arrange
+from visualglm_tools.serving.questions import UNPREPARED, Pictures, Row, read_rows
 
 
 QUESTION = "描述这张图片。"  # about each picture of a folder
@@ -29,11 +31,11 @@ PASSES = 3  # through each layer: the full model's, to measure its inputs, to go
 
 
 class Question(NamedTuple):
-    """What is asked about which picture; a name for errors."""
+    """What is asked, as messages with bare places for the pictures, and their names; a name of its own for errors."""
 
     name: str
-    text: str
-    picture: str | None
+    messages: list[dict]
+    pictures: list[Name]
 
 
 class Errors(NamedTuple):
@@ -63,14 +65,13 @@ def find_questions(place: Path) -> tuple[list[Question], Pictures]:
     """
     if place.is_dir():
         files = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
-        questions = [Question(file.name, QUESTION, str(file.resolve())) for file in files]
+        asked = [Row(number, {"text": QUESTION, "image": str(file.resolve())}) for number, file in enumerate(files, 1)]
+        questions = [Question(file.name, *row.conversation()) for file, row in zip(files, asked, strict=True)]
     elif place.is_file():
         rows, problems = read_rows(place)
         for problem in problems:
             say(f"line {problem.number} is left out: {one_line(problem.error)}")
-        questions = [
-            Question(f"line {row.number}", row.content["text"], row.content.get("image") or None) for row in rows
-        ]
+        questions = [Question(f"line {row.number}", *row.conversation()) for row in rows]
     else:
         raise ValueError(f"{place} does not exist. Give a folder of pictures, or JSON Lines of text and image.")
     if not questions:
@@ -91,13 +92,11 @@ def read_prompts(place: Path, processor: VisualGLMProcessor) -> list[dict[str, t
             say(f"{place} has more than {MOST_PROMPTS} prompts; the first {MOST_PROMPTS} are taken.")
             break
         try:
-            picture = pictures.open(question.picture)
+            images = [pictures.open(name) for name in question.pictures]
         except UNPREPARED as error:
             say(f"{question.name} is left out: {one_line(str(error))}")
             continue
-        images = [] if picture is None else [picture]
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question.text}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = processor.apply_chat_template(arrange(question.messages, None), add_generation_prompt=True)
         prompts.append(dict(processor(text=[text], images=images or None, return_tensors="pt")))
     if not prompts:
         raise ValueError(f"No picture of {place} can be read. Give others; 32 are enough.")

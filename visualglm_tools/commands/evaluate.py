@@ -105,6 +105,8 @@ def check_files(options: Options) -> None:
     """Raise a `ValueError` for files that do not go together, before anything is read."""
     if options.input is None or options.output is None or is_stream(options.output):
         raise ValueError("questions and answers are read more than once. Give plain files.")
+    if options.output.suffix.lower() == ".parquet":
+        raise ValueError("answers to an exam are JSON Lines. Give ANSWERS another ending.")
     runs.check_paths(options)
     written = [path for path in (options.report, options.chart) if path]
     for path in written:

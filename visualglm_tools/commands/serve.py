@@ -4,55 +4,62 @@
     curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" -d \\
         '{"model": "prepared", "messages": [{"role": "user", "content": "Hello"}]}'
 
-On SIGTERM or Ctrl-C it takes no more requests, completes those it has, and ends.
+On SIGTERM or Ctrl-C it takes no more requests, completes those it has, and ends. `--ray` serves from several engines,
+on as many GPUs or machines as Ray has.
 """
 
 import sys
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from visualglm_tools.options import COUNT, POSITIVE, number, option
+from visualglm_tools.options import AMOUNT, COUNT, is_given, option
+from visualglm_tools.packages import missing
 from visualglm_tools.serving.http.api_key import KEY_VARIABLE, read_key
-from visualglm_tools.serving.listening import address_of, listen
-from visualglm_tools.serving.options import AddressOptions, ApiOptions, LimitOptions, NameOptions, SpeedOptions
+from visualglm_tools.serving.listening import address_of, find_port, listen
+from visualglm_tools.serving.options import AddressOptions, ServerOptions
 
 
 # torch, transformers, FastAPI and the model are imported in `run`: `-h` and typing errors shall not wait for them.
 # Routes and engine are in `serving/`.
 
 EXTRA = "api"
-MIB = 2**20
-SIZE = number(float, lambda value: 0 < value < 2**40, "above 0, below 2**40")
 SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LimitOptions, ApiOptions, NameOptions, AddressOptions, SpeedOptions):
+class Options(ServerOptions, AddressOptions):
     api_key: str | None = option(
         f"that clients must send; better set {KEY_VARIABLE}", None, metavar="KEY", group="server"
     )
-    cors_origins: tuple[str, ...] = option(
-        "web page that may call; may be given several times",
-        (),
-        name="cors_origin",
-        metavar="ORIGIN",
-        is_repeated=True,
-        group="server",
+    ray: bool = option("serve from several engines, with the extra ray", False, group="several engines")
+    replicas: int = option(
+        "with --ray, engines with a model each", 1, parse=COUNT, metavar="N", group="several engines"
     )
-    drain_seconds: float = option("for open requests at the end", 300, parse=POSITIVE, metavar="S", group="server")
-    max_new_tokens: int | None = option(
-        "of an answer", None, parse=COUNT, metavar="N", unset="the context's", group="limits"
+    gpus_per_replica: float | None = option(
+        "with --ray, what Ray reserves",
+        None,
+        parse=AMOUNT,
+        metavar="N",
+        unset="1 where the model is on one, else 0",
+        group="several engines",
     )
-    max_pictures: int = option("of a conversation", 8, parse=COUNT, metavar="N", group="limits")
-    max_picture_mib: float = option("of an encoded picture", 20, parse=SIZE, metavar="MIB", group="limits")
-    max_body_mib: float = option("of a request", 32, parse=SIZE, metavar="MIB", group="limits")
-    timeout: float = option("for an answer, waiting included", 300, parse=POSITIVE, metavar="S", group="limits")
+    cpus_per_replica: float = option(
+        "with --ray, what Ray reserves", 1, parse=AMOUNT, metavar="N", group="several engines"
+    )
+
+    def check(self) -> None:
+        super().check()
+        alone = [name for name in ("replicas", "gpus_per_replica", "cpus_per_replica") if is_given(self, name)]
+        if alone and not self.ray:
+            raise ValueError(f"--{alone[0].replace('_', '-')} goes with --ray.")
 
 
 def run(options: Options) -> int:
     """Serve until the process is asked to end; returns its exit code."""
     options.check()
     key = read_key(options.api_key)
+    if options.ray:
+        return run_replicas(options, key)
     import uvicorn  # that it is missing is said before anything else
 
     sockets = listen(options.host, options.port)
@@ -61,6 +68,7 @@ def run(options: Options) -> int:
 
     from visualglm_tools.serving.engine.engine import Engine
     from visualglm_tools.serving.http.app import LoadingEngine, create_app
+    from visualglm_tools.serving.http.settings import api_of, limits_of
 
     logging.set_verbosity_error()
     # The model's thread lets go of Python only when it must: others, such as a refusal, shall not wait 5 ms each time.
@@ -86,7 +94,7 @@ def run(options: Options) -> int:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(engine, api_of(options, key), lifespan),
+            create_app(engine, api_of(options, key, options.host), lifespan),
             timeout_graceful_shutdown=int(options.drain_seconds),
         )
     )
@@ -96,29 +104,20 @@ def run(options: Options) -> int:
     return 0 if engine.engine is not None else 1
 
 
-def limits_of(options: Options):
-    """What the engine takes on."""
-    from visualglm_tools.serving.engine.engine import Limits
+def run_replicas(options: Options, key: str | None) -> int:
+    """Serve from several engines until the process is asked to end."""
+    try:
+        from visualglm_tools.serving.http.ray_app import ServiceOptions, serve_replicas
+    except ImportError as error:
+        raise ValueError(missing(str(error.name), "ray")) from error
 
-    return Limits(
-        **options.limiting(),
-        max_new_tokens=options.max_new_tokens,
-        max_pictures=options.max_pictures,
-        max_picture_bytes=int(options.max_picture_mib * MIB),
-        timeout=options.timeout,
+    port = find_port(options.host, options.port)
+    shared = {each.name: getattr(options, each.name) for each in fields(ServerOptions)}
+    service = ServiceOptions(
+        **shared,
+        min_replicas=options.replicas,
+        max_replicas=options.replicas,
+        gpus_per_replica=options.gpus_per_replica,
+        cpus_per_replica=options.cpus_per_replica,
     )
-
-
-def api_of(options: Options, key: str | None):
-    """What clients see."""
-    from visualglm_tools.serving.http.app import ApiOptions
-
-    return ApiOptions(
-        model_name=options.served_model_name or options.model.absolute().name,
-        api_key=key,
-        allow_urls=options.allow_urls,
-        strict=options.strict,
-        max_body_bytes=int(options.max_body_mib * MIB),
-        cors_origins=options.cors_origins,
-        allowed_hosts=[options.host, *options.allowed_hosts],
-    )
+    return serve_replicas(service, key, options.host, port)

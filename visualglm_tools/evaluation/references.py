@@ -83,7 +83,7 @@ def question_of(row: Row, name: str, match: str, vocabulary: Vocabulary | None) 
         if "label" in content and verdict_of(references) is None:
             raise ValueError(f'"label" must be "yes" or "no", found {content["label"]!r}.')
         kind = text_of(content, "kind") or text_of(content, "category") or name
-        language = text_of(content, "language") or language_of(content["text"])
+        language = text_of(content, "language") or language_of(row.question)
         return Question(row, references, kind, language, objects)
     except ValueError as error:
         return Problem.of(row, error)

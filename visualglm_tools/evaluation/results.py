@@ -13,7 +13,7 @@ from visualglm_tools.evaluation.objects import Mentions, Vocabulary
 from visualglm_tools.evaluation.references import Question
 from visualglm_tools.evaluation.scoring import Judgement, judge
 from visualglm_tools.evaluation.statistics import mcnemar_p_value, wilson_interval
-from visualglm_tools.serving.questions import Output
+from visualglm_tools.serving.outputs import Output
 
 
 ALL = "all"
@@ -198,7 +198,7 @@ def judge_all(
         if question.objects is not None:
             mentions = vocabulary.judge(found["answer"], question.objects)
             return Result(question, found["answer"], Judgement("objects", not mentions.invented), is_cut, mentions)
-        judgement = judge(found["answer"], question.references, match, question.row.content["text"])
+        judgement = judge(found["answer"], question.references, match, question.row.question)
         return Result(question, found["answer"], judgement, is_cut)
 
     return list(map(result, questions))

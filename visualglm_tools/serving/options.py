@@ -17,10 +17,14 @@ from visualglm_tools.options import (
     PROBABILITY,
     argument,
     is_given,
+    number,
     one_of,
     option,
 )
 from visualglm_tools.shipped import DEFAULT_MODEL
+
+
+SIZE = number(float, lambda value: 0 < value < 2**40, "above 0, below 2**40")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,28 @@ class LimitOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerOptions(LimitOptions, ApiOptions, NameOptions, SpeedOptions):
+    """What servers over HTTP have in common, one process or several."""
+
+    cors_origins: tuple[str, ...] = option(
+        "web page that may call; may be given several times",
+        (),
+        name="cors_origin",
+        metavar="ORIGIN",
+        is_repeated=True,
+        group="server",
+    )
+    max_new_tokens: int | None = option(
+        "of an answer", None, parse=COUNT, metavar="N", unset="the context's", group="limits"
+    )
+    max_pictures: int = option("of a conversation", 8, parse=COUNT, metavar="N", group="limits")
+    max_picture_mib: float = option("of an encoded picture", 20, parse=SIZE, metavar="MIB", group="limits")
+    max_body_mib: float = option("of a request", 32, parse=SIZE, metavar="MIB", group="limits")
+    timeout: float = option("for an answer, waiting included", 300, parse=POSITIVE, metavar="S", group="limits")
+    drain_seconds: float = option("for open requests at the end", 300, parse=POSITIVE, metavar="S", group="server")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How the tokens of an answer are chosen; the defaults are the original's."""
 
@@ -226,13 +252,20 @@ class FileOptions(SamplingOptions, PictureOptions, ModelOptions):
     """What it takes to answer a file of questions."""
 
     input: Path | None = argument(
-        'rows of {"id", "text", "image"}; -: standard input', parse=path_or_standard, metavar="INPUT"
+        'rows of {"id", "text", "image"} or {"id", "messages"}, JSON Lines or parquet; -: standard input',
+        parse=path_or_standard,
+        metavar="INPUT",
     )
     output: Path | None = argument(
-        "where a run goes on if there are answers already; -: standard output", parse=path_or_standard, metavar="OUTPUT"
+        "where a run goes on if there are answers already, .parquet for a table; -: standard output",
+        parse=path_or_standard,
+        metavar="OUTPUT",
     )
     batch_size: int = option("rows answered at a time", 8, parse=COUNT, metavar="N")
     allow_urls: bool = option("fetch pictures from http(s) addresses", False)
+    system: str | None = option(
+        "system message of the rows that have none of their own", None, metavar="TEXT", group="answers"
+    )
     max_new_tokens: int | None = limit_option(None)
     temperature: float = temperature_option(0.8)
     repetition_penalty: float = penalty_option(1.2)

@@ -1,21 +1,21 @@
-"""Questions from a JSON Lines file to answers in another, by one engine or by several processes with one each.
+"""Questions of a file, JSON Lines or a table, and their answers by one engine.
 
-A line of the output is the line of the input with its answer added, in the input's order. Whatever is complete in the
-output is not asked again, so that a run that was killed goes on where it was. A row that cannot be answered is a
-`Problem`, whatever is wrong with it, and the next row is asked. Not here: options, progress bar, locks.
+A row is a question about a picture, or a whole conversation. One that cannot be answered is a `Problem`, whatever is
+wrong with it, and the next row is asked. Not here: where the answers are written (`outputs.py`); options, progress bar,
+locks (`runs.py`).
 """
 
 import collections
 import contextlib
 import hashlib
 import json
+import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +23,14 @@ from PIL import Image
 
 from visualglm_hf.fetching import download
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture
-from visualglm_tools.output_files import ERRORS, PART, behind_links, is_stream, replace_file
+from visualglm_tools.messages import Name, Read, check_list, pictures_of, place_pictures
 from visualglm_tools.printing import one_line, printable, shortened
 from visualglm_tools.serving.engine.answers import Answer, Completion, EngineError
 from visualglm_tools.serving.engine.engine import Engine
-from visualglm_tools.serving.engine.prompts import conversation_messages
+from visualglm_tools.serving.engine.prompts import Prompt
 from visualglm_tools.serving.engine.sampling import MAX_SEED, Settings
-from visualglm_tools.serving.json_lines import MAX_LINE_BYTES, is_blank, parse_line, read_lines
+from visualglm_tools.serving.json_lines import is_blank, parse_line, read_lines
+from visualglm_tools.tables import PictureInTable, is_parquet, is_saved_table, open_table, rows_of_table
 
 
 WINDOW = 4  # batches that are prepared ahead
@@ -38,7 +39,11 @@ DOWNLOAD_SECONDS = 60
 LONGEST_FILE_NAME = 255  # bytes: what is longer may be the text of a picture in base64
 LONGEST_NAME = 200  # characters of a path or an address that is shown
 LONGEST_ROW = 4000  # characters of a row in the errors file; of an id, a quarter
+ASKED = ("text", "messages", "image", "images")  # the fields that make a question
 ADDED = ("answer", "finish_reason")
+EXAMPLE = '{"id": 1, "text": "描述一下这个场景", "image": "1.jpeg"}'
+SORTED = 64  # batches within which rows of like length are answered together
+PICTURE_BYTES = 128  # a picture takes as many tokens as a text of about so many
 # What preparing a row may raise: OSError for its picture, RuntimeError and MemoryError for one that is too large.
 UNPREPARED = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)
 
@@ -48,9 +53,9 @@ class Row:
     """One question.
 
     Args:
-        number: of its line, from 1.
-        content: the line's object: "id", "text", perhaps "image", perhaps more.
-        line: the object as it was written.
+        number: of its line, or of its row in a table, from 1.
+        content: the line's object: "id", "text" or "messages", perhaps "image" or "images", perhaps more.
+        line: the object as it was written; of a table's row, `as_written`.
     """
 
     number: int
@@ -62,14 +67,62 @@ class Row:
         """The id, told apart from others: 1 and "1" are two ids."""
         return json.dumps(self.content["id"])
 
+    @property
+    def question(self) -> str:
+        """The text that is asked last."""
+        messages, _ = self.conversation()
+        return "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+
+    def conversation(self) -> Read:
+        """Messages as the chat template takes them, each picture a part without content, and the pictures' names."""
+        return conversation_of(self.content)
+
     def as_json(self) -> str:
         return self.line or json.dumps(self.content, ensure_ascii=False)
 
     def is_answered_by(self, line: str) -> bool:
         """Whether an output line with this row's id is about its question, which may have changed since."""
-        answer = json.loads(line)
-        same_picture = (answer.get("image") or None) == (self.content.get("image") or None)
-        return "text" not in answer or (answer["text"] == self.content["text"] and same_picture)
+        asked = question_of(json.loads(line))
+        return not {"text", "messages"} & asked.keys() or asked == question_of(json.loads(self.as_json()))
+
+
+def question_of(content: dict) -> dict:
+    """The fields of a row that say what is asked, without those that are empty."""
+    return {name: without_nulls(content[name]) for name in ASKED if content.get(name) not in (None, "")}
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of JSON without fields that are null, which are as good as missing."""
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def conversation_of(content: dict) -> Read:
+    """What a row asks; see `Row.conversation`.
+
+    Raises:
+        ValueError: it asks nothing, or says it in a way that means nothing.
+    """
+    asked = question_of(content)
+    if "messages" in asked:
+        if "text" in asked:
+            raise ValueError('A row has either "text" or "messages", found both.')
+        messages, names = place_pictures(check_list(asked["messages"], "messages"), pictures_of(asked), "messages")
+        check_turns(messages)
+        return messages, names
+    text, names = content.get("text"), pictures_of(asked)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'"text" must be the question, found {text!r}.')
+    return [{"role": "user", "content": [*({"type": "image"} for _ in names), {"type": "text", "text": text}]}], names
+
+
+def check_turns(messages: Sequence[dict]) -> None:
+    if messages[-1]["role"] != "user":
+        raise ValueError(f'The last of "messages" must be the user\'s question, found {messages[-1]["role"]!r}.')
+    silent = [message for message in messages if message["role"] != "user"]
+    if any(part["type"] == "image" for message in silent for part in message["content"]):
+        raise ValueError('Only the user can show pictures: move them to a message with "role": "user".')
 
 
 @dataclass(frozen=True)
@@ -106,7 +159,7 @@ def read_rows(
     """The questions of a file, or of standard input, and the lines that are none. Blank lines do not count.
 
     Args:
-        path: of the file; None for standard input.
+        path: of JSON Lines or a table; None for standard input.
         translate: makes a row of what a line holds, where that has another layout.
 
     Raises:
@@ -114,9 +167,13 @@ def read_rows(
     """
     numbers: dict[str, int] = {}
     try:
-        with open_input(path) as file:
-            lines = ((number, line) for number, line in enumerate(read_lines(file), 1) if not is_blank(line))
-            read = [read_row(number, line, numbers, translate) for number, line in lines]
+        if path is not None and is_table(path):
+            contents = enumerate(contents_of_table(path), 1)
+            read = [read_row_of_table(number, content, numbers, translate) for number, content in contents]
+        else:
+            with open_input(path) as file:
+                lines = ((number, line) for number, line in enumerate(read_lines(file), 1) if not is_blank(line))
+                read = [read_row(number, line, numbers, translate) for number, line in lines]
     except OSError as error:
         raise ValueError(f"cannot read {str(path or 'standard input')!r}: {error.strerror}") from error
     return [row for row in read if isinstance(row, Row)], [row for row in read if isinstance(row, Problem)]
@@ -126,19 +183,62 @@ def open_input(path: Path | None) -> BinaryIO:
     return open(os.dup(0) if path is None else path, "rb")
 
 
+def is_table(path: Path) -> bool:
+    """Whether rows are read from a parquet file or a folder of `save_to_disk`."""
+    return is_saved_table(path) or is_parquet(path)
+
+
+def contents_of_table(path: Path) -> Iterator[dict]:
+    """The rows of a table, all its columns, with a `PictureInTable` for all bytes."""
+    table = open_table(path)
+    return rows_of_table(table, path, table.column_names)
+
+
+def as_written(content: Any) -> str:
+    """A table's row as a line of JSON; of a picture in it there is the digest, by which a change is seen."""
+    return json.dumps(plain(content), ensure_ascii=False, default=str)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, PictureInTable):
+        return f"sha256:{hashlib.sha256(value.read_bytes()).hexdigest()}"
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_row(number: int, line: bytes, numbers: dict[str, int], translate: Callable[[Any], Any]) -> Row | Problem:
     """The question in a line, whose number is put among the `numbers` of the keys."""
     content = None
     try:
         found, text = parse_line(line)
         content = translate(found)
-        row = Row(number, check_content(content), text if content is found else None)
-        if (first := numbers.setdefault(row.key, number)) != number:
-            raise ValueError(f"The id {shortened(row.key)} is in line {first} already. Give each row its own.")
-        return row
+        return new_row(Row(number, content, text if content is found else None), numbers)
     except ValueError as error:
         row = line[: 4 * LONGEST_ROW].decode(errors="replace").strip()
         return Problem(number, reason(error), row, id_of(content))
+
+
+def read_row_of_table(
+    number: int, content: dict, numbers: dict[str, int], translate: Callable[[Any], Any]
+) -> Row | Problem:
+    """The question in a row of a table; see `read_row`."""
+    content = translate(content)
+    row = Row(number, content, as_written(content))
+    try:
+        return new_row(row, numbers)
+    except ValueError as error:
+        return Problem(number, reason(error), row.as_json(), id_of(content))
+
+
+def new_row(row: Row, numbers: dict[str, int]) -> Row:
+    """The row, whose number is put among those of the keys; a `ValueError` if it is none or has another's id."""
+    check_content(row.content)
+    if (first := numbers.setdefault(row.key, row.number)) != row.number:
+        raise ValueError(f"The id {shortened(row.key)} is in line {first} already. Give each row its own.")
+    return row
 
 
 def id_of(content) -> str | int | None:
@@ -147,18 +247,14 @@ def id_of(content) -> str | int | None:
     return key if isinstance(key, (str, int)) and not isinstance(key, bool) else None
 
 
-def check_content(content) -> dict:
+def check_content(content: Any) -> None:
     if not isinstance(content, dict):
-        raise ValueError('A row must be an object such as {"id": 1, "text": "描述一下这个场景", "image": "1.jpeg"}.')
+        raise ValueError(f"A row must be an object such as {EXAMPLE}.")
     if id_of(content) is None:
         raise ValueError(f'"id" must be a text or a whole number, found {content.get("id")!r}.')
-    if not isinstance(content.get("text"), str) or not content["text"].strip():
-        raise ValueError(f'"text" must be the question, found {content.get("text")!r}.')
-    if not isinstance(content.get("image"), (str, type(None))):
-        raise ValueError(f'"image" must be a path, or empty for none, found {content["image"]!r}.')
+    conversation_of(content)
     if taken := [name for name in ADDED if name in content]:
         raise ValueError(f'"{taken[0]}" is what will be added to the row. Give the row\'s own another name.')
-    return content
 
 
 def decode_here(data: bytes, name: str) -> Image.Image:
@@ -177,13 +273,15 @@ class Pictures:
     def __init__(self, folder: Path, allow_urls: bool, decode: Callable[[bytes, str], Any] = decode_here):
         self.folder, self.allow_urls, self.decode = folder, allow_urls, decode
 
-    def open(self, source: str | None) -> Any:
-        """What `decode` makes of the picture, or None for no source.
+    def open(self, source: Name) -> Any:
+        """What `decode` makes of the picture.
 
         Raises:
             ValueError: there is no such picture, or more than one.
         """
-        return self.decode(self.read(source), repr(shortened(source, LONGEST_NAME))) if source else None
+        if isinstance(source, PictureInTable):
+            return self.decode(source.read_bytes(), f"in row {source.row + 1}")
+        return self.decode(self.read(source), repr(shortened(source, LONGEST_NAME)))
 
     def read(self, source: str) -> bytes:
         if source[:8].lower().startswith(("http://", "https://")):
@@ -241,17 +339,53 @@ def seed_of(row: Row, seed: int) -> int:
     return int.from_bytes(digest[:8], "big") % MAX_SEED
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How the rows of a run are asked.
+
+    Args:
+        settings: of each answer, but for its seed.
+        seed: from which each row has its own.
+        looking: the keywords of `Engine.prepare` for rows with pictures.
+        system: the system message of rows that have none of their own.
+    """
+
+    settings: Settings
+    seed: int = 0
+    looking: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+
+    def prompt(self, row: Row, pictures: Pictures, engine: Engine) -> Prompt:
+        """The prompt of a row, its pictures opened."""
+        messages, names = row.conversation()
+        opened = (pictures.open(name) for name in names)
+        for message in messages:
+            message["content"] = [
+                {"type": "image", "image": next(opened)} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+        if self.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        return engine.prepare(messages, **(self.looking if names else {}))
+
+
+def by_length(rows: Sequence[Row], count: int) -> Iterator[Row]:
+    """The rows, of every so many the longest first: beside each other they have less padding."""
+    for start in range(0, len(rows), count):
+        yield from sorted(rows[start : start + count], key=length_of, reverse=True)
+
+
+def length_of(row: Row) -> int:
+    """About how long a row's prompt is, in bytes: in UTF-8 a token of either language has about as many."""
+    messages, names = row.conversation()
+    texts = (part["text"] for message in messages for part in message["content"] if part["type"] == "text")
+    return sum(len(text.encode()) for text in texts) + PICTURE_BYTES * len(names)
+
+
 def answer_rows(
-    engine: Engine,
-    rows: Iterable[Row],
-    pictures: Pictures,
-    settings: Settings,
-    seed: int,
-    looking: dict[str, Any] | None = None,
+    engine: Engine, rows: Iterable[Row], pictures: Pictures, asking: Asking
 ) -> Iterator[tuple[Row, Completion | Problem]]:
     """The outcome of each row, in their order; later rows are prepared and answered meanwhile.
-
-    `looking` are the keywords of `Engine.prepare` for rows with pictures.
 
     Rows whose batch has failed come last, each asked again alone: one of them may have been too much for all.
 
@@ -260,7 +394,7 @@ def answer_rows(
     """
 
     def ask(row: Row) -> Answer | Problem:
-        return submit(engine, row, pictures, replace(settings, seed=seed_of(row, seed)), looking or {})
+        return submit(engine, row, pictures, asking)
 
     failed = []
     for row, answer in ahead(((row, ask(row)) for row in rows), WINDOW * engine.limits.max_batch_size):
@@ -284,14 +418,10 @@ def ahead(items: Iterable, count: int) -> Iterator:
     yield from waiting
 
 
-def submit(
-    engine: Engine, row: Row, pictures: Pictures, settings: Settings, looking: dict[str, Any]
-) -> Answer | Problem:
+def submit(engine: Engine, row: Row, pictures: Pictures, asking: Asking) -> Answer | Problem:
     try:
-        picture = pictures.open(row.content.get("image"))
-        messages = conversation_messages((), row.content["text"], picture)
-        prompt = engine.prepare(messages, **({} if picture is None else looking))
-        return engine.submit(prompt, settings)
+        prompt = asking.prompt(row, pictures, engine)
+        return engine.submit(prompt, replace(asking.settings, seed=seed_of(row, asking.seed)))
     except UNPREPARED as error:
         engine.check_alive()
         return Problem.of(row, error)
@@ -308,187 +438,3 @@ def outcome(engine: Engine, row: Row, answer: Answer | Problem) -> Completion | 
         return error
     except (ValueError, RuntimeError) as error:
         return Problem.of(row, error)
-
-
-class Output:
-    """The output file, the parts of it that several processes write, and what went wrong beside each.
-
-    Args:
-        path: of the output, or of a link to it.
-        rows: all of the input's.
-        unread: how many lines of the input are none; each may be a row that was one when it was answered.
-
-    Raises:
-        ValueError: there is something else than a plain file.
-    """
-
-    how_to_go_on = "The same command goes on from here."
-
-    def __init__(self, path: Path, rows: Sequence[Row], unread: int = 0):
-        self.path, self.rows, self.unread = behind_links(path), rows, unread
-        self.errors_path = behind_links(path.with_name(path.name + ERRORS))
-
-    def start(self, problems: Iterable[Problem]) -> int:
-        """Gather what an earlier run has left, and list these problems instead of its.
-
-        Returns how many answers are gone, since their questions have changed.
-        """
-        outdated = self.gather()
-        for path in self.files_of_parts(ERRORS):
-            path.unlink()
-        replace_file(self.errors_path, map(Problem.as_json, problems))
-        return outdated
-
-    def part(self, process: int, processes: int) -> "Output":
-        """Where one of several processes writes; a process alone writes into the output itself."""
-        return self if processes == 1 else self.beside(self.path.with_name(f"{self.path.name}{PART}{process}"))
-
-    def beside(self, path: Path) -> "Output":
-        return Output(path, self.rows, self.unread)
-
-    def read(self) -> dict[str, str]:
-        """The complete lines by the ids' keys, without a last one that was not written to its end.
-
-        Raises:
-            ValueError: it holds something else than answers to these rows.
-        """
-        lines, known, spoiled = {}, {row.key for row in self.rows}, self.unread
-        for number, line in enumerate(self.read_lines(), 1):
-            key = key_of(line)
-            if key is not None and key not in known:
-                spoiled -= 1
-            if key is not None and spoiled >= 0:
-                lines[key] = line.decode().removesuffix("\n") + "\n"
-            elif key is not None or not self.is_torn(line, is_ours=bool(lines)):
-                raise ValueError(
-                    f"{str(self.path)!r}, line {number}: no answer to a row of the input. Give another output, or "
-                    "remove this one."
-                )
-        return lines
-
-    def read_lines(self) -> Iterator[bytes]:
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            yield from read_lines(file, 2 * MAX_LINE_BYTES)
-
-    def is_torn(self, line: bytes, is_ours: bool) -> bool:
-        """Whether a run was killed while it wrote this line; where no other says that the file is ours, by its text."""
-        starts = (row.as_json().encode()[:-1] for row in self.rows)
-        is_ours = is_ours or any(start.startswith(line) or line.startswith(start) for start in starts)
-        return is_ours and not line.endswith(b"\n")
-
-    def write(
-        self, outcomes: Iterable[tuple[Row, Completion | Problem]], on_row: Callable[[Row, Problem | None], None]
-    ) -> None:
-        """Append each answer as soon as it is there; `on_row` is told of each row, and of the problem with it."""
-        with open(self.path, "ab") as answers, open(self.errors_path, "ab") as errors:
-            for row, result in outcomes:
-                problem = result if isinstance(result, Problem) else None
-                write_line(errors if problem else answers, problem.as_json() if problem else answered(row, result))
-                on_row(row, problem)
-
-    def count(self) -> int:
-        """How many rows are answered, as the files say."""
-        answers = self.answers()
-        return sum(row.key in answers for row in self.rows)
-
-    def finish(self) -> int:
-        """Gather all parts; returns how many problems the errors file lists, by their lines. Without any, it goes."""
-        self.gather()
-        paths = [self.errors_path, *self.files_of_parts(ERRORS)]
-        problems = [json.loads(line) for path in paths for line in path.read_bytes().splitlines()]
-        problems.sort(key=lambda problem: problem["line"])
-        replace_file(self.errors_path, map(as_line, problems))
-        for path in paths if not problems else paths[1:]:
-            path.unlink()
-        return len(problems)
-
-    def gather(self) -> int:
-        """Put the answers of all parts into the output, in the input's order, and remove the parts.
-
-        Returns how many there were to rows that have changed since; these are left out.
-        """
-        lines, paths = self.answers(), self.files_of_parts()
-        of_rows = {row.key: lines.pop(row.key) for row in self.rows if row.key in lines}
-        current = [of_rows[row.key] for row in self.rows if row.key in of_rows and row.is_answered_by(of_rows[row.key])]
-        replace_file(self.path, [*current, *lines.values()])
-        for path in paths:
-            path.unlink()
-        return len(of_rows) - len(current)
-
-    def answers(self) -> dict[str, str]:
-        """The lines of the output and of all parts by the ids' keys."""
-        parts = [self, *map(self.beside, self.files_of_parts())]
-        return {key: line for part in parts for key, line in part.read().items()}
-
-    def files_of_parts(self, suffix: str = "") -> list[Path]:
-        name = re.compile(re.escape(self.path.name + PART) + r"\d+" + re.escape(suffix))
-        return sorted(path for path in self.path.parent.iterdir() if name.fullmatch(path.name))
-
-
-class Stream:
-    """An output that can only be written to, from its beginning: standard output, a pipe or a device."""
-
-    how_to_go_on = "The same command begins anew: this output cannot be read again."
-    errors_path = None
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.num_problems = self.num_answers = 0
-
-    def start(self, problems: Sequence[Problem]) -> int:
-        self.num_problems = len(problems)
-        return 0
-
-    def part(self, process: int, processes: int) -> "Stream":
-        return self
-
-    def read(self) -> dict[str, str]:
-        return {}
-
-    def write(
-        self, outcomes: Iterable[tuple[Row, Completion | Problem]], on_row: Callable[[Row, Problem | None], None]
-    ) -> None:
-        for row, result in outcomes:
-            problem = result if isinstance(result, Problem) else None
-            if problem:
-                self.num_problems += 1
-            else:
-                write_line(self.file, answered(row, result))
-                self.num_answers += 1
-            on_row(row, problem)
-
-    def count(self) -> int:
-        return self.num_answers
-
-    def finish(self) -> int:
-        return self.num_problems
-
-
-@contextlib.contextmanager
-def open_output(path: Path | None, rows: Sequence[Row], unread: int) -> Iterator[Output | Stream]:
-    """The output called `path`, or standard output, for the answers to these rows; `unread` as in `Output`."""
-    if path is None or is_stream(path):
-        with open(os.dup(1) if path is None else path, "wb") as file:
-            yield Stream(file)
-    else:
-        yield Output(path, rows, unread)
-
-
-def write_line(file: BinaryIO, line: str) -> None:
-    file.write(line.encode())
-    file.flush()
-
-
-def answered(row: Row, completion: Completion) -> str:
-    """The row's line as it was written, so that nothing in it is another number or text now, and what is added."""
-    added = json.dumps(dict(zip(ADDED, (completion.text, completion.finish_reason), strict=True)), ensure_ascii=False)
-    return f"{row.as_json()[:-1].rstrip()}, {added[1:]}\n"
-
-
-def key_of(line: bytes) -> str | None:
-    """The key of an output line's id; None if it is no such line."""
-    try:
-        content = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    return json.dumps(content["id"]) if isinstance(content, dict) and "answer" in content and "id" in content else None

@@ -21,6 +21,8 @@ from visualglm_tools.serving.options import FileOptions
 
 # torch, transformers and the model are imported in `answer_file`: `-h` and typing errors shall not wait for them.
 
+# As tqdm's own, and what a row's tokens come to.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_noinv_fmt}{postfix}]"
 LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest one
 
 
@@ -55,13 +57,14 @@ def answer_file(options: FileOptions, read: Callable | None = None) -> int:
     from accelerate import PartialState
     from transformers.utils import logging
 
-    from visualglm_tools.serving.questions import open_output, read_rows
+    from visualglm_tools.serving.questions import read_rows
+    from visualglm_tools.serving.table_output import open_output
 
     logging.set_verbosity_error()
     rows, unread = (read or read_rows)(options.input)
     # accelerate's launcher says how many processes there are; without it, there is one.
     state = PartialState(cpu=options.device == "cpu", timeout=LONGEST_WAIT)
-    with open_output(options.output, rows, len(unread)) as output:
+    with open_output(options.output, rows, len(unread), options.input) as output:
         try:
             if state.is_main_process:
                 start(output, unread)
@@ -86,14 +89,9 @@ def start(output, unread: list) -> None:
 
 def answer(options: FileOptions, rows: list, output, state) -> None:
     """Answer this process's share of the rows that have no answer yet."""
-    from tqdm import tqdm
-
     from visualglm_tools.serving.engine.engine import Engine, EngineError, Limits
-    from visualglm_tools.serving.engine.sampling import Settings
-    from visualglm_tools.serving.questions import MAX_PICTURE_BYTES, Pictures, answer_rows
+    from visualglm_tools.serving.questions import MAX_PICTURE_BYTES, SORTED, Pictures, answer_rows, by_length
 
-    names = ("max_length", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-    settings = Settings(**{name: getattr(options, name) for name in names})
     done = output.read()
     waiting = [row for row in rows if row.key not in done]
     mine = waiting[state.process_index :: state.num_processes]
@@ -109,14 +107,15 @@ def answer(options: FileOptions, rows: list, output, state) -> None:
     try:
         with (
             Engine.load(options.model, limits, **loading) as engine,
-            tqdm(total=len(mine), unit="row", disable=not state.is_main_process) as progress,
+            progress_of(len(mine), is_shown=state.is_main_process) as progress,
         ):
             engine.start_decoders()
-            looking = options.looking()
-            pictures = Pictures(folder, options.allow_urls, partial(engine.decode_picture, **looking))
-            outcomes = answer_rows(engine, mine, pictures, settings, options.seed, looking)
+            asking = asking_of(options)
+            pictures = Pictures(folder, options.allow_urls, partial(engine.decode_picture, **asking.looking))
             part = output.part(state.process_index, state.num_processes)
-            part.write(outcomes, lambda row, problem: draw(progress, problem))
+            # What can be put in order afterwards is answered in the order that is quickest.
+            in_turn = by_length(mine, SORTED * options.batch_size) if part.is_ordered_at_the_end else mine
+            part.write(answer_rows(engine, in_turn, pictures, asking), partial(draw, progress))
     except EngineError as error:
         raise ValueError(f"{error} {output.how_to_go_on}") from error
 
@@ -141,10 +140,35 @@ def finish(output, total: int) -> int:
     return int(answered < total)
 
 
-def draw(progress, problem) -> None:
+def asking_of(options: FileOptions):
+    """How the rows are asked, as `questions.Asking`."""
+    from visualglm_tools.serving.engine.sampling import Settings
+    from visualglm_tools.serving.questions import Asking
+
+    names = ("max_length", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    return Asking(settings, options.seed, options.looking(), options.system)
+
+
+def progress_of(total: int, is_shown: bool):
+    """A bar of rows: how many there are, rows and tokens per second, and the time that is left."""
+    from tqdm import tqdm
+
+    progress = tqdm(total=total, unit=" rows", disable=not is_shown, bar_format=BAR)
+    progress.tokens = 0
+    return progress
+
+
+def draw(progress, result) -> None:
     """Draw the progress; a row's problem stays above it."""
-    if problem is not None:
-        progress.write(describe(problem), file=sys.stderr)
+    from visualglm_tools.serving.questions import Problem
+
+    if isinstance(result, Problem):
+        progress.write(describe(result), file=sys.stderr)
+    else:
+        progress.tokens += result.completion_tokens
+        seconds = progress.format_dict["elapsed"]
+        progress.set_postfix_str(f"{progress.tokens / seconds:.1f} tokens/s" if seconds else "", refresh=False)
     progress.update()
 
 

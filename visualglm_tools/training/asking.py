@@ -18,13 +18,13 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import Trainer
 
+from visualglm_tools.tables import PictureInTable
 from visualglm_tools.training.dataset import UNKNOWN, Conversation, Picture, assistant_message, read_dataset
 from visualglm_tools.training.drawing import draw_nothing
 from visualglm_tools.training.encoding import Collator, Encoder, Example
 from visualglm_tools.training.keeping import KeepAnswers, switched_off
 from visualglm_tools.training.output import KEPT
 from visualglm_tools.training.settings import Settings
-from visualglm_tools.training.tables import PictureInTable
 
 
 ABOUT_PICTURES = (

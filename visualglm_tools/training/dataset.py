@@ -18,9 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from visualglm_hf.image_processing_visualglm import open_picture, picture_in_base64
-from visualglm_tools.training.layouts import UNKNOWN, Layout, Name, assistant_message, read_row, shown
+from visualglm_tools.messages import Name, shown
+from visualglm_tools.tables import PictureInTable
+from visualglm_tools.training.layouts import UNKNOWN, Layout, assistant_message, read_row
 from visualglm_tools.training.sources import Source, open_source
-from visualglm_tools.training.tables import PictureInTable
 
 
 MAX_LISTED = 50  # problems described; of later ones only the row numbers

@@ -19,8 +19,8 @@ import torch
 from jinja2 import TemplateError
 
 from visualglm_hf.processing_visualglm import VisualGLMProcessor
+from visualglm_tools.messages import shown
 from visualglm_tools.training.dataset import Conversation, Picture, digest_picture, load_picture
-from visualglm_tools.training.layouts import shown
 
 
 IGNORED = -100  # as a label: no loss here

@@ -12,17 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualglm_tools.messages import PICTURE_FIELDS, shown
+from visualglm_tools.tables import is_parquet, is_saved_table, open_table, rows_of_table
 from visualglm_tools.training.layouts import (
     CAPTION_QUESTIONS,
     OPTIONAL_FIELDS,
-    PICTURE_FIELDS,
     Ambiguous,
     Layout,
     kind_of,
     layout_of,
-    shown,
 )
-from visualglm_tools.training.tables import is_parquet, is_saved_table, open_table, rows_of_table
 
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2"}

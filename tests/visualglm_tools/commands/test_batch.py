@@ -18,7 +18,8 @@ from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.prompts import conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
-from visualglm_tools.serving.questions import Output, Pictures, Row, answer_rows, read_rows, seed_of
+from visualglm_tools.serving.outputs import Output
+from visualglm_tools.serving.questions import Asking, Pictures, Row, answer_rows, read_rows, seed_of
 
 
 DOOR = SCRIPTS / "batch_infer.py"
@@ -41,7 +42,7 @@ def run_apart(*options: object, code: int = 0) -> str:
 
 def answer_all(loaded, rows: list[Row], settings: Settings, folder: Path = ROOT, **options) -> list:
     with Engine(*loaded, Limits(**options)) as engine:
-        return list(answer_rows(engine, rows, Pictures(folder, False), settings, seed=0))
+        return list(answer_rows(engine, rows, Pictures(folder, False), Asking(settings)))
 
 
 def test_each_row_has_the_answer_that_it_has_alone(loaded):
@@ -157,7 +158,7 @@ def test_pictures_are_found_beside_the_file_or_in_the_working_directory_but_neve
     (here / "b.png").write_bytes(PICTURES[1].read_bytes())
     assert pictures.open("a.png").tobytes() == open_picture(PICTURES[0]).tobytes()
     assert pictures.open("b.png").tobytes() == open_picture(PICTURES[1]).tobytes()
-    assert pictures.open(str(PICTURES[2])).size and pictures.open("") is None
+    assert pictures.open(str(PICTURES[2])).size
     (here / "a.png").write_bytes(PICTURES[1].read_bytes())
     with pytest.raises(ValueError, match="ambiguous"):
         pictures.open("a.png")

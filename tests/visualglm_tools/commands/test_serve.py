@@ -26,6 +26,7 @@ from visualglm_tools.commands import serve as serve_options
 from visualglm_tools.options import from_values
 from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.http.app import ApiOptions
+from visualglm_tools.serving.http.settings import api_of, limits_of
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,7 @@ def test_the_door_drains_on_sigterm(door):  # the last that uses it
     [
         (["--model", "no/such/folder"], "no such folder"),
         (["--device", "abacus"], "no device is called"),
+        (["--replicas", "2"], "--replicas goes with --ray"),
     ],
 )
 def test_a_door_that_cannot_open_says_why_in_one_line(options, found, capsys):
@@ -99,12 +101,12 @@ def test_a_door_that_cannot_open_says_why_in_one_line(options, found, capsys):
 
 def test_an_option_that_is_not_given_leaves_the_engine_and_the_api_as_they_are():
     options = from_values(serve_options.Options, {})
-    assert serve_options.limits_of(options) == Limits()
-    api = serve_options.api_of(options, None)
+    assert limits_of(options) == Limits()
+    api = api_of(options, None, options.host)
     assert api == dataclasses.replace(ApiOptions(model_name=TINY.name), allowed_hosts=["127.0.0.1"])
     options = from_values(serve_options.Options, {"max_body_mib": "0.5", "allowed_hosts": "a,b", "timeout": 1})
-    assert serve_options.limits_of(options).timeout == 1
-    api = serve_options.api_of(options, None)
+    assert limits_of(options).timeout == 1
+    api = api_of(options, None, options.host)
     assert api.max_body_bytes == 2**19 and api.allowed_hosts == ["127.0.0.1", "a", "b"]
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 from tests.training_helpers import At, adapter_in, interrupt, is_same, short_run, silent
 from tests.training_rows import said, turn
+from visualglm_tools.tables import PictureInTable
 from visualglm_tools.training.asking import write_rows
 from visualglm_tools.training.dataset import digest_picture, read_dataset
 from visualglm_tools.training.encoding import Collator, Encoder, digest
 from visualglm_tools.training.run import finetune
-from visualglm_tools.training.tables import PictureInTable
 
 
 datasets = pytest.importorskip("datasets")

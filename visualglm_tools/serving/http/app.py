@@ -19,7 +19,7 @@ from visualglm_tools.serving.http.guards import IGNORED_FIELDS, NameIgnored, Nor
 from visualglm_tools.serving.http.intake import Intake
 from visualglm_tools.serving.http.service import Service
 
-from . import completions_api, errors, legacy_api, openai_api, responses_api, tokenize_api
+from . import completions_api, errors, legacy_api, openai_api, responses_api, tokenize_api, transformers_api
 
 
 # What routes read themselves, so that FastAPI does not know of it.
@@ -124,6 +124,7 @@ def create_app(get_engine: Callable[[], Engine], options: ApiOptions, lifespan: 
     app.include_router(completions_api.create_router(service))
     app.include_router(responses_api.create_router(service))
     app.include_router(tokenize_api.create_router(service))
+    app.include_router(transformers_api.create_router(get_engine, intake, options.model_name))
     add_status_routes(app, get_engine, options)
     app.openapi = functools.partial(describe, app)
     # The last one added sees a request first.

@@ -33,6 +33,7 @@ from visualglm_tools.serving.http.fields import (
 from visualglm_tools.serving.http.intake import check_count
 from visualglm_tools.serving.http.logprobs import ChatLogprobs, Words
 from visualglm_tools.serving.http.service import STREAMS, Service, Usage, body_of, usage
+from visualglm_tools.serving.http.transformers_api import with_generation_config
 
 
 class ImageUrl(Fields):
@@ -131,6 +132,11 @@ class ChatRequest(Choosing, Streaming, NoTools, TakenAsTheyAre):
     echo: Literal[False] = False
     store: bool | None = Field(None, description="has no effect")
     prediction: Ignored = Field(None, description="has no effect: it makes others' answers faster")
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_generation_config(cls, values: Any) -> Any:
+        return with_generation_config(values)
 
     @model_validator(mode="after")
     def check_logprobs(self) -> "ChatRequest":

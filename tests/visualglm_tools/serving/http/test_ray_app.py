@@ -1,7 +1,6 @@
 """Two replicas behind Ray Serve, started as users start them."""
 
 import base64
-import contextlib
 import json
 import os
 import shutil
@@ -16,8 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import SECONDS
+from tests.commands import serve as serve_command
 from tests.paths import PICTURES, ROOT
-from tests.serving_helpers import health, wait_until
+from tests.serving_helpers import free_port, health, wait_until
+from tests.visualglm_tools.serving.http import test_app, test_openai_api, test_transformers_api
+from visualglm_tools.serving.engine.answers import Limits
+from visualglm_tools.serving.http.settings import api_of, limits_of
 
 
 pytest.importorskip("ray.serve", reason="needs pip install 'visualglm-hf[ray]'")
@@ -26,32 +30,51 @@ pytestmark = pytest.mark.slow  # Ray takes most of a minute to start
 COLOURS = {"circles": "红色", "star": "黄色", "triangles": "橙色"}
 
 
-@pytest.fixture(scope="module")
-def service():
+SERVE_RUN = ["serve", "run", "visualglm_tools.serving.http.ray_app:create_service", "min_replicas=2", "max_replicas=2"]
+SERVE_RUN += ["device=cpu", "cpus_per_replica=0.5"]
+OURS = ["visualglm", "serve", "--ray", "--replicas", "2", "--device", "cpu", "--cpus-per-replica", "0.5"]
+
+
+@pytest.fixture(scope="module", params=[OURS, SERVE_RUN], ids=["visualglm serve --ray", "serve run"])
+def service(request):
     """The address of two replicas, and Ray's log."""
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    options = ["min_replicas=2", "max_replicas=2", "device=cpu", "cpus_per_replica=0.5"]
+    name, *options = request.param
+    command = [str(Path(sys.executable).parent / name), *options]
+    port = 8000  # where Ray Serve is unless a configuration file says another place
+    if name == "visualglm":
+        port = free_port()
+        command = [sys.executable, "-m", "visualglm_tools", *options, "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": temporary}
-    serve = Path(sys.executable).parent / "serve"
     with open(Path(temporary, "log"), "w") as log:
-        process = subprocess.Popen(
-            [str(serve), "run", "visualglm_tools.serving.http.ray_app:create_service", *options],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        url = "http://127.0.0.1:8000"  # where Ray Serve is unless a configuration file says another place
-        wait_until(lambda: health(url) == 200 or process.poll() is not None, 180)
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: health(url) == 200 or process.poll() is not None)
         assert process.poll() is None, Path(log.name).read_text()[-3000:]
         yield url, Path(log.name)
-    finally:
         process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
+        assert process.wait(SECONDS) == 0, Path(log.name).read_text()[-3000:]
+    finally:
         process.kill()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def url(service) -> str:
+    """In the place of the shared API's address: tests of that are asked of the replicas, too."""
+    return service[0]
+
+
+client = test_openai_api.client
+test_models = test_openai_api.test_openai_client_lists_the_model
+test_chat = test_openai_api.test_openai_client_asks_about_a_picture_and_goes_on
+test_stream = test_openai_api.test_openai_client_streams
+test_streams = test_openai_api.test_openai_client_streams_several_choices
+test_settings = test_openai_api.test_max_tokens_stop_and_seed_do_what_openai_says
+test_errors = test_openai_api.test_what_cannot_be_honoured_is_refused_by_name
+test_metrics = test_app.test_metrics_are_prometheus_text
+test_load_model = test_transformers_api.test_load_model_says_that_the_one_model_is_there
 
 
 def ask(url: str, path: Path) -> str:
@@ -102,3 +125,19 @@ def test_more_replicas_at_least_than_at_most_are_refused():
         create_service({"max_replica": "2"})
     with pytest.raises(ValueError, match="quant: must be one of 8, 4, found 3"):
         create_service({"quant": "3"})
+
+
+def test_a_replica_takes_on_what_the_options_say(monkeypatch):
+    """Those of `visualglm serve` reach the engines and the API: none is dropped on the way."""
+    from visualglm_tools.serving.http import ray_app
+
+    served = []
+    monkeypatch.setattr(ray_app, "serve_replicas", lambda *found: served.append(found) or 0)
+    words = ["--ray", "--replicas", "3", "--max-pictures", "2", "--timeout", "9", "--cors-origin", "https://a.example"]
+    assert serve_command(*words, "--max-body-mib", "1", "--drain-seconds", "7", "--port", "0", "--api-key", "k") == 0
+    [(options, key, host, port)] = served
+    assert (key, host, options.min_replicas, options.max_replicas) == ("k", "127.0.0.1", 3, 3) and port > 0
+    assert limits_of(options) == Limits(max_pictures=2, timeout=9)
+    api = api_of(options, key, host)
+    assert (api.cors_origins, api.max_body_bytes, api.api_key) == (("https://a.example",), 2**20, "k")
+    assert options.drain_seconds == 7

@@ -4,7 +4,7 @@ layouts take them, with their pictures still on the disk.
 A parquet file is read once, part by part, into the cache of `datasets`, from which any row is taken at once; nothing is
 loaded whole.
 
-Not here: what a row means (`layouts.py`), files of JSON and folders of pictures (`sources.py`).
+Not here: what a row means (`messages.py`), files of JSON and folders of pictures.
 """
 
 from collections.abc import Callable, Iterator
