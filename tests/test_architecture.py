@@ -245,7 +245,7 @@ TOOL_ROOMS = {
     "tools/tiny": Room(
         tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.references "
         "evaluation.scoring evaluation.statistics evaluation.tables options packages printing serving.questions",
-        model="conversation text_in_pictures visualglm_hf zooming",
+        model="conversation looking text_in_pictures visualglm_hf zooming",
         packages="PIL cyclonedx nbclient nbformat numpy packageurl packaging sentencepiece torch tqdm transformers",
     ),
 }

@@ -313,8 +313,7 @@ def make_example() -> VisualGLMTextModel:
 
 # What the layers do in a decode step on a CPU, in one call.
 CPU_DECODER = CpuDecoder(
-    (VisualGLMBlock, VisualGLMAttention, VisualGLMMLP, nn.Linear, QuantizedLinear, nn.LayerNorm),
-    make_example,
+    (VisualGLMBlock, VisualGLMAttention, VisualGLMMLP, nn.Linear, QuantizedLinear, nn.LayerNorm), make_example
 )
 
 

@@ -60,6 +60,17 @@ class Limits:
     timeout: float = 300
     prompt_cache_bytes: int = 256 * 2**20
 
+    def check(self, settings: Settings, prompt_length: int) -> None:
+        """Raise a `ValueError` for settings beyond these limits, or that leave no room for an answer."""
+        wanted, limit = settings.max_new_tokens, self.max_new_tokens
+        if wanted is not None and limit is not None and wanted > limit:
+            raise ValueError(f"{wanted} new tokens were asked for; this server gives at most {limit}.")
+        if settings.max_length is not None and prompt_length >= settings.max_length:
+            raise ValueError(
+                f"The prompt is {prompt_length} tokens long, so max_length={settings.max_length} leaves no room for an "
+                "answer. Raise max_length or shorten the conversation."
+            )
+
 
 @dataclass(frozen=True)
 class Completion:

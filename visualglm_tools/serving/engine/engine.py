@@ -16,6 +16,7 @@ owns the model. Not here: HTTP, who waits and whether there is room (`waiting.py
 
 import asyncio
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -87,6 +88,7 @@ class Engine:
         model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
         self.queue = Queue(self.limits, self.metrics)
         self._slots = Slots(model, compile) if compile else None
+        self._merge = self._slots.merge if compile else functools.partial(merge, model)
         self._known = PromptCache(self.limits.prompt_cache_bytes)
         self._steps = 0  # since the batch last paused
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -94,11 +96,7 @@ class Engine:
 
     @classmethod
     def load(
-        cls,
-        folder: str | Path,
-        limits: Limits | None = None,
-        compile: bool | CompileConfig = False,
-        **options,
+        cls, folder: str | Path, limits: Limits | None = None, compile: bool | CompileConfig = False, **options
     ) -> "Engine":
         """An engine for a checkpoint folder; `options` are those of `load_model`: device, dtype, ...
 
@@ -222,7 +220,7 @@ class Engine:
             EngineClosed: `close` was called, or the engine has failed.
         """
         for each in settings:
-            self._check_settings(prompt, each)
+            self.limits.check(each, len(prompt.token_ids))
         answers = [Answer(prompt, each, self.limits.timeout, self.queue.withdraw, asked_at) for each in settings]
         self.queue.add(answers)
         return answers
@@ -257,17 +255,6 @@ class Engine:
         self._worker.join()
         self._prompts.close()
         self._grammars.close()
-
-    def _check_settings(self, prompt: Prompt, settings: Settings) -> None:
-        wanted, limit = settings.max_new_tokens, self.limits.max_new_tokens
-        if wanted is not None and limit is not None and wanted > limit:
-            raise ValueError(f"{wanted} new tokens were asked for; this server gives at most {limit}.")
-        length = len(prompt.token_ids)
-        if settings.max_length is not None and length >= settings.max_length:
-            raise ValueError(
-                f"The prompt is {length} tokens long, so max_length={settings.max_length} leaves no room for an "
-                "answer. Raise max_length or shorten the conversation."
-            )
 
     # What follows runs in the worker's thread.
 
@@ -337,9 +324,6 @@ class Engine:
         if not prompt.looks:
             return image_embeds
         return zoom_in(self.model, seen, input_ids, image_embeds, place, prompt.looks)
-
-    def _merge(self, batches: Sequence[Batch]) -> Batch | None:
-        return merge(self.model, batches) if self._slots is None else self._slots.merge(batches)
 
     def _advance(self, batch: Batch) -> None:
         """Generate until there is something else to do."""
