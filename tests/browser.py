@@ -220,7 +220,7 @@ def take_screenshots(folder: Path) -> None:
             wait_until(lambda tab=tab: tab.question == "")
             path = folder / f"web_{theme}.png"
             browser.save_screenshot(str(path))
-            Image.open(path).quantize(128).save(path, optimize=True)
+            Image.open(path).quantize(256).save(path, optimize=True)
             tab.close()
 
 
