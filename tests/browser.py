@@ -212,6 +212,9 @@ def take_screenshots(folder: Path) -> None:
     with open_door(script="web_demo_hf.py") as (url, _, _), start_browser("hide-scrollbars") as browser:
         for theme, (language, turns) in SHOWN.items():
             tab = Tab(browser, f"{url}/?__theme={theme}", language)
+            temperature = patiently(lambda tab=tab: tab.find("#temperature input[type=number]")[0])
+            temperature.clear()
+            temperature.send_keys("0\ue004")  # the Tab key; no chance: the same pictures each time
             tab.click_example(CIRCLES)
             for number in range(len(turns)):
                 if number:
