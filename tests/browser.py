@@ -212,6 +212,9 @@ def take_screenshots(folder: Path) -> None:
     with open_door(script="web_demo_hf.py") as (url, _, _), start_browser("hide-scrollbars") as browser:
         for theme, (language, turns) in SHOWN.items():
             tab = Tab(browser, f"{url}/?__theme={theme}", language)
+            temperature = patiently(lambda tab=tab: tab.find("#temperature input[type=number]")[0])
+            temperature.clear()
+            temperature.send_keys("0\ue004")  # the Tab key; no chance: the same pictures each time
             tab.click_example(CIRCLES)
             for number in range(len(turns)):
                 if number:
@@ -220,7 +223,7 @@ def take_screenshots(folder: Path) -> None:
             wait_until(lambda tab=tab: tab.question == "")
             path = folder / f"web_{theme}.png"
             browser.save_screenshot(str(path))
-            Image.open(path).quantize(128).save(path, optimize=True)
+            Image.open(path).quantize(256).save(path, optimize=True)
             tab.close()
 
 
