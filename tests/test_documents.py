@@ -300,6 +300,7 @@ def test_a_command_in_a_sentence_is_one_with_options_that_it_has(document):
 LAUNCHERS = {"config-file", "multi-gpu", "num-processes", "nproc-per-node", "trust-remote-code", "app-dir"}
 # Of pip and of lmms-eval, in the recipe for that.
 OTHER_PROGRAMS = {"no-deps", "model-args", "include-path", "tasks", "output-path", "log-samples"}
+OTHER_PROGRAMS |= {"build-arg", "gpus", "now", "read-only", "time", "tmpfs"}  # docker's and systemctl's
 # Of the original's fine-tuning, which are taken and do nothing, so that no help lists them.
 OBSOLETE = {
     "distributed-backend",
