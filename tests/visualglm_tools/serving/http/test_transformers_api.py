@@ -34,6 +34,7 @@ def name_of(speaker: str) -> str:
     return f"<{colours}{speaker}{colours}>"
 
 
+@pytest.mark.slow  # seconds to import all that it has
 def test_transformers_chat_talks_to_the_server(url):
     pexpect = pytest.importorskip("pexpect")
     pytest.importorskip("rich", reason="transformers chat draws with it")
