@@ -315,7 +315,7 @@ def test_a_command_in_a_sentence_is_one_with_options_that_it_has(document):
 
 
 LAUNCHERS = {"config-file", "multi-gpu", "num-processes", "nproc-per-node", "trust-remote-code", "app-dir"}
-# Of hf and sha256sum, with which folders are verified; of pip and lmms-eval, in the recipe for that; of docker and systemctl.
+# Of hf and sha256sum (verifying), pip and lmms-eval (evaluating), docker and systemctl (deploying).
 OTHER_PROGRAMS = {"check", "commit-message", "expand", "local-dir", "private", "revision", "strict"}
 OTHER_PROGRAMS |= {"no-deps", "model-args", "include-path", "tasks", "output-path", "log-samples"}
 OTHER_PROGRAMS |= {"build-arg", "gpus", "now", "read-only", "time", "tmpfs"}

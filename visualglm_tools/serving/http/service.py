@@ -17,7 +17,7 @@ from visualglm_tools.serving.http.public_urls import download_public
 
 
 DOWNLOADS = 16  # at a time; they wait for others' servers
-STREAMS = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAMS = {200: {"content": {"text/event-stream": {}}}}  # events of several shapes
 
 
 class Service:
