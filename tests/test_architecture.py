@@ -243,7 +243,7 @@ TOOL_ROOMS = {
     "tools/tiny": Room(
         tools="__main__ checkpoints.loading checkpoints.prepared checkpoints.remote_code evaluation.references "
         "evaluation.scoring evaluation.statistics evaluation.tables options printing serving.questions",
-        model="conversation text_in_pictures visualglm_hf zooming",
+        model="conversation looking text_in_pictures visualglm_hf zooming",
         packages="PIL nbclient nbformat numpy sentencepiece torch tqdm transformers",
     ),
 }
