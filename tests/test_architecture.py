@@ -233,7 +233,7 @@ TOOL_ROOMS = {
     "calibration": Room(
         tools="checkpoints.loading checkpoints.prepared checkpoints.quantizing layer_bar messages printing "
         "serving.engine.prompts serving.questions",
-        model="quantization visualglm_hf",
+        model="calibration quantization visualglm_hf",
         packages="torch tqdm",
     ),
     "benchmarking": Room(

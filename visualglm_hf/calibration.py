@@ -6,7 +6,7 @@ other quantized one. What it takes is a few prompts such as people will ask, and
 
 Rounding a column of a matrix changes the product; the columns that are not yet rounded can take some of that back, as
 far as their inputs go together. How they do is what the calibration measures: the products X^T X of the inputs of each
-matrix, which come from the layers below as they are after quantizing. With X^T X = L D L^T, L lower and of unit
+matrix, which come from everything before it as it is after quantizing. With X^T X = L D L^T, L lower and of unit
 diagonal, the columns are rounded from the last to the first, each with the errors E of those after it:
 
     w_k <- w_k + sum over i > k of E_i L_ik
@@ -14,6 +14,13 @@ diagonal, the columns are rounded from the last to the first, each with the erro
 and then a unit of squared error of column k costs D_k. That is GPTQ (arXiv 2210.17323) in the form of QuIP's LDLQ
 (arXiv 2307.13304, theorem 6), without inverting anything. Scales are searched as always, for what the group has become,
 with errors that cost D_k; so a column that matters is met better.
+
+What is aimed at is what the full model has there, not what the full matrix makes of inputs that are off already: before
+it is rounded, a matrix becomes the one that comes nearest to that by least squares, W + Y^T X (X^T X)^-1, where Y is
+what its outputs lack. So errors do not add up from layer to layer. (GPTAQ, arXiv 2504.02692, and QEP, arXiv 2504.09629,
+aim at the full model's outputs of each matrix; here the last matrix of a block aims at the block's, residual included.)
+
+Prompts are calibrated with the answers that the full model gives, since that is where errors count.
 
 Shapes: M tokens, N outputs, K inputs, G columns of a group, n = K / G groups of a row, R rows at a time.
 """
@@ -41,6 +48,7 @@ from .quantization import (
 
 # Of the mean of X^T X's diagonal, added to it: what is known from few tokens is believed so much less.
 DAMPING = 0.1
+ANSWER_TOKENS = 16  # of the answers that prompts are calibrated with
 COLUMNS = 64  # rounded between two products with all errors so far
 ROWS = 2048  # quantized at a time, so that it takes less memory than X^T X
 
@@ -71,15 +79,17 @@ def quantize_calibrated(
 ) -> nn.Module:
     """Quantize the linear layers of a transformers model's decoder to 4 bits, calibrated with prompts.
 
-    Memory: besides the model, X^T X of one layer and the factor of one matrix at a time (1.2 and 1 GiB at full size),
-    some rows of the matrix, and the hidden states of all prompts.
+    Memory: besides the model, X^T X of one matrix and its factor (2 GiB at most at full size), some rows of it and what
+    they lack, all inputs of one block, and the hidden states of all prompts twice.
 
     Args:
-        model: has a decoder with `layers`, each called with its hidden states first.
-        calibration: inputs of the model, such as a processor makes them, on its device; 32 prompts are enough.
+        model: has a decoder with `layers`, each called with its hidden states first; the output of the last matrix
+            that a layer calls is added to the layer's own.
+        calibration: inputs of the model, such as a processor makes them, on its device; 32 prompts are enough. They
+            are continued by what the model answers, `ANSWER_TOKENS` at most.
         bits: 4. The error of 8 is too small to be worth it.
         group_size, lm_head, image_encoder: see `quantize_model`; with one scale per row it is searched for, too. The
-            decoder is calibrated with what the quantized image encoder makes of pictures.
+            decoder then makes up for errors of the quantized image encoder, too.
 
     Returns:
         The same model.
@@ -92,13 +102,17 @@ def quantize_calibrated(
         raise ValueError("8 bits gain nothing from calibration: their error is small. Leave it out, or take 4 bits.")
     decoder = model.get_decoder()
     check_layers(find_linears(decoder), bits, group_size)
-    if image_encoder:
-        quantize_(model.get_encoder("image"), bits=8)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            quantize_blocks_(model, decoder.layers, calibration, group_size)
+            prompts = [answer(model, inputs) for inputs in calibration]
+            full, calls = record_calls(model, decoder.layers, prompts)
+            states = full
+            if image_encoder:
+                quantize_(model.get_encoder("image"), bits=8)
+                states, calls = record_calls(model, decoder.layers, prompts)
+            quantize_blocks_(decoder.layers, full, states, calls, group_size)
     finally:
         model.train(was_training)
     quantize_(decoder, bits, group_size)  # what is in no block
@@ -108,17 +122,46 @@ def quantize_calibrated(
     return model
 
 
+def answer(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Continue a prompt, given as `input_ids`, by the beginning of the model's answer; of several, by the shortest."""
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"A prompt to calibrate with must be a mapping of inputs, not a {type(inputs).__name__}.")
+    ids = inputs.get("input_ids")
+    mask = inputs.get("attention_mask")
+    if ids is None or mask is not None and mask.dim() != 2:
+        return inputs
+    asked = {name: value for name, value in inputs.items() if name != "labels"}
+    answered = model.generate(**asked, max_new_tokens=ANSWER_TOKENS, do_sample=False, num_beams=1)
+    length = (answered[:, ids.shape[1] :] != model.config.get_text_config().pad_token_id).sum(1).min().item()
+    answered = answered[:, : ids.shape[1] + length]
+    mask = torch.ones_like(ids) if mask is None else mask
+    mask = torch.cat([mask, mask.new_ones(len(ids), length)], dim=1)
+    return {**asked, "input_ids": answered, "attention_mask": mask}
+
+
 def quantize_blocks_(
-    model: nn.Module, blocks: nn.ModuleList, calibration: Iterable[Mapping[str, Any]], group_size: int | None
+    blocks: nn.ModuleList,
+    full: list[torch.Tensor],
+    states: list[torch.Tensor],
+    calls: list[list[Call]],
+    group_size: int | None,
 ) -> None:
-    """Quantize one block after the other, each with the hidden states that those before it give now."""
-    states, calls = record_calls(model, blocks, calibration)
+    """Quantize one block after the other.
+
+    Args:
+        blocks: are called one after the other.
+        full: hidden states of each prompt that enter the first block of the full model.
+        states: and those of the model as it is.
+        calls: of each prompt, of all blocks.
+        group_size: see `quantize_tensor`.
+    """
     for index, block in enumerate(blocks):
+        own = [call[index] for call in calls]
         try:
-            quantize_block_(block, states, [call[index] for call in calls], group_size)
+            full = quantize_block_(block, full, states, own, group_size)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
-        states = [call[index].run(block, state) for state, call in zip(states, calls, strict=True)]
+        states = [call.run(block, state) for state, call in zip(states, own, strict=True)]
 
 
 def record_calls(
@@ -127,8 +170,6 @@ def record_calls(
     """Run the model on each prompt; the hidden states that enter the first block, and the calls of all blocks."""
     states, calls = [], []
     for inputs in calibration:
-        if not isinstance(inputs, Mapping):
-            raise ValueError(f"A prompt to calibrate with must be a mapping of inputs, not a {type(inputs).__name__}.")
         mask = inputs.get("attention_mask")
         is_token = mask.bool().flatten() if mask is not None and mask.dim() == 2 else None
         found: list[tuple] = []
@@ -152,45 +193,99 @@ def hooked(modules: Iterable[nn.Module], hook) -> Iterator[None]:
             handle.remove()
 
 
-def quantize_block_(block: nn.Module, states: list[torch.Tensor], calls: list[Call], group_size: int | None) -> None:
-    """Put calibrated low-bit layers in the places of a block's linear ones."""
-    linears = find_linears(block)
-    hessians = measure(block, linears, states, calls)
-    for name, linear in linears.items():
-        codes, scales = quantize_with_feedback(linear.weight.detach(), hessians.pop(name), group_size)
+def quantize_block_(
+    block: nn.Module,
+    full: list[torch.Tensor],
+    states: list[torch.Tensor],
+    calls: list[Call],
+    group_size: int | None,
+) -> list[torch.Tensor]:
+    """Put calibrated low-bit layers in the places of a block's linear ones, in the order in which it calls them.
+
+    Returns:
+        What the full block makes of the hidden states `full`.
+    """
+    inputs, outputs = watch(block, full, calls)
+    last = next(reversed(inputs), None)
+    for name in list(inputs):
+        aim = outputs if name == last else None
+        hessian, lack = measure(block, name, states, calls, inputs.pop(name), aim)
+        linear = block.get_submodule(name)
+        codes, scales = quantize_with_feedback(linear.weight.detach(), hessian, group_size, lack=lack)
         block.set_submodule(name, QuantizedLinear.from_codes(linear, codes, scales, 4, group_size))
+    return outputs
+
+
+def watch(
+    block: nn.Module, states: list[torch.Tensor], calls: list[Call]
+) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor]]:
+    """Run a block on all prompts; the inputs [M, K] of its linear layers, as they are called, and its outputs."""
+    names = {linear: name for name, linear in find_linears(block).items()}
+    inputs: dict[str, list[torch.Tensor]] = {}
+    outputs = []
+    for state, call in zip(states, calls, strict=True):
+
+        def keep(module: nn.Module, arguments: tuple, keywords: dict, call: Call = call) -> None:
+            inputs.setdefault(names[module], []).append(call.tokens_of(arguments[0]))
+
+        with hooked(names, keep):
+            outputs.append(call.run(block, state))
+    return inputs, outputs
 
 
 def measure(
-    block: nn.Module, linears: dict[str, nn.Linear], states: list[torch.Tensor], calls: list[Call]
-) -> dict[str, torch.Tensor]:
-    """Run a block on all prompts, and add up X^T X [K, K] of the inputs of each of its linear layers, in float32."""
-    names = {linear: name for name, linear in linears.items()}
-    hessians = {
-        name: torch.zeros(linear.in_features, linear.in_features, dtype=torch.float32, device=linear.weight.device)
-        for name, linear in linears.items()
-    }
-    for state, call in zip(states, calls, strict=True):
+    block: nn.Module,
+    name: str,
+    states: list[torch.Tensor],
+    calls: list[Call],
+    inputs: list[torch.Tensor],
+    outputs: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a block on all prompts, and measure one of its linear layers.
 
-        def add(module: nn.Module, arguments: tuple, keywords: dict, call: Call = call) -> None:
-            x = call.tokens_of(arguments[0]).float()
-            hessians[names[module]].addmm_(x.T, x)
+    Args:
+        block: with the layers before that one quantized.
+        name: of the layer.
+        states, calls: of the prompts.
+        inputs: of that layer in the full model, [M, K] of each prompt.
+        outputs: of the block in the full model; None to aim at those of the layer.
 
-        with hooked(linears.values(), add):
-            call.run(block, state)
-    return hessians
+    Returns:
+        X^T X [K, K] of the inputs X of the layer, and X^T Y [K, N] with what its outputs lack, Y, in float32.
+    """
+    linear = block.get_submodule(name)
+    hessian = drift = None
+    for index, (state, call) in enumerate(zip(states, calls, strict=True)):
+        found: list[torch.Tensor] = []
+        with hooked([linear], lambda module, arguments, keywords, found=found: found.append(arguments[0])):
+            output = call.run(block, state)
+        x = call.tokens_of(found[0]).float()
+        aim = inputs[index] if outputs is None else call.tokens_of(outputs[index])
+        off = aim.float() - (x if outputs is None else call.tokens_of(output).float())
+        hessian, drift = add_product(hessian, x, x), add_product(drift, x, off)
+    return hessian, drift @ linear.weight.float().T if outputs is None else drift
+
+
+def add_product(total: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`total` + x.T @ y, in place if there is one yet."""
+    return x.T @ y if total is None else total.addmm_(x.T, y)
 
 
 def quantize_with_feedback(
-    weight: torch.Tensor, hessian: torch.Tensor, group_size: int | None = None, damping: float = DAMPING
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    group_size: int | None = None,
+    damping: float = DAMPING,
+    lack: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a matrix [N, K] to 4 bits so that products with inputs of X^T X [K, K] change little.
+    """Quantize a matrix [N, K] to 4 bits so that products with inputs of X^T X [K, K] come near to what they shall be.
 
     Args:
         weight: floating point.
         hessian: float32; written to.
         group_size: see `quantize_tensor`.
         damping: see `DAMPING`.
+        lack: X^T Y [K, N], where Y is what they lack now, before it is quantized; None if they are as they shall be.
 
     Returns:
         Codes and scales, as `quantize_tensor`.
@@ -200,7 +295,12 @@ def quantize_with_feedback(
     """
     group_size = resolve_group_size(4, group_size)
     factor, costs = decompose(hessian, damping)
-    parts = [round_with_feedback(rows.float(), factor, costs, group_size) for rows in weight.split(ROWS)]
+    parts = []
+    for start in range(0, len(weight), ROWS):
+        rows = weight[start : start + ROWS].float()
+        if lack is not None:
+            rows = rows + solve(factor, costs, lack[:, start : start + ROWS]).T
+        parts.append(round_with_feedback(rows, factor, costs, group_size))
     codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     if not scales.isfinite().all():
         raise ValueError("The weights are not finite, or too large for a scale in float16.")
@@ -221,6 +321,12 @@ def decompose(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torc
         added = 10 * added  # rounding errors were larger
     roots = factor.diagonal().clone()
     return factor.div_(roots), roots.square()
+
+
+def solve(factor: torch.Tensor, costs: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The solution [K, R] of L D L^T x = right."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(factor.T, half / costs[:, None], upper=True, unitriangular=True)
 
 
 def round_with_feedback(

@@ -5,12 +5,23 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tests.helpers import difference, make_small_model, seeded, weight_family
 from tests.paths import TINY
 from tools.tiny import world
 from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMImageProcessor, VisualGLMProcessor
-from visualglm_hf.calibration import decompose, quantize_calibrated, quantize_with_feedback
+from visualglm_hf.calibration import (
+    ANSWER_TOKENS,
+    answer,
+    decompose,
+    measure,
+    quantize_calibrated,
+    quantize_with_feedback,
+    record_calls,
+    solve,
+    watch,
+)
 from visualglm_hf.lowbit_format import dequantize_naive
 from visualglm_hf.quantization import QuantizedLinear, find_quantized, quantize_tensor
 from visualglm_hf.tokenization_chatglm import ChatGLMTokenizer
@@ -94,6 +105,25 @@ def test_products_that_rounding_has_spoilt_are_damped_until_they_have_a_factor()
     assert (costs > 0).all()
 
 
+def test_what_products_lack_is_made_up_for():
+    weight, full, held_out = weight_family("llm", 256, 512), make_inputs(1500), make_inputs(400, seed=2)
+    off = torch.where(torch.arange(512) % 2 == 0, 0.7, 1.0)
+    shown = full * off
+    errors = []
+    for lack in (None, shown.T @ ((full - shown) @ weight.T)):
+        codes, scales = quantize_with_feedback(weight, shown.T @ shown, lack=lack)
+        found = held_out * off @ dequantize_naive(codes, scales, 4, 512, torch.float32).T
+        errors.append(difference(found, held_out @ weight.T))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_what_is_lacking_is_solved_for():
+    x = make_inputs(300, 64).double()
+    factor, costs = decompose((x.T @ x).float(), 0.1)
+    right = torch.randn(64, 5, generator=seeded(4))
+    assert difference(factor * costs @ factor.T @ solve(factor, costs, right), right) < 1e-4
+
+
 @pytest.mark.parametrize(("weight", "x"), [(float("nan"), 1.0), (1.0, float("inf"))])
 def test_what_is_not_finite_is_refused(weight, x):
     weights, inputs = weight_family("gauss", 4, 64), make_inputs(100, 64)
@@ -130,12 +160,12 @@ def logits_of(model: nn.Module, prompts: list[dict]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group_size", [None, -1])
-def test_the_tiny_model_answers_new_questions_with_less_error(tiny, group_size):
+def test_the_tiny_model_answers_new_questions_with_a_third_less_error(tiny, group_size):
     shown, held_out = ask(32, "training"), ask(24, "new combinations")
     expected = logits_of(tiny, held_out)
     plain = difference(logits_of(copy.deepcopy(tiny).quantize(4, group_size), held_out), expected)
     model = copy.deepcopy(tiny).quantize(4, group_size, calibration=shown)
-    assert difference(logits_of(model, held_out), expected) <= 0.85 * plain
+    assert difference(logits_of(model, held_out), expected) <= 0.7 * plain
 
 
 def make_prompts(number: int, length: int = 20) -> list[dict]:
@@ -174,25 +204,83 @@ def test_padding_is_no_input():
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
+def inputs_of(model: nn.Module, layer: nn.Module, prompts: list[dict]) -> torch.Tensor:
+    """What enters a layer, [tokens, K]."""
+    inputs = []
+    handle = layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].flatten(0, -2)))
+    logits_of(model, prompts)
+    handle.remove()
+    return torch.cat(inputs)
+
+
 def test_a_layer_is_calibrated_with_what_the_quantized_layers_before_it_give(monkeypatch):
-    prompts, model = make_prompts(16, 40), make_small_model(torch.float32, bits=None)
+    full, model = make_small_model(torch.float32, bits=None), make_small_model(torch.float32, bits=None)
+    prompts = [answer(full, inputs) for inputs in make_prompts(16, 40)]
+    monkeypatch.setattr("visualglm_hf.calibration.answer", lambda model, inputs: inputs)
     seen = []
     original = quantize_with_feedback
 
-    def watched(weight, hessian, group_size):
-        seen.append(hessian.clone())
-        return original(weight, hessian, group_size)
+    def watched(weight, hessian, group_size, lack):
+        seen.append((hessian.clone(), lack.clone()))
+        return original(weight, hessian, group_size, lack=lack)
 
     monkeypatch.setattr("visualglm_hf.calibration.quantize_with_feedback", watched)
     model.quantize(4, calibration=prompts)
-    inputs = []
-    last = model.transformer.layers[-1].attention.query_key_value
-    with torch.no_grad():
-        handle = last.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].flatten(0, -2)))
-        logits_of(model, prompts)
-        handle.remove()
-    x = torch.cat(inputs)
-    assert difference(seen[-4], x.T @ x) < 1e-4
+    names = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    for name, (hessian, lack) in zip(names, seen[-4:], strict=True):
+        quantized, layer = (other.transformer.layers[-1].get_submodule(name) for other in (model, full))
+        x, wanted = inputs_of(model, quantized, prompts), inputs_of(full, layer, prompts)
+        assert difference(hessian, x.T @ x) < 1e-4, name
+        if name != names[-1]:
+            assert difference(lack, x.T @ ((wanted - x) @ layer.weight.T)) < 1e-3, name
+
+
+@torch.no_grad()
+def test_the_last_matrix_of_a_layer_aims_at_what_the_full_layer_gives():
+    full, model = make_small_model(torch.float32, bits=None), make_small_model(torch.float32, bits=None)
+    prompts = make_prompts(16, 40)
+    model.quantize(4, calibration=prompts)
+    (states, calls), (others, _) = (record_calls(each, each.transformer.layers, prompts) for each in (full, model))
+    calls = [call[0] for call in calls]
+    block, quantized = full.transformer.layers[0], model.transformer.layers[0]
+    inputs, outputs = watch(block, states, calls)
+    quantized.set_submodule("mlp.dense_4h_to_h", block.mlp.dense_4h_to_h)
+    hessian, lack = measure(quantized, "mlp.dense_4h_to_h", others, calls, inputs["mlp.dense_4h_to_h"], outputs)
+    found = [call.run(quantized, state) for state, call in zip(others, calls, strict=True)]
+    missing = torch.cat([(a - b).flatten(0, -2) for a, b in zip(outputs, found, strict=True)])
+    x = torch.cat(watch(quantized, others, calls)[0]["mlp.dense_4h_to_h"])
+    assert difference(hessian, x.T @ x) < 1e-5
+    assert difference(lack, x.T @ missing) < 1e-4
+
+
+def test_a_prompt_goes_on_with_what_the_model_answers(tiny):
+    prompt = ask(1, "training")[0]
+    answered = answer(tiny, {**prompt, "labels": prompt["input_ids"]})
+    expected = tiny.generate(**prompt, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    assert torch.equal(answered["input_ids"], expected)
+    assert expected.shape[1] > prompt["input_ids"].shape[1]
+    assert answered["attention_mask"].shape == expected.shape
+    assert answered.keys() == prompt.keys()
+
+
+def test_several_prompts_in_a_batch_go_on_as_far_as_the_shortest_answer(tiny):
+    prompts = ask(4, "training")
+    answers = [answer(tiny, prompt)["input_ids"].shape[1] - prompt["input_ids"].shape[1] for prompt in prompts]
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    missing = [longest - prompt["input_ids"].shape[1] for prompt in prompts]
+    ids, mask = (
+        torch.cat([F.pad(prompt[name], (n, 0), value=filler) for prompt, n in zip(prompts, missing, strict=True)])
+        for name, filler in (("input_ids", 3), ("attention_mask", 0))
+    )
+    pictures = torch.cat([prompt["pixel_values"] for prompt in prompts])
+    answered = answer(tiny, {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures})
+    assert answered["input_ids"].shape == answered["attention_mask"].shape == (4, longest + min(answers))
+    assert torch.equal(answered["attention_mask"].sum(1), mask.sum(1) + min(answers))
+
+
+def test_prompts_that_are_no_ids_are_taken_as_they_are(tiny):
+    prompt = {"inputs_embeds": torch.zeros(1, 3, 128)}
+    assert answer(tiny, prompt) is prompt
 
 
 def test_what_cannot_be_calibrated_is_refused_and_left_as_it_is():

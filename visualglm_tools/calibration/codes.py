@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from visualglm_hf import VisualGLMForConditionalGeneration, VisualGLMProcessor
+from visualglm_hf.calibration import ANSWER_TOKENS
 from visualglm_hf.quantization import find_quantized
 from visualglm_tools.checkpoints.loading import choose_device, choose_exact_dtype, load_weights, make_processor
 from visualglm_tools.checkpoints.prepared import Checkpoint
@@ -27,7 +28,8 @@ from visualglm_tools.serving.questions import UNPREPARED, Pictures, Row, read_ro
 QUESTION = "描述这张图片。"  # about each picture of a folder
 MOST_PROMPTS = 128  # more take longer and tell no more
 HELD_OUT = 4  # one prompt in so many, if the error is to be measured
-PASSES = 3  # through each layer: the full model's, to measure its inputs, to go on to the next layer
+# Through each layer: the full model's, twice; one to measure each of its four matrices, and one to go on to the next.
+PASSES = 7
 
 
 class Question(NamedTuple):
@@ -167,7 +169,8 @@ def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def progress_of(model: VisualGLMForConditionalGeneration, prompts: int) -> Iterator[None]:
-    """Draw how far the layers of a model have come with so many prompts."""
-    total = len(model.get_decoder().layers) * prompts * PASSES
+    """Draw how far the layers of a model have come with so many prompts; answers may be shorter than they might."""
+    total = len(model.get_decoder().layers) * prompts * (ANSWER_TOKENS + PASSES)
     with tqdm(total=total, desc="calibrating", unit="pass") as progress, counted_layers(model, progress):
         yield
+        progress.total = progress.n

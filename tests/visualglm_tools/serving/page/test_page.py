@@ -17,6 +17,7 @@ from tests.serving_helpers import CAPTION, EngineByHand, is_idle, open_door, sam
 from visualglm_tools.serving.engine.answers import QueueFull
 from visualglm_tools.serving.engine.batching import Row
 from visualglm_tools.serving.engine.engine import Engine
+from visualglm_tools.serving.engine.prompt_cache import PromptCache
 from visualglm_tools.serving.engine.sampling import Settings
 
 
@@ -153,6 +154,7 @@ def test_stop_keeps_what_was_said_and_retry_answers_again(open_tab, engine, long
 
 def test_while_a_long_prompt_is_read_a_bar_says_how_far_it_is(open_tab, engine, monkeypatch):
     monkeypatch.setattr(web, "PATIENCE", 0.1)
+    monkeypatch.setattr(engine, "_known", PromptCache(0))  # or it would not be read again
     layers = engine.model.get_decoder().layers
     hooks = [layer.register_forward_pre_hook(lambda *_: time.sleep(0.3)) for layer in layers]
     tab = open_tab()
