@@ -138,6 +138,14 @@ def post_chat(url: str, **fields) -> httpx.Response:
     return post(f"{url}/v1/chat/completions", json=body)
 
 
+def nested_schema(depth: int) -> dict:
+    """A JSON schema of lists in lists."""
+    schema: dict = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 def answer_of(response: httpx.Response) -> str:
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""VisualGLM over HTTP: the original's `POST /` and OpenAI's `/v1/chat/completions`, for several clients at a time.
+"""VisualGLM over HTTP: the original's `POST /` and OpenAI's routes, for several clients at a time.
 
     visualglm serve --model path/to/prepared
     curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" -d \\

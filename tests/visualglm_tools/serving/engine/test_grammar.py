@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.commands import SECONDS
+from tests.serving_helpers import nested_schema
 from visualglm_tools.serving.engine import grammar
 from visualglm_tools.serving.engine.grammar import ANY_OBJECT, GrammarCompiler, GrammarTooComplex, check_schema
 from visualglm_tools.serving.engine.sampling import Settings
@@ -172,17 +173,10 @@ def test_a_bad_schema_is_refused_with_what_is_wrong(compiler, schema, found):
         compiler.compile(schema)
 
 
-def nested(depth: int) -> dict:
-    schema: dict = {}
-    for _ in range(depth):
-        schema = {"items": schema}
-    return schema
-
-
 COSTLY = {
     "too long": ({"enum": ["x" * 40_000]}, "characters"),
     "too many": ({"enum": list(range(40_000))}, "values"),
-    "too deep": (nested(40), "deep"),
+    "too deep": (nested_schema(40), "deep"),
     "many patterns": ({"allOf": [{"pattern": f".*a.{{{index}}}b"} for index in range(9)]}, "9 different patterns"),
     "long patterns": ({"pattern": "a?" * 600}, "1200 characters"),
     "patterns of names": ({"patternProperties": {f"{index}.*": {} for index in range(9)}}, "9 different patterns"),
@@ -201,7 +195,7 @@ def test_a_schema_that_would_cost_others_their_time_is_refused_before_it_is_comp
 
 def test_what_passes_the_bounds_is_compiled_soon(compiler):
     patterns = [{"type": "string", "pattern": f".*a.{{{20 + index}}}b"} for index in range(8)]
-    deep = nested(10)
+    deep = nested_schema(10)
     for schema in (
         {"allOf": patterns},
         {"anyOf": patterns},

@@ -2,7 +2,6 @@
 
 import json
 
-import openai
 import pytest
 
 from tests.serving_helpers import MODEL, error_of, post
@@ -11,12 +10,6 @@ from tests.serving_helpers import MODEL, error_of, post
 EXACT = {"temperature": 0, "extra_body": {"repetition_penalty": 1}}  # what the tiny model has learned
 QUESTIONS = ["问：你好\n答：", "Q:Hello\nA:"]  # as the chat template writes them
 ANSWERS = ["你好!请给我一张图片。", "Hello! Please give me a picture."]  # before the clean-up of `chat`
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_a_text_is_answered_as_it_stands_without_clean_up(client):

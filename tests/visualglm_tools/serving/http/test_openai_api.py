@@ -33,12 +33,6 @@ from tests.serving_helpers import (
 EXACT = {"temperature": 0, "extra_body": {"repetition_penalty": 1}}  # what the tiny model has learned
 
 
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def test_openai_client_lists_the_model(client):
     assert [(model.id, model.max_model_len) for model in client.models.list()] == [(MODEL, 2048)]
     assert client.models.retrieve(MODEL).id == MODEL

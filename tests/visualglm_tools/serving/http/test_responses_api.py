@@ -2,7 +2,6 @@
 
 import json
 
-import openai
 import pytest
 
 from tests.paths import CIRCLES
@@ -10,12 +9,6 @@ from tests.serving_helpers import CAPTION, HELLO, MODEL, answer_of, data_uri, er
 
 
 EXACT = {"temperature": 0, "extra_body": {"repetition_penalty": 1}}  # what the tiny model has learned
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 FILE = {"type": "input_image", "image_url": "/etc/passwd"}
