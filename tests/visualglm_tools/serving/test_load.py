@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.commands import SECONDS
+from tests.hostile_bodies import HOSTILE, JSON
 from tests.paths import PICTURES
 from tests.serving_helpers import MODEL, data_uri, get, health, is_idle, open_door, wait_until
 from visualglm_tools.serving.engine.answers import Limits
@@ -66,6 +67,7 @@ class Tally:
     tokens: int = 0
     wrong: list[tuple[str, str]] = field(default_factory=list)
     refused_after: list[float] = field(default_factory=list)
+    hostile: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def compare(self, found: str, expected: str) -> None:
@@ -139,6 +141,14 @@ class Clients:
                 await self.stream(tally, *request, leave_after=choice.randrange(1, 5))
             else:
                 await self.leave(tally, *request)
+
+    async def attack(self, tally: Tally, turns: Iterable) -> None:
+        """One client that sends what costs much for nothing, one after the other."""
+        for _, (path, body, expected) in zip(turns, itertools.cycle(HOSTILE.values()), strict=False):
+            response = await self.http.post(path, content=body(), headers=JSON)
+            allowed = expected if isinstance(expected, tuple) else (expected,)
+            assert response.status_code in (*allowed, 429), (path, response.status_code, response.text[:300])
+            tally.hostile += 1
 
     async def work(self, tally: Tally, seed: int, deadline: float) -> None:
         """One client that asks one question after the other; all clients ask the same in different order."""
@@ -214,7 +224,7 @@ async def load(url: str, requests: list[dict], seconds: float, process: psutil.P
                 await asyncio.sleep(min(1, seconds / 50))
 
         behaving = [crowd.behave(tally, seed, until(deadline)) for seed in range(CLIENTS)]
-        await asyncio.gather(*behaving, watch_memory())
+        await asyncio.gather(*behaving, crowd.attack(tally, until(deadline)), watch_memory())
     figures = {
         "clients": CLIENTS,
         "seconds": round(time.monotonic() - started),
@@ -222,6 +232,7 @@ async def load(url: str, requests: list[dict], seconds: float, process: psutil.P
         "wrong answers": len(tally.wrong),
         "left early": tally.left_early,
         "refused": len(tally.refused_after),
+        "hostile bodies": tally.hostile,
     }
     warm = [rss for moment, rss in memory if moment >= seconds * WARM_UP]
     # The mean of a tenth of the samples: single ones go up and down with the pictures in flight.
