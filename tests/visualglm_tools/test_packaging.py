@@ -37,10 +37,10 @@ print(type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)).__nam
 """
 
 
-def run(*command: object, cwd: Path, path: str | Path = "", ok: bool = True) -> subprocess.CompletedProcess:
+def run(*command: object, cwd: Path, path: str | Path = "") -> subprocess.CompletedProcess:
     """Run a command where nothing of the checkout is on the path unless `path` says so."""
     environment = {"PYTHONPATH": str(path), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"}
-    return run_program(*command, cwd=cwd, environment=environment, code=0 if ok else None)
+    return run_program(*command, cwd=cwd, environment=environment)
 
 
 def python(*arguments: object, **details) -> subprocess.CompletedProcess:

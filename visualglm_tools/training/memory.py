@@ -7,6 +7,7 @@ counted: the CUDA context (about 0.5 GB), the allocator's gaps, and what mixed p
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -44,6 +45,20 @@ class Memory:
     @property
     def total(self) -> int:
         return self.weights + self.adapter + self.activations + self.workspace
+
+
+def once(compute: Callable[..., int]) -> Callable[..., int]:
+    """Compute once for equal configurations and other arguments: to build a full-size model takes a while."""
+    known: dict[str, int] = {}
+
+    @wraps(compute)
+    def recall(config: VisualGLMConfig, *arguments, **named) -> int:
+        key = repr((config.to_json_string(), arguments, named))
+        if key not in known:
+            known[key] = compute(config, *arguments, **named)
+        return known[key]
+
+    return recall
 
 
 def estimate(
@@ -84,12 +99,18 @@ def estimate_kept(
 
 
 def with_weights(config: VisualGLMConfig, bits: int, layers: Sequence[int], activations: int, workspace: int) -> Memory:
-    trained = sum(parameter.numel() for parameter in build(config, layers).parameters() if parameter.requires_grad)
     one_matrix = config.text_config.hidden_size * config.text_config.intermediate_size * DTYPE.itemsize  # in full
     workspace += one_matrix if bits else 0
-    return Memory(weight_bytes(config, bits), BYTES_PER_TRAINED * trained, activations, workspace)
+    return Memory(weight_bytes(config, bits), BYTES_PER_TRAINED * count_trained(config, layers), activations, workspace)
 
 
+@once
+def count_trained(config: VisualGLMConfig, layers: Sequence[int]) -> int:
+    """Numbers in an adapter on `layers`."""
+    return sum(parameter.numel() for parameter in build(config, layers).parameters() if parameter.requires_grad)
+
+
+@once
 def count_activations(
     config: VisualGLMConfig,
     propagate: Callable,
@@ -100,9 +121,9 @@ def count_activations(
 ) -> int:
     """Bytes that are kept from a forward pass to its backward pass; the same whatever the bits of the weights."""
     model = build(config, layers)
-    activations = saved_bytes(model, propagate, batch_size, length)
     if not checkpointing:
-        return activations
+        return saved_bytes(model, propagate, batch_size, length)
+    activations = count_activations(config, propagate, batch_size, length, False, layers)
     text = config.text_config
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     outside = saved_bytes(model, propagate, batch_size, length)
@@ -127,6 +148,7 @@ def build(config: VisualGLMConfig, layers: Sequence[int] = ()) -> torch.nn.Modul
         return add_adapter(model, lora_config(RANK, layers)).train() if layers else model
 
 
+@once
 def weight_bytes(config: VisualGLMConfig, bits: int) -> int:
     """Bytes of the weights, tied ones counted once."""
     config = copy.deepcopy(config)
