@@ -3,6 +3,7 @@ trained tiny model, an engine with it, its HTTP API and its page.
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second t
 MODULES = tempfile.TemporaryDirectory(prefix="visualglm-modules-")  # until this process ends
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
+
+gc.disable()  # until all is imported and collected: nearly all of that stays
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for among what tests make, not among the millions of objects of what is imported.
+
+    Each run of a trainer asks for a search by itself.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

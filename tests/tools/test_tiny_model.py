@@ -1,5 +1,7 @@
 """`models/visualglm-tiny`: the model that README, demos and tests rely on is small, current, and knows its world."""
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -10,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.commands import python
-from tests.helpers import load_float32
+from tests.helpers import load_float32, torch_threads
 from tests.paths import ROOT, TINY
 from tools.tiny import card, exam, world
+from tools.tiny.__main__ import main
 from tools.tiny.options import Options
 from visualglm_hf import (
     ChatGLMTokenizer,
@@ -29,8 +31,9 @@ FOLDER = TINY
 @pytest.fixture(scope="module")
 def measured() -> dict:
     """Exact-match accuracy on a few held-out pictures, measured now."""
-    finished = python("-m", "tools.tiny", "--output", FOLDER, "--evaluate", "--pictures", "24")
-    return json.loads(finished.stdout.splitlines()[-1])
+    with contextlib.redirect_stdout(io.StringIO()) as said, torch_threads(torch.get_num_threads()):
+        assert main(["--output", str(FOLDER), "--evaluate", "--pictures", "24"]) == 0
+    return json.loads(said.getvalue().splitlines()[-1])
 
 
 @pytest.mark.parametrize("split", ["new pictures", "new combinations"])

@@ -2,6 +2,7 @@
 
 import email
 import filecmp
+import json
 import os
 import re
 import shutil
@@ -36,10 +37,10 @@ print(type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)).__nam
 """
 
 
-def run(*command: object, cwd: Path, path: str | Path = "", ok: bool = True) -> subprocess.CompletedProcess:
+def run(*command: object, cwd: Path, path: str | Path = "") -> subprocess.CompletedProcess:
     """Run a command where nothing of the checkout is on the path unless `path` says so."""
     environment = {"PYTHONPATH": str(path), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"}
-    return run_program(*command, cwd=cwd, environment=environment, code=0 if ok else None)
+    return run_program(*command, cwd=cwd, environment=environment)
 
 
 def python(*arguments: object, **details) -> subprocess.CompletedProcess:
@@ -89,17 +90,38 @@ def installed(wheel, place) -> Path:
     return folder
 
 
-@pytest.fixture
-def visualglm(installed, tmp_path):
-    """The installed command, in an empty folder."""
+SEVERAL = """
+import json, sys
+from visualglm_tools.__main__ import main
 
-    def command(*arguments: object, ok: bool = True) -> subprocess.CompletedProcess:
-        words = ("-m", "visualglm_tools", *arguments)
-        empty = tmp_path / "empty"
-        empty.mkdir(exist_ok=True)
-        return python(*words, cwd=empty, path=installed, ok=ok)
+for words in json.loads(sys.argv[1]):
+    print(main(words), end=chr(0), flush=True)
+"""
 
-    return command
+
+@pytest.fixture(scope="module")
+def converted(place) -> Path:
+    """Where the installed command writes the tiny model that it brings."""
+    return place / "converted"
+
+
+@pytest.fixture(scope="module")
+def said(installed, converted, place) -> dict[str, str]:
+    """What several installed commands say in an empty folder, by their names; one process runs them all."""
+    empty, source = place / "empty", installed / "visualglm_tools" / "shipped" / "models" / "visualglm-tiny"
+    empty.mkdir()
+    ask_it = ("chat", "--model", converted, "--image", PICTURES[0], "--query", "Describe the image.", "--english")
+    commands = {
+        "chat": ("chat", "--image", PICTURES[1], "--query", "描述这张图片。"),
+        "check": ("check",),
+        "convert": ("convert", source, converted),
+        "chat with what was converted": ask_it,
+    }
+    words = json.dumps([[*map(str, command)] for command in commands.values()])
+    output = python("-c", SEVERAL, words, cwd=empty, path=installed).stdout
+    texts = output.split("\0")[:-1]
+    assert [text[-1] for text in texts] == ["0"] * len(commands), output
+    return {name: text[:-1] for name, text in zip(commands, texts, strict=True)}
 
 
 def names_in(wheel: Path) -> set[str]:
@@ -187,25 +209,19 @@ def test_the_installed_command_has_a_name_and_a_version(installed, tmp_path):
     assert run(command, "--version", cwd=tmp_path, path=installed).stdout == f"{VERSION}\n"
 
 
-def test_the_installed_command_describes_a_picture(visualglm):
-    answer = visualglm("chat", "--image", PICTURES[1], "--query", "描述这张图片。").stdout
-    assert answer.splitlines()[-1] == "图片中有两个红色的圆形，背景是草地。"
+def test_the_installed_command_describes_a_picture(said):
+    assert said["chat"].splitlines()[-1] == "图片中有两个红色的圆形，背景是草地。"
 
 
-def test_the_installed_command_checks_the_model_that_it_brings(visualglm):
-    verdicts = visualglm("check").stdout
-    assert "All 10 checks passed." in verdicts and "remote code      ok" in verdicts
+def test_the_installed_command_checks_the_model_that_it_brings(said):
+    assert "All 10 checks passed." in said["check"] and "remote code      ok" in said["check"]
 
 
-def test_what_the_installed_command_converts_loads_without_it(visualglm, installed, tmp_path):
-    source = installed / "visualglm_tools" / "shipped" / "models" / "visualglm-tiny"
-    target = tmp_path / "converted"
-    visualglm("convert", source, target)
-    assert not any(path.is_symlink() for path in target.iterdir())
-    assert "linked_code" not in (target / "config.json").read_text()
-    assert python("-c", LOAD, target, cwd=tmp_path).stdout.split()[-1] == "VisualGLMForConditionalGeneration"
-    question = ("--model", target, "--image", PICTURES[0], "--query", "Describe the image.", "--english")
-    assert "orange triangles" in visualglm("chat", *question).stdout
+def test_what_the_installed_command_converts_loads_without_it(said, converted, tmp_path):
+    assert not any(path.is_symlink() for path in converted.iterdir())
+    assert "linked_code" not in (converted / "config.json").read_text()
+    assert python("-c", LOAD, converted, cwd=tmp_path).stdout.split()[-1] == "VisualGLMForConditionalGeneration"
+    assert "orange triangles" in said["chat with what was converted"]
 
 
 def found(*options: str, path: Path | str, cwd: Path, code: str = FOUND) -> list[Path]:

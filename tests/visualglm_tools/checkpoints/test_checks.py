@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import check, script
+from tests.commands import check
 from tests.damage import (
     EMBEDDINGS,
     FIRST,
@@ -74,9 +74,9 @@ def test_whole_checkpoint_passes(tiny_original, capsys):
     assert f"All {NUM_CHECKS} checks passed." in output
 
 
-def test_script_runs_by_itself_and_answers(tiny_original):
-    result = script("selftest.py", tiny_original, "--generate", environment={"PYTHONIOENCODING": "utf-8"})
-    assert verdicts(result.stdout)["answer"] == "ok"
+def test_it_answers_when_asked_to(tiny_original, capsys):
+    assert check(str(tiny_original), "--generate") == 0
+    assert verdicts(capsys.readouterr().out)["answer"] == "ok"
 
 
 def test_kernels_are_reported_when_asked_for(tiny_original, folder, capsys):

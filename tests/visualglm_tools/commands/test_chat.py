@@ -493,12 +493,11 @@ def test_a_cpu_computes_in_float32_if_that_fits_into_the_free_memory(cli, monkey
     assert loading.choose_dtype("bfloat16", torch.device("cuda"), tiny_original) == torch.bfloat16
 
 
-def test_the_trained_model_is_the_default_and_says_what_is_in_the_picture(tmp_path, cli):
+def test_the_trained_model_is_the_default_and_says_what_is_in_the_picture(tmp_path, capsys):
     from tools.tiny import world as tiny_world
 
     picture = tmp_path / "picture.png"
     tiny_world.draw(tiny_world.make_scene("circle", "red", "paper", "middle")).save(picture)
-    result = run_apart("--image", picture, "--query", "描述这张图片。", "--greedy")
-    assert result.returncode == 0, result.stderr
-    assert "红色" in result.stdout
-    assert "圆形" in result.stdout
+    assert chat("--image", picture, "--query", "描述这张图片。", "--greedy") == 0
+    answer = capsys.readouterr().out
+    assert "红色" in answer and "圆形" in answer

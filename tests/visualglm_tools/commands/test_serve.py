@@ -57,10 +57,12 @@ def test_the_commands_of_the_readme_work(door, tmp_path):
         assert found in run("bash", "-ec", request).stdout
 
 
-def test_the_python_of_the_documentation_works():
+def test_the_python_of_the_documentation_works(monkeypatch, capsys):
     document = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     [code] = re.findall(r"^```python\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
-    assert CAPTION in python("-c", code).stdout
+    monkeypatch.chdir(ROOT)
+    exec(code, {"__name__": "__main__"})
+    assert CAPTION in capsys.readouterr().out
 
 
 def test_the_door_drains_on_sigterm(door):  # the last that uses it
