@@ -66,7 +66,6 @@ def url(service) -> str:
     return service[0]
 
 
-client = test_openai_api.client
 test_models = test_openai_api.test_openai_client_lists_the_model
 test_chat = test_openai_api.test_openai_client_asks_about_a_picture_and_goes_on
 test_stream = test_openai_api.test_openai_client_streams
