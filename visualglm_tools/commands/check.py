@@ -78,7 +78,9 @@ def tell_verdict(folder: Path) -> int:
     for problem in verdict.problems:
         print(one_line(problem), flush=True)
     if verdict.problems:
-        print(one_line(f"FAILED: {folder} is not what was written, or not by this release."))
+        is_known = (folder / MANIFEST_FILE).exists()
+        failed = f"FAILED: {folder} is not what was written, or not by this release."
+        print(one_line(failed if is_known else f"UNKNOWN: nothing says what was written to {folder}."))
         return 1
     print(
         one_line(f"{verdict.num_files} files, {verdict.num_bytes:,} bytes, are as {OWN} {verdict.writer} wrote them.")

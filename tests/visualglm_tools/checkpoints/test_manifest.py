@@ -238,6 +238,7 @@ def test_a_folder_without_a_manifest_is_told_what_can_be_done_about_it(folder, c
     assert check(folder, "--verify") == 1
     said = capsys.readouterr().out
     assert "has no manifest.json" in said and "--write-manifest" in said
+    assert "UNKNOWN" in said and "FAILED" not in said
     assert check(folder, "--write-manifest", "--verify") == 0
 
 
