@@ -128,6 +128,11 @@ class GradientObserver(AttentionObserver):
             layers.append(added.clamp(min=0).sum((0, 1, 2)).cpu())
         return torch.stack(layers).sum(0) / GRADIENT_SCALE
 
+    def forget(self) -> None:
+        """Let go of the graph, whose layers refer to this observer: such a circle would stay in memory for ever."""
+        for kept in (self.layers, self.values, self.attended):
+            kept.clear()
+
 
 @torch.no_grad()
 def cross_attention(qformer: nn.Module, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
@@ -199,8 +204,10 @@ def map_answer(
         with torch.inference_mode(False), torch.enable_grad():
             # Clones, since a caller may have made them for inference alone.
             given, observer = (input_ids.clone(), image_embeds.clone()), GradientObserver(first, columns.clone())
-            score = answer_score(model, *given, prompt_length, observer)
-            parts = observer.contributions(score)
+            try:
+                parts = observer.contributions(answer_score(model, *given, prompt_length, observer))
+            finally:
+                observer.forget()
         if torch.isfinite(parts).all() and parts.sum() > 0:
             return spread(parts, sources)
     return map_attention(model, input_ids[:, :-1], image_embeds, number, first, sources)

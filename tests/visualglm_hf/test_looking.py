@@ -1,7 +1,10 @@
 """`look()`: the answer that `chat` gives, and a map of where the model looked."""
 
+import contextlib
+import gc
 import io
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -123,6 +126,29 @@ def test_an_answer_for_which_nothing_in_the_picture_speaks_has_the_map_of_its_at
     monkeypatch.setattr(GradientObserver, "contributions", lambda self, score: torch.zeros(32))
     look = model.look(tokenizer, world.draw(scene_at("left")), QUESTION, **GREEDY)
     assert peak_of(look)[0] < 112 and float(look.map.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_look_stays_in_memory(trained, monkeypatch, fails):
+    model, tokenizer = trained
+    seen, drawing = [], world.draw(scene_at("left"))
+    observe, contributions = GradientObserver.__call__, GradientObserver.contributions
+
+    def remember(self, *args):
+        observe(self, *args)
+        seen.extend(weakref.ref(tensor) for tensor in self.attended)
+
+    def count(self, score):
+        if fails:
+            raise MemoryError
+        return contributions(self, score)
+
+    monkeypatch.setattr(GradientObserver, "__call__", remember)
+    monkeypatch.setattr(GradientObserver, "contributions", count)
+    with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+        model.look(tokenizer, drawing, QUESTION, **GREEDY)
+    gc.collect()
+    assert seen and not any(reference() is not None for reference in seen)
 
 
 def test_of_two_subjects_the_map_points_at_the_one_whose_colour_the_answer_names(trained):

@@ -82,10 +82,16 @@ class Origin:
 def read_origin(folder: Path, config: VisualGLMConfig) -> Origin:
     """What a folder's card says of its weights, and where it is silent, what their numbers do."""
     data, text = read_card(folder / CARD_FILE)
-    kept = {key: data[key] for key in KEPT if isinstance(data.get(key), str)}
+    kept = {key: only(data.get(key)) for key in KEPT}
+    kept = {key: value for key, value in kept.items() if isinstance(value, str)}
     if has_numbers_of_original(config):
         kept = {"base_model": ORIGINAL, **({} if "license" in kept else LICENCE_OF_ORIGINAL), **kept}
     return Origin(one_line(folder.resolve().name).replace("|", r"\|"), kept, text)
+
+
+def only(value: object) -> object:
+    """What is in a list of one, as hubs have many a field; else the value."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def read_card(file: Path) -> tuple[dict, str]:

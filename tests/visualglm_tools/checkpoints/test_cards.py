@@ -98,8 +98,9 @@ def test_the_licence_in_the_sources_card_stays_that_of_its_weights(tmp_path):
     assert "# visualglm-tiny" in text.partition("## What the card of visualglm-tiny said")[2]
 
 
-def test_what_a_source_says_of_itself_counts_more_than_its_numbers(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: me/mine\n---\n\n# Mine\n", encoding="utf-8")
+@pytest.mark.parametrize("fields", ["license: mit\nbase_model: me/mine", "license: [mit]\nbase_model:\n- me/mine"])
+def test_what_a_source_says_of_itself_counts_more_than_its_numbers(tmp_path, fields):
+    (tmp_path / "README.md").write_text(f"---\n{fields}\n---\n\n# Mine\n", encoding="utf-8")
     assert read_origin(tmp_path, VisualGLMConfig()).data == {"license": "mit", "base_model": "me/mine"}
     (tmp_path / "README.md").write_text("---\nlanguage: [zh, en]\n---\n\n# Like the original's\n", encoding="utf-8")
     assert read_origin(tmp_path, VisualGLMConfig()).data["license_name"] == "visualglm-6b-model-license"

@@ -154,7 +154,10 @@ def load_llguidance():
 
 def told(error: str) -> str:
     """What llguidance says is wrong, without the grammar around it."""
-    return error.split("failed to compile JSON schema: ", 1)[-1].splitlines()[0][:300].rstrip(". ")
+    first, *more = error.split("failed to compile JSON schema: ", 1)[-1].splitlines()
+    # Of a pattern, the first line tells only that it cannot be read.
+    reason = next((line for line in more if line.startswith("error: ")), first) if first.endswith(":") else first
+    return reason.removeprefix("error: ")[:300].rstrip(". ")
 
 
 # ---------------------------------------------------------------- bounds
