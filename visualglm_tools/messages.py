@@ -61,9 +61,14 @@ def place_pictures(messages: list, images: list[Name], what: str) -> Read:
 
 def read_message(message: object, what: str, marks: bool) -> tuple[dict, list[Name | None]]:
     """One message, and its pictures: a name, or None for the next of the row's."""
-    if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
-        raise ValueError(f"{what} must have a role of {ROLES} and a content, found {shown(message)}.")
-    content = message["content"]
+    if not isinstance(message, dict):
+        raise ValueError(f"{what} must be an object with a role and a content, found {shown(message)}.")
+    known = {name: value for name, value in message.items() if value is not None and name != "name"}
+    role = "system" if known.get("role") == "developer" else known.get("role")  # OpenAI's newer word
+    if role not in ROLES or set(known) != {"role", "content"}:
+        others = "".join(f"; {name!r} is not understood" for name in known.keys() - {"role", "content"})
+        raise ValueError(f"{what} must have a role of {ROLES} and a content, found {shown(message)}{others}.")
+    content = known["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{what}.content must be a string or a list of parts, found {shown(content)}.")
@@ -78,7 +83,7 @@ def read_message(message: object, what: str, marks: bool) -> tuple[dict, list[Na
         else:
             raise ValueError(f"{what} has a part that is neither text nor the name of a picture: {shown(part)}.")
     content = [{"type": "image"}] * len(slots) + [text_part("\n".join(texts), what)]
-    return {"role": message["role"], "content": content}, slots
+    return {"role": role, "content": content}, slots
 
 
 def text_part(text: object, what: str) -> dict:

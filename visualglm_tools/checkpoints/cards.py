@@ -205,5 +205,6 @@ def describe_licence(origin: Origin) -> str:
     if name is None:
         return f"That of the weights in `{origin.name}`, which have no card that names it. {code}"
     name = origin.data.get("license_name", name)
-    shown = f"[{name}]({link})" if link else name
+    is_address = link is not None and link.startswith("https://") and not set(link) & set(" ()[]<>")
+    shown = f"[{name}]({link})" if is_address else name
     return f"That of the weights that they were made of: {shown}. Read it before you pass them on. {code}"

@@ -58,6 +58,8 @@ class Options(Settings):
                 "DeepSpeed, see docs/finetuning.md"
             )
         super().check()
+        if self.dry_run and self.resume:
+            raise ValueError("--dry-run tries a run from its beginning: leave it or --resume out")
 
 
 def say(line: str) -> None:

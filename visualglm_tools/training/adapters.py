@@ -81,6 +81,8 @@ def resolve_layers(layer_range: Sequence[str], num_layers: int) -> list[int]:
     """
     if list(layer_range) == ["all"]:
         return list(range(num_layers))
+    if "all" in layer_range:
+        raise ValueError(f"--layer_range {' '.join(layer_range)}: give indices of layers, or the one word 'all'.")
     for text in layer_range:
         if not text.isascii() or not text.isdigit() or int(text) >= num_layers:
             raise ValueError(

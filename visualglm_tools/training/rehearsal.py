@@ -80,8 +80,6 @@ def rehearse(settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         ValueError: what would end the run before or in its first steps.
     """
-    if settings.resume:
-        raise ValueError("--dry-run tries a run from its beginning: leave it or --resume out")
     plan = make_plan(settings)
     if not is_unsaved_run(plan.settings.save):
         check_free(plan.settings.save)

@@ -87,7 +87,10 @@ def test_the_system_message_of_a_run_is_for_rows_without_one(engine):
 
     given, none = asking_of(options), Asking(Settings())
     hello = {"role": "user", "content": "你好"}
-    assert tokens_of(given, text="你好") == tokens_of(none, messages=[SYSTEM, hello]) != tokens_of(none, text="你好")
+    expected = tokens_of(none, messages=[SYSTEM, hello])
+    assert tokens_of(given, text="你好") == expected != tokens_of(none, text="你好")
+    newer = [{**SYSTEM, "role": "developer"}, {**hello, "name": "bob", "tool_calls": None}]
+    assert tokens_of(none, messages=newer) == expected
     assert tokens_of(given, messages=[NEXT]) == tokens_of(none, messages=[SYSTEM, NEXT])
     own = [{"role": "system", "content": "Answer in English."}, NEXT]
     assert tokens_of(given, messages=own) == tokens_of(none, messages=own)

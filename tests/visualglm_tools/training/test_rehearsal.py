@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.training_helpers import EXAMPLE, HELD_OUT, ROWS, At, interrupt, short_run, silent, train
+from visualglm_tools.commands.finetune import Options
 from visualglm_tools.training import rehearsal
 from visualglm_tools.training.output import SETTINGS_FILE
 from visualglm_tools.training.rehearsal import Clock, Times, describe_times, rehearse
@@ -50,14 +51,19 @@ def test_nothing_is_left_of_a_try_that_is_stopped(settings, temporary, monkeypat
     [
         ({"strict": True, "max_target_length": 5}, "too long"),
         ({"layer_range": ("9",)}, "there is no layer '9'"),
-        ({"resume": True}, "leave it or --resume out"),
+        ({"layer_range": ("0", "all")}, "indices of layers, or the one word"),
     ],
-    ids=["data", "options", "a run that is resumed"],
+    ids=["data", "options", "options that contradict each other"],
 )
 def test_what_a_run_refuses_is_refused_before(changes, message, settings):
     with pytest.raises(ValueError, match=message):
         rehearse(replace(settings, **changes), silent)
     assert not settings.save.exists()
+
+
+def test_a_run_that_is_resumed_is_not_tried():
+    with pytest.raises(ValueError, match="leave it or --resume out"):
+        Options(method="lora", train_data=("data.json",), dry_run=True, resume=True).check()
 
 
 def test_a_folder_that_is_in_use_is_refused_and_one_that_a_run_would_free_is_not_touched(settings, monkeypatch):

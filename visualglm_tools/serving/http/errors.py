@@ -11,6 +11,7 @@ from visualglm_tools.serving.engine.grammar import GrammarTooComplex
 
 
 LONGEST_TEXT = 1000  # characters of a message, which may quote what the client sent
+TYPES = ("bool", "int", "float", "str")  # as pydantic names them where a field may be one of several
 LONGEST_VALUE = 60
 
 
@@ -116,7 +117,7 @@ def of_answer(error: EngineError | ValueError) -> ApiError:
 def of_validation(error: ValidationError | RequestValidationError) -> ApiError:
     """What pydantic found first, in its words or in ours, with the field and, if it is short, the value."""
     first = error.errors()[0]
-    where = ".".join(str(each) for each in first["loc"] if each != "body")
+    where = ".".join(str(each) for each in field_of(first["loc"]) if each != "body")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     found = first.get("input")
     if first["type"] == "too_long" and not first["ctx"]["max_length"]:
@@ -124,6 +125,11 @@ def of_validation(error: ValidationError | RequestValidationError) -> ApiError:
     if first["type"] != "value_error" and isinstance(found, (str, int, float)) and len(repr(found)) <= LONGEST_VALUE:
         message += f", found {found!r}"
     return ApiError(422, f"{where or 'The body'}: {message}", param=where or None, code=first["type"])
+
+
+def field_of(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where an error is, without which of a field's types it was that did not fit."""
+    return place[:-1] if len(place) > 1 and place[-1] in TYPES else place
 
 
 def of_http(error: HTTPException) -> ApiError:

@@ -60,6 +60,9 @@ def refused(reason: str, *, but: Any) -> BeforeValidator:
 Ignored = Annotated[dict | None, BeforeValidator(check_count)]
 Tools = Annotated[list, refused(TOOLS, but=[])]
 Nothing = Annotated[None, refused(TEXT_ALONE, but=None)]
+# What vLLM's clients say of an answer's form or tokens.
+Form = Annotated[None, refused("an answer's form is said by response_format here: a JSON schema", but=None)]
+TokenSet = Annotated[None, refused("tokens are forbidden or favoured by logit_bias here", but=None)]
 
 
 class TakenAsTheyAre(Fields):
@@ -71,6 +74,14 @@ class TakenAsTheyAre(Fields):
     use_beam_search: Literal[False] = False
     ignore_eos: Literal[False] = False
     stop_token_ids: list = Field([], max_length=0)
+    guided_json: Form = None
+    guided_regex: Form = None
+    guided_choice: Form = None
+    guided_grammar: Form = None
+    structured_outputs: Form = None
+    allowed_token_ids: TokenSet = None
+    bad_words: TokenSet = None
+    continue_final_message: Literal[False] = False
     user: str | None = Field(None, description="has no effect")
     safety_identifier: str | None = Field(None, description="has no effect")
     prompt_cache_key: str | None = Field(None, description="has no effect")
