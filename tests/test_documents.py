@@ -315,10 +315,10 @@ def test_a_command_in_a_sentence_is_one_with_options_that_it_has(document):
 
 
 LAUNCHERS = {"config-file", "multi-gpu", "num-processes", "nproc-per-node", "trust-remote-code", "app-dir"}
-# Of hf and sha256sum (verifying), pip and lmms-eval (evaluating), docker and systemctl (deploying).
+# Of hf and sha256sum (verifying), pip and lmms-eval (evaluating), npm, docker and systemctl (deploying).
 OTHER_PROGRAMS = {"check", "commit-message", "expand", "local-dir", "private", "revision", "strict"}
 OTHER_PROGRAMS |= {"no-deps", "model-args", "include-path", "tasks", "output-path", "log-samples"}
-OTHER_PROGRAMS |= {"build-arg", "gpus", "now", "read-only", "time", "tmpfs"}
+OTHER_PROGRAMS |= {"prefix", "build-arg", "gpus", "now", "read-only", "time", "tmpfs"}
 # Of the original's fine-tuning, which are taken and do nothing, so that no help lists them.
 OBSOLETE = {
     "distributed-backend",

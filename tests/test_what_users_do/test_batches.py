@@ -233,7 +233,7 @@ def test_a_picture_beyond_any_memory_is_not_read(tmp_path):
 
 
 def test_a_batch_that_fails_costs_only_the_row_that_is_too_much(loaded, monkeypatch):
-    from visualglm_tools.serving.engine import engine as module
+    from visualglm_tools.serving.engine import batching as module
 
     def prefill(model, rows):
         if any(len(row.token_ids) > 30 for row in rows):

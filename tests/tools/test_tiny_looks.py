@@ -51,7 +51,10 @@ def test_a_table_has_the_share_and_its_interval_in_each_cell():
     assert shape == "| shape | 75.0 (30–95) |  |" and colour.startswith("| colour |  | 0.0 (0–")
 
 
-@pytest.mark.parametrize("table", looks.TABLES)
+FIRST, *OTHERS = looks.TABLES
+
+
+@pytest.mark.parametrize("table", [FIRST, *(pytest.param(table, marks=pytest.mark.slow) for table in OTHERS)])
 def test_each_table_is_printed_and_its_hits_are_written(table, tmp_path, capsys):
     hits = tmp_path / "hits.json"
     assert looks.main([str(TINY), "--table", table, "--pictures", "1", "--hits", str(hits)]) == 0

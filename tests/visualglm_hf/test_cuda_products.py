@@ -181,7 +181,7 @@ def test_fused_product_equals_the_reference(kernels, bits, outputs, inputs, grou
         )
 
 
-@pytest.fixture(params=[False, True], ids=["early", "late"])
+@pytest.fixture(params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["early", "late"])
 def tile_kernels(request, fake_gpu, without_compiling) -> DeviceKernels:
     """Kernels of a device with plans for tiles, whose copies to shared memory are there at once or when waited for."""
     fake_gpu.capability = (9, 0)

@@ -114,6 +114,7 @@ def test_bad_rows_are_listed_by_number_and_the_rest_is_answered(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "in.jsonl", "out.jsonl"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows(tmp_path):
     rows = many_rows(21)
     source, output = write_lines(tmp_path / "in.jsonl", *rows, {"id": "bad"}), tmp_path / "out.jsonl"

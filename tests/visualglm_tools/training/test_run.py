@@ -307,7 +307,7 @@ def assert_close(first, second):
         assert torch.allclose(first[name], second[name], atol=1e-4), name
 
 
-@pytest.mark.slow  # by default a run keeps answers: see below
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
     one = replace(settings, train_iters=2, save_interval=2, batch_size=4, save=tmp_path / "one")
     finetune(one, silent)
@@ -338,6 +338,7 @@ def test_answers_are_kept_alike_in_a_batch_and_in_two_halves_of_it(kept_by_one, 
     assert_close(kept_by_one, adapter_in(halves.save))
 
 
+@pytest.mark.slow
 def test_two_processes_keep_answers_as_one_with_twice_the_rows(kept_by_one, tmp_path):
     options = (
         f"--use_lora --layer_range 0 3 --train-iters 3 --batch-size 2 --lr 0.01 --cpu --keep-data {OLD_ABILITIES} "
