@@ -103,8 +103,7 @@ class Engine:
         Raises:
             ValueError: as `load_model`, and a step that cannot be compiled here.
         """
-        model, tokenizer = load_model(folder, **options)
-        return cls(model, tokenizer, limits, compile)
+        return cls(*load_model(folder, **options), limits, compile)
 
     def __enter__(self) -> "Engine":
         return self
@@ -274,8 +273,11 @@ class Engine:
     def _start(self, answers: Sequence[Answer]) -> list[Batch]:
         rows = [self._row(answer) for answer in answers]
         with self._failing(rows):
+            seen: dict[int, torch.Tensor | None] = {}  # by prompt: its choices look once, but for maps of their own
             for row, answer in zip(rows, answers, strict=True):
-                row.image_embeds = self._look(answer, self._encode(answer.prompt.pixel_values))
+                if (key := id(answer.prompt)) not in seen or answer.prompt.is_shown:
+                    seen[key] = self._look(answer, self._encode(answer.prompt.pixel_values))
+                row.image_embeds = seen[key]
             before = self._known.num_read
             with counted_layers(self.model, Reading(answers, len(self.model.get_decoder().layers))):
                 batches = start(self.model, rows, self._known)

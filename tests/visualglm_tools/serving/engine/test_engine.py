@@ -15,6 +15,7 @@ from tests.commands import SECONDS
 from tests.paths import PICTURES, TINY
 from tests.picture_files import encoded
 from tests.serving_helpers import ENDLESS, sample, wait_until
+from visualglm_tools.serving.engine import engine as engine_module
 from visualglm_tools.serving.engine.answers import (
     AnswerTimeout,
     Completion,
@@ -85,6 +86,15 @@ def test_a_zoomed_answer_is_that_of_chat_beside_others_that_are_not(engine, load
     zoomed, other = [engine.submit(prompt, GREEDY) for prompt in asked]
     assert zoomed.result(SECONDS).text == expected == "White."
     assert other.result(SECONDS).text == chat_alone(loaded, PICTURES[0], "描述这张图片。")
+
+
+def test_choices_of_one_prompt_look_into_its_picture_once(engine, small_star, monkeypatch):
+    looked, original = [], engine_module.zoom_in
+    monkeypatch.setattr(engine_module, "zoom_in", lambda *given: looked.append(given) or original(*given))
+    parts = [{"type": "image", "image": encoded(small_star, "PNG")}, {"type": "text", "text": "What color is it?"}]
+    prompt = engine.prepare([{"role": "user", "content": parts}], zoom=True)
+    texts = [answer.result(SECONDS).text for answer in engine.submit_all(prompt, [GREEDY] * 3)]
+    assert texts == ["White."] * 3 and len(looked) == 1
 
 
 def test_without_a_picture_or_with_another_number_a_zoom_is_refused(engine):
