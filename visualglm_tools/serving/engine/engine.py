@@ -87,7 +87,7 @@ class Engine:
         self._prompts = PromptBuilder(model, tokenizer, self.limits.max_pictures, self.limits.max_picture_bytes)
         model.image_cache.capacity = max(model.image_cache.capacity, REMEMBERED_PICTURES)
         self.queue = Queue(self.limits, self.metrics)
-        self._slots = Slots(model, compile) if compile else None
+        self._slots = Slots(model, compile, self.limits.max_batch_size) if compile else None
         self._merge = self._slots.merge if compile else functools.partial(merge, model)
         self._known = PromptCache(self.limits.prompt_cache_bytes)
         self._steps = 0  # since the batch last paused

@@ -21,13 +21,14 @@ class Slots:
     Args:
         model: the engine's.
         compile: `generate`'s: how the step is recorded or compiled.
+        most: rows that there may be, and so places: each takes the memory of an answer, filled or not.
 
     Raises:
         ValueError: as `compile_step`.
     """
 
-    def __init__(self, model: PreTrainedModel, compile: bool | CompileConfig):
-        self.model, self.step = model, model.compile_step(compile)
+    def __init__(self, model: PreTrainedModel, compile: bool | CompileConfig, most: int):
+        self.model, self.step, self.most = model, model.compile_step(compile), most
         self.batch: Batch | None = None  # what is in them
 
     def merge(self, batches: Sequence[Batch]) -> Batch | None:
@@ -37,7 +38,7 @@ class Slots:
         if not rows:
             self.batch = None
             return None
-        length, idle = max(len(row.token_ids) for row in rows) - 1, count_places(len(rows)) - len(rows)
+        length, idle = max(len(row.token_ids) for row in rows) - 1, count_places(len(rows), self.most) - len(rows)
         cache = self.choose_cache(len(rows) + idle, length + 1)
         states = list(gather(batches, length))  # before the cache that they may be in is written over
         cache.reset()
@@ -56,9 +57,9 @@ class Slots:
         return StaticCache(config=config, max_cache_len=bucket_length(length, config.max_position_embeddings))
 
 
-def count_places(rows: int) -> int:
-    """The power of two that holds so many rows."""
-    return 1 << (rows - 1).bit_length()
+def count_places(rows: int, most: int) -> int:
+    """The power of two that holds so many rows, or `most` if that is less."""
+    return min(most, 1 << (rows - 1).bit_length())
 
 
 def idle_row(row: Row) -> Row:

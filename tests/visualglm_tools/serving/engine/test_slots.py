@@ -46,8 +46,9 @@ def asked(loaded) -> list[tuple]:
     ]
 
 
-def test_the_places_of_rows_are_powers_of_two():
-    assert [count_places(rows) for rows in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+def test_the_places_of_rows_are_powers_of_two_and_no_more_than_there_may_be_rows():
+    assert [count_places(rows, 16) for rows in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert [count_places(rows, 5) for rows in range(1, 6)] == [1, 2, 4, 4, 5]
 
 
 def test_answers_of_a_recorded_batch_are_the_answers_alone_whoever_joins_or_leaves(loaded, asked, monkeypatch):
