@@ -57,8 +57,11 @@ class NameIgnored:
 
 
 def told(fields: Sequence[str]) -> bytes:
-    """Names from a body as the value of a header: some, each not too long, without what headers cannot have."""
-    names = [quote(name[:LONGEST_NAME], safe="[]", errors="replace") for name in fields[:NAMED_FIELDS]]
+    """Names from a body as the value of a header: some, each not too long, without what headers cannot have.
+
+    A name of no letters is `""`: a value that ends in a blank is none, and the server would close the connection.
+    """
+    names = [quote(name[:LONGEST_NAME], safe="[]", errors="replace") or '""' for name in fields[:NAMED_FIELDS]]
     more = [f"({len(fields) - NAMED_FIELDS} more)"] if len(fields) > NAMED_FIELDS else []
     return ", ".join([*names, *more]).encode()
 

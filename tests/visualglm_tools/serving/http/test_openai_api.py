@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from typing import Literal
 
@@ -10,6 +11,8 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.paths import CIRCLES, PICTURES
 from tests.picture_files import encoded
@@ -28,6 +31,7 @@ from tests.serving_helpers import (
     serve,
     wait_until,
 )
+from visualglm_tools.serving.http.guards import NAMED_FIELDS, told
 
 
 EXACT = {"temperature": 0, "extra_body": {"repetition_penalty": 1}}  # what the tiny model has learned
@@ -230,6 +234,18 @@ def test_names_of_strangers_make_no_header_of_their_own(url):
     header = response.headers["x-ignored-fields"]
     assert "x-evil" not in response.headers and header.isascii() and len(header) < 400
     assert header.startswith("a%0D%0AX-Evil%3A%201, %C3%A9%2C%20b, xxx") and header.endswith("(23 more)")
+
+
+def test_a_field_without_a_name_is_named_too(url):
+    assert post_chat(url, max_tokens=1, **{"0": 1, "": 1}).headers["x-ignored-fields"] == '0, ""'
+    assert post_chat(url, max_tokens=1, **{"": 1}).headers["x-ignored-fields"] == '""'
+
+
+@given(st.lists(st.text(max_size=100), min_size=1, max_size=30, unique=True))
+def test_names_of_any_letters_make_a_header_that_may_be_sent(names):
+    value = told(names)
+    assert re.fullmatch(rb"[!-~]+( [!-~]+)*", value)  # RFC 9110, 5.5: no blank at either end
+    assert len(value.split(b", ")) == min(len(names), NAMED_FIELDS + 1)
 
 
 @pytest.mark.parametrize(
