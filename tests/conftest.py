@@ -287,6 +287,14 @@ def with_kernels():
 
 
 @pytest.fixture
+def without_several_rows(monkeypatch):
+    """Products of several rows on the CPU as they are on a processor that the kernels for them were not measured on."""
+    from visualglm_hf import cpu_several_rows
+
+    monkeypatch.setattr(cpu_several_rows, "MEASURED_ON", ("none",))
+
+
+@pytest.fixture
 def renew_products(monkeypatch):
     """Makes what multiplies low-bit matrices on a CPU anew."""
     from visualglm_hf import cpu_many_rows, cpu_several_rows, lowbit_products

@@ -55,13 +55,14 @@ from .cpu_many_rows import (
     find_kernels,
     many_rows_obstacle,
 )
-from .cpu_products import CPU_PRODUCTS, READING_ONCE
+from .cpu_products import CPU_PRODUCTS
 from .cpu_runtime import LANES
 
 
 TILE_ROWS = 12  # of activations: their sums take 24 of 32 registers
 LEAST_ROWS = {4: 2, 8: 3}  # by bits; one row is multiplied faster without transposing lines
 MOST_ROWS = 2 * TILE_ROWS  # more are multiplied faster with columns that are unpacked once for all of them
+MEASURED_ON = ("avx512vnni", "sse4a")  # features of the processors, AMD's with AVX-512, on which that was measured
 LINE_SCALES = LINE_BYTES // 2
 
 
@@ -216,7 +217,7 @@ def several_rows_obstacle(
         return f"{rows} rows of activations, not {LEAST_ROWS[bits]} to {MOST_ROWS}"
     if CPU_PRODUCTS.kernels is None:
         return CPU_PRODUCTS.obstacle()
-    if not all(map(CPU_PRODUCTS.kernels.compiler.features.get, READING_ONCE)):
+    if not all(map(CPU_PRODUCTS.kernels.compiler.features.get, MEASURED_ON)):
         return "a processor that they were not measured on"
     return many_rows_obstacle(dtype, rows, weight, weight_scale, columns, bits, CPU_SEVERAL_ROWS)
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .cpu_language import HALVES
 from .cpu_many_rows import many_rows_obstacle, multiply_many_rows
 from .cpu_products import CPU_PRODUCTS, KINDS, activations_obstacle, matrix_obstacle
-from .cpu_several_rows import multiply_several_rows, several_rows_obstacle
+from .cpu_several_rows import LEAST_ROWS, multiply_several_rows, several_rows_obstacle
 from .cuda_products import CUDA_PRODUCTS, can_add, reading_obstacle
 from .kernel_choice import KernelError, name_of
 from .lowbit_format import count_groups, dequantize_naive, unpack_int4
@@ -260,8 +260,8 @@ def cpu_kernel_obstacle(product: Product) -> str | None:
         return "a product for gradients"
     if product.form not in KINDS:
         return f"{name_of(product.form)} weights"
-    if product.rows > 1 and product.form in (4, 8) and cpu_several_rows_obstacle(product) is None:
-        return f"{product.rows} rows of activations, which another kernel is faster with"
+    if takes_several_rows(product):
+        return f"{product.rows} rows of activations, which are faster together"
     return activations_obstacle(product.dtype, product.rows) or cpu_matrix_obstacle(product)
 
 
@@ -275,27 +275,26 @@ def multiply_with_cpu_kernel(x: torch.Tensor, product: Product) -> torch.Tensor:
     return CPU_PRODUCTS.kernels.multiply(x, product.weight, product.weight_scale, product.form)
 
 
-def cpu_several_rows_obstacle(product: Product) -> str | None:
-    return cpu_rows_obstacle(product, several_rows_obstacle)
-
-
-def multiply_several_rows_on_cpu(x: torch.Tensor, product: Product) -> torch.Tensor:
-    return multiply_several_rows(x, product.weight, product.weight_scale, product.form)
+def takes_several_rows(product: Product) -> bool:
+    """Whether the product is one for the kernels for several rows, which are the fastest where there are any."""
+    if product.transposed or product.form not in LEAST_ROWS:
+        return False
+    matrix = (product.weight, product.weight_scale, product.in_features, product.form)
+    return several_rows_obstacle(product.dtype, product.rows, *matrix) is None
 
 
 def cpu_many_rows_obstacle(product: Product) -> str | None:
-    return cpu_rows_obstacle(product, many_rows_obstacle)
-
-
-def cpu_rows_obstacle(product: Product, obstacle: Callable[..., str | None]) -> str | None:
     if product.transposed:
         return "a product for gradients"
+    if takes_several_rows(product):
+        return None
     matrix = (product.weight, product.weight_scale, product.in_features, product.form)
-    return obstacle(product.dtype, product.rows, *matrix)
+    return many_rows_obstacle(product.dtype, product.rows, *matrix)
 
 
 def multiply_many_rows_on_cpu(x: torch.Tensor, product: Product) -> torch.Tensor:
-    return multiply_many_rows(x, product.weight, product.weight_scale, product.form)
+    multiply = multiply_several_rows if takes_several_rows(product) else multiply_many_rows
+    return multiply(x, product.weight, product.weight_scale, product.form)
 
 
 def cpu_dequantize_obstacle(product: Product) -> str | None:
@@ -359,7 +358,6 @@ def multiply_dequantized_on_cuda(x: torch.Tensor, product: Product, bias: torch.
 WAYS = {  # by the type of the device, the fastest first
     "cpu": (
         Way("our kernel", cpu_kernel_obstacle, multiply_with_cpu_kernel),
-        Way("our kernel for several rows", cpu_several_rows_obstacle, multiply_several_rows_on_cpu),
         Way("our kernel for many rows", cpu_many_rows_obstacle, multiply_many_rows_on_cpu),
         Way("torch's packed operator", packed_obstacle, multiply_packed),
         Way("torch, with the matrix of our kernel", cpu_dequantize_obstacle, multiply_dequantized_on_cpu),
