@@ -53,6 +53,7 @@ from .cpu_many_rows import (
     Shape,
     Tile,
     find_kernels,
+    many_rows_naive,
     many_rows_obstacle,
 )
 from .cpu_products import CPU_PRODUCTS
@@ -60,7 +61,7 @@ from .cpu_runtime import LANES
 
 
 TILE_ROWS = 12  # of activations: their sums take 24 of 32 registers
-LEAST_ROWS = {4: 2, 8: 3}  # by bits; one row is multiplied faster without transposing lines
+LEAST_ROWS = 2  # one row is multiplied faster without transposing lines
 MOST_ROWS = 2 * TILE_ROWS  # more are multiplied faster with columns that are unpacked once for all of them
 MEASURED_ON = ("avx512vnni", "sse4a")  # features of the processors, AMD's with AVX-512, on which that was measured
 LINE_SCALES = LINE_BYTES // 2
@@ -153,6 +154,11 @@ def multiply_line(k: Kernel, shape: Shape, room: Room, tile: Tile, scales: Point
         k.remember(tile.sums)  # registers are for the totals
 
 
+def several_rows_naive(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Compute x @ W.T, [M, K] and [N, K] -> [M, N], in float32, as with many rows."""
+    return many_rows_naive(x, weight, weight_scale, bits)
+
+
 def several_rows_kernel(k: Kernel, task: Fields, shape: Shape, form: Form) -> None:
     """16 rows of the matrix times all rows of activations."""
     small, row_bytes, cells = shape.rows - 1, task.lines * LINE_BYTES, shape.columns // shape.cell
@@ -213,8 +219,8 @@ def several_rows_obstacle(
     dtype: torch.dtype, rows: int, weight: torch.Tensor, weight_scale: torch.Tensor, columns: int, bits: int
 ) -> str | None:
     """Why these kernels do not multiply activations [M, K] of this dtype with a matrix, or not faster than others."""
-    if not LEAST_ROWS[bits] <= rows <= MOST_ROWS:
-        return f"{rows} rows of activations, not {LEAST_ROWS[bits]} to {MOST_ROWS}"
+    if not LEAST_ROWS <= rows <= MOST_ROWS:
+        return f"{rows} rows of activations, not {LEAST_ROWS} to {MOST_ROWS}"
     if CPU_PRODUCTS.kernels is None:
         return CPU_PRODUCTS.obstacle()
     if not all(map(CPU_PRODUCTS.kernels.compiler.features.get, MEASURED_ON)):

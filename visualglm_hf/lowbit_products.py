@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .cpu_language import HALVES
 from .cpu_many_rows import many_rows_obstacle, multiply_many_rows
 from .cpu_products import CPU_PRODUCTS, KINDS, activations_obstacle, matrix_obstacle
-from .cpu_several_rows import LEAST_ROWS, multiply_several_rows, several_rows_obstacle
+from .cpu_several_rows import multiply_several_rows, several_rows_obstacle
 from .cuda_products import CUDA_PRODUCTS, can_add, reading_obstacle
 from .kernel_choice import KernelError, name_of
 from .lowbit_format import count_groups, dequantize_naive, unpack_int4
@@ -277,7 +277,7 @@ def multiply_with_cpu_kernel(x: torch.Tensor, product: Product) -> torch.Tensor:
 
 def takes_several_rows(product: Product) -> bool:
     """Whether the product is one for the kernels for several rows, which are the fastest where there are any."""
-    if product.transposed or product.form not in LEAST_ROWS:
+    if product.transposed or product.weight_scale is None:
         return False
     matrix = (product.weight, product.weight_scale, product.in_features, product.form)
     return several_rows_obstacle(product.dtype, product.rows, *matrix) is None
