@@ -266,12 +266,13 @@ def torch_operators(monkeypatch):
     """Low-bit products on the CPU as they are where llvmlite is not installed."""
     from visualglm_hf.cpu_many_rows import CPU_MANY_ROWS
     from visualglm_hf.cpu_products import CPU_PRODUCTS
+    from visualglm_hf.cpu_several_rows import CPU_SEVERAL_ROWS
     from visualglm_hf.kernel_choice import NoKernelsError
 
     def make(device):
         raise NoKernelsError("llvmlite is not installed")
 
-    for user in (CPU_PRODUCTS, CPU_MANY_ROWS):
+    for user in (CPU_PRODUCTS, CPU_SEVERAL_ROWS, CPU_MANY_ROWS):
         monkeypatch.setattr(user, "found", {})
         monkeypatch.setattr(user, "make", make)
 
@@ -286,16 +287,26 @@ def with_kernels():
 
 
 @pytest.fixture
+def without_several_rows(monkeypatch):
+    """Products of several rows on the CPU as they are on a processor that the kernels for them were not measured on."""
+    from visualglm_hf import cpu_several_rows
+
+    monkeypatch.setattr(cpu_several_rows, "MEASURED_ON", ("none",))
+
+
+@pytest.fixture
 def renew_products(monkeypatch):
     """Makes what multiplies low-bit matrices on a CPU anew."""
-    from visualglm_hf import cpu_many_rows, lowbit_products
+    from visualglm_hf import cpu_many_rows, cpu_several_rows, lowbit_products
     from visualglm_hf.cpu_many_rows import CpuManyRows
     from visualglm_hf.cpu_products import CpuProducts
+    from visualglm_hf.cpu_several_rows import CpuSeveralRows
 
     def make() -> CpuProducts:
         products = CpuProducts()
         monkeypatch.setattr(lowbit_products, "CPU_PRODUCTS", products)
         monkeypatch.setattr(cpu_many_rows, "CPU_MANY_ROWS", CpuManyRows())
+        monkeypatch.setattr(cpu_several_rows, "CPU_SEVERAL_ROWS", CpuSeveralRows())
         return products
 
     return make

@@ -109,6 +109,7 @@ ARROWS = {
             "cpu_many_rows",
             "cpu_products",
             "cpu_runtime",
+            "cpu_several_rows",
             "growing_cache",
             "kernel_choice",
         },
@@ -124,6 +125,10 @@ ARROWS = {
     "cpu_products": ({"cpu_language", "cpu_runtime", "kernel_choice", "lowbit_format"}, {"torch"}),
     "cpu_quantizing": (
         {"cpu_language", "cpu_products", "cpu_runtime", "kernel_choice", "lowbit_codes"},
+        {"torch"},
+    ),
+    "cpu_several_rows": (
+        {"cpu_arithmetic", "cpu_language", "cpu_many_rows", "cpu_products", "cpu_runtime"},
         {"torch"},
     ),
     "cpu_runtime": ({"cpu_language", "kernel_choice"}, {"torch", "llvmlite"}),
@@ -153,7 +158,15 @@ ARROWS = {
     "lowbit_codes": ({"lowbit_format"}, {"torch"}),
     "lowbit_format": (set(), {"torch"}),
     "lowbit_products": (
-        {"cpu_language", "cpu_many_rows", "cpu_products", "cuda_products", "kernel_choice", "lowbit_format"},
+        {
+            "cpu_language",
+            "cpu_many_rows",
+            "cpu_products",
+            "cpu_several_rows",
+            "cuda_products",
+            "kernel_choice",
+            "lowbit_format",
+        },
         {"torch"},
     ),
 }

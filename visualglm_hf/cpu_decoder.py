@@ -36,6 +36,7 @@ from .cpu_layer import GeluTask, NarrowTask, NormTask, ResidualTask, RotateTask,
 from .cpu_many_rows import MOST_OUTPUTS, ManyRowsPlan, many_rows_obstacle, plan_many_rows
 from .cpu_products import CPU_PRODUCTS, FEW_ROWS, KINDS, CpuKernels, Plan, matrix_obstacle
 from .cpu_runtime import FLOATS, LANES, CpuKernelUser, Kernels, Stage, Task
+from .cpu_several_rows import plan_several_rows, several_rows_obstacle
 from .growing_cache import GrowingCache
 from .kernel_choice import KernelError, name_of
 
@@ -147,9 +148,17 @@ class Linear(NamedTuple):
             return f"{batch} sequences, and {kind.name} weights take {most}"
         if not self.has_low_bits and (self.form != dtype or type(self.weight) is not nn.Parameter):
             return f"weights that are no plain parameter in {name_of(dtype)}"
+        if self.takes_several(batch):
+            return None
         if batch > FEW_ROWS:
             return self.many_rows_obstacle(batch)
         return matrix_obstacle(self.weight, self.weight_scale, self.in_features, kind)
+
+    def takes_several(self, batch: int) -> bool:
+        """Whether the product of so many rows is one for the kernels for several rows."""
+        if not self.has_low_bits or len(self.weight) % LANES:
+            return False
+        return several_rows_obstacle(torch.float32, batch, *self[:2], self.in_features, self.form) is None
 
     def many_rows_obstacle(self, batch: int) -> str | None:
         if len(self.weight) % MOST_OUTPUTS:
@@ -158,6 +167,8 @@ class Linear(NamedTuple):
 
     def plan(self, batch: int, products: CpuKernels) -> Plan | ManyRowsPlan:
         """Plan the product of so many rows of activations."""
+        if self.takes_several(batch):
+            return plan_several_rows(batch, self.weight_scale, self.in_features, self.form)
         if batch > FEW_ROWS:
             return plan_many_rows(batch, self.weight_scale, self.in_features, self.form)
         return products.find_plan(self.form, batch, self.in_features, *self[:2])

@@ -137,12 +137,9 @@ class Shape:
     def scale_bytes(self) -> int:
         return self.blocking.outputs * PART_COLUMNS // self.cell * 4
 
-    def room_bytes(self, rows: int) -> int:
+    def room_bytes(self, rows: int, columns: int) -> int:
         """Memory that a thread needs for the unpacked columns, their scales, and the sums of so many rows."""
         return self.weight_bytes + self.scale_bytes + self.blocking.outputs * rows * 4
-
-
-# Tasks
 
 
 class ManyRowsTask(Task):
@@ -471,9 +468,8 @@ class ManyRowsPlan(NamedTuple):
     @property
     def quantized_bytes(self) -> int:
         """Of what is known of the activations, and of what the threads remember."""
-        return (
-            self.code_bytes + self.scale_bytes + self.correction_bytes + self.threads * self.shape.room_bytes(self.rows)
-        )
+        room_bytes = self.threads * self.shape.room_bytes(self.rows, self.columns)
+        return self.code_bytes + self.scale_bytes + self.correction_bytes + room_bytes
 
     def stages(
         self, x: int, quantized: int, weight: torch.Tensor, weight_scale: torch.Tensor, out: int, pitch: int = 0
@@ -494,7 +490,7 @@ class ManyRowsPlan(NamedTuple):
         groups, rows, large, tiles = count_groups(weight_scale), *self.tiling
         quantize = QuantizeRowsTask(tiles, 0, x, quantized, scales, corrections, self.columns, rows, large)
         addresses = (weight.data_ptr(), weight_scale.data_ptr(), quantized, scales, corrections, out)
-        room = (rooms, self.shape.room_bytes(self.rows), self.threads, 0)
+        room = (rooms, self.shape.room_bytes(self.rows, self.columns), self.threads, 0)
         sizes = (len(weight), pitch, self.columns // self.shape.columns)
         scaling = (groups, self.columns // groups // self.shape.cell)
         product = ManyRowsTask(
@@ -511,6 +507,9 @@ class ManyRowsKernels(Kernels):
         cell: columns, of which the groups of the matrices are multiples.
         dtype: of the activations and the result.
     """
+
+    shape_class = Shape
+    write = staticmethod(write_many_rows)
 
     def __init__(self, llvm, bits: int, cell: int, dtype: torch.dtype):
         super().__init__(llvm)
@@ -552,8 +551,8 @@ class ManyRowsKernels(Kernels):
     def make_plan(self, rows: int, columns: int) -> ManyRowsPlan:
         """Plan a product of activations [rows, columns]."""
         tiling = choose_tiling(rows, self.blocking.rows)
-        shape = Shape(self.bits, self.cell, self.arithmetic, self.blocking, tiling.rows)
-        multiply = self.compiled(shape.name, partial(write_many_rows, shape=shape, dtype=self.dtype))
+        shape = self.shape_class(self.bits, self.cell, self.arithmetic, self.blocking, tiling.rows)
+        multiply = self.compiled(shape.name, partial(self.write, shape=shape, dtype=self.dtype))
         quantize = self.compiled(
             f"quantize_{self.arithmetic.kind}", partial(write_row_quantization, shape=shape, dtype=self.dtype)
         )
@@ -580,9 +579,15 @@ def find_cell(group: int) -> int | None:
 
 
 def many_rows_obstacle(
-    dtype: torch.dtype, rows: int, weight: torch.Tensor, weight_scale: torch.Tensor, columns: int, bits: int
+    dtype: torch.dtype,
+    rows: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    columns: int,
+    bits: int,
+    user: CpuKernelUser | None = None,
 ) -> str | None:
-    """Why no kernel multiplies activations [M, K] of this dtype with a matrix."""
+    """Why no kernel, of another user if one is given, multiplies activations [M, K] of this dtype with a matrix."""
     if dtype not in ACTIVATIONS:
         return f"{name_of(dtype)} activations"
     if rows == 0:
@@ -593,12 +598,14 @@ def many_rows_obstacle(
     group = columns // count_groups(weight_scale)
     if find_cell(group) is None:
         return f"groups of {group} columns"
-    return CPU_MANY_ROWS.obstacle((bits, find_cell(group), dtype))
+    return (user or CPU_MANY_ROWS).obstacle((bits, find_cell(group), dtype))
 
 
-def find_kernels(bits: int, columns: int, weight_scale: torch.Tensor, dtype: torch.dtype) -> ManyRowsKernels:
-    """The kernels for activations of this dtype and a matrix that has no obstacle."""
-    return CPU_MANY_ROWS.find((bits, find_cell(columns // count_groups(weight_scale)), dtype))
+def find_kernels(
+    bits: int, columns: int, weight_scale: torch.Tensor, dtype: torch.dtype, user: CpuKernelUser | None = None
+) -> ManyRowsKernels:
+    """The kernels for activations of this dtype and a matrix that has no obstacle; see `many_rows_obstacle`."""
+    return (user or CPU_MANY_ROWS).find((bits, find_cell(columns // count_groups(weight_scale)), dtype))
 
 
 def plan_many_rows(rows: int, weight_scale: torch.Tensor, columns: int, bits: int) -> ManyRowsPlan:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with low-bit matrices: torch's ways, the operators, and the one place that chooses a way.
 
-Not here: the bytes (`lowbit_format.py`), kernels (`cpu_products.py`, `cpu_many_rows.py`, `cuda_products.py`),
-modules (`quantization.py`).
+Not here: the bytes (`lowbit_format.py`), kernels (`cpu_products.py`, `cpu_several_rows.py`, `cpu_many_rows.py`,
+`cuda_products.py`), modules (`quantization.py`).
 
 Each kind of device has its ways to compute a product, the fastest first, in `WAYS`. Each tells its obstacle, if it has
 any, and the first without one is taken: by the operator `visualglm::quantized_matmul`, which has an implementation for
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .cpu_language import HALVES
 from .cpu_many_rows import many_rows_obstacle, multiply_many_rows
 from .cpu_products import CPU_PRODUCTS, KINDS, activations_obstacle, matrix_obstacle
+from .cpu_several_rows import multiply_several_rows, several_rows_obstacle
 from .cuda_products import CUDA_PRODUCTS, can_add, reading_obstacle
 from .kernel_choice import KernelError, name_of
 from .lowbit_format import count_groups, dequantize_naive, unpack_int4
@@ -259,6 +260,8 @@ def cpu_kernel_obstacle(product: Product) -> str | None:
         return "a product for gradients"
     if product.form not in KINDS:
         return f"{name_of(product.form)} weights"
+    if takes_several_rows(product):
+        return f"{product.rows} rows of activations, which are faster together"
     return activations_obstacle(product.dtype, product.rows) or cpu_matrix_obstacle(product)
 
 
@@ -272,15 +275,26 @@ def multiply_with_cpu_kernel(x: torch.Tensor, product: Product) -> torch.Tensor:
     return CPU_PRODUCTS.kernels.multiply(x, product.weight, product.weight_scale, product.form)
 
 
+def takes_several_rows(product: Product) -> bool:
+    """Whether the product is one for the kernels for several rows, which are the fastest where there are any."""
+    if product.transposed or product.weight_scale is None:
+        return False
+    matrix = (product.weight, product.weight_scale, product.in_features, product.form)
+    return several_rows_obstacle(product.dtype, product.rows, *matrix) is None
+
+
 def cpu_many_rows_obstacle(product: Product) -> str | None:
     if product.transposed:
         return "a product for gradients"
+    if takes_several_rows(product):
+        return None
     matrix = (product.weight, product.weight_scale, product.in_features, product.form)
     return many_rows_obstacle(product.dtype, product.rows, *matrix)
 
 
 def multiply_many_rows_on_cpu(x: torch.Tensor, product: Product) -> torch.Tensor:
-    return multiply_many_rows(x, product.weight, product.weight_scale, product.form)
+    multiply = multiply_several_rows if takes_several_rows(product) else multiply_many_rows
+    return multiply(x, product.weight, product.weight_scale, product.form)
 
 
 def cpu_dequantize_obstacle(product: Product) -> str | None:

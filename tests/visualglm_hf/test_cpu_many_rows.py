@@ -444,7 +444,7 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_pro
     unpack = Arithmetic.unpack
     monkeypatch.setattr(Arithmetic, "unpack", lambda *arguments: unpack(*arguments)[::-1])
     renew_products()
-    x, codes, scale = make_lowbit_problem(4, 9, 256, 4, 20)
+    x, codes, scale = make_lowbit_problem(4, 9, 256, 4, 40)
     with pytest.warns(
         RuntimeWarning, match="The CPU kernels for many rows do not work, .* with groups of 64 is off by"
     ):
@@ -461,5 +461,5 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, renew_pro
 
 def test_only_the_kernels_that_are_needed_are_made(renew_products):
     renew_products()
-    multiply_on_cpu(*make_lowbit_problem(4, 64, 256, 4, 20, torch.bfloat16), 4, 256, False)
+    multiply_on_cpu(*make_lowbit_problem(4, 64, 256, 4, 40, torch.bfloat16), 4, 256, False)
     assert list(cpu_many_rows.CPU_MANY_ROWS.found) == [(4, 64, torch.bfloat16)]

@@ -95,6 +95,7 @@ def is_right(out: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, scale: tor
         *[(8, inputs, 1) for inputs in (64, 192, 512)],
     ],
 )
+@pytest.mark.usefixtures("without_several_rows")
 def test_products_with_codes_equal_the_reference(kernels, bits, inputs, groups, dtype):
     for outputs, rows in ((1, 1), (5, 2), (33, 3), (16, 4)):
         arguments = make_lowbit_problem(bits, outputs, inputs, groups, rows, dtype)

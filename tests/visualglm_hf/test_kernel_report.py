@@ -69,7 +69,7 @@ def find_instructions() -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.usefixtures("with_kernels", "without_several_rows")
 def test_a_model_of_few_bits_goes_the_fastest_way(bits):
     report = make_small_model(bits=bits).kernel_report()
     assert rows_of(report) == {
@@ -112,7 +112,7 @@ def test_the_instructions_are_named_with_what_keeps_a_processor_from_faster_ones
     assert f"not AMX: {obstacle}" in str(report)
 
 
-@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.usefixtures("with_kernels", "without_several_rows")
 def test_full_precision_is_named():
     rows = rows_of(make_small_model(torch.float32, bits=None).kernel_report())
     assert rows == {
@@ -162,7 +162,7 @@ def test_the_environment_is_why(monkeypatch, renew):
         assert set(rows[f"{what}, layers 0-2"][1]) == {"VISUALGLM_KERNELS is torch"}
 
 
-@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.usefixtures("with_kernels", "without_several_rows")
 def test_adapters_are_named_with_their_layers():
     peft = pytest.importorskip("peft")
     model = make_small_model()
@@ -219,7 +219,7 @@ def make_other(**sizes) -> VisualGLMForConditionalGeneration:
     return VisualGLMForConditionalGeneration(VisualGLMConfig(**config)).eval().bfloat16()
 
 
-@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.usefixtures("with_kernels", "without_several_rows")
 def test_sizes_are_named_with_the_matrices_that_have_them():
     rows = rows_of(make_other(intermediate_size=96).quantize(4, group_size=32).kernel_report())
     odd = "a matrix [128, 96], whose columns are no multiple of 128"
@@ -252,7 +252,7 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch):
     assert rows[f"{ALL}, layers 0-2"] == (TORCH, [old, old])
 
 
-@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.usefixtures("with_kernels", "without_several_rows")
 def test_the_report_changes_nothing_and_is_a_table():
     model = make_small_model()
     ids = torch.tensor([[9, 8, 251, 254]])

@@ -290,7 +290,7 @@ BIT8 = {"bits": 8, "groups": 1}
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.usefixtures("with_kernels", "without_several_rows")
 def test_a_product_goes_the_first_way_without_an_obstacle(change, way, reasons):
     product = make_product(change)
     chosen, told = ask(product)

@@ -1,0 +1,1 @@
+../../visualglm_hf/cpu_several_rows.py
