@@ -54,7 +54,7 @@ def wait_until(condition, seconds: float = SECONDS) -> None:
 @contextlib.contextmanager
 def serve(engine, **options) -> Iterator[str]:
     """The application on `engine` in a thread; yields its address."""
-    app = create_app(lambda: engine, ApiOptions(model_name=MODEL, **options))
+    app = create_app(lambda: engine, ApiOptions(**{"model_name": MODEL, **options}))
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)

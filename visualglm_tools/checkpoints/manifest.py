@@ -10,7 +10,7 @@ Not here: whether what was written makes sense (`checks.py`).
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,20 +247,39 @@ def find_foreign_code(folder: Path, files: Mapping[str, Path], writer: str | Non
     if code:
         missing = own.keys() - files.keys() - {LINKED_CODE}
         yield from (f"{name}, code of this release ({release}), is missing{origin}." for name in sorted(missing))
-    yield from find_code_elsewhere(folder)
+    yield from find_code_elsewhere(folder, own.keys())
 
 
-def find_code_elsewhere(folder: Path) -> Iterator[str]:
-    """A line for each place that tells transformers to load code from another repository."""
+def find_code_elsewhere(folder: Path, own: Collection[str]) -> Iterator[str]:
+    """A line for each place that tells transformers to load code that is none of this release's files, `own`: from
+    another repository, or from anywhere on the machine, for a module's name may be a path.
+    """
     for file in sorted(folder.glob("*.json")):
-        if why_no_file(file) or file.stat().st_size > LONGEST_JSON:
+        if why_no_file(file):
+            continue
+        if file.stat().st_size > LONGEST_JSON:
+            if file.name.endswith("config.json"):  # of which transformers reads any size
+                yield f"{file.name} has {file.stat().st_size:,} bytes, too many to look for code that it may name."
             continue
         try:
             content = json.loads(file.read_bytes())
         except (ValueError, RecursionError):
             continue  # such a file names nothing
-        named = content.get("auto_map") if isinstance(content, dict) else None
-        for value in named.values() if isinstance(named, dict) else ():
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, str) and "--" in each:
-                    yield f"{file.name} names code of another repository: {each}."
+        for each in sorted(set(named_code(content))):
+            if "--" in each:
+                yield f"{file.name} names code of another repository: {each}."
+            elif f"{each.partition('.')[0]}.py" not in own:
+                yield f"{file.name} names code that this release does not have: {each}."
+
+
+def named_code(content: object) -> Iterator[str]:
+    """The classes that settings name in an `auto_map` or as a pipeline's, at any depth, as `module.Class`."""
+    places = [content]
+    while places:
+        place = places.pop()
+        places.extend(place.values() if isinstance(place, dict) else place if isinstance(place, list) else ())
+        if not isinstance(place, dict):
+            continue
+        named = place["auto_map"] if isinstance(place.get("auto_map"), dict) else {}
+        for value in (*named.values(), place.get("impl")):
+            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str))

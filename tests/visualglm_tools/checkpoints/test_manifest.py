@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.commands import HEAVY, check, complaint, convert, merge, modules_after, quantize
 from tests.paths import ROOT, TINY
 from visualglm_tools.checkpoints import manifest, prepared
-from visualglm_tools.checkpoints.manifest import MANIFEST_FILE, render, sha256_of, verify, write_manifest
+from visualglm_tools.checkpoints.manifest import LONGEST_JSON, MANIFEST_FILE, render, sha256_of, verify, write_manifest
 from visualglm_tools.versions import OWN, version_of
 
 
@@ -222,6 +222,26 @@ def test_code_of_another_repository_is_found_even_if_the_manifest_lists_it(folde
     write_manifest(folder)
     expected = "tokenizer_config.json names code of another repository: somebody/else--tokenization.Tokenizer."
     assert problem(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "more", "found"),
+    [
+        ("config.json", {"auto_map": {"AutoModel": "a/b--c.D"}}, "another repository: a/b--c.D"),
+        ("config.json", {"auto_map": {"AutoModel": "/tmp/c.D"}}, "this release does not have: /tmp/c.D"),
+        ("config.json", {"auto_map": {"AutoModel": "//host/share/c.D"}}, "this release does not have: //host"),
+        ("config.json", {"auto_map": {"AutoModel": "C:\\c.D"}}, "this release does not have: C:\\c.D"),
+        ("config.json", {"custom_pipelines": {"mine": {"impl": "a/b--c.D"}}}, "another repository: a/b--c.D"),
+        ("processor_config.json", {"image_processor": {"auto_map": {"A": "a/b--c.D"}}}, "another repository: a/b--c.D"),
+        ("config.json", {"auto_map": {"AutoModel": "a/b--c.D"}, "x": "x" * LONGEST_JSON}, "too many to look for code"),
+    ],
+    ids=["repository", "path", "share", "drive", "pipeline", "nested", "large"],
+)
+def test_wherever_settings_name_code_that_is_not_this_releases_it_is_found(folder, file, more, found):
+    content = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps({**content, **more}), encoding="utf-8")
+    write_manifest(folder)
+    assert found in problem(folder)
 
 
 def test_the_tiny_models_own_code_is_this_releases(tmp_path):

@@ -106,6 +106,8 @@ def test_an_option_that_is_not_given_leaves_the_engine_and_the_api_as_they_are()
     assert limits_of(options) == Limits()
     api = api_of(options, None, options.host)
     assert api == dataclasses.replace(ApiOptions(model_name=TINY.name), allowed_hosts=["127.0.0.1"])
+    options = from_values(serve_options.Options, {"model": TINY / "a" / ".."})
+    assert api_of(options, None, options.host).model_name == TINY.name
     options = from_values(serve_options.Options, {"max_body_mib": "0.5", "allowed_hosts": "a,b", "timeout": 1})
     assert limits_of(options).timeout == 1
     api = api_of(options, None, options.host)

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ BODIES = (
     tokenize_api.TokenizeRequest,
 )
 
+UNSENDABLE = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode
+
 
 @dataclass(frozen=True)
 class ApiOptions:
@@ -48,7 +51,7 @@ class ApiOptions:
         strict: whether unknown fields are refused; else they are ignored, and named in a header of the response.
 
     Raises:
-        ValueError: a key that is empty or that no client could send.
+        ValueError: a name or a key that is empty or that no client could send.
     """
 
     model_name: str
@@ -61,8 +64,16 @@ class ApiOptions:
     strict: bool = False
 
     def __post_init__(self):
+        if not is_sendable(self.model_name):
+            message = f"no client could name the model {self.model_name!r}. Give another name: --served-model-name NAME"
+            raise ValueError(message)
         if self.api_key is not None:
             check_key(self.api_key)
+
+
+def is_sendable(name: str) -> bool:
+    """Whether `name` has letters and no control characters, line breaks or bytes that are not UTF-8 (half pairs)."""
+    return bool(name) and not any(unicodedata.category(each) in UNSENDABLE for each in name)
 
 
 class LoadingEngine:

@@ -112,9 +112,13 @@ async def with_errors(events: AsyncIterator[str], tell: Callable[[ApiError], str
         yield tell(of_answer(error))
 
 
+# Line breaks of Unicode that JSON leaves in texts: no ends of lines of an event, but many clients split at them.
+LINE_BREAKS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
+
+
 def event(content: dict, name: str | None = None) -> str:
     head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"{head}data: {json.dumps(content, ensure_ascii=False).translate(LINE_BREAKS)}\n\n"
 
 
 def error_event(error: ApiError) -> str:

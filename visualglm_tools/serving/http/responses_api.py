@@ -38,6 +38,11 @@ NO_FILES = "this server has no files; send the picture as image_url: data:image/
 LOGPROBS = "message.output_text.logprobs"  # of `include`
 
 
+# As OpenAI bounds what is told back; pydantic reads a text of a given length as UTF-8.
+MetadataName = Annotated[str, Field(max_length=64)]
+MetadataText = Annotated[str, Field(max_length=512)]
+
+
 class InputPart(Fields):
     """A part of a message: a text, of either side, or a picture."""
 
@@ -136,6 +141,7 @@ class ResponsesRequest(Choosing, NoTools, TakenAsTheyAre):
     top_logprobs: TopLogprobs = Field(0, description="how many of the likeliest tokens to tell beside each chosen one")
     stream: bool = False
     stream_options: Ignored = Field(None, description="has no effect")
+    metadata: dict[MetadataName, MetadataText] | None = Field(None, max_length=16, description="is told back")
     reasoning: Reasoning = Reasoning()
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
@@ -201,7 +207,7 @@ class ResponsesResponse(BaseModel):
     incomplete_details: Incomplete | None = None
     instructions: str | None
     max_output_tokens: int | None
-    metadata: dict | None
+    metadata: dict[str, str] | None
     model: str
     output: list[OutputMessage]
     parallel_tool_calls: bool = False

@@ -3,6 +3,8 @@
 Not here: how options are declared (`options.py` of `serving`).
 """
 
+import os
+
 from visualglm_tools.serving.engine.engine import Limits
 from visualglm_tools.serving.http.app import ApiOptions
 from visualglm_tools.serving.options import ServerOptions
@@ -25,7 +27,7 @@ def limits_of(options: ServerOptions) -> Limits:
 def api_of(options: ServerOptions, key: str | None, *hosts: str) -> ApiOptions:
     """What clients see; `hosts` are names of the server beside those that the options give."""
     return ApiOptions(
-        model_name=options.served_model_name or options.model.absolute().name,
+        model_name=options.served_model_name or os.path.basename(os.path.abspath(options.model)),
         api_key=key,
         allow_urls=options.allow_urls,
         strict=options.strict,

@@ -4,6 +4,7 @@ import http.client
 import json
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -29,6 +30,7 @@ from tests.serving_helpers import (
 from visualglm_tools.serving.engine.answers import Limits
 from visualglm_tools.serving.engine.engine import Engine
 from visualglm_tools.serving.engine.sampling import Settings
+from visualglm_tools.serving.http.app import ApiOptions
 
 
 def test_a_key_is_demanded_everywhere_but_for_health(engine):
@@ -50,6 +52,21 @@ def test_a_key_is_demanded_everywhere_but_for_health(engine):
         assert get(f"{url}/health").status_code == 200
         right = {"Authorization": "Bearer sésame".encode()}
         assert get(f"{url}/v1/models", headers=right).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["", "a\udcff", "a\nb", "\x1b[31m", "a\u2028"])
+def test_a_name_of_the_model_that_no_client_could_read_or_write_is_refused_before_it_is_served(name):
+    with pytest.raises(ValueError, match="--served-model-name"):
+        ApiOptions(model_name=name)
+
+
+@pytest.mark.parametrize("name", ["图 é", "org/model", "a%2Fb?c#d"])
+def test_a_model_of_any_other_name_is_found_by_it(engine, name):
+    with serve(engine, model_name=name) as url:
+        [model] = get(f"{url}/v1/models").json()["data"]
+        assert get(f"{url}/v1/models/{quote(name)}").json() == model
+        assert model["id"] == name == get(f"{url}/health").json()["model"]
+        assert post_chat(url, model=name, max_tokens=1).json()["model"] == name
 
 
 def test_cors_is_off_unless_asked_for(engine, url):

@@ -2,8 +2,10 @@
 
 import json
 
+import httpx
 import pytest
 
+from tests.commands import SECONDS
 from tests.serving_helpers import MODEL, error_of, post
 
 
@@ -50,6 +52,15 @@ def test_streams_and_echoes_add_up_to_the_answers(client):
         assert reasons == {0: "stop", 1: "stop"} and spent.completion_tokens > 10
     whole = client.completions.create(model=MODEL, prompt=QUESTIONS[0], max_tokens=100, echo=True, **EXACT)
     assert whole.choices[0].text == QUESTIONS[0] + ANSWERS[0]
+
+
+def test_an_event_is_one_line_to_clients_that_split_at_every_line_break_of_unicode(url):
+    prompt = "a\u2028b\u2029c\x85d\r\ne\x0b\x0c\x1c\x1d\x1ef"
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "echo": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=SECONDS) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["text"] == prompt
 
 
 def test_log_probabilities_are_lists_streamed_or_not(client):

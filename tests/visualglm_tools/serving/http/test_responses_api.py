@@ -79,6 +79,15 @@ def test_an_answer_may_have_to_be_json(client):
     ("fields", "status", "param", "found"),
     [
         ({"model": "gpt-4o"}, 404, "model", "no model"),
+        # It is told back, so it is what OpenAI's is: texts that have a form in UTF-8, of a length, and not many.
+        ({"metadata": {"a": "\ud83d"}}, 422, "metadata.a", "unicode"),
+        ({"metadata": {"\ud83d": "a"}}, 422, None, "unicode"),
+        ({"metadata": {"a": "\ud83d"}, "stream": True}, 422, "metadata.a", "unicode"),
+        ({"metadata": {"a": {"b": "c"}}}, 422, "metadata.a", "string"),
+        ({"metadata": {"a": 1}}, 422, "metadata.a", "string"),
+        ({"metadata": {"a": "b" * 513}}, 422, "metadata.a", "at most 512"),
+        ({"metadata": {"a" * 65: "b"}}, 422, None, "at most 64"),
+        ({"metadata": {str(number): "a" for number in range(17)}}, 422, "metadata", "at most 16"),
         ({"store": True}, 422, "store", "stores nothing"),
         ({"previous_response_id": "resp_1"}, 422, "previous_response_id", "stores nothing"),
         ({"conversation": "conv_1"}, 422, "conversation", "stores nothing"),
@@ -111,5 +120,6 @@ def test_an_answer_may_have_to_be_json(client):
     ids=str,
 )
 def test_what_cannot_be_honoured_is_refused_by_name(url, fields, status, param, found):
-    error = error_of(post(f"{url}/v1/responses", json={"model": MODEL, "input": "a", **fields}), status)
+    body = json.dumps({"model": MODEL, "input": "a", **fields})  # httpx's own has no half surrogate pairs
+    error = error_of(post(f"{url}/v1/responses", content=body), status)
     assert found in error["message"] and (param is None or error["param"] == param)
