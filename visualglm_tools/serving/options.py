@@ -3,6 +3,8 @@
 Not here: how options are declared (`options.py` of the package), and those that one command has for itself.
 """
 
+import argparse
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,20 @@ from visualglm_tools.shipped import DEFAULT_MODEL
 
 
 SIZE = number(float, lambda value: 0 < value < 2**40, "above 0, below 2**40")
+
+
+def origin(text: str) -> str:
+    """A `parse` for pages as browsers name them; with a path behind it none would ever match."""
+    if text != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", text):
+        raise argparse.ArgumentTypeError(f"must be like https://page.example, without a path, or *, found {text!r}")
+    return text.lower()
+
+
+def host(text: str) -> str:
+    """A `parse` for names of a server; with a port behind it none would ever match."""
+    if not re.fullmatch(r"[^/\s:?#@]+", text):
+        raise argparse.ArgumentTypeError(f"must be a name like api.example, without a port, or *, found {text!r}")
+    return text.lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +123,7 @@ class NameOptions:
         "another name of this server, such as its proxy's, where clients have no key; may be given several times",
         (),
         name="allowed_host",
+        parse=host,
         metavar="NAME",
         is_repeated=True,
         group="server",
@@ -166,6 +183,7 @@ class ServerOptions(LimitOptions, ApiOptions, NameOptions, SpeedOptions):
         "web page that may call; may be given several times",
         (),
         name="cors_origin",
+        parse=origin,
         metavar="ORIGIN",
         is_repeated=True,
         group="server",

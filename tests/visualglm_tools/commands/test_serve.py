@@ -125,3 +125,24 @@ def test_help_is_quick_and_names_the_options():
 )
 def test_bad_options_are_refused_at_once(options):
     assert options[0] in script("api_hf.py", *options, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("cors_origins", value) for value in ("https://page.example/", "page.example", "https://a b", "")),
+        *(("allowed_hosts", value) for value in ("api.example:8080", "https://api.example", "a/b", "")),
+    ],
+)
+def test_a_name_that_no_browser_would_send_is_refused_instead_of_never_matching(option, value, capsys):
+    flag = {"cors_origins": "--cors-origin", "allowed_hosts": "--allowed-host"}[option]
+    with pytest.raises(SystemExit) as end:
+        serve_command(flag, value)
+    assert end.value.code == 2 and f"found {value!r}" in capsys.readouterr().err
+
+
+def test_origins_and_names_are_compared_in_small_letters():
+    values = {"cors_origins": "https://Page.Example:8443,*", "allowed_hosts": "API.Example,*"}
+    options = from_values(serve_options.Options, values)
+    assert list(options.cors_origins) == ["https://page.example:8443", "*"]
+    assert list(options.allowed_hosts) == ["api.example", "*"]
