@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.tiny import lessons, model, pictures, tokenizer, words, world
+from tools.tiny import examiner, lessons, model, pictures, tokenizer, words, world
 from tools.tiny.data import COLOURS, SHAPES, Dialogue
 from tools.tiny.tokenizer import write_tokenizer
 from tools.tiny.train import SecondLessons
@@ -51,6 +51,26 @@ def test_each_picture_of_a_batch_is_in_some_dialogue_and_none_that_is_not_there(
 def test_while_the_eyes_learn_alone_there_are_no_dialogues(vocabulary):
     batch = lessons_from(vocabulary, vision_steps=3).batch(2)
     assert "groups" not in batch and batch["pixels"].dtype == torch.uint8
+
+
+def test_the_words_of_the_fourth_lessons_begin_with_short_questions_about_one_of_several(vocabulary):
+    batch = lessons.FourthLessons(vocabulary, 5, 4, 0, 2).batch(2)
+    rows = torch.cat([group["picture_rows"] for group in batch["groups"]])
+    assert sorted(rows.tolist()) == sorted([*range(4)] * lessons.ROWS_LOOKED_UP)
+    assert (batch["pairs"].sum(1) >= 2).all()
+
+
+def test_a_soft_prompt_is_asked_for_the_one_thing_that_is_there():
+    table = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1]])
+    assert examiner.only_one(table).tolist() == [1, 3, lessons.NONE, 2]
+
+
+def test_the_backgrounds_colour_is_that_of_the_patches_without_a_subject():
+    pixels = torch.full((1, 224, 224, 3), 51, dtype=torch.uint8)
+    pixels[:, 14:28, 28:42] = 255  # the second row's third patch
+    where = torch.zeros(1, 256, dtype=torch.long)
+    where[0, 16 + 2] = 1
+    assert torch.allclose(examiner.mean_outside(pixels, where), torch.tensor([[0.2, 0.2, 0.2]]))
 
 
 def test_patches_are_asked_for_pairs_once_the_time_has_come(vocabulary):

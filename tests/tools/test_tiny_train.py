@@ -39,7 +39,8 @@ def losses(monkeypatch) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    "lessons", [*(pytest.param(lessons, marks=pytest.mark.slow) for lessons in ("first", "second")), "third"]
+    "lessons",
+    [*(pytest.param(lessons, marks=pytest.mark.slow) for lessons in ("first", "second", "third")), "fourth"],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, losses, monkeypatch, lessons):
     latin = {script: listed for script, listed in words.TRAINED_WORDS.items() if script != "Chinese"}

@@ -57,10 +57,13 @@ In {runs} runs, each but the first beginning with the weights of the one before:
 {minutes} minutes with {threads} thread(s) of a shared 2-core CPU;
 Python {python}, torch {torch}, transformers {transformers} (the last run).
 
-Every training picture is drawn anew by `tools/tiny`. At the beginning of each run only the image encoder learns,
-through linear heads that are thrown away; then the whole model learns to answer. The first run is about equal shapes
-alone, and was made before the vocabulary had grown; the second one let the model forget where things are, so the third
-asks for it. The signs need a font with Chinese characters, which was WenQuanYi Zen Hei (Debian's fonts-wqy-zenhei).
+Every training picture is drawn anew by `tools/tiny`. At the beginning of a run only the image encoder learns, through
+linear heads that are thrown away; then the whole model learns to answer. The first run is about equal shapes alone,
+and was made before the vocabulary had grown; the second one let the model forget where things are, so the third asks
+for it. After that the model gave one of two subjects the other's colour or shape in every second answer. So in the
+fourth each of the first 13 soft prompts is asked for one shape or one colour: which colour it has, where it is, which
+shape has it; and the words begin with nothing but short questions about one of several. The signs need a font with
+Chinese characters, which was WenQuanYi Zen Hei (Debian's fonts-wqy-zenhei).
 
 What training lets it expect, and what it is never shown, so that what it does then can be measured:
 

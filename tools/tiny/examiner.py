@@ -10,11 +10,14 @@ from torch import nn
 from tools.tiny import world
 from tools.tiny.data import BACKGROUNDS, COLOURS, POSITIONS, SHAPES
 from tools.tiny.lessons import NONE, PAIRS
+from tools.tiny.model import PATCHES_PER_SIDE
 from visualglm_hf import VisualGLMConfig
 
 
 CENTRE_WEIGHT = 20.0  # centres are rare
 PAIR_WEIGHT = 8.0  # and so is each pair of colour and shape
+BACKDROP_WEIGHT = 10.0  # squares of differences of colours are small
+SLOTS = len(SHAPES) + len(COLOURS)  # soft prompts that have one thing to tell of
 
 
 class Examiner(nn.Module):
@@ -134,3 +137,61 @@ class ThirdExaminer(SecondExaminer):
         known = sides != NONE
         share = ((answers.argmax(-1) == sides) | ~known).all(1).float().mean()
         return loss, torch.cat((right, share[None]))
+
+
+class FourthExaminer(ThirdExaminer):
+    """Asks single soft prompts, too: one for each shape, one for each colour, so that a word finds what it is about.
+
+    The first five say of a shape which colour it has and where it is, the next eight of a colour which shape has it.
+    The mean of all is asked for the background's colour.
+    """
+
+    names = (*ThirdExaminer.names, "colour of", "shape of")
+
+    def __init__(self, config: VisualGLMConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.colour_of, self.side_of = nn.Linear(width, len(COLOURS) + 1), nn.Linear(width, len(world.POSITIONS) + 1)
+        self.shape_of = nn.Linear(width, len(SHAPES) + 1)
+        self.backdrop = nn.Linear(width, 3)
+
+    def forward(
+        self, vision_states: torch.Tensor, soft_prompt: torch.Tensor, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As that of `ThirdExaminer`, with a share for colours of shapes and for shapes of colours."""
+        loss, right = super().forward(vision_states, soft_prompt, batch)
+        pairs = batch["pairs"].unflatten(1, (len(COLOURS), len(SHAPES)))
+        of_shapes, of_colours = soft_prompt.split((len(SHAPES), len(COLOURS), soft_prompt.shape[1] - SLOTS), 1)[:2]
+        asked = (
+            (self.colour_of(of_shapes), only_one(pairs.transpose(1, 2))),
+            (self.shape_of(of_colours), only_one(pairs)),
+            (self.side_of(of_shapes), batch["sides"]),
+        )
+        for answers, wanted in asked:
+            loss = loss + 2 * F.cross_entropy(answers.flatten(0, 1), wanted.flatten(), ignore_index=NONE)
+        backdrop = mean_outside(batch["pixels"], batch["patch_labels"][:, 0])
+        loss = loss + BACKDROP_WEIGHT * F.mse_loss(self.backdrop(soft_prompt.mean(1)), backdrop)
+        shares = [
+            ((answers.argmax(-1) == wanted) | (wanted == NONE)).all(1).float().mean() for answers, wanted in asked[:2]
+        ]
+        return loss, torch.cat((right, torch.stack(shares)))
+
+
+def mean_outside(pixels: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Return [B, 3], the mean red, green and blue, 0 to 1, of the patches without a subject.
+
+    Args:
+        pixels: [B, 224, 224, 3] of 0 to 255.
+        where: [B, 256], 0 for such patches.
+    """
+    side = pixels.shape[1] // PATCHES_PER_SIDE
+    patches = pixels.unflatten(1, (-1, side)).unflatten(3, (-1, side)).float().mean((2, 4)).flatten(1, 2) / 255
+    outside = (where == 0).float()
+    return (patches * outside[..., None]).sum(1) / outside.sum(1, keepdim=True)
+
+
+def only_one(table: torch.Tensor) -> torch.Tensor:
+    """For each row of [..., N], 1 for what is there: its number, or N for nothing, or `NONE` where several are."""
+    count = table.sum(-1)
+    numbers = torch.where(count == 0, table.shape[-1], table.argmax(-1))
+    return torch.where(count > 1, NONE, numbers)

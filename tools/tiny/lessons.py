@@ -42,6 +42,8 @@ NONE = -1  # patches of the background have no shape and no colour
 # kind of lesson: (pictures per 32 of a batch, dialogues about each)
 LESSONS = {"scene": (12, 2), "mixed": (8, 2), "middling": (2, 2), "closer": (2, 2), "detail": (5, 2), "sign": (3, 3)}
 ROWS_WITHOUT_PICTURE = 3
+LOOK_UPS, ROWS_LOOKED_UP = 300, 3  # steps, rows for each picture
+LOOKED_UP = ("colour of", "shape of") * 2 + ("place of", "presence of a pair")
 QUESTIONS = (  # how often each kind is asked about a harder picture; captions and attributes more often than the rest
     *questions.SIMPLE_KINDS,
     *("describe",) * 2,
@@ -291,6 +293,7 @@ def sample_detail_picture(first: int, generator: np.random.Generator) -> Picture
 class SecondLessons(TrainingData):
     """Endless batches of old and new lessons, each a function of the seed and the step alone."""
 
+    lessons = LESSONS
     kinds = QUESTIONS
     patch_pairs_from = PATCH_PAIRS_FROM
 
@@ -302,18 +305,23 @@ class SecondLessons(TrainingData):
         generator = np.random.default_rng((self.seed, step, 20))
         views, dialogues = Views(self.kinds), []
         first = (self.seed * 1_000_000 + step) * self.batch_size
-        for lesson, (share, rows) in LESSONS.items():
+        for lesson, (share, rows) in self.lessons.items():
             count = max(1, share * self.batch_size // 32)
             teach = self.teach_scenes if lesson == "scene" else self.teach_pictures
             dialogues += teach(lesson, views, range(first, first + count), rows, generator)
+        if step >= self.vision_steps:
+            dialogues += [sample_blind_dialogue(generator) for _ in range(ROWS_WITHOUT_PICTURE - 1)]
+            dialogues.append(finish([questions.ask_blindly(pick(generator, world.LANGUAGES), generator)], generator))
+        return self.put_together(step, views, dialogues)
+
+    def put_together(self, step: int, views: Views, dialogues: list[Dialogue]) -> dict[str, torch.Tensor]:
+        """The batch of a step; without dialogues while the eyes learn alone."""
         batch = views.batch()
         if step >= self.patch_pairs_from:
             _, shapes, colours = batch["patch_labels"].unbind(1)
             batch["patch_pairs"] = torch.where(shapes == NONE, NONE, colours * len(SHAPES) + shapes)
         if step < self.vision_steps:
             return batch
-        dialogues += [sample_blind_dialogue(generator) for _ in range(ROWS_WITHOUT_PICTURE - 1)]
-        dialogues.append(finish([questions.ask_blindly(pick(generator, world.LANGUAGES), generator)], generator))
         dialogues.sort(key=lambda dialogue: len(dialogue.prompt()))
         groups = [dialogues[row : row + ROWS_PER_GROUP] for row in range(0, len(dialogues), ROWS_PER_GROUP)]
         return {**batch, "groups": [encode_dialogues(self.tokenizer, group) for group in groups]}
@@ -358,6 +366,30 @@ class ThirdLessons(SecondLessons):
 
     kinds = (*QUESTIONS, *("position", "place of") * 2, *("presence", "is colour", "is background"))
     patch_pairs_from = 0
+
+
+class FourthLessons(ThirdLessons):
+    """The same with more about one of several subjects.
+
+    The words begin with `LOOK_UPS` steps of nothing but short questions about one of several subjects. Among others
+    such questions are too few for the decoder to find out how to answer them, and it stays with guessing between two.
+    """
+
+    lessons = {**LESSONS, "scene": (10, 2), "mixed": (10, 3)}
+    kinds = (*ThirdLessons.kinds, *LOOKED_UP, *LOOKED_UP, "is colour")
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        if not self.vision_steps <= step < self.vision_steps + LOOK_UPS:
+            return super().batch(step)
+        generator = np.random.default_rng((self.seed, step, 21))
+        views, dialogues = Views(), []
+        for index in range(self.batch_size):
+            picture = pictures.sample_picture((self.seed * 1_000_000 + step) * self.batch_size + index, "mixed")
+            view = views.add(picture, WHOLE, draw_whole(picture, generator, self.font))
+            for _ in range(ROWS_LOOKED_UP):
+                turns = [ask(picture, pick(generator, world.LANGUAGES), generator, LOOKED_UP)]
+                dialogues.append(finish(turns, generator, (view,), (0,)))
+        return self.put_together(step, views, dialogues)
 
 
 def alone_at(picture: Picture, number: int) -> Picture:

@@ -17,9 +17,10 @@ class Options:
         "train",
     )
     lessons: str = option(
-        "first: today's scenes of equal shapes; second: those and the harder pictures; third: the same, and places",
-        "third",
-        choices=("first", "second", "third"),
+        "first: today's scenes of equal shapes; second: those and the harder pictures; third: the same, and places; "
+        "fourth: the same, and more about one of several",
+        "fourth",
+        choices=("first", "second", "third", "fourth"),
     )
     start: Path | None = option(
         "folder of a tiny model to begin with", None, metavar="FOLDER", unset="first weights of its own"

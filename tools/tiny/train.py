@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tools.tiny.data import TrainingData, normalise
-from tools.tiny.examiner import Examiner, SecondExaminer, ThirdExaminer
+from tools.tiny.examiner import Examiner, FourthExaminer, SecondExaminer, ThirdExaminer
 from tools.tiny.folder import write_files
-from tools.tiny.lessons import SecondLessons, ThirdLessons
+from tools.tiny.lessons import FourthLessons, SecondLessons, ThirdLessons
 from tools.tiny.model import build_config, build_model, take_over
 from tools.tiny.options import Options
 from tools.tiny.tokenizer import write_tokenizer
@@ -28,7 +28,13 @@ from visualglm_hf import ChatGLMTokenizer, VisualGLMForConditionalGeneration, Vi
 
 CHECKPOINT_INTERVAL = 250  # steps
 LOG_INTERVAL = 100
-EXAMINERS = {"first": Examiner, "second": SecondExaminer, "third": ThirdExaminer}
+EXAMINERS = {
+    "first": Examiner,
+    "second": SecondExaminer,
+    "third": ThirdExaminer,
+    "fourth": FourthExaminer,
+}
+LESSONS = {"second": SecondLessons, "third": ThirdLessons, "fourth": FourthLessons}
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -92,7 +98,7 @@ def lessons_of(options: Options, tokenizer: ChatGLMTokenizer, first_step: int) -
     settings = (tokenizer, options.seed, options.batch_size, first_step, options.vision_steps)
     if options.lessons == "first":
         return TrainingData(*settings)
-    return (SecondLessons if options.lessons == "second" else ThirdLessons)(*settings, font=options.font)
+    return LESSONS[options.lessons](*settings, font=options.font)
 
 
 def train(options: Options) -> None:
