@@ -98,10 +98,9 @@ class SecondExaminer(nn.Module):
         weight = torch.tensor(CENTRE_WEIGHT)
         loss = F.binary_cross_entropy_with_logits(self.centre(patches)[..., 0], (where == 2).float(), pos_weight=weight)
         for target, head in zip(kinds, self.patches, strict=True):
-            loss = loss + F.cross_entropy(head(patches).flatten(0, 1), target.flatten(), ignore_index=NONE)
+            loss = loss + known_loss(head(patches), target)
         if "patch_pairs" in batch:
-            asked = self.patch_pairs(patches).flatten(0, 1)
-            loss = loss + F.cross_entropy(asked, batch["patch_pairs"].flatten(), ignore_index=NONE)
+            loss = loss + known_loss(self.patch_pairs(patches), batch["patch_pairs"])
         prompt = soft_prompt.mean(1)
         pairs, weight = self.pairs(prompt), torch.tensor(PAIR_WEIGHT)
         loss = loss + 4 * F.binary_cross_entropy_with_logits(pairs, batch["pairs"], pos_weight=weight)
@@ -130,10 +129,9 @@ class ThirdExaminer(SecondExaminer):
         loss, right = super().forward(vision_states, soft_prompt, batch)
         sides, shapes = batch["sides"], batch["patch_labels"][:, 1]
         wanted = torch.where(shapes == NONE, NONE, sides.gather(1, shapes.clamp(min=0)))
-        asked = self.patch_sides(vision_states[:, 1:]).flatten(0, 1)
-        loss = loss + F.cross_entropy(asked, wanted.flatten(), ignore_index=NONE)
+        loss = loss + known_loss(self.patch_sides(vision_states[:, 1:]), wanted)
         answers = self.sides(soft_prompt.mean(1)).unflatten(1, (len(SHAPES), -1))
-        loss = loss + 2 * F.cross_entropy(answers.flatten(0, 1), sides.flatten(), ignore_index=NONE)
+        loss = loss + 2 * known_loss(answers, sides)
         known = sides != NONE
         share = ((answers.argmax(-1) == sides) | ~known).all(1).float().mean()
         return loss, torch.cat((right, share[None]))
@@ -168,7 +166,7 @@ class FourthExaminer(ThirdExaminer):
             (self.side_of(of_shapes), batch["sides"]),
         )
         for answers, wanted in asked:
-            loss = loss + 2 * F.cross_entropy(answers.flatten(0, 1), wanted.flatten(), ignore_index=NONE)
+            loss = loss + 2 * known_loss(answers, wanted)
         backdrop = mean_outside(batch["pixels"], batch["patch_labels"][:, 0])
         loss = loss + BACKDROP_WEIGHT * F.mse_loss(self.backdrop(soft_prompt.mean(1)), backdrop)
         shares = [
@@ -195,3 +193,10 @@ def only_one(table: torch.Tensor) -> torch.Tensor:
     count = table.sum(-1)
     numbers = torch.where(count == 0, table.shape[-1], table.argmax(-1))
     return torch.where(count > 1, NONE, numbers)
+
+
+def known_loss(answers: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy of answers [..., N] where something is wanted [...], and 0 where that is nowhere."""
+    if (wanted == NONE).all():
+        return answers.new_zeros(())
+    return F.cross_entropy(answers.flatten(0, -2), wanted.flatten(), ignore_index=NONE)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from transformers.generation import (
     LogitsProcessor,
     MinLengthLogitsProcessor,
@@ -155,12 +156,15 @@ class Chooser:
         Raises:
             ValueError: NaN among the scores.
         """
+        width = scores.shape[1]
         raw = scores = scores[:, : self.vocab_size]
         for process in self.processors:  # a LogitsProcessorList would look up each one's signature for every token
             scores = process(token_ids, scores)
         if self.generator is None:
             chosen = scores.argmax(dim=-1)
         else:
+            # Of all rows again, as `generate` draws: how many there are decides what is drawn for the next tokens.
+            scores = F.pad(scores, (0, width - self.vocab_size), value=-torch.inf)
             chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator)[0]
         if self.top_logprobs is not None:
             self.logprobs.append(logprob_of(raw, chosen, self.top_logprobs))

@@ -70,7 +70,7 @@ def test_a_bias_brings_a_token_into_the_answer_and_keeps_another_out(engine):
 def test_penalties_end_a_repetition(engine):
     prompt = engine.prepare([{"role": "user", "content": "Hello"}])
     [wanted, *_] = engine.vocabulary.token_ids("红色")
-    often = {"temperature": 0, "repetition_penalty": 1, "logit_bias": {wanted: 20}, "max_new_tokens": 40}
+    often = {"temperature": 0, "repetition_penalty": 1, "logit_bias": {wanted: 40}, "max_new_tokens": 40}
     count = {}
     for penalty in (0, 2):
         completion = engine.submit(prompt, Settings(**often, frequency_penalty=penalty)).result(SECONDS)
