@@ -140,15 +140,15 @@ class Tab:
         return patiently(lambda: " ".join(each.text for each in self.find("[data-testid=toast-body]")))
 
     def wait_for(self, *messages: str) -> None:
-        """Wait until the chat has as many messages, each with the text."""
+        """Wait until the chat has as many messages, each with the text, at least for a moment."""
+        found: list[str] = []
 
         def is_there() -> bool:
-            found = self.messages
+            found[:] = self.messages
             return len(found) == len(messages) and all(text in each for text, each in zip(messages, found, strict=True))
 
         with contextlib.suppress(AssertionError):  # the comparison below says more
             wait_until(is_there)
-        found = self.messages
         assert len(found) == len(messages), found
         assert all(text in each for text, each in zip(messages, found, strict=True)), found
 
