@@ -132,9 +132,7 @@ class ThirdExaminer(SecondExaminer):
         loss = loss + known_loss(self.patch_sides(vision_states[:, 1:]), wanted)
         answers = self.sides(soft_prompt.mean(1)).unflatten(1, (len(SHAPES), -1))
         loss = loss + 2 * known_loss(answers, sides)
-        known = sides != NONE
-        share = ((answers.argmax(-1) == sides) | ~known).all(1).float().mean()
-        return loss, torch.cat((right, share[None]))
+        return loss, torch.cat((right, known_share(answers, sides)[None]))
 
 
 class FourthExaminer(ThirdExaminer):
@@ -159,7 +157,7 @@ class FourthExaminer(ThirdExaminer):
         """As that of `ThirdExaminer`, with a share for colours of shapes and for shapes of colours."""
         loss, right = super().forward(vision_states, soft_prompt, batch)
         pairs = batch["pairs"].unflatten(1, (len(COLOURS), len(SHAPES)))
-        of_shapes, of_colours = soft_prompt.split((len(SHAPES), len(COLOURS), soft_prompt.shape[1] - SLOTS), 1)[:2]
+        of_shapes, of_colours = soft_prompt[:, : len(SHAPES)], soft_prompt[:, len(SHAPES) : SLOTS]
         asked = (
             (self.colour_of(of_shapes), only_one(pairs.transpose(1, 2))),
             (self.shape_of(of_colours), only_one(pairs)),
@@ -169,9 +167,7 @@ class FourthExaminer(ThirdExaminer):
             loss = loss + 2 * known_loss(answers, wanted)
         backdrop = mean_outside(batch["pixels"], batch["patch_labels"][:, 0])
         loss = loss + BACKDROP_WEIGHT * F.mse_loss(self.backdrop(soft_prompt.mean(1)), backdrop)
-        shares = [
-            ((answers.argmax(-1) == wanted) | (wanted == NONE)).all(1).float().mean() for answers, wanted in asked[:2]
-        ]
+        shares = [known_share(*each) for each in asked[:2]]
         return loss, torch.cat((right, torch.stack(shares)))
 
 
@@ -200,3 +196,8 @@ def known_loss(answers: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     if (wanted == NONE).all():
         return answers.new_zeros(())
     return F.cross_entropy(answers.flatten(0, -2), wanted.flatten(), ignore_index=NONE)
+
+
+def known_share(answers: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The share of pictures of which all answers [B, M, N] are right where something is wanted [B, M]."""
+    return ((answers.argmax(-1) == wanted) | (wanted == NONE)).all(1).float().mean()
