@@ -94,7 +94,7 @@ def component_of(about: Message, kind: ComponentType, file: Path | None = None) 
         type=kind,
         bom_ref=str(purl),
         purl=purl,
-        description=about["Summary"],
+        description=about.get("Summary"),
         licenses=[LicenseFactory().make_from_string(licence)] if is_name else [],
         hashes=digests,
     )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zipfile
+from email.message import Message
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from packaging.requirements import Requirement
 
 pytest.importorskip("cyclonedx")
 
-from tools.sbom import write_sbom
+from tools.sbom import ComponentType, component_of, write_sbom
 
 
 EPOCH = 1_750_000_000
@@ -72,3 +73,20 @@ def test_the_same_wheel_has_the_same_bill(tmp_path):
 def test_a_package_that_is_not_here_has_no_version_to_list(tmp_path):
     with pytest.raises(ValueError, match="no-such-package is not installed, which visualglm-hf needs"):
         read(wheel_of(tmp_path, "no-such-package"))
+
+
+class OfTheBackport(Message):
+    """What `importlib.metadata` gives once anything has imported its backport: an absent field is an error."""
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self:
+            raise KeyError(name)
+        return super().__getitem__(name)
+
+
+def test_a_package_that_says_nothing_of_itself_is_listed():
+    about = OfTheBackport()
+    about["Name"], about["Version"] = "Bare_Package", "1"
+    component = component_of(about, ComponentType.LIBRARY)
+    assert (component.name, component.version, component.description) == ("bare-package", "1", None)
+    assert not component.licenses
