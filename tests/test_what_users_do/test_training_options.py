@@ -22,7 +22,7 @@ from visualglm_hf import VisualGLMConfig
 from visualglm_tools.options import parse
 from visualglm_tools.training.adapters import choose_bits
 from visualglm_tools.training.run import finetune
-from visualglm_tools.training.settings import Settings, usual_layers, usual_rate
+from visualglm_tools.training.settings import Settings, usual_layers, usual_rank, usual_rate
 
 
 LORA_OPTIONS = ("lora_rank", "layer_range")  # of the original's
@@ -58,6 +58,15 @@ def test_each_method_has_its_own_learning_rate_which_is_higher_for_a_small_model
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
     given, _ = Settings(method=method, lr=0.5).resolved(28, False)
     assert given.lr == 0.5 and Settings(method=method).resolved(28, False)[0].lr == original
+
+
+def test_the_rank_is_the_originals_and_more_for_a_small_model():
+    assert usual_rank(4096) == usual_rank(8192) == 10
+    assert usual_rank(128) == usual_rank(64) == 32
+    ranks = [usual_rank(width) for width in (128, 256, 1024, 2048, 4096)]
+    assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) == len(ranks)
+    assert Settings(method="lora", lora_rank=3).resolved(28, False, width=128)[0].lora_rank == 3
+    assert Settings(method="qlora").resolved(28, False)[0].lora_rank == 10
 
 
 def test_a_learning_rate_of_lora_is_said_to_be_low_for_a_prefix():

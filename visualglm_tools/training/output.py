@@ -140,7 +140,7 @@ def remove_incomplete(folder: Path) -> list[Path]:
 def as_begun(settings: Settings) -> Settings:
     """The settings of a resumed run: what is not said is as it was, whatever today's defaults are.
 
-    An earlier version had another learning rate, and kept no answers, when `keep` was the number of checkpoints.
+    An earlier version had other learning rates and ranks, and kept no answers, when `keep` was the number of checkpoints.
     """
     if not settings.resume:
         return settings
@@ -148,8 +148,8 @@ def as_begun(settings: Settings) -> Settings:
         before = json.loads((settings.save / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return settings  # `check_same_run` says so
-    if settings.lr is None:
-        settings = replace(settings, lr=before.get("lr"))
+    unsaid = [name for name in ("lr", "lora_rank") if getattr(settings, name) is None]
+    settings = replace(settings, **{name: before.get(name) for name in unsaid})
     if settings.keep_data or settings.keep in (SELF, NONE) or not isinstance(before.get("keep"), int):
         return settings
     return replace(settings, keep=NONE, keep_checkpoints=settings.keep or settings.keep_checkpoints)

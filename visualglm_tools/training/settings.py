@@ -19,8 +19,9 @@ from visualglm_tools.shipped import DEFAULT_MODEL
 CURVE_POINTS = 10  # evaluations in a run, where no interval is asked for
 LANGUAGES = {"auto": None, "zh": False, "en": True}  # whether a prompt is English; None: by its question
 ORIGINAL_WIDTH = 4096  # of VisualGLM-6B's decoder
-# Learning rates that are known to do, by the decoder's width: the original's for LoRA, ChatGLM-6B's for its P-tuning,
-# and what was measured with the tiny model (docs/finetuning.md). Between them it is a straight line of logarithms.
+# What is known to do, by the decoder's width: for LoRA the original's, for P-tuning ChatGLM-6B's, and what was measured
+# with the tiny model (docs/finetuning.md). Between them it is a straight line of logarithms.
+USUAL_RANKS = {ORIGINAL_WIDTH: 10, 128: 32}
 OF_LORA, OF_PTUNING = {ORIGINAL_WIDTH: 1e-4, 128: 2e-2}, {ORIGINAL_WIDTH: 2e-2, 128: 1e-1}
 USUAL_RATES = {"lora": OF_LORA, "qlora": OF_LORA, "ptuning": OF_PTUNING}
 LOW_RATE = 0.2  # of the usual one: a prefix has learned nothing with less
@@ -77,7 +78,13 @@ class Settings:
         **WHAT,
     )
     model: Path = option("checkpoint to train on", DEFAULT_MODEL, names=("from_pretrained",), metavar="FOLDER", **WHAT)
-    lora_rank: int = option("columns of the additions' matrices", 10, metavar="R", **WHAT)
+    lora_rank: int | None = option(
+        "columns of the additions' matrices",
+        None,
+        metavar="R",
+        unset="10; more for a decoder that is narrower than VisualGLM-6B's, up to 32",
+        **WHAT,
+    )
     lora_alpha: float = option("additions are scaled by A / R", 1.0, parse=POSITIVE, metavar="A", **WHAT)
     lora_dropout: float = option(
         "part of the additions' inputs that is left out", 0.0, parse=SHARE, metavar="P", **WHAT
@@ -131,7 +138,7 @@ class Settings:
     )
     keep_rows: int = option("kept rows beside the rows of a step", 4, parse=COUNT, metavar="N", **DATA)
     keep_weight: float = option(
-        "of the divergence from the kept answers, beside the loss", 0.5, parse=POSITIVE, metavar="W", **DATA
+        "of the divergence from the kept answers, beside the loss", 0.7, parse=POSITIVE, metavar="W", **DATA
     )
     max_source_length: int = option("tokens with pictures", 64, parse=COUNT, metavar="N", **DATA)
     max_target_length: int = option("tokens of an answer", 256, parse=COUNT, metavar="N", **DATA)
@@ -286,6 +293,8 @@ class Settings:
             if self.method in LORA:
                 names = " and ".join(changes["layer_range"])
                 lines.append(f"LoRA on layers {names} of {num_layers}; --layer_range chooses others.")
+        if self.lora_rank is None:
+            changes["lora_rank"] = usual_rank(width)
         rate = usual_rate(self.method, width)
         if self.lr is None:
             changes["lr"] = rate
@@ -311,6 +320,11 @@ def usual_layers(num_layers: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("0", str(num_layers // 2))))
 
 
+def usual_rank(width: int) -> int:
+    """The rank of LoRA on a decoder of some width, where none is given."""
+    return round(between(USUAL_RANKS, width))
+
+
 def usual_rate(method: str, width: int) -> float:
     """The learning rate of a method, where none is given, to two digits.
 
@@ -318,9 +332,14 @@ def usual_rate(method: str, width: int) -> float:
         method: one of `METHODS`.
         width: of the decoder.
     """
-    (wide, least), (narrow, most) = USUAL_RATES[method].items()
+    return float(f"{between(USUAL_RATES[method], width):.2g}")
+
+
+def between(known: dict[int, float], width: int) -> float:
+    """What to take at a width: as at the nearer of the two that are known, or on the line of logarithms between them."""
+    (wide, at_wide), (narrow, at_narrow) = known.items()
     place = (math.log(wide) - math.log(min(max(width, narrow), wide))) / (math.log(wide) - math.log(narrow))
-    return float(f"{least * (most / least) ** place:.2g}")
+    return at_wide * (at_narrow / at_wide) ** place
 
 
 def in_todays_names(record: dict) -> dict:

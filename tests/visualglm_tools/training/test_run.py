@@ -252,7 +252,7 @@ def test_two_runs_cannot_share_an_output_folder(settings, tmp_path):
 def test_resuming_with_other_options_is_refused(settings):
     with pytest.raises(KeyboardInterrupt):
         finetune(settings, silent, [At(3, interrupt)])
-    with pytest.raises(ValueError, match="lora_rank was 10 and is 3"):
+    with pytest.raises(ValueError, match="lora_rank was 32 and is 3"):
         finetune(replace(settings, resume=True, lora_rank=3), silent)
 
 

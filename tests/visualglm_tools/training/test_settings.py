@@ -44,6 +44,7 @@ def test_the_originals_command_line_is_understood_and_what_means_nothing_is_said
         method="lora",
         train_data=(Path("dataset.json"),),
         valid_data=(Path("dataset.json"),),
+        lora_rank=10,
         layer_range=("0", "14"),
         checkpoint_activations=True,
         eval_iters=10,
@@ -244,11 +245,12 @@ def test_the_command_of_an_earlier_run_gives_the_settings_that_it_wrote_down(tmp
             check_same_run(tmp_path, replace(settings, **{name: value}).as_json())
 
 
-def test_a_resumed_run_has_the_learning_rate_that_it_had_if_none_is_said(tmp_path):
-    (tmp_path / SETTINGS_FILE).write_text(EARLIER.replace("0.01", "0.0001"), encoding="utf-8")
-    resumed = Settings(method="ptuning", save=tmp_path, resume=True)
-    assert as_begun(resumed).lr == 1e-4
-    assert as_begun(replace(resumed, lr=0.5)).lr == 0.5
-    assert as_begun(replace(resumed, resume=False)).lr is None
+@pytest.mark.parametrize(("name", "before", "other"), [("lr", 0.01, 0.5), ("lora_rank", 10, 3)])
+def test_a_resumed_run_has_what_it_had_if_nothing_else_is_said(name, before, other, tmp_path):
+    (tmp_path / SETTINGS_FILE).write_text(EARLIER, encoding="utf-8")
+    resumed = Settings(method="qlora", save=tmp_path, resume=True)
+    assert getattr(as_begun(resumed), name) == before
+    assert getattr(as_begun(replace(resumed, **{name: other})), name) == other
+    assert getattr(as_begun(replace(resumed, resume=False)), name) is None
     (tmp_path / SETTINGS_FILE).write_text("{", encoding="utf-8")
     assert as_begun(resumed) == resumed
