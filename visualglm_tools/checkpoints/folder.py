@@ -4,6 +4,7 @@ Not here: what is in a checkpoint's files (`files.py`), and loading them (`loadi
 """
 
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def check_adapter(folder: Path) -> None:
     config = read_adapter_config(folder.expanduser())
     if config.get("peft_type") != "PREFIX_TUNING" and find_spec("peft") is None:  # a prefix is the model's own affair
         raise ValueError(missing("peft", "train"))
+
+
+def quieten_peft() -> None:
+    """Let PEFT, when it is imported, not tell of the packages that bitsandbytes could use: nothing here needs them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def read_adapter_config(folder: Path) -> dict:

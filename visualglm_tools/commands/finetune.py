@@ -11,14 +11,13 @@ more are taken, and what replaces them is said.
 """
 
 import importlib.util
-import logging
 import os
 import signal
 import sys
 import warnings
 from dataclasses import dataclass
 
-from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.checkpoints.folder import check_folder, quieten_peft
 from visualglm_tools.options import COUNT, describe_obsolete, obsolete, option, part
 from visualglm_tools.printing import printable
 from visualglm_tools.training.settings import HOW, WHAT, Settings
@@ -78,7 +77,7 @@ def carry_out(options: Options) -> None:
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard is not installed: pip install tensorboard")
     warnings.filterwarnings("ignore", category=FutureWarning)  # names of options that change within transformers 5
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that it lacks optional kernels
+    quieten_peft()
     if options.memory:
         from visualglm_tools.training.memory import memory_table
 
