@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visualglm_tools.options import option
-from visualglm_tools.serving.listening import find_port
+from visualglm_tools.serving.listening import find_port, tell_openness
 from visualglm_tools.serving.options import AddressOptions, LimitOptions, NameOptions, SpeedOptions
 from visualglm_tools.serving.page.accounts import VARIABLE, read_accounts
 from visualglm_tools.shipped import EXAMPLES
@@ -44,6 +44,8 @@ def run(options: Options) -> None:
     options.check()
     accounts = read_accounts(options.auth, options.auth_file)
     port = find_port(options.host, options.port)
+    if not accounts:
+        tell_openness(options.host, f"nobody has to log in. {VARIABLE}=USER:PASSWORD changes that.")
     from visualglm_tools.serving.page.uploads import own_uploads
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads would stay
@@ -62,5 +64,5 @@ def run(options: Options) -> None:
         page = create_page(engine, EXAMPLES)
         hosts = options.allowed_hosts
         launch(page, options.host, port, limits.max_picture_bytes, options.share, hosts, accounts)
-        print(f"VisualGLM-6B is at {page.local_url}", file=sys.stderr)
+        print(f"The page is at {page.local_url}", file=sys.stderr)
         page.block_thread()  # until Ctrl-C
