@@ -12,6 +12,7 @@ import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import AMOUNT, COUNT, is_given, option
 from visualglm_tools.packages import missing
 from visualglm_tools.serving.http.api_key import KEY_VARIABLE, read_key
@@ -67,11 +68,12 @@ def run(options: Options) -> int:
     print(f"Listening at {address_of(sockets[0])}", file=sys.stderr)  # uvicorn is silent about others' sockets
     if key is None:
         tell_openness(options.host, NO_KEY)
-    from transformers.utils import logging
+    with heavy_imports():
+        from transformers.utils import logging
 
-    from visualglm_tools.serving.engine.engine import Engine
-    from visualglm_tools.serving.http.app import LoadingEngine, create_app
-    from visualglm_tools.serving.http.settings import api_of, limits_of
+        from visualglm_tools.serving.engine.engine import Engine
+        from visualglm_tools.serving.http.app import LoadingEngine, create_app
+        from visualglm_tools.serving.http.settings import api_of, limits_of
 
     logging.set_verbosity_error()
     # The model's thread lets go of Python only when it must: others, such as a refusal, shall not wait 5 ms each time.

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import option
 from visualglm_tools.serving.listening import find_port, tell_openness
 from visualglm_tools.serving.options import AddressOptions, LimitOptions, NameOptions, SpeedOptions
@@ -50,11 +51,12 @@ def run(options: Options) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads would stay
     own_uploads()  # before gradio is imported, or it makes a folder of its own
-    importlib.import_module("gradio")  # or that it is missing would be said when the model is loaded
-    from transformers.utils import logging
+    with heavy_imports():
+        importlib.import_module("gradio")  # or that it is missing would be said when the model is loaded
+        from transformers.utils import logging
 
-    from visualglm_tools.serving.engine.engine import Engine, Limits
-    from visualglm_tools.serving.page.page import create_page, launch
+        from visualglm_tools.serving.engine.engine import Engine, Limits
+        from visualglm_tools.serving.page.page import create_page, launch
 
     logging.set_verbosity_error()
     limits = Limits(**options.limiting())

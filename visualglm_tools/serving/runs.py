@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.output_files import behind_links, is_stream, is_written_for, locked
 from visualglm_tools.printing import one_line
 from visualglm_tools.serving.options import FileOptions
@@ -57,11 +58,12 @@ def run(options: FileOptions, read: Callable | None = None) -> int:
 
 def answer_file(options: FileOptions, read: Callable | None = None) -> int:
     """Answer what is not answered yet, alone or as one of several processes; returns the exit code."""
-    from accelerate import PartialState
-    from transformers.utils import logging
+    with heavy_imports():
+        from accelerate import PartialState
+        from transformers.utils import logging
 
-    from visualglm_tools.serving.questions import read_rows
-    from visualglm_tools.serving.table_output import open_output
+        from visualglm_tools.serving.questions import read_rows
+        from visualglm_tools.serving.table_output import open_output
 
     logging.set_verbosity_error()
     rows, unread = (read or read_rows)(options.input)
