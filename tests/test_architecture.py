@@ -195,7 +195,7 @@ TOOL_ROOMS = {
         "checkpoints.conversion checkpoints.files checkpoints.folder checkpoints.loading checkpoints.manifest "
         "checkpoints.merging checkpoints.picture_size checkpoints.quantizing checkpoints.remote_code "
         "evaluation.chart evaluation.objects evaluation.references evaluation.results evaluation.scoring "
-        "evaluation.tables options output_files packages printing prompt_bar serving.engine.engine "
+        "evaluation.tables imports options output_files packages printing prompt_bar serving.engine.engine "
         "serving.engine.text serving.http.api_key serving.http.app serving.http.ray_app serving.http.settings "
         "serving.listening serving.options serving.page.accounts serving.page.page serving.page.uploads serving.runs "
         "shipped training.memory training.rehearsal training.run training.settings versions",
@@ -209,7 +209,7 @@ TOOL_ROOMS = {
         packages="PIL huggingface_hub peft psutil safetensors torch tqdm transformers yaml",
     ),
     "serving": Room(
-        tools="checkpoints.folder checkpoints.loading messages options output_files packages printing "
+        tools="checkpoints.folder checkpoints.loading imports messages options output_files packages printing "
         "serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling shipped tables",
         model="compilation fetching image_processing_visualglm",
         packages="PIL accelerate pyarrow tqdm transformers",

@@ -342,3 +342,29 @@ def test_a_folder_without_an_adapter_is_said_before_any_library_is_needed(comman
     words = [command, *needed, "--adapter", "nowhere"]
     code = f"from visualglm_tools.__main__ import main; assert main({words!r}) == 2"
     assert not modules_after(code) & HEAVY
+
+
+def test_what_is_not_there_or_in_the_way_is_said_before_any_library_is_needed():
+    refused = [
+        ("batch nowhere.jsonl answers.jsonl", "cannot read 'nowhere.jsonl'"),
+        ("batch examples answers.jsonl", "'examples' is a folder"),
+        ("evaluate nowhere.jsonl answers.jsonl", "cannot read 'nowhere.jsonl'"),
+        ("convert nowhere out", "nowhere is no folder"),
+        (f"convert {TINY} docs", "docs exists and is not an empty folder"),
+        ("quantize nowhere out --bits 4", "nowhere is no folder"),
+        (f"quantize {TINY} docs --bits 4", "docs exists and is not an empty folder"),
+        ("merge nowhere docs out", "nowhere is no folder"),
+        (f"merge {TINY} docs out", "no adapter in 'docs'"),
+        ("finetune --use_lora --train-data nowhere", "nowhere cannot be read"),
+        ("finetune --use_lora --train-data README.md --keep-data nowhere", "nowhere cannot be read"),
+    ]
+    code = f"""
+import contextlib, io
+from visualglm_tools.__main__ import main
+for words, complaint in {refused!r}:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main(words.split()) == 2, words
+    assert complaint in said.getvalue(), said.getvalue()
+"""
+    assert not modules_after(code) & HEAVY

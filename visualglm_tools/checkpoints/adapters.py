@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from visualglm_hf.modeling_visualglm import VisualGLMPrefixEncoder
-from visualglm_tools.checkpoints.folder import ADAPTER_WEIGHT_FILE, read_adapter_config, read_object
+from visualglm_tools.checkpoints.folder import ADAPTER_WEIGHT_FILE, quieten_peft, read_adapter_config, read_object
 from visualglm_tools.checkpoints.manifest import sha256_of
 from visualglm_tools.checkpoints.picture_size import adopt_image_size
 from visualglm_tools.packages import missing
@@ -132,6 +132,7 @@ def attach_layers(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     Returns:
         PEFT's model around `model`.
     """
+    quieten_peft()
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:

@@ -4,6 +4,7 @@ Not here: what is in a checkpoint's files (`files.py`), and loading them (`loadi
 """
 
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,11 +32,28 @@ def check_folder(folder: Path) -> None:
     check_code(config_file.parent)
 
 
+def check_source(folder: Path, whose: str) -> None:
+    """Raise a `ValueError` unless there is a folder to read a checkpoint from."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the folder of {whose}.")
+
+
+def check_new(target: Path) -> None:
+    """Raise a `ValueError` if there is something already in the place of a folder that is to be written."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder. Name a new one; nothing is overwritten.")
+
+
 def check_adapter(folder: Path) -> None:
     """Raise a `ValueError` unless the folder holds an adapter, and what it takes to use it is installed."""
     config = read_adapter_config(folder.expanduser())
     if config.get("peft_type") != "PREFIX_TUNING" and find_spec("peft") is None:  # a prefix is the model's own affair
         raise ValueError(missing("peft", "train"))
+
+
+def quieten_peft() -> None:
+    """Let PEFT, when it is imported, not tell of the packages that bitsandbytes could use: nothing here needs them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def read_adapter_config(folder: Path) -> dict:

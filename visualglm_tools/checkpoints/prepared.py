@@ -39,6 +39,7 @@ from visualglm_tools.checkpoints.files import (
     read_tokenizer,
     survey,
 )
+from visualglm_tools.checkpoints.folder import check_new, check_source
 from visualglm_tools.checkpoints.manifest import write_manifest
 from visualglm_tools.checkpoints.picture_size import image_size_of
 
@@ -74,8 +75,7 @@ class Checkpoint:
 
 def read_checkpoint(source: Path, vocabulary: Path | None = None) -> Checkpoint:
     """Read all of a Hugging Face folder but its weights, and check that the parts belong together."""
-    if not source.is_dir():
-        raise ValueError(f"{source} is no folder; give the folder of the original checkpoint.")
+    check_source(source, "the original checkpoint")
     config = read_config(source)
     if vocabulary is None and not (source / VOCABULARY_FILE).is_file():
         raise ValueError(
@@ -91,8 +91,7 @@ def read_checkpoint(source: Path, vocabulary: Path | None = None) -> Checkpoint:
 
 def check_target(target: Path) -> None:
     """Raise a `ValueError` if there is something already, or nothing can be."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder. Name a new one; nothing is overwritten.")
+    check_new(target)
     for place in (nearest(target), nearest(target.parent)):
         try:
             os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))

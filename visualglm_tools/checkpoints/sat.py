@@ -35,6 +35,7 @@ from visualglm_tools.checkpoints.files import (
     read_tokenizer,
     some,
 )
+from visualglm_tools.checkpoints.folder import check_source
 from visualglm_tools.checkpoints.prepared import Checkpoint, kept_entries, save_safetensors, write_json
 from visualglm_tools.checkpoints.sat_layout import (
     BLOCKS,
@@ -310,8 +311,7 @@ def read_sat(
     Raises:
         ValueError: something is missing, damaged, does not belong together, or cannot be known.
     """
-    if not source.is_dir():
-        raise ValueError(f"{source} is no folder; give the folder of a SAT checkpoint.")
+    check_source(source, "a SAT checkpoint")
     config_file, files = find_parts(source)
     tokenizer = read_vocabulary(vocabulary or source)
     config = translate_config(config_file, tokenizer)

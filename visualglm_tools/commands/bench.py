@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visualglm_tools.benchmarking.settings import RunSettings
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import option, part
 
 
@@ -67,8 +68,9 @@ def write_report(files: tuple[Path, ...]) -> int:
 
 
 def measure(settings: RunSettings) -> int:
-    from visualglm_tools.benchmarking.report import render_run, write_run
-    from visualglm_tools.benchmarking.run import make_report
+    with heavy_imports():
+        from visualglm_tools.benchmarking.report import render_run, write_run
+        from visualglm_tools.benchmarking.run import make_report
 
     report = make_report(settings)
     if settings.save:

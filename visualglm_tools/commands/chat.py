@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import COUNT_OR_NONE, number, option
 from visualglm_tools.output_files import behind_links
 from visualglm_tools.printing import printable, report
@@ -175,8 +176,9 @@ def clean_path(text: str) -> str:
 
 def open_source(source: str | None):
     """The picture at a path or an address; None for none. A `ValueError` if it cannot be opened."""
-    from visualglm_hf.fetching import fetch_picture
-    from visualglm_hf.image_processing_visualglm import open_picture
+    with heavy_imports():
+        from visualglm_hf.fetching import fetch_picture
+        from visualglm_hf.image_processing_visualglm import open_picture
 
     return open_picture(fetch_picture(clean_path(source))) if source else None
 
@@ -317,10 +319,11 @@ def converse(model, tokenizer, keywords: dict, options: Options) -> None:
 def open_model(options: Options) -> tuple:
     """Load the model, with progress bars but without the libraries' warnings."""
     warnings.filterwarnings("ignore")
-    import torch
-    from transformers.utils import logging
+    with heavy_imports():
+        import torch
+        from transformers.utils import logging
 
-    from visualglm_tools.checkpoints.loading import load_model
+        from visualglm_tools.checkpoints.loading import load_model
 
     logging.set_verbosity_error()
     options.check_compiling()  # a compiler is missing now or not at all

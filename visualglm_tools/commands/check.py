@@ -17,6 +17,7 @@ from pathlib import Path
 
 from visualglm_tools.checkpoints.manifest import MANIFEST_FILE, renew_manifest, verify, write_manifest
 from visualglm_tools.checkpoints.remote_code import copy_code
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import argument, option
 from visualglm_tools.printing import one_line
 from visualglm_tools.shipped import DEFAULT_MODEL
@@ -49,7 +50,8 @@ def run(options: Options) -> int:
     prepare(options)
     if options.verify:
         return tell_verdict(options.folder)
-    from visualglm_tools.checkpoints.checks import CHECKS, GENERATION, KERNELS, run_checks
+    with heavy_imports():
+        from visualglm_tools.checkpoints.checks import CHECKS, GENERATION, KERNELS, run_checks
 
     checks = (*CHECKS, *[GENERATION] * options.generate, *[KERNELS] * options.kernels)
     failed = 0

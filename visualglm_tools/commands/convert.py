@@ -18,7 +18,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualglm_tools.checkpoints.folder import check_new, check_source
 from visualglm_tools.commands.options import READY, describe_command, target_argument, tokenizer_option
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import argument, option
 from visualglm_tools.printing import one_line
 
@@ -77,8 +79,11 @@ def describe_use(options: Options) -> str:
 
 def run(options: Options) -> None:
     """Write DST; a `ValueError` says why it cannot be written."""
-    from visualglm_tools.checkpoints.conversion import convert
-    from visualglm_tools.checkpoints.files import readable
+    check_source(options.source, "a SAT checkpoint" if options.origin == "sat" else "the original checkpoint")
+    check_new(options.target)
+    with heavy_imports():
+        from visualglm_tools.checkpoints.conversion import convert
+        from visualglm_tools.checkpoints.files import readable
 
     with readable():
         notes = convert(

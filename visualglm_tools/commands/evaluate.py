@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visualglm_tools.evaluation.scoring import MATCHES
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import argument, option
 from visualglm_tools.output_files import behind_links, is_same_file, is_stream, is_written_for, replace_file
 from visualglm_tools.serving import runs
@@ -80,9 +81,10 @@ def run(options: Options) -> int:
         ValueError: the questions, the answers or the files to write cannot be used.
     """
     check_files(options)
-    from visualglm_tools.evaluation.objects import read_vocabulary
-    from visualglm_tools.evaluation.references import read_exam
-    from visualglm_tools.evaluation.results import judge_all, read_answers
+    with heavy_imports():
+        from visualglm_tools.evaluation.objects import read_vocabulary
+        from visualglm_tools.evaluation.references import read_exam
+        from visualglm_tools.evaluation.results import judge_all, read_answers
 
     vocabulary = read_vocabulary(options.objects) if options.objects else None
     questions = read_exam(options.input, options.match, vocabulary)

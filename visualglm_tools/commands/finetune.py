@@ -11,14 +11,14 @@ more are taken, and what replaces them is said.
 """
 
 import importlib.util
-import logging
 import os
 import signal
 import sys
 import warnings
 from dataclasses import dataclass
 
-from visualglm_tools.checkpoints.folder import check_folder
+from visualglm_tools.checkpoints.folder import check_folder, quieten_peft
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import COUNT, describe_obsolete, obsolete, option, part
 from visualglm_tools.printing import printable
 from visualglm_tools.training.settings import HOW, WHAT, Settings
@@ -78,21 +78,26 @@ def carry_out(options: Options) -> None:
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard is not installed: pip install tensorboard")
     warnings.filterwarnings("ignore", category=FutureWarning)  # names of options that change within transformers 5
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that it lacks optional kernels
+    quieten_peft()
     if options.memory:
         from visualglm_tools.training.memory import memory_table
 
         print(memory_table())
         return
     check_folder(options.model)
+    for place in (*options.train_data, *options.valid_data, *options.old_data, *options.keep_data):
+        if not place.exists():
+            raise ValueError(f"{place} cannot be read: No such file or directory.")
     for line in describe_obsolete(options):
         say(line)
     if options.dry_run:
-        from visualglm_tools.training.rehearsal import rehearse
+        with heavy_imports():
+            from visualglm_tools.training.rehearsal import rehearse
 
         rehearse(part(options, Settings), say)
         return
-    from visualglm_tools.training.run import finetune
+    with heavy_imports():
+        from visualglm_tools.training.run import finetune
 
     finetune(part(options, Settings), say)
 

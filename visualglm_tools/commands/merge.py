@@ -11,7 +11,9 @@ Everything is checked before anything is written, and DST appears when it is com
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualglm_tools.checkpoints.folder import check_new, check_source, read_adapter_config
 from visualglm_tools.commands.options import READY, describe_command, target_argument, tokenizer_option
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import argument
 
 
@@ -30,8 +32,12 @@ class Options:
 
 def run(options: Options) -> None:
     """Write DST; a `ValueError` says why it cannot be written."""
-    from visualglm_tools.checkpoints.files import readable
-    from visualglm_tools.checkpoints.merging import merge
+    check_source(options.base, "the original checkpoint")
+    read_adapter_config(options.adapter)
+    check_new(options.target)
+    with heavy_imports():
+        from visualglm_tools.checkpoints.files import readable
+        from visualglm_tools.checkpoints.merging import merge
 
     with readable():
         merge(options.base, options.adapter, options.target, options.tokenizer, describe_command("merge", options))

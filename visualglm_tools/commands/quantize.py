@@ -12,7 +12,9 @@ anything is written, and DST appears when it is complete or not at all.
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualglm_tools.checkpoints.folder import check_new, check_source
 from visualglm_tools.commands.options import READY, describe_command, target_argument, tokenizer_option
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import argument, option
 
 
@@ -48,9 +50,12 @@ class Options:
 def run(options: Options) -> None:
     """Write DST; a `ValueError` says why it cannot be written."""
     options.check()
-    from visualglm_tools.calibration.codes import Calibration
-    from visualglm_tools.checkpoints.files import readable
-    from visualglm_tools.checkpoints.quantizing import quantize_checkpoint
+    check_source(options.source, "the original checkpoint")
+    check_new(options.target)
+    with heavy_imports():
+        from visualglm_tools.calibration.codes import Calibration
+        from visualglm_tools.checkpoints.files import readable
+        from visualglm_tools.checkpoints.quantizing import quantize_checkpoint
 
     def choose_codes(checkpoint) -> dict:
         calibration = Calibration(options.source, checkpoint, options.calibrate, options.measure)

@@ -12,10 +12,11 @@ import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import AMOUNT, COUNT, is_given, option
 from visualglm_tools.packages import missing
 from visualglm_tools.serving.http.api_key import KEY_VARIABLE, read_key
-from visualglm_tools.serving.listening import address_of, find_port, listen
+from visualglm_tools.serving.listening import address_of, find_port, listen, tell_openness
 from visualglm_tools.serving.options import AddressOptions, ServerOptions
 
 
@@ -24,6 +25,7 @@ from visualglm_tools.serving.options import AddressOptions, ServerOptions
 
 EXTRA = "api"
 SWITCH_SECONDS = 0.0005
+NO_KEY = f"there is no key. {KEY_VARIABLE} sets one."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,14 @@ def run(options: Options) -> int:
 
     sockets = listen(options.host, options.port)
     print(f"Listening at {address_of(sockets[0])}", file=sys.stderr)  # uvicorn is silent about others' sockets
-    from transformers.utils import logging
+    if key is None:
+        tell_openness(options.host, NO_KEY)
+    with heavy_imports():
+        from transformers.utils import logging
 
-    from visualglm_tools.serving.engine.engine import Engine
-    from visualglm_tools.serving.http.app import LoadingEngine, create_app
-    from visualglm_tools.serving.http.settings import api_of, limits_of
+        from visualglm_tools.serving.engine.engine import Engine
+        from visualglm_tools.serving.http.app import LoadingEngine, create_app
+        from visualglm_tools.serving.http.settings import api_of, limits_of
 
     logging.set_verbosity_error()
     # The model's thread lets go of Python only when it must: others, such as a refusal, shall not wait 5 ms each time.
@@ -82,6 +87,7 @@ def run(options: Options) -> int:
     def load() -> Engine:
         engine = Engine.load(options.model, limits, options.compiling(), **options.loading())
         engine.start_decoders()
+        print("The model is loaded: requests are answered.", file=sys.stderr)
         return engine
 
     engine = LoadingEngine(load, stop_serving)
@@ -112,6 +118,8 @@ def run_replicas(options: Options, key: str | None) -> int:
         raise ValueError(missing(str(error.name), "ray")) from error
 
     port = find_port(options.host, options.port)
+    if key is None:
+        tell_openness(options.host, NO_KEY)
     shared = {each.name: getattr(options, each.name) for each in fields(ServerOptions)}
     service = ServiceOptions(
         **shared,

@@ -11,8 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.options import option
-from visualglm_tools.serving.listening import find_port
+from visualglm_tools.serving.listening import find_port, tell_openness
 from visualglm_tools.serving.options import AddressOptions, LimitOptions, NameOptions, SpeedOptions
 from visualglm_tools.serving.page.accounts import VARIABLE, read_accounts
 from visualglm_tools.shipped import EXAMPLES
@@ -44,15 +45,18 @@ def run(options: Options) -> None:
     options.check()
     accounts = read_accounts(options.auth, options.auth_file)
     port = find_port(options.host, options.port)
+    if not accounts:
+        tell_openness(options.host, f"nobody has to log in. {VARIABLE}=USER:PASSWORD changes that.")
     from visualglm_tools.serving.page.uploads import own_uploads
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads would stay
     own_uploads()  # before gradio is imported, or it makes a folder of its own
-    importlib.import_module("gradio")  # or that it is missing would be said when the model is loaded
-    from transformers.utils import logging
+    with heavy_imports():
+        importlib.import_module("gradio")  # or that it is missing would be said when the model is loaded
+        from transformers.utils import logging
 
-    from visualglm_tools.serving.engine.engine import Engine, Limits
-    from visualglm_tools.serving.page.page import create_page, launch
+        from visualglm_tools.serving.engine.engine import Engine, Limits
+        from visualglm_tools.serving.page.page import create_page, launch
 
     logging.set_verbosity_error()
     limits = Limits(**options.limiting())
@@ -62,5 +66,5 @@ def run(options: Options) -> None:
         page = create_page(engine, EXAMPLES)
         hosts = options.allowed_hosts
         launch(page, options.host, port, limits.max_picture_bytes, options.share, hosts, accounts)
-        print(f"VisualGLM-6B is at {page.local_url}", file=sys.stderr)
+        print(f"The page is at {page.local_url}", file=sys.stderr)
         page.block_thread()  # until Ctrl-C

@@ -57,7 +57,8 @@ def parse(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"No JSON: {error.msg}, at character {error.pos + 1}.") from error
+        hint = " Give each object a line of its own." if text in ("[", "{") else ""
+        raise ValueError(f"No JSON: {error.msg}, at character {error.pos + 1}.{hint}") from error
     except RecursionError as error:
         raise ValueError(too_deep()) from error
 

@@ -3,8 +3,10 @@
 Not here: what is served there, and under which names (`http/guards.py`).
 """
 
+import ipaddress
 import os
 import socket
+import sys
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -36,6 +38,13 @@ def address_of(listener: socket.socket) -> str:
     """As people type it into a browser."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def tell_openness(host: str, what_is_missing: str) -> None:
+    """Say that strangers may ask where `host` is not this machine's alone, and what is missing to keep them out."""
+    addresses = {address[0] for *_, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        print(f"Whoever reaches this machine may ask: {what_is_missing}", file=sys.stderr)
 
 
 def close(sockets: list[socket.socket]) -> None:

@@ -249,7 +249,8 @@ def id_of(content) -> str | int | None:
 
 def check_content(content: Any) -> None:
     if not isinstance(content, dict):
-        raise ValueError(f"A row must be an object such as {EXAMPLE}.")
+        hint = " Give each object of the list a line of its own." if isinstance(content, list) else ""
+        raise ValueError(f"A row must be an object such as {EXAMPLE}.{hint}")
     if id_of(content) is None:
         raise ValueError(f'"id" must be a text or a whole number, found {content.get("id")!r}.')
     conversation_of(content)

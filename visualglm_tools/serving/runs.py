@@ -14,15 +14,19 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from visualglm_tools.imports import heavy_imports
 from visualglm_tools.output_files import behind_links, is_stream, is_written_for, locked
 from visualglm_tools.printing import one_line
 from visualglm_tools.serving.options import FileOptions
+from visualglm_tools.tables import is_parquet, is_saved_table
 
 
 # torch, transformers and the model are imported in `answer_file`: `-h` and typing errors shall not wait for them.
 
 # As tqdm's own, and what a row's tokens come to.
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_noinv_fmt}{postfix}]"
+MAGIC_BYTES = 12
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # as their files begin
 LONGEST_WAIT = timedelta(days=30)  # of a process for the slowest one
 
 
@@ -54,11 +58,12 @@ def run(options: FileOptions, read: Callable | None = None) -> int:
 
 def answer_file(options: FileOptions, read: Callable | None = None) -> int:
     """Answer what is not answered yet, alone or as one of several processes; returns the exit code."""
-    from accelerate import PartialState
-    from transformers.utils import logging
+    with heavy_imports():
+        from accelerate import PartialState
+        from transformers.utils import logging
 
-    from visualglm_tools.serving.questions import read_rows
-    from visualglm_tools.serving.table_output import open_output
+        from visualglm_tools.serving.questions import read_rows
+        from visualglm_tools.serving.table_output import open_output
 
     logging.set_verbosity_error()
     rows, unread = (read or read_rows)(options.input)
@@ -189,12 +194,32 @@ def check_paths(options: FileOptions) -> None:
     source, output = options.input, options.output
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         check_shared(options)
+    if source is not None:
+        check_source(source)
     if output is None:
         return
     if not output.parent.is_dir():
         raise ValueError(f"there is no folder {str(output.parent)!r} for the output.")
     if not is_stream(output) and source is not None and is_written_for(source, output):
         raise ValueError(f"the output {str(output)!r} must be another file than the input, and than those beside it.")
+
+
+def check_source(source: Path) -> None:
+    """Raise a `ValueError` for an input that cannot be one of rows, before any library is waited for."""
+    if not source.exists():
+        raise ValueError(f"cannot read {str(source)!r}: No such file or directory")
+    if is_saved_table(source) or is_parquet(source):
+        return
+    if source.is_dir():
+        raise ValueError(f"{str(source)!r} is a folder. Give a file with one JSON object in each line, or a table.")
+    if source.is_file():  # what is no plain file could not be read again
+        with open(source, "rb") as file:
+            beginning = file.read(MAGIC_BYTES)
+        if beginning.startswith(PICTURES):
+            raise ValueError(
+                f"{str(source)!r} is a picture. Give a file with one JSON object in each line, which names it as "
+                '"image"; visualglm chat --image asks about one.'
+            )
 
 
 def check_shared(options: FileOptions) -> None:

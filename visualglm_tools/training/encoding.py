@@ -207,13 +207,21 @@ def describe_truncation(examples: Iterable[Example], encoder: Encoder) -> str | 
     target = max(examples, key=lambda example: example.target_length)
     counts = "; ".join(losses)
     if source.source_length + target.target_length <= encoder.max_length:
-        lengths = f"--max_source_length {source.source_length} --max_target_length {target.target_length}"
-        return f"{counts}; none would with {lengths}."
+        return f"{counts}; none would with {describe_lengths(source.source_length, target.target_length, encoder)}."
     return (
         f"{counts}; no lengths would keep all, since the model takes {encoder.max_length} tokens for both. Shorten the "
         f"longest: {source.conversation.source} has a source of {source.source_length}, {target.conversation.source} a "
         f"target of {target.target_length}."
     )
+
+
+def describe_lengths(source: int, target: int, encoder: Encoder) -> str:
+    """The options that give sources and targets these lengths: those that must be longer alone, if there is room."""
+    options = {"--max_source_length": source, "--max_target_length": target}
+    given = {"--max_source_length": encoder.max_source_length, "--max_target_length": encoder.max_target_length}
+    longer = {name: length for name, length in options.items() if length > given[name]}
+    fits = sum((given | longer).values()) <= encoder.max_length
+    return " ".join(f"{name} {length}" for name, length in (longer if fits else options).items())
 
 
 def describe_left_out(examples: Iterable[Example]) -> str:

@@ -87,6 +87,10 @@ def read_text(file: Path) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}.") from error
+    if file.suffix.lower() in PICTURE_ENDINGS:
+        raise ValueError(
+            f"{file} is a picture. Give the folder that it is in, with a text beside each picture, or a file of rows."
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -227,8 +231,8 @@ def describe_other_folder(folder: Path, files: Sequence[Path]) -> str:
     tables = [path for path in files if is_parquet(path)]
     rows = [path for path in files if path.suffix.lower() in (".json", ".jsonl")]
     if tables or rows:
-        given = " ".join(str(path) for path in (tables or rows)[:NAMED])
-        return f"has no pictures, but files of rows. Give these themselves: {given}"
+        given = " ".join(str(path) for path in (*tables, *rows)[:NAMED])
+        return f"has no pictures, but files of rows. Give those that you mean: {given}"
     inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if inner:
         return f"has no pictures, but folders. Give those that have some: {', '.join(inner[:NAMED])}"

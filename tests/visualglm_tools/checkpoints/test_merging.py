@@ -1,6 +1,7 @@
 """`scripts/merge_lora.py`: merged weights answer as base and adapter do, load without PEFT, and can be quantized."""
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -191,6 +192,14 @@ def test_adapter_of_other_weights_of_the_same_size_is_refused(base, adapter, tmp
     torch.nn.init.normal_(other.transformer.word_embeddings.weight)
     files.write_fingerprint(adapter, files.fingerprint(other))
     assert "another base model" in complaint(capsys, merge, base, adapter, tmp_path / "merged")
+
+
+def test_an_adapter_is_put_on_without_advice_to_install_what_nothing_here_needs(base, adapter):
+    """As bitsandbytes has, which PEFT imports, of a package `kernels`."""
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.NOTSET)
+    adapters.attach_adapter(load_float32(base), adapter)
+    assert not logger.isEnabledFor(logging.WARNING)
 
 
 def test_an_adapter_is_merged_once_alone(base, adapter, merged, tmp_path, capsys):

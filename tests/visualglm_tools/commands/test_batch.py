@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.commands import batch, run, script
 from tests.json_lines import read_lines, write_lines
@@ -187,7 +188,11 @@ def test_ids_must_differ_and_an_output_of_other_rows_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere.jsonl", "out.jsonl"), "nowhere.jsonl"),
+        (("nowhere.jsonl", "out.jsonl"), "cannot read 'nowhere.jsonl': No such file or directory"),
+        (("pictures", "out.jsonl"), "'pictures' is a folder. Give a file with one JSON object in each line"),
+        (("pictures/a.png", "out.jsonl"), "'pictures/a.png' is a picture. Give a file with one JSON object in each"),
+        (("pictures/a.jpg", "out.jsonl"), "'pictures/a.jpg' is a picture."),
+        (("pictures/a.webp", "out.jsonl"), "'pictures/a.webp' is a picture."),
         (("in.jsonl", "in.jsonl"), "another file"),
         (("in.jsonl", "no/such/out.jsonl"), "no folder"),
         (("in.jsonl", "out.jsonl", "--model", "nowhere"), "no checkpoint"),
@@ -196,7 +201,18 @@ def test_ids_must_differ_and_an_output_of_other_rows_is_left_alone(tmp_path):
 )
 def test_what_cannot_work_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     write_lines(tmp_path / "in.jsonl", {"id": 1, "text": "a"})
+    (tmp_path / "pictures").mkdir()
+    for ending in ("png", "jpg", "webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / f"a.{ending}")
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(SystemExit):  # argparse's way to say 2
         assert batch(*arguments, "--device", "cpu") == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_that_is_one_list_says_where_its_objects_belong(indent, tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([{"id": 1, "text": "a"}], indent=indent), encoding="utf-8")
+    rows, problems = read_rows(tmp_path / "list.json")
+    assert rows == []
+    assert "line of its own" in problems[0].error

@@ -85,6 +85,8 @@ def test_the_door_drains_on_sigterm(door):  # the last that uses it
     output = log.read_text(encoding="utf-8")
     assert process.returncode == -signal.SIGTERM, output  # as whoever sent it expects
     assert "Application shutdown complete" in output and "Traceback" not in output
+    assert output.count("The model is loaded: requests are answered.") == 1
+    assert "Whoever reaches" not in output  # it is this machine's alone
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from visualglm_tools.serving.listening import find_port, listen
+from visualglm_tools.serving.listening import find_port, listen, tell_openness
 
 
 def test_a_port_that_was_found_is_free_again():
@@ -33,3 +33,13 @@ def test_of_two_servers_that_start_at_once_the_second_is_refused():
     (first,) = listen("127.0.0.1", 0)
     with first, pytest.raises(ValueError, match="cannot listen"):
         listen("127.0.0.1", first.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "is_open"),
+    [("127.0.0.1", False), ("127.8.0.1", False), ("localhost", False), ("0.0.0.0", True), ("192.0.2.7", True)],
+)
+def test_that_strangers_may_ask_is_said_where_they_reach_the_server(host, is_open, capsys):
+    tell_openness(host, "there is no key.")
+    said = "Whoever reaches this machine may ask: there is no key.\n" if is_open else ""
+    assert capsys.readouterr().err == said

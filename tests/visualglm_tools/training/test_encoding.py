@@ -10,7 +10,13 @@ from PIL import Image
 
 from tests.training_rows import turn
 from visualglm_tools.training.dataset import read_dataset
-from visualglm_tools.training.encoding import Collator, Encoder, describe_contradictions, describe_truncation
+from visualglm_tools.training.encoding import (
+    Collator,
+    Encoder,
+    describe_contradictions,
+    describe_lengths,
+    describe_truncation,
+)
 
 
 TURNS = [("海" * 40, answer) for answer in "甲乙丙丁"]  # of the same length
@@ -95,8 +101,22 @@ def test_what_is_left_out_is_counted_and_the_advice_leaves_nothing_out(read, enc
         "have no picture left to answer by; none would with --max_source_length "
     )
     longest = max(example.source_length for example in whole)
-    assert f"--max_source_length {longest} " in advice
+    assert advice.endswith(f"; none would with --max_source_length {longest}.")
     assert describe_truncation(read(rows, encoder_of(longest)), encoder_of(longest)) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "room", "advice"),
+    [
+        (150, 10, 400, "--max_source_length 150"),
+        (80, 90, 400, "--max_target_length 90"),
+        (150, 90, 400, "--max_source_length 150 --max_target_length 90"),
+        (150, 10, 200, "--max_source_length 150 --max_target_length 10"),  # 64 more would be too many
+        (80, 90, 180, "--max_source_length 80 --max_target_length 90"),
+    ],
+)
+def test_the_advice_names_the_lengths_that_must_change(source, target, room, advice, processor):
+    assert describe_lengths(source, target, Encoder(processor, 100, 64, room)) == advice
 
 
 # ---------------------------------------------------------------- contradictions

@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_ends_the_run(settings):
         ({"model": ROOT / "docs"}, "no checkpoint in .*docs"),
         ({"method": "qlora", "qlora_backend": "nf4", "bits": 8}, "nf4 has 4 bits, not 8"),
         ({"eval_interval": 3, "valid_data": (HELD_OUT,)}, "must be a multiple of --eval-interval 3"),
-        ({"train_data": (EXAMPLE / "sea_1.jpg",)}, "cannot be read"),
+        ({"train_data": (EXAMPLE / "sea_1.jpg",)}, "sea_1.jpg is a picture"),
         ({"resume": True}, "has no complete checkpoint to resume from"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -100,8 +100,14 @@ def test_a_folder_of_something_else_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match="has no pictures"):
         read(tmp_path)
     (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(ValueError, match="but files of rows. Give these themselves: .*rows.jsonl"):
+    (tmp_path / "table.parquet").touch()
+    with pytest.raises(ValueError, match=r"but files of rows. Give those that you mean: .*table.parquet .*rows.jsonl"):
         read(tmp_path)
+
+
+def test_a_picture_in_the_place_of_a_file_of_rows_is_called_one(pictures):
+    with pytest.raises(ValueError, match=r"b.JPG is a picture. Give the folder that it is in"):
+        read(pictures / "b.JPG")
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,11 @@ def field_of(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return place[:-1] if len(place) > 1 and place[-1] in TYPES else place
 
 
-def of_http(error: HTTPException) -> ApiError:
-    """Of the framework, such as 404 for an unknown path."""
-    found = ApiError(error.status_code, str(error.detail))
+def of_http(error: HTTPException, request: Request) -> ApiError:
+    """Of the framework: of a path or a method that no route has, most of all."""
+    is_lost = error.status_code in (404, 405)
+    asked = f"{request.method} {shortened(request.url.path)} is none of the routes here; GET /docs shows them."
+    found = ApiError(error.status_code, asked if is_lost else str(error.detail))
     found.headers = {**(error.headers or {}), **found.headers}
     return found
 
@@ -144,7 +146,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return (error if isinstance(error, ApiError) else of_http(error)).as_response()
+        return (error if isinstance(error, ApiError) else of_http(error, request)).as_response()
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:

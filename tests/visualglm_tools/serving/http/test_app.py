@@ -69,6 +69,16 @@ def test_a_model_of_any_other_name_is_found_by_it(engine, name):
         assert post_chat(url, model=name, max_tokens=1).json()["model"] == name
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 405), ("GET", "/v1", 404), ("POST", "/v1/embeddings", 404), ("GET", "/v1/chat/completions", 405)],
+)
+def test_who_asks_where_nothing_is_learns_where_to_look(url, method, path, status):
+    message = error_of(request(method, f"{url}{path}", json={}), status)["message"]
+    assert message == f"{method} {path} is none of the routes here; GET /docs shows them."
+    assert get(f"{url}/docs").status_code == 200
+
+
 def test_cors_is_off_unless_asked_for(engine, url):
     headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
     assert (
