@@ -140,7 +140,7 @@ def remove_incomplete(folder: Path) -> list[Path]:
 def as_begun(settings: Settings) -> Settings:
     """The settings of a resumed run: what is not said is as it was, whatever today's defaults are.
 
-    An earlier version had other learning rates and ranks, and kept no answers, when `keep` was the number of checkpoints.
+    Earlier versions had other rates and ranks, and kept no answers: `keep` was the number of checkpoints.
     """
     if not settings.resume:
         return settings

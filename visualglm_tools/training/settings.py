@@ -336,7 +336,7 @@ def usual_rate(method: str, width: int) -> float:
 
 
 def between(known: dict[int, float], width: int) -> float:
-    """What to take at a width: as at the nearer of the two that are known, or on the line of logarithms between them."""
+    """What to take at a width: as at the nearer of two that are known, or on the line of logarithms between them."""
     (wide, at_wide), (narrow, at_narrow) = known.items()
     place = (math.log(wide) - math.log(min(max(width, narrow), wide))) / (math.log(wide) - math.log(narrow))
     return at_wide * (at_narrow / at_wide) ** place
