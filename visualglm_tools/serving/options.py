@@ -114,7 +114,8 @@ class SpeedOptions(ModelOptions):
 
             device = choose_device(self.device)
             if self.speed_up == "record" and device.type != "cuda":
-                raise ValueError(f"--record is for an NVIDIA GPU, and the model will be on {device.type!r}. Leave it out.")
+                kind = repr(device.type)
+                raise ValueError(f"--record is for an NVIDIA GPU, and the model will be on {kind}. Leave it out.")
             resolve_compile_config(self.compiling(), device)
 
 

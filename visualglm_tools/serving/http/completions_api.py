@@ -19,7 +19,7 @@ from visualglm_tools.serving.http.errors import ASKING, ApiError, responses
 from visualglm_tools.serving.http.events import DONE, EventStream, error_event, event, pieces, with_errors
 from visualglm_tools.serving.http.fields import (
     Choosing,
-    LooksOnce,
+    NoLooking,
     NoTools,
     ResponseFormat,
     Streaming,
@@ -45,7 +45,7 @@ def as_texts(prompt: Any) -> Any:
     return prompt
 
 
-class CompletionRequest(Choosing, Streaming, NoTools, LooksOnce, TakenAsTheyAre):
+class CompletionRequest(Choosing, Streaming, NoTools, NoLooking, TakenAsTheyAre):
     model: str
     prompt: Annotated[list[str], BeforeValidator(as_texts, json_schema_input_type=str | list[str])] = Field(
         min_length=1, description="several are answered one by one"

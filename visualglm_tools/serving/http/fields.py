@@ -99,7 +99,7 @@ class NoTools(Fields):
     parallel_tool_calls: bool | None = Field(None, description="has no effect: there are no tools")
 
 
-class LooksOnce(Fields):
+class NoLooking(Fields):
     """Of routes that have no extensions for pictures: what those are called."""
 
     read_text: Looking = Field(False, json_schema_extra={"const": False})

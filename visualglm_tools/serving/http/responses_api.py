@@ -22,7 +22,7 @@ from visualglm_tools.serving.http.fields import (
     Fields,
     Ignored,
     JsonSchema,
-    LooksOnce,
+    NoLooking,
     NoTools,
     ResponseFormat,
     TakenAsTheyAre,
@@ -141,7 +141,7 @@ class Reasoning(Fields):
     summary: str | None = Field(None, description="has no effect: there is nothing to sum up")
 
 
-class ResponsesRequest(Choosing, NoTools, LooksOnce, TakenAsTheyAre):
+class ResponsesRequest(Choosing, NoTools, NoLooking, TakenAsTheyAre):
     model: str
     input: Annotated[
         list[InputMessage], BeforeValidator(as_messages, json_schema_input_type=str | list[InputMessage])
