@@ -105,6 +105,80 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_its_name_and_value(url, f
     assert error["param"] == param and found in error["message"]
 
 
+BODIES = {
+    "/": {"text": "Hello"},
+    "/load_model": {"model": MODEL},
+    "/tokenize": {"prompt": "Hello"},
+    "/v1/chat/completions": {"model": MODEL, "messages": [HELLO]},
+    "/v1/completions": {"model": MODEL, "prompt": "Hello"},
+    "/v1/responses": {"model": MODEL, "input": "Hello"},
+}
+CHAT, COMPLETIONS, RESPONSES = list(BODIES)[3:]
+ANY_JSON = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "found"),
+    [
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 7}, "one limit with two values"),
+        (CHAT, {"max_tokens": 5, "min_tokens": 6}, "min_tokens is 6, more than max_tokens, 5"),
+        (CHAT, {"max_completion_tokens": 5, "min_tokens": 6}, "more than max_completion_tokens, 5"),
+        (CHAT, {"response_format": ANY_JSON, "min_tokens": 6}, "ends where that is complete"),
+        (COMPLETIONS, {"max_tokens": 5, "min_tokens": 6}, "more than max_tokens, 5"),
+        (COMPLETIONS, {"response_format": ANY_JSON, "min_tokens": 6}, "ends where that is complete"),
+        (COMPLETIONS, {"tools": [{"type": "function"}]}, "never trained to call tools"),
+        (COMPLETIONS, {"zoom": True}, "only /v1/chat/completions"),
+        (COMPLETIONS, {"read_text": True}, "only /v1/chat/completions"),
+        (RESPONSES, {"max_output_tokens": 5, "min_tokens": 6}, "more than max_output_tokens, 5"),
+        (RESPONSES, {"text": {"format": ANY_JSON}, "min_tokens": 6}, "ends where that is complete"),
+        (RESPONSES, {"zoom": 2}, "only /v1/chat/completions"),
+        (RESPONSES, {"read_text": True}, "only /v1/chat/completions"),
+        (RESPONSES, {"n": 2}, "there is one answer"),
+        (RESPONSES, {"max_tokens": 5}, "called max_output_tokens here"),
+        (RESPONSES, {"max_completion_tokens": 5}, "called max_output_tokens here"),
+        (RESPONSES, {"response_format": ANY_JSON}, "called text.format here"),
+        (RESPONSES, {"include": ["logprobs"]}, "message.output_text.logprobs"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_setting_that_another_one_or_its_route_would_drop_is_refused(url, path, fields, found):
+    response = post(url + path, json={**BODIES[path], **fields})
+    assert found in error_of(response, 422)["message"]
+
+
+def test_two_biases_for_one_token_are_refused_unless_they_are_the_same(engine, url):
+    [token_id] = engine.vocabulary.token_ids("红色")
+    error = error_of(chat(url, logit_bias={"红色": 5, str(token_id): -5}), 400)
+    assert (error["param"], f"'红色' and '{token_id}' mean the same token" in error["message"]) == ("logit_bias", True)
+    both, one = (chat(url, logit_bias=bias) for bias in ({"红色": 5, str(token_id): 5}, {"红色": 5}))
+    assert answer_of(both) == answer_of(one)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 5, "min_tokens": 5}),
+        (CHAT, {"response_format": ANY_JSON, "min_tokens": 0, "max_tokens": 5}),
+        (COMPLETIONS, {"suffix": "", "tools": [], "tool_choice": "none", "zoom": False, "read_text": False}),
+        (RESPONSES, {"n": 1, "zoom": False, "include": ["reasoning.encrypted_content"], "max_output_tokens": 5}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_settings_that_do_not_contradict_each_other_are_taken(url, path, fields):
+    response = post(url + path, json={**BODIES[path], **fields})
+    assert response.status_code == 200, response.text
+    assert "x-ignored-fields" not in response.headers
+
+
+def test_every_route_names_a_field_that_it_does_not_know_and_refuses_it_where_that_was_asked_for(engine, url):
+    with serve(engine, strict=True) as strict_url:
+        for path, body in BODIES.items():
+            response = post(url + path, json={**body, "max_lenght": 9})
+            assert response.status_code == 200 and response.headers["x-ignored-fields"] == "max_lenght", path
+            refused = post(strict_url + path, json={**body, "max_lenght": 9})
+            assert error_of(refused, 422)["param"] == "max_lenght", path
+
+
 # ------------------------------------------------------------------------------------------------ messages and parts
 
 

@@ -252,34 +252,63 @@ def find_foreign_code(folder: Path, files: Mapping[str, Path], writer: str | Non
 
 def find_code_elsewhere(folder: Path, own: Collection[str]) -> Iterator[str]:
     """A line for each place that tells transformers to load code that is none of this release's files, `own`: from
-    another repository, or from anywhere on the machine, for a module's name may be a path.
+    another repository, or from anywhere on the machine, for a module's name may be a path; and for settings of which
+    that cannot be said.
     """
-    for file in sorted(folder.glob("*.json")):
-        if why_no_file(file):
+    for file in sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json"):  # systems may ignore case
+        if file.name == MANIFEST_FILE or why_no_file(file):
             continue
-        if file.stat().st_size > LONGEST_JSON:
-            if file.name.endswith("config.json"):  # of which transformers reads any size
-                yield f"{file.name} has {file.stat().st_size:,} bytes, too many to look for code that it may name."
+        if (size := file.stat().st_size) > LONGEST_JSON:  # of which transformers reads any size
+            yield f"{file.name} has {size:,} bytes, too many to look for code that it may name."
             continue
         try:
             content = json.loads(file.read_bytes())
         except (ValueError, RecursionError):
-            continue  # such a file names nothing
+            yield f"{file.name} cannot be read as JSON, so it may name any code."
+            continue
         for each in sorted(set(named_code(content))):
             if "--" in each:
                 yield f"{file.name} names code of another repository: {each}."
             elif f"{each.partition('.')[0]}.py" not in own:
                 yield f"{file.name} names code that this release does not have: {each}."
+        for each in sorted(set(named_kernels(content))):
+            yield f"{file.name} names code of another repository: {each}."
+    yield from find_other_model(folder)
 
 
-def named_code(content: object) -> Iterator[str]:
-    """The classes that settings name in an `auto_map` or as a pipeline's, at any depth, as `module.Class`."""
+def objects_in(content: object) -> Iterator[dict]:
+    """All objects in what a JSON file says, at any depth."""
     places = [content]
     while places:
         place = places.pop()
         places.extend(place.values() if isinstance(place, dict) else place if isinstance(place, list) else ())
-        if not isinstance(place, dict):
-            continue
+        if isinstance(place, dict):
+            yield place
+
+
+def named_code(content: object) -> Iterator[str]:
+    """The classes that settings name in an `auto_map` or as a pipeline's, as `module.Class`."""
+    for place in objects_in(content):
         named = place["auto_map"] if isinstance(place.get("auto_map"), dict) else {}
         for value in (*named.values(), place.get("impl")):
             yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str))
+
+
+def named_kernels(content: object) -> Iterator[str]:
+    """The repositories whose kernels settings name as a way of attention or of experts, one for each part or for all:
+    transformers fetches and runs them.
+    """
+    for place in objects_in(content):
+        for name, value in place.items():
+            if name.endswith(("attn_implementation", "experts_implementation")):
+                values = value.values() if isinstance(value, dict) else [value]
+                yield from (each for each in values if isinstance(each, str) and "/" in each)
+
+
+def find_other_model(folder: Path) -> Iterator[str]:
+    """A line for an adapter's settings beside a model: of a name on a hub, transformers loads the model that they name
+    instead, with its code.
+    """
+    file = folder / "adapter_config.json"
+    if (folder / "config.json").exists() and file.is_file():
+        yield f"{file.name} beside a model makes transformers load another model, and its code, from a hub."

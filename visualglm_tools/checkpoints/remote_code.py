@@ -74,6 +74,8 @@ def package_folder() -> Path:
 def named_code(folder: Path) -> set[str]:
     """The files that a folder's config.json tells transformers to load."""
     file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} has no config.json, so it is no model that is loaded with code.")
     try:
         auto_map = json.loads(file.read_text(encoding="utf-8")).get("auto_map") or {}
         names = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value])]

@@ -112,7 +112,11 @@ class SpeedOptions(ModelOptions):
             from visualglm_hf.compilation import resolve_compile_config
             from visualglm_tools.checkpoints.loading import choose_device
 
-            resolve_compile_config(self.compiling(), choose_device(self.device))
+            device = choose_device(self.device)
+            if self.speed_up == "record" and device.type != "cuda":
+                kind = repr(device.type)
+                raise ValueError(f"--record is for an NVIDIA GPU, and the model will be on {kind}. Leave it out.")
+            resolve_compile_config(self.compiling(), device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -529,6 +529,8 @@ def save_adapter(trainer: Trainer, folder: Path, samples: dict, card: tuple[dict
         for path in unfinished.iterdir():
             if path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILE, BASE_FILE, PICTURES_FILE):
                 path.unlink()
+        mode = (unfinished / ADAPTER_CONFIG_FILE).stat().st_mode
+        (unfinished / ADAPTER_WEIGHT_FILE).chmod(mode)  # safetensors leaves it readable to its owner alone
         write_card(unfinished, *card)
         write_manifest(unfinished)
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)

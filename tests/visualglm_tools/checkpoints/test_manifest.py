@@ -233,15 +233,39 @@ def test_code_of_another_repository_is_found_even_if_the_manifest_lists_it(folde
         ("config.json", {"auto_map": {"AutoModel": "C:\\c.D"}}, "this release does not have: C:\\c.D"),
         ("config.json", {"custom_pipelines": {"mine": {"impl": "a/b--c.D"}}}, "another repository: a/b--c.D"),
         ("processor_config.json", {"image_processor": {"auto_map": {"A": "a/b--c.D"}}}, "another repository: a/b--c.D"),
+        ("config.json", {"attn_implementation": "a/b"}, "another repository: a/b"),
+        ("config.json", {"attn_implementation": {"text_config": "paged|a/b@main:c"}}, "another repository: paged|a/b"),
+        ("config.json", {"vision_config": {"_attn_implementation": "a/b"}}, "another repository: a/b"),
+        ("config.json", {"experts_implementation": "a/b"}, "another repository: a/b"),
+        ("Config.JSON", {"auto_map": {"AutoModel": "a/b--c.D"}}, "Config.JSON names code of another repository"),
+        ("adapter_config.json", {"base_model_name_or_path": "a/b"}, "load another model, and its code"),
         ("config.json", {"auto_map": {"AutoModel": "a/b--c.D"}, "x": "x" * LONGEST_JSON}, "too many to look for code"),
+        ("config.5.0.json", {"auto_map": {"A": "a/b--c.D"}, "x": "x" * LONGEST_JSON}, "too many to look for code"),
     ],
-    ids=["repository", "path", "share", "drive", "pipeline", "nested", "large"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_wherever_settings_name_code_that_is_not_this_releases_it_is_found(folder, file, more, found):
-    content = json.loads((folder / file).read_text(encoding="utf-8"))
+    content = json.loads((folder / file).read_text(encoding="utf-8")) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps({**content, **more}), encoding="utf-8")
     write_manifest(folder)
     assert found in problem(folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"auto_map": ', "\ufeff{}x"], ids=["deep", "cut", "no JSON"])
+def test_settings_that_cannot_be_looked_through_are_no_good_ones(folder, content):
+    """Others may read deeper: how deep is a setting of the process."""
+    (folder / "config.5.0.json").write_text(content, encoding="utf-8")
+    write_manifest(folder)
+    assert problem(folder) == "config.5.0.json cannot be read as JSON, so it may name any code."
+
+
+def test_an_adapters_folder_names_its_model(folder):
+    """Which the user of an adapter gives himself."""
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    write_manifest(folder)
+    assert verify(folder).problems == ()
 
 
 def test_the_tiny_models_own_code_is_this_releases(tmp_path):

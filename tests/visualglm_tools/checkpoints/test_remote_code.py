@@ -168,7 +168,8 @@ def test_code_is_not_copied_into_a_folder_that_is_loaded_with_another(tiny_origi
 
 def test_code_is_not_copied_where_there_is_no_model(tmp_path, capsys):
     assert check(tmp_path, "--copy-code") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = f"error: {str(tmp_path)!r} has no config.json, so it is no model that is loaded with code.\n"
+    assert capsys.readouterr().err == error
     assert not list(tmp_path.iterdir())
 
 

@@ -55,6 +55,7 @@ def test_a_run_writes_an_adapter_curves_and_a_report(settings):
         "manifest.json",
     ]
     assert verify(settings.save / "adapter").problems == ()
+    assert len({path.stat().st_mode for path in (settings.save / "adapter").iterdir()}) == 1  # for a server's user, too
     assert (settings.save / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((settings.save / "report.json").read_text(encoding="utf-8")) == report
     losses = {entry["step"]: entry["eval_loss"] for entry in report["log"] if "eval_loss" in entry}

@@ -17,7 +17,15 @@ from visualglm_tools.serving.engine.vocabulary import Vocabulary
 from visualglm_tools.serving.http.answering import ask_texts, complete, grammar_of, refusing
 from visualglm_tools.serving.http.errors import ASKING, ApiError, responses
 from visualglm_tools.serving.http.events import DONE, EventStream, error_event, event, pieces, with_errors
-from visualglm_tools.serving.http.fields import Choosing, ResponseFormat, Streaming, TakenAsTheyAre, refused
+from visualglm_tools.serving.http.fields import (
+    Choosing,
+    NoLooking,
+    NoTools,
+    ResponseFormat,
+    Streaming,
+    TakenAsTheyAre,
+    refused,
+)
 from visualglm_tools.serving.http.intake import check_count
 from visualglm_tools.serving.http.logprobs import CompletionLogprobs, Words
 from visualglm_tools.serving.http.service import STREAMS, Service, Usage, body_of, usage
@@ -37,7 +45,7 @@ def as_texts(prompt: Any) -> Any:
     return prompt
 
 
-class CompletionRequest(Choosing, Streaming, TakenAsTheyAre):
+class CompletionRequest(Choosing, Streaming, NoTools, NoLooking, TakenAsTheyAre):
     model: str
     prompt: Annotated[list[str], BeforeValidator(as_texts, json_schema_input_type=str | list[str])] = Field(
         min_length=1, description="several are answered one by one"
@@ -49,12 +57,17 @@ class CompletionRequest(Choosing, Streaming, TakenAsTheyAre):
         None, description="how many of the likeliest tokens to tell beside each chosen one"
     )
     echo: bool = Field(False, description="put the prompt before its answer")
-    suffix: Annotated[None, refused(SUFFIX, but="")] = None
+    suffix: Annotated[Literal[""], refused(SUFFIX, but="")] = ""
 
     @model_validator(mode="after")
     def check_echo(self) -> "CompletionRequest":
         if self.echo and self.logprobs is not None:
             raise ValueError("echo and logprobs do not go together: how likely a prompt was is not told. Leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def check_limit(self) -> "CompletionRequest":
+        self.check_least("max_tokens", self.response_format.schema_of_answer())
         return self
 
 

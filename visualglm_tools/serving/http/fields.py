@@ -63,6 +63,7 @@ Nothing = Annotated[None, refused(TEXT_ALONE, but=None)]
 # What vLLM's clients say of an answer's form or tokens.
 Form = Annotated[None, refused("an answer's form is said by response_format here: a JSON schema", but=None)]
 TokenSet = Annotated[None, refused("tokens are forbidden or favoured by logit_bias here", but=None)]
+Looking = Annotated[bool, refused("only /v1/chat/completions does that; ask there, or leave it out", but=False)]
 
 
 class TakenAsTheyAre(Fields):
@@ -96,6 +97,13 @@ class NoTools(Fields):
     tools: Tools = Field([], max_length=0)
     tool_choice: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool | None = Field(None, description="has no effect: there are no tools")
+
+
+class NoLooking(Fields):
+    """Of routes that have no extensions for pictures: what those are called."""
+
+    read_text: Looking = Field(False, json_schema_extra={"const": False})
+    zoom: Looking = Field(False, json_schema_extra={"const": False})
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -137,7 +145,7 @@ class Choosing(Fields):
             more: of `Settings`.
 
         Raises:
-            ValueError: a bias for what is no token.
+            ValueError: a bias for what is no token, or two for one.
         """
         is_penalized = grammar is None or "repetition_penalty" in self.model_fields_set
         more = {
@@ -149,9 +157,7 @@ class Choosing(Fields):
             "repetition_penalty": self.repetition_penalty if is_penalized else 1,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": {
-                token_id: value for name, value in self.logit_bias.items() for token_id in vocabulary.token_ids(name)
-            },
+            "logit_bias": self.biases(vocabulary),
             "stop": tuple(self.stop),
             "grammar": grammar,
             **more,
@@ -159,6 +165,24 @@ class Choosing(Fields):
         is_seeded = self.seed is not None and self.seed != -1
         seeds = [(self.seed + index) % (MAX_SEED + 1) if is_seeded else None for index in range(number)]
         return [Settings(seed=seed, **more) for seed in seeds]
+
+    def check_least(self, most: str, schema: Mapping | None) -> None:
+        """Raise a `ValueError` if an answer of a schema, or with the limit of the field `most`, cannot be so long."""
+        limit = getattr(self, most) if most in self.model_fields_set else None
+        if self.min_tokens and schema is not None:
+            raise ValueError("min_tokens: an answer that must be JSON ends where that is complete. Leave one out")
+        if limit is not None and self.min_tokens > limit:
+            raise ValueError(f"min_tokens is {self.min_tokens}, more than {most}, {limit}")
+
+    def biases(self, vocabulary: Vocabulary) -> dict[int, float]:
+        """Of tokens, by their ids; a `ValueError` for what is no token, and for a token with two of them."""
+        found: dict[int, tuple[float, str]] = {}
+        for name, value in self.logit_bias.items():
+            for token_id in vocabulary.token_ids(name):
+                other, whose = found.setdefault(token_id, (value, name))
+                if other != value:
+                    raise ValueError(f"logit_bias: {whose[:60]!r} and {name[:60]!r} mean the same token, {token_id}.")
+        return {token_id: value for token_id, (value, _) in found.items()}
 
 
 class JsonSchema(Fields):

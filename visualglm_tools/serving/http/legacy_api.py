@@ -18,6 +18,7 @@ from visualglm_tools.serving.engine.prompts import conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http.answering import ask, complete
 from visualglm_tools.serving.http.errors import ASKING, ApiError, responses
+from visualglm_tools.serving.http.fields import Fields
 from visualglm_tools.serving.http.intake import Intake, check_count
 
 
@@ -25,8 +26,8 @@ EXAMPLE = {"image": "", "text": "Hello", "history": []}
 Turn = Annotated[list[str], Field(min_length=2, max_length=2)]  # a tuple's schema would be none of OpenAPI
 
 
-class LegacyRequest(BaseModel):
-    """Other fields are ignored, as they always were."""
+class LegacyRequest(Fields):
+    """Other fields are ignored, as they always were, and named in a header."""
 
     image: str | None = Field(
         "", description="base64 of a picture, line breaks allowed, or a data: URI; empty for none"

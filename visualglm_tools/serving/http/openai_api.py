@@ -144,6 +144,15 @@ class ChatRequest(Choosing, Streaming, NoTools, TakenAsTheyAre):
             raise ValueError(f"top_logprobs is {self.top_logprobs}, which needs logprobs: true")
         return self
 
+    @model_validator(mode="after")
+    def check_limits(self) -> "ChatRequest":
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ValueError("max_tokens and max_completion_tokens are one limit with two values; leave one out")
+        for name in ("max_tokens", "max_completion_tokens"):
+            self.check_least(name, self.response_format.schema_of_answer())
+        return self
+
     def settings(self, vocabulary: Vocabulary, grammar: Grammar | None) -> list[Settings]:
         """One for each choice; a `ValueError` for a bias of what is no token."""
         return self.choosing(

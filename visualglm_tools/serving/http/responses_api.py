@@ -22,6 +22,7 @@ from visualglm_tools.serving.http.fields import (
     Fields,
     Ignored,
     JsonSchema,
+    NoLooking,
     NoTools,
     ResponseFormat,
     TakenAsTheyAre,
@@ -35,7 +36,20 @@ from visualglm_tools.serving.http.service import STREAMS, Service, body_of
 
 STORED = "this server stores nothing; send the whole conversation as input, and leave this out"
 NO_FILES = "this server has no files; send the picture as image_url: data:image/png;base64,..."
+ONE_CHOICE = "there is one answer on this route; /v1/chat/completions gives several"
+OTHER_LIMIT = "it is called max_output_tokens here"
+OTHER_FORMAT = "it is called text.format here"
 LOGPROBS = "message.output_text.logprobs"  # of `include`
+Includable = Literal[
+    "message.output_text.logprobs",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+]
 
 
 # As OpenAI bounds what is told back; pydantic reads a text of a given length as UTF-8.
@@ -127,7 +141,7 @@ class Reasoning(Fields):
     summary: str | None = Field(None, description="has no effect: there is nothing to sum up")
 
 
-class ResponsesRequest(Choosing, NoTools, TakenAsTheyAre):
+class ResponsesRequest(Choosing, NoTools, NoLooking, TakenAsTheyAre):
     model: str
     input: Annotated[
         list[InputMessage], BeforeValidator(as_messages, json_schema_input_type=str | list[InputMessage])
@@ -135,8 +149,8 @@ class ResponsesRequest(Choosing, NoTools, TakenAsTheyAre):
     instructions: str | None = Field(None, description="a system message before the input")
     max_output_tokens: int | None = Field(None, ge=1, description="by default, until the answer ends")
     text: TextOptions = TextOptions()
-    include: Annotated[list[str], BeforeValidator(check_count)] = Field(
-        [], description=f"{LOGPROBS!r}: how likely the tokens were"
+    include: Annotated[list[Includable], BeforeValidator(check_count)] = Field(
+        [], description=f"{LOGPROBS!r}: how likely the tokens were; of the others there is nothing here"
     )
     top_logprobs: TopLogprobs = Field(0, description="how many of the likeliest tokens to tell beside each chosen one")
     stream: bool = False
@@ -145,11 +159,20 @@ class ResponsesRequest(Choosing, NoTools, TakenAsTheyAre):
     reasoning: Reasoning = Reasoning()
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
+    n: Annotated[Literal[1], refused(ONE_CHOICE, but=1)] = 1
+    max_tokens: Annotated[None, refused(OTHER_LIMIT, but=None)] = None
+    max_completion_tokens: Annotated[None, refused(OTHER_LIMIT, but=None)] = None
+    response_format: Annotated[None, refused(OTHER_FORMAT, but=None)] = None
     store: Annotated[bool, refused(STORED, but=False)] = Field(False, json_schema_extra={"const": False})
     previous_response_id: Annotated[None, refused(STORED, but=None)] = None
     conversation: Annotated[None, refused(STORED, but=None)] = None
     prompt: Annotated[None, refused(STORED, but=None)] = None
     max_tool_calls: int | None = Field(None, description="has no effect: there are no tools")
+
+    @model_validator(mode="after")
+    def check_limit(self) -> "ResponsesRequest":
+        self.check_least("max_output_tokens", self.text.format.as_response_format().schema_of_answer())
+        return self
 
     @property
     def tells_logprobs(self) -> bool:

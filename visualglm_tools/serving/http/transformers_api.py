@@ -10,9 +10,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 
 from visualglm_tools.serving.engine.engine import Engine
+from visualglm_tools.serving.http.fields import Fields
 from visualglm_tools.serving.http.intake import Intake
 
 
@@ -31,7 +31,7 @@ SETTINGS = {
 SILENT = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "_from_model_config")
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(Fields):
     model: str
 
 
