@@ -76,7 +76,7 @@ ARROWS = {
     "history": (set(), {"torch"}),
     "guidance": ({"cache_naming", "growing_cache"}, {"transformers", "torch"}),
     "attention_maps": (set(), {"torch"}),
-    "zooming": ({"attention_maps"}, {"transformers", "torch"}),
+    "zooming": ({"attention_maps"}, {"transformers", "torch", "numpy"}),
     "looking": ({"attention_maps", "history"}, {"transformers", "torch", "PIL", "numpy"}),
     "given_pictures": (
         {"fetching", "history", "image_processing_visualglm", "soft_prompts", "text_in_pictures"},
@@ -89,6 +89,7 @@ ARROWS = {
             "conversation",
             "generation_options",
             "history",
+            "text_in_pictures",
             "zooming",
         },
         {"transformers", "torch"},

@@ -10,6 +10,7 @@ small print takes as long as its beginning.
 """
 
 import functools
+import numbers
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .conversation import LINE_BREAK, MORE, one_line_of
+from .conversation import LINE_BREAK, MORE, brief, one_line_of
 
 
 LONGEST_SIDE = 1600  # pixels; a larger picture is reduced. Read in 0.9 GB; with 2,000 pixels it is 1.1
@@ -34,6 +35,14 @@ MISSING = (
     "Reading text in pictures needs RapidOCR and ONNX Runtime, and {} is not installed. Get them with "
     "pip install rapidocr onnxruntime, or leave read_text out."
 )
+
+
+def is_wanted(read_text) -> bool:
+    """Whether the text in pictures is to be read; a `ValueError` for what is neither true nor false, such as "no"."""
+    is_truth = isinstance(read_text, (numbers.Integral, np.bool_)) and read_text in (0, 1)
+    if read_text is not None and not is_truth:
+        raise ValueError(f"read_text must be True or False, found {brief(read_text)}.")
+    return bool(read_text)
 
 
 class TextReader:

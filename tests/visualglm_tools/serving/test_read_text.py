@@ -86,6 +86,17 @@ def test_a_picture_is_read_once_however_often_it_is_asked_about(engine, seen):
     assert len(seen) == 2
 
 
+def test_switches_that_are_none_are_refused_by_name(engine, seen):
+    for read_text in ("no", 2):
+        with pytest.raises(ValueError, match="read_text must be True or False, found"):
+            engine.prepare(messages(png(800, 400), "一"), read_text=read_text)
+        with pytest.raises(ValueError, match="read_text must be True or False, found"):
+            engine.decode_picture(png(800, 400), read_text=read_text)
+    with pytest.raises(ValueError, match="zoom must be .*found 'no'"):
+        engine.decode_picture(png(800, 400), zoom="no")
+    assert seen == []
+
+
 def test_each_picture_is_read_for_its_own_turn(engine, seen):
     talk = [*messages(png(200, 200), "一"), {"role": "assistant", "content": "x"}, *messages(png(800, 400), "二")]
     prompt = engine.prepare(talk, read_text=True)
