@@ -212,7 +212,7 @@ TOOL_ROOMS = {
     "serving": Room(
         tools="checkpoints.folder checkpoints.loading messages options output_files packages printing "
         "serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling shipped tables",
-        model="compilation fetching image_processing_visualglm",
+        model="compilation fetching image_processing_visualglm text_in_pictures",
         packages="PIL accelerate pyarrow tqdm transformers",
     ),
     "serving/engine": Room(

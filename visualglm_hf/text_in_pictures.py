@@ -14,6 +14,7 @@ import numbers
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -82,9 +83,8 @@ class TextReader:
         return text if any(map(str.isalnum, text)) and found.scores[0] >= least else ""
 
 
-@functools.cache
-def load_reader() -> TextReader:
-    """The reader of this process; a `ValueError` if it is not installed."""
+def import_reader() -> tuple[ModuleType, ModuleType, dict[str, Path]]:
+    """ONNX Runtime, RapidOCR and the files of its parts by their names; a `ValueError` if one of them is missing."""
     try:
         import onnxruntime
         import rapidocr
@@ -97,8 +97,15 @@ def load_reader() -> TextReader:
             f"RapidOCR in {str(folder.parent)!r} has no model {', '.join(missing)}: it would have to be downloaded. "
             "Install a release that has its models in it: pip install 'rapidocr>=3.10'."
         )
+    return onnxruntime, rapidocr, {part: found[-1] for part, found in models.items()}
+
+
+@functools.cache
+def load_reader() -> TextReader:
+    """The reader of this process; a `ValueError` as in `import_reader`."""
+    onnxruntime, rapidocr, models = import_reader()
     # Named, so that nothing is looked up, let alone downloaded. Six lines at a time took twice the memory.
-    paths = {f"{part}.model_path": str(found[-1]) for part, found in models.items()}
+    paths = {f"{part}.model_path": str(path) for part, path in models.items()}
     engine = rapidocr.RapidOCR(params={"Global.log_level": SILENT, "Rec.rec_batch_num": 1, **paths})
     onnxruntime.set_default_logger_severity(4)  # fatal errors alone
     return TextReader(engine)
