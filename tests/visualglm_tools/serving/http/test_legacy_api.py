@@ -62,10 +62,8 @@ def test_a_zoom_is_a_field_of_the_original_route_too(url, small_star):
     for zoom in (True, 2):
         assert post(url, json={**asked, "zoom": zoom}).json()["result"] == "White."
     for zoom in (1.5, "x", [1]):
-        assert (
-            "true, false or a whole number of looks"
-            in error_of(post(url, json={**asked, "zoom": zoom}), 422)["message"]
-        )
+        refused = error_of(post(url, json={**asked, "zoom": zoom}), 422)
+        assert refused["message"] == "zoom: must be true, false or a whole number of looks"
     assert "from 0 to 4" in error_of(post(url, json={**asked, "zoom": 5}), 400)["message"]
     assert "no picture to zoom into" in error_of(post(url, json={**fields, "zoom": True}), 400)["message"]
 
