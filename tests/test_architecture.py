@@ -76,7 +76,7 @@ ARROWS = {
     "history": (set(), {"torch"}),
     "guidance": ({"cache_naming", "growing_cache"}, {"transformers", "torch"}),
     "attention_maps": (set(), {"torch"}),
-    "zooming": ({"attention_maps"}, {"transformers", "torch"}),
+    "zooming": ({"attention_maps"}, {"transformers", "torch", "numpy"}),
     "looking": ({"attention_maps", "history"}, {"transformers", "torch", "PIL", "numpy"}),
     "given_pictures": (
         {"fetching", "history", "image_processing_visualglm", "soft_prompts", "text_in_pictures"},
@@ -89,6 +89,7 @@ ARROWS = {
             "conversation",
             "generation_options",
             "history",
+            "text_in_pictures",
             "zooming",
         },
         {"transformers", "torch"},
@@ -211,7 +212,7 @@ TOOL_ROOMS = {
     "serving": Room(
         tools="checkpoints.folder checkpoints.loading imports messages options output_files packages printing "
         "serving.engine.answers serving.engine.engine serving.engine.prompts serving.engine.sampling shipped tables",
-        model="compilation fetching image_processing_visualglm",
+        model="compilation fetching image_processing_visualglm text_in_pictures",
         packages="PIL accelerate pyarrow tqdm transformers",
     ),
     "serving/engine": Room(

@@ -6,6 +6,7 @@ Source: `chat`, `stream_chat` and their defaults in the original `modeling_chatg
 """
 
 import inspect
+import numbers
 import os
 import queue
 import threading
@@ -26,6 +27,7 @@ from .compilation import resolve_compile_config
 from .conversation import build_prompt, check_history, check_query, clean_response, expand_images, uncleaned
 from .generation_options import check_chat_options, resolve_chat_options
 from .history import AnsweredTurn, ChatHistory, RememberedImage, joining_turn, shown_last
+from .text_in_pictures import is_wanted
 from .zooming import count_looks, zoom_in
 
 
@@ -158,14 +160,28 @@ def choose_image(images: Sequence, number: int, has_history: bool):
     if not images:
         again = "again: the history remembers only what the model made of it" if has_history else "before the query"
         raise ValueError(f"look() and zoom need the picture itself. Pass it {again}.")
-    if isinstance(number, bool) or not isinstance(number, int) or not -len(images) <= number < len(images):
+    is_number = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    if not is_number or not -len(images) <= number < len(images):
         raise ValueError(f"number must be that of one of the {len(images)} pictures given, found {number!r}.")
     return images[number]
 
 
-def last_place(digest: str, images: Iterable) -> int:
-    """Where among pictures one stands that may stand there several times."""
-    return max(place for place, image in enumerate(images) if image.digest == digest)
+def place_of(image, before: Sequence, joining: Sequence) -> int:
+    """Where among the pictures of the history and those that join it a given one stands, the last time if it does not
+    join again."""
+    for place, each in enumerate(joining, len(before)):
+        if each is image:
+            return place
+    return max(place for place, each in enumerate(before) if each.digest == image.digest)
+
+
+def check_readings(history: ChatHistory) -> None:
+    """Raise a `ValueError` if there is no picture to read, and none that was read before."""
+    if all(image.reading is None for image in history.images):
+        found, remedy = "none", "Give one"
+        if history.images:
+            found, remedy = "only what the model made of those in the history", "Give it again"
+        raise ValueError(f"read_text=True reads the text in pictures, and there is {found}. {remedy}, or leave it out.")
 
 
 def checked_turns(history: Iterable | None) -> list[Sequence[str]]:
@@ -348,7 +364,7 @@ class ChatMixin:
             look: the number of the given picture that will be looked into; None for none, or for the last one if there
                 is a zoom.
         """
-        turns, looks = checked_turns(history), count_looks(zoom)
+        turns, looks, read_text = checked_turns(history), count_looks(zoom), is_wanted(read_text)
         if query is None:
             image_path, query = None, image_path
             if not turns and isinstance(query, str) and os.path.isfile(query):
@@ -360,8 +376,8 @@ class ChatMixin:
         look = -1 if look is None and looks else look
         given = self.open_images(image_path, image_size, keep_pixels=read_text or look is not None)
         looked_into = None if look is None else choose_image(given, look, has_history=bool(history.images))
-        if read_text and not given and not history.images:
-            raise ValueError("read_text=True reads the text in pictures, and there is none. Give one, or leave it out.")
+        if read_text and not given:
+            check_readings(history)
         joining = [image for image in given if image.digest not in shown_last(history)]
         readings = self.read_images(tokenizer, given, history) if read_text else {}
 
@@ -381,7 +397,7 @@ class ChatMixin:
             history[place], images = AnsweredTurn(history[place], images), ()
         turn = Turn(inputs, query, history, images, seen)
         if looked_into is not None:
-            turn.place = last_place(looked_into.digest, (*before, *joining))
+            turn.place = place_of(looked_into, before, joining)
         if looks:
             input_ids, image_embeds = inputs["input_ids"], inputs["image_embeds"]
             inputs["image_embeds"] = zoom_in(self, seen, input_ids, image_embeds, turn.place, looks)

@@ -19,6 +19,7 @@ are those of VisualGLM-6B.
 """
 
 import functools
+import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -337,7 +338,7 @@ class VisualGLMVisionConfig(PreTrainedConfig):
         """
         patch, most = self.patch_size, MAX_PATCHES_A_SIDE * self.patch_size
         for side in sides:
-            if isinstance(side, bool) or not isinstance(side, int):
+            if isinstance(side, bool) or not isinstance(side, (int, numbers.Integral)):
                 raise ValueError(f"image_size must be a number of pixels a side, found {side!r}.")
             if side < patch or side > most:
                 raise ValueError(f"image_size must be from {patch} to {most} pixels a side, found {side}.")

@@ -7,6 +7,7 @@ Not here: how that is computed (`attention_maps.py`), and what is done with it t
 import base64
 import html
 import io
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -59,9 +60,10 @@ class Look:
         Raises:
             ValueError: another opacity, or no such side.
         """
-        if not 0 <= opacity <= 1:
+        if not isinstance(opacity, numbers.Real) or not 0 <= opacity <= 1:
             raise ValueError(f"opacity must be from 0 to 1, found {opacity!r}.")
-        if longest is not None and longest < 1:
+        is_number = isinstance(longest, numbers.Integral) and not isinstance(longest, bool)
+        if longest is not None and (not is_number or longest < 1):
             raise ValueError(f"longest must be a number of pixels, 1 or more, found {longest!r}.")
         picture = self.picture.convert("L").convert("RGB")
         if longest is not None:
@@ -128,6 +130,8 @@ class LookMixin:
         """
         if options.pop("zoom", False):
             raise ValueError("look() tells where in the whole picture the model looks. Leave zoom out.")
+        if number is None:  # prepare_turn's word for a picture that nobody looks into
+            raise ValueError("number must be that of one of the pictures given, found None. Leave it out for the last.")
         options = self.generation_options(tokenizer, do_sample=do_sample, **options)
         shown = {"read_text": read_text, "look": number, "image_size": image_size}
         turn = self.prepare_turn(tokenizer, image_path, query, history, english, options.get("max_length"), **shown)

@@ -10,14 +10,16 @@ small print takes as long as its beginning.
 """
 
 import functools
+import numbers
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
 
-from .conversation import LINE_BREAK, MORE, one_line_of
+from .conversation import LINE_BREAK, MORE, brief, one_line_of
 
 
 LONGEST_SIDE = 1600  # pixels; a larger picture is reduced. Read in 0.9 GB; with 2,000 pixels it is 1.1
@@ -34,6 +36,14 @@ MISSING = (
     "Reading text in pictures needs RapidOCR and ONNX Runtime, and {} is not installed. Get them with "
     "pip install rapidocr onnxruntime, or leave read_text out."
 )
+
+
+def is_wanted(read_text) -> bool:
+    """Whether the text in pictures is to be read; a `ValueError` for what is neither true nor false, such as "no"."""
+    is_truth = isinstance(read_text, (numbers.Integral, np.bool_)) and read_text in (0, 1)
+    if read_text is not None and not is_truth:
+        raise ValueError(f"read_text must be True or False, found {brief(read_text)}.")
+    return bool(read_text)
 
 
 class TextReader:
@@ -73,9 +83,8 @@ class TextReader:
         return text if any(map(str.isalnum, text)) and found.scores[0] >= least else ""
 
 
-@functools.cache
-def load_reader() -> TextReader:
-    """The reader of this process; a `ValueError` if it is not installed."""
+def import_reader() -> tuple[ModuleType, ModuleType, dict[str, Path]]:
+    """ONNX Runtime, RapidOCR and the files of its parts by their names; a `ValueError` if one of them is missing."""
     try:
         import onnxruntime
         import rapidocr
@@ -88,8 +97,15 @@ def load_reader() -> TextReader:
             f"RapidOCR in {str(folder.parent)!r} has no model {', '.join(missing)}: it would have to be downloaded. "
             "Install a release that has its models in it: pip install 'rapidocr>=3.10'."
         )
+    return onnxruntime, rapidocr, {part: found[-1] for part, found in models.items()}
+
+
+@functools.cache
+def load_reader() -> TextReader:
+    """The reader of this process; a `ValueError` as in `import_reader`."""
+    onnxruntime, rapidocr, models = import_reader()
     # Named, so that nothing is looked up, let alone downloaded. Six lines at a time took twice the memory.
-    paths = {f"{part}.model_path": str(found[-1]) for part, found in models.items()}
+    paths = {f"{part}.model_path": str(path) for part, path in models.items()}
     engine = rapidocr.RapidOCR(params={"Global.log_level": SILENT, "Rec.rec_batch_num": 1, **paths})
     onnxruntime.set_default_logger_severity(4)  # fatal errors alone
     return TextReader(engine)

@@ -13,6 +13,7 @@ import numbers
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -34,7 +35,7 @@ SMALLEST_CROP, LARGEST_CROP = 0.25, 0.5  # of the longer side; larger ones gain 
 
 def count_looks(zoom) -> int:
     """How many looks `zoom` asks for, 0 for none; a `ValueError` if it is no such number."""
-    is_number = isinstance(zoom, numbers.Integral) or zoom is None
+    is_number = isinstance(zoom, (numbers.Integral, np.bool_)) or zoom is None
     if not is_number or not 0 <= int(zoom or 0) <= MOST_LOOKS:
         raise ValueError(
             f"zoom must be True, False or a number of looks from 0 to {MOST_LOOKS}, found {zoom!r}. True is one look."

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -191,6 +192,12 @@ def test_chat_refuses_a_size_that_no_picture_can_have(loaded, size, words):
     for picture in (CIRCLES, None):
         with pytest.raises(ValueError, match=words):
             model.chat(tokenizer, picture, "有几个？", image_size=size)
+
+
+def test_a_size_may_be_a_number_of_numpys(loaded):
+    model, tokenizer = loaded
+    asked = [model.prepare_turn(tokenizer, CIRCLES, "有几个？", None, image_size=size) for size in (392, np.int64(392))]
+    assert torch.equal(*(turn.inputs["image_embeds"] for turn in asked))
 
 
 def test_the_image_processor_makes_pictures_of_any_size(processor):

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import math
+import re
 import weakref
 
 import numpy as np
@@ -241,12 +242,24 @@ def test_a_look_reads_text_as_chat_does(trained, monkeypatch):
     assert (look.response, look.history[-1].readings) == (response, history[-1].readings) == (response, ("EXIT",))
 
 
-@pytest.mark.parametrize("number", [2, -3, True, "0"])
+@pytest.mark.parametrize("number", [2, -3, True, "0", 0.0, None])
 def test_a_picture_that_was_not_given_is_refused_by_its_number(trained, number):
     model, tokenizer = trained
     pictures = [world.draw(scene_at(position)) for position in ("left", "right")]
-    with pytest.raises(ValueError, match="one of the 2 pictures given, found"):
+    with pytest.raises(ValueError, match="one of the (2 )?pictures given, found"):
         model.look(tokenizer, pictures, QUESTION, number=number)
+
+
+def test_of_a_picture_that_is_given_twice_the_map_belongs_to_the_one_asked_for(trained):
+    model, tokenizer = trained
+    left, right = (world.draw(scene_at(position)) for position in ("left", "right"))
+    looks = [model.look(tokenizer, [left, right, left], QUESTION, number=number, **GREEDY) for number in (0, 2)]
+    turn = model.prepare_turn(tokenizer, [left, right, left], QUESTION, None, look=0)
+    assert turn.place == 0
+    assert not torch.equal(*(look.map for look in looks))
+    assert torch.equal(
+        model.look(tokenizer, [left, right, left], QUESTION, number=np.int64(2), **GREEDY).map, looks[1].map
+    )
 
 
 def test_a_later_question_is_looked_at_with_the_picture_given_again(trained):
@@ -317,7 +330,17 @@ def test_a_notebook_shows_the_picture_and_the_answer_as_text():
     assert "row 4, column 10" in repr(look)
 
 
-@pytest.mark.parametrize("options", [{"opacity": 1.5}, {"opacity": -0.1}, {"longest": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"opacity": value} for value in (1.5, -0.1, math.nan, "0.5", None, [0.5])]
+    + [{"longest": value} for value in (0, -3, 2.5, math.nan, "512", True, [512])],
+)
 def test_an_impossible_overlay_is_refused_by_its_value(options):
-    with pytest.raises(ValueError, match="must be"):
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*found {re.escape(repr(value))}"):
         look_of((16, 16)).overlay(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    look = look_of((64, 32))
+    assert look.overlay(np.float32(0.5), longest=np.int64(32)) == look.overlay(0.5, longest=32)

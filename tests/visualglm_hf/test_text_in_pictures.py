@@ -1,5 +1,6 @@
 """Room: text_in_pictures. What is written in a picture, read by a library that is not always there."""
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -107,6 +108,27 @@ def test_several_pictures_are_read_each_for_itself_also_out_of_one_array(model, 
 def test_without_a_picture_there_is_nothing_to_read(model, tokenizer):
     with pytest.raises(ValueError, match="read_text=True reads the text in pictures, and there is none"):
         model.chat(tokenizer, None, "你好", read_text=True)
+
+
+def test_a_picture_that_was_never_read_must_be_given_again_to_be_read(model, tokenizer, written):
+    _, history = model.chat(tokenizer, written.page("出口"), "这是什么？", **ANSWER)
+    with pytest.raises(ValueError, match="read_text=True reads .*Give it again"):
+        model.chat(tokenizer, "写着什么？", history=history, read_text=True, **ANSWER)
+    assert written.num_read == 0
+
+
+@pytest.mark.parametrize("read_text", ["no", "true", "", 2, 1.5, [], [True]])
+def test_what_is_neither_true_nor_false_reads_nothing(model, tokenizer, written, read_text):
+    page = written.page("出口")
+    for ask in (model.chat, model.stream_chat, model.look):
+        with pytest.raises(ValueError, match=f"read_text must be True or False, found {re.escape(repr(read_text))}"):
+            ask(tokenizer, page, "写着什么？", read_text=read_text, **ANSWER)
+
+
+@pytest.mark.parametrize(("read_text", "num_read"), [(np.True_, 1), (1, 1), (np.False_, 0), (0, 0), (None, 0)])
+def test_truths_of_other_kinds_are_truths(model, tokenizer, written, read_text, num_read):
+    model.prepare_turn(tokenizer, written.page("出口"), "写着什么？", None, read_text=read_text)
+    assert written.num_read == num_read
 
 
 def test_a_long_page_is_read_until_there_is_enough_and_says_so(written):

@@ -78,7 +78,8 @@ def test_an_even_map_has_no_region():
 
 
 @pytest.mark.parametrize(
-    ("given", "looks"), [(False, 0), (True, 1), (None, 0), (0, 0), (1, 1), (4, 4), (np.int64(2), 2)]
+    ("given", "looks"),
+    [(False, 0), (True, 1), (None, 0), (0, 0), (1, 1), (4, 4), (np.int64(2), 2), (np.True_, 1), (np.False_, 0)],
 )
 def test_zoom_is_a_truth_or_a_number_of_looks(given, looks):
     assert count_looks(given) == looks

@@ -356,6 +356,14 @@ def check_look(options: Options) -> None:
         raise ValueError(f"there is no folder {str(options.look.parent)!r} for {options.look.name!r}.")
 
 
+def check_picture(options: Options) -> None:
+    """Raise a `ValueError` if the one question that is asked has no picture to look at as the options say."""
+    if options.query is not None and not options.image and (switches := options.looking_switches()):
+        raise ValueError(
+            f"{' and '.join(switches)} need a picture, and there is none. Give --image, or leave them out."
+        )
+
+
 def answer_once(model, tokenizer, picture, options: Options, keywords: dict) -> str:
     """The answer to the option's question; with --look, a picture of where it looked, too."""
     looking = looking_at(picture, options.looking(), model)
@@ -374,7 +382,9 @@ def run(options: Options) -> None:
     """Answer one question, or talk until the user leaves; a `ValueError` says why not."""
     options.check()
     check_look(options)
+    check_picture(options)
     try:
+        options.check_looking()
         picture = open_source(options.image) if options.query is not None else None  # before the model is loaded
         model, tokenizer = open_model(options)
         keywords = answer_keywords(options, tokenizer)

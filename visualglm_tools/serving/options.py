@@ -242,6 +242,13 @@ class PictureOptions:
         """The keywords for what was given; none where pictures are looked at as ever."""
         return {each.name: getattr(self, each.name) for each in fields(PictureOptions) if is_given(self, each.name)}
 
+    def check_looking(self) -> None:
+        """Raise a `ValueError` if what reads text is missing: now, and not when the model is loaded."""
+        if self.read_text:
+            from visualglm_hf.text_in_pictures import import_reader
+
+            import_reader()
+
     def looking_switches(self) -> list[str]:
         """The same as they are typed, such as ["--read-text", "--zoom"]."""
         given = {"--read-text": self.read_text, "--zoom": self.zoom == 1, "--zoom-twice": self.zoom > 1}

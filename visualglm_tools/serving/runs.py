@@ -43,6 +43,7 @@ def run(options: FileOptions, read: Callable | None = None) -> int:
     try:
         check_paths(options)
         options.check()
+        options.check_looking()
         # Standard output is for answers alone.
         with termination_as_interrupt(), alone(options), contextlib.redirect_stdout(sys.stderr):
             return answer_file(options, read)

@@ -273,6 +273,20 @@ def test_a_look_that_cannot_be_written_is_one_line_before_the_model_is_loaded(ca
     assert error.startswith("error: ") and complaint in error
 
 
+@pytest.mark.parametrize("options", [("--zoom",), ("--read-text",), ("--read-text", "--zoom-twice", "--image", "")])
+def test_what_needs_a_picture_and_has_none_is_one_line_before_the_model_is_loaded(capsys, options):
+    assert chat("--query", "a", *options) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {options[0]}") and error.endswith("Give --image, or leave them out.")
+
+
+def test_a_missing_reader_is_one_line_before_the_model_is_loaded(capsys, monkeypatch, star_file):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    assert chat("--query", "a", "--image", star_file, "--read-text") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "rapidocr is not installed" in error and "pip install rapidocr onnxruntime" in error
+
+
 def test_one_shot_without_a_picture_answers_from_text_alone(run_here, model, tokenizer):
     expected, _ = model.chat(tokenizer, "你好", do_sample=False, max_length=50)
     code, out, _ = run_here("--query", "你好", "--greedy", "--max-length", "50")

@@ -15,6 +15,7 @@ from tests.helpers import user
 from tests.json_lines import read_lines, write_lines
 from tests.paths import CIRCLES, TINY
 from tests.serving_helpers import ask_about, data_uri, error_of, post, post_chat
+from visualglm_hf import text_in_pictures
 from visualglm_hf.picture_reading import read_reduced
 from visualglm_tools.commands import batch, chat
 from visualglm_tools.options import parse
@@ -42,6 +43,7 @@ def seen(monkeypatch, engine) -> list:
         return READING if picture.width > 300 else ""
 
     monkeypatch.setattr(prompts, "load_reader", lambda: None)
+    monkeypatch.setattr(text_in_pictures, "import_reader", tuple)
     monkeypatch.setattr(prompts, "read_picture", read)
     engine._prompts.readings.clear()
     return sizes
@@ -84,6 +86,17 @@ def test_a_picture_is_read_once_however_often_it_is_asked_about(engine, seen):
         engine.prepare(messages(png(800, 400), question), read_text=True)
     engine.prepare(messages(png(800, 400, seed=1), "三"), read_text=True)
     assert len(seen) == 2
+
+
+def test_switches_that_are_none_are_refused_by_name(engine, seen):
+    for read_text in ("no", 2):
+        with pytest.raises(ValueError, match="read_text must be True or False, found"):
+            engine.prepare(messages(png(800, 400), "一"), read_text=read_text)
+        with pytest.raises(ValueError, match="read_text must be True or False, found"):
+            engine.decode_picture(png(800, 400), read_text=read_text)
+    with pytest.raises(ValueError, match="zoom must be .*found 'no'"):
+        engine.decode_picture(png(800, 400), zoom="no")
+    assert seen == []
 
 
 def test_each_picture_is_read_for_its_own_turn(engine, seen):
@@ -205,6 +218,15 @@ def test_a_run_over_a_file_reads_pictures_too(tmp_path, monkeypatch, capsys, eng
     assert told == ["1 of 2 rows have no picture: --read-text and --zoom cannot change their answers."]
 
 
+def test_a_run_without_ocr_says_so_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    write_lines("in.jsonl", {"id": 1, "text": "写着什么？", "image": str(CIRCLES)})
+    with pytest.raises(ValueError, match="rapidocr is not installed"):
+        batch.run(parse(batch.Options, ["in.jsonl", "out.jsonl", "--read-text", "--model", str(TINY)], "batch", ""))
+    assert list(tmp_path.iterdir()) == [tmp_path / "in.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("words", "pictures", "told"),
     [
@@ -227,6 +249,7 @@ def test_a_run_tells_once_how_many_rows_its_switches_do_nothing_for(words, pictu
 def test_the_terminal_tells_what_was_read_apart_from_the_answer(monkeypatch, capsys, loaded):
     room = sys.modules[type(loaded[0]).read_images.__module__]  # the code that came with the weights
     monkeypatch.setattr(room, "read_picture", lambda picture, count_tokens: "出口")
+    monkeypatch.setattr(text_in_pictures, "import_reader", tuple)
     monkeypatch.setattr(chat, "open_model", lambda options: loaded)
     words = ["--image", str(CIRCLES), "--query", "写着什么？", "--read-text", "--greedy", "--model", str(TINY)]
     chat.run(parse(chat.Options, words, "chat", ""))

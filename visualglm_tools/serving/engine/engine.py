@@ -29,7 +29,8 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel, PreTr
 
 from visualglm_hf.attention_maps import see
 from visualglm_hf.chat import check_tokenizer
-from visualglm_hf.zooming import look_ahead, zoom_in
+from visualglm_hf.text_in_pictures import is_wanted
+from visualglm_hf.zooming import count_looks, look_ahead, zoom_in
 from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.layer_bar import counted_layers
 from visualglm_tools.printing import first_line
@@ -199,7 +200,7 @@ class Engine:
         Raises:
             ValueError: a picture that cannot be read, or that takes more bytes, memory or time than there are.
         """
-        return self._prompts.decode(data, name, read_text, bool(zoom))
+        return self._prompts.decode(data, name, is_wanted(read_text), bool(count_looks(zoom)))
 
     def submit(self, prompt: Prompt, settings: Settings | None = None) -> Answer:
         """Ask for an answer; see `submit_all`."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from visualglm_hf import VisualGLMImageProcessor, VisualGLMProcessor
 from visualglm_hf.conversation import check_text, is_english, quote_reading
 from visualglm_hf.image_processing_visualglm import data_uri_bytes, name_of_uri, open_picture
-from visualglm_hf.text_in_pictures import load_reader, read_picture
+from visualglm_hf.text_in_pictures import is_wanted, load_reader, read_picture
 from visualglm_hf.tokenization_chatglm import MAX_BLANKS
 from visualglm_hf.zooming import count_looks
 from visualglm_tools.checkpoints.picture_size import image_size_of
@@ -120,7 +120,7 @@ class PromptBuilder:
     ) -> Prompt:
         """The prompt that asks the last of the `messages`; see `Engine.prepare`."""
         conversation, pictures = self.separate(messages, english)
-        looks = check_looks(zoom, pictures)
+        looks, read_text = check_looks(zoom, pictures), is_wanted(read_text)
         is_whole = whole_ones(pictures, looks or is_shown)
         opened = [self.open(picture, read_text, each) for picture, each in zip(pictures, is_whole, strict=True)]
         return self.finish(conversation, opened, english, looks, is_shown)
@@ -135,7 +135,7 @@ class PromptBuilder:
     ) -> Prompt:
         """`build` beside the event loop; with `fetch`, which reads what is behind an address, for addresses too."""
         conversation, pictures = self.separate(messages, english)
-        looks = check_looks(zoom, pictures)
+        looks, read_text = check_looks(zoom, pictures), is_wanted(read_text)
         is_whole = whole_ones(pictures, looks)
         # One after the other: an encoded picture is much larger than what the model sees of it.
         opened = [

@@ -8,7 +8,17 @@ refused with `--strict`. One that would change the answer and cannot be honoured
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from visualglm_tools.serving.engine.grammar import ANY_OBJECT, Grammar
 from visualglm_tools.serving.engine.sampling import (
@@ -57,6 +67,15 @@ def refused(reason: str, *, but: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def check_zoom(value: Any, handler: ValidatorFunctionWrapHandler) -> bool | int:
+    """What is neither a truth nor a whole number is told both that it may be; how many looks there may be, later."""
+    try:
+        return handler(value)
+    except ValidationError as error:
+        raise ValueError("must be true, false or a whole number of looks") from error
+
+
+Zoom = Annotated[bool | int, WrapValidator(check_zoom)]
 Ignored = Annotated[dict | None, BeforeValidator(check_count)]
 Tools = Annotated[list, refused(TOOLS, but=[])]
 Nothing = Annotated[None, refused(TEXT_ALONE, but=None)]

@@ -18,7 +18,7 @@ from visualglm_tools.serving.engine.prompts import conversation_messages
 from visualglm_tools.serving.engine.sampling import Settings
 from visualglm_tools.serving.http.answering import ask, complete
 from visualglm_tools.serving.http.errors import ASKING, ApiError, responses
-from visualglm_tools.serving.http.fields import Fields
+from visualglm_tools.serving.http.fields import Fields, Zoom
 from visualglm_tools.serving.http.intake import Intake, check_count
 
 
@@ -45,7 +45,7 @@ class LegacyRequest(Fields):
     read_text: bool = Field(
         False, description="an extension: read the text in the picture and put it before its question"
     )
-    zoom: bool | int = Field(
+    zoom: Zoom = Field(
         False, description="an extension: answer from the part of the picture that matters; or how often to look"
     )
 

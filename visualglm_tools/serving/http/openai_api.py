@@ -29,6 +29,7 @@ from visualglm_tools.serving.http.fields import (
     TakenAsTheyAre,
     Tools,
     TopLogprobs,
+    Zoom,
 )
 from visualglm_tools.serving.http.intake import check_count
 from visualglm_tools.serving.http.logprobs import ChatLogprobs, Words
@@ -119,7 +120,7 @@ class ChatRequest(Choosing, Streaming, NoTools, TakenAsTheyAre):
     logprobs: bool = False
     top_logprobs: TopLogprobs = Field(0, description="with logprobs: how many of the likeliest tokens to tell")
     read_text: bool = Field(False, description="an extension: read the text in pictures and put it before the question")
-    zoom: bool | int = Field(
+    zoom: Zoom = Field(
         False, description="an extension: answer from the part of the last picture that matters; or how often to look"
     )
     functions: Tools = Field([], max_length=0)

@@ -61,6 +61,9 @@ def test_a_zoom_is_a_field_of_the_original_route_too(url, small_star):
     asked = {"image": base64.b64encode(file.getvalue()).decode(), **fields}
     for zoom in (True, 2):
         assert post(url, json={**asked, "zoom": zoom}).json()["result"] == "White."
+    for zoom in (1.5, "x", [1]):
+        refused = error_of(post(url, json={**asked, "zoom": zoom}), 422)
+        assert refused["message"] == "zoom: must be true, false or a whole number of looks"
     assert "from 0 to 4" in error_of(post(url, json={**asked, "zoom": 5}), 400)["message"]
     assert "no picture to zoom into" in error_of(post(url, json={**fields, "zoom": True}), 400)["message"]
 

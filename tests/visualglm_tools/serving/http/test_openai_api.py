@@ -60,6 +60,9 @@ def test_a_zoom_is_a_field_of_the_request(url, small_star):
     for zoom in (True, 2):
         response = post_chat(url, messages=messages, temperature=0, repetition_penalty=1, zoom=zoom)
         assert answer_of(response) == "White."
+    for zoom in (1.5, "x", [1]):
+        refused = error_of(post_chat(url, messages=messages, zoom=zoom), 422)
+        assert refused["message"] == "zoom: must be true, false or a whole number of looks"
     assert "from 0 to 4" in error_of(post_chat(url, messages=messages, zoom=5), 400)["message"]
     hello = [{"role": "user", "content": "Hello"}]
     assert "no picture to zoom into" in error_of(post_chat(url, messages=hello, zoom=True), 400)["message"]
