@@ -259,15 +259,18 @@ def digest(examples: Iterable[Example]) -> str:
     return total.hexdigest()
 
 
-def count_shared(examples: Iterable[Example], trained: Iterable[Example]) -> int:
-    """How many of the examples are trained on too, whatever their pictures are called."""
+def count_shared(examples: Iterable[Example], trained: Iterable[Example], by_question: bool = False) -> int:
+    """How many of the examples, or of their questions alone, are trained on too, whatever their pictures are called."""
     digest_once, examples = cache(digest_picture), list(examples)
-    rows = {tuple(example.input_ids) for example in examples}
+
+    def text_of(example: Example) -> tuple[int, ...]:
+        return tuple(example.prompt_ids if by_question else example.input_ids)
 
     def identity(example: Example) -> tuple:
-        return (tuple(example.input_ids), *map(digest_once, example.pictures))
+        return (text_of(example), *map(digest_once, example.pictures))
 
-    known = {identity(example) for example in trained if tuple(example.input_ids) in rows}
+    texts = {text_of(example) for example in examples}
+    known = {identity(example) for example in trained if text_of(example) in texts}
     return sum(identity(example) in known for example in examples) if known else 0
 
 

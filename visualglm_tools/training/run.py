@@ -334,6 +334,12 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
     languages = describe_languages(data)
     if languages and not settings.asks_itself:
         say(languages)
+    taught = count_shared(data.kept, data.train, by_question=True)
+    if taught:
+        say(
+            f"{taught} of {len(data.kept)} rows of --keep-data ask what is trained on: their old answers are kept "
+            "against the new ones. Leave them out."
+        )
     shared = count_shared(data.valid, data.train)
     if shared:
         say(f"{shared} of {len(data.valid)} held-out examples are trained on too: their loss says nothing of new ones.")

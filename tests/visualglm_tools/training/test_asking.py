@@ -227,6 +227,14 @@ def test_another_language_is_no_matter_where_the_model_is_asked_in_both(settings
     assert not any("--keep-data are English" in line for line in said)
 
 
+def test_rows_to_keep_that_ask_what_is_trained_on_are_counted(settings, tmp_path):
+    picture = base64.b64encode((EXAMPLE / "sand_1.jpg").read_bytes()).decode()
+    rows = write_rows(tmp_path, "old.json", {"img": picture, "prompt": TAUGHT}, {"prompt": TAUGHT}, {"prompt": "你好"})
+    said = []
+    finetune(replace(settings, keep_data=(rows,), train_iters=1), said.append)
+    assert any(line.startswith("1 of 3 rows of --keep-data ask what is trained on") for line in said)
+
+
 @pytest.fixture
 def stopped(settings, tmp_path):
     """A run that keeps an answer about a picture, interrupted after a checkpoint."""
