@@ -110,20 +110,22 @@ def test_ctrl_c_after_training_says_that_resuming_ends_it(settings, monkeypatch,
     assert is_same(adapter_in(settings.save), uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_any_signal_ends_a_run_that_does_not_train_yet_or_any_more_and_says_what_is_left(
-    number, settings, monkeypatch, tmp_path
+    settings, monkeypatch, tmp_path
 ):
+    moments = {
+        "run.choose_kept": (finetune, signal.SIGHUP, "is free for the same command"),
+        "run.save_adapter": (finetune, signal.SIGTERM, "checkpoint-1 is saved"),
+        "rehearsal.time_asking": (rehearse, signal.SIGTERM, ""),
+    }
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for moment, message in (("choose_kept", "is free for the same command"), ("save_adapter", "checkpoint-1 is saved")):
+    for moment, (begin, number, message) in moments.items():
+        folder = settings.save if begin is finetune else tmp_path / "tried"
         with monkeypatch.context() as patch:
-            patch.setattr(f"visualglm_tools.training.run.{moment}", lambda *arguments: send(number)())
+            patch.setattr(f"visualglm_tools.training.{moment}", lambda *arguments, number=number: send(number)())
             with pytest.raises(Stopped, match=message) as caught:
-                finetune(replace(settings, train_iters=1), silent)
+                begin(replace(settings, train_iters=1, save=folder), silent)
         assert caught.value.number == number
-    monkeypatch.setattr("visualglm_tools.training.rehearsal.time_asking", lambda *arguments: send(number)())
-    with pytest.raises(Stopped):
-        rehearse(replace(settings, save=tmp_path / "tried"), silent)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
