@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from tests.helpers import load_float32
 from tests.paths import ROOT, TINY
 from tests.training_helpers import HELD_OUT, ROWS, At, adapter_in, interrupt, is_same, send, short_run, silent
 from visualglm_tools.training.output import complete_checkpoints, remove_old
+from visualglm_tools.training.rehearsal import rehearse
 from visualglm_tools.training.run import finetune
 from visualglm_tools.training.stopping import SIGNALS, StopAfterStep, Stopped
 
@@ -106,6 +108,25 @@ def test_ctrl_c_after_training_says_that_resuming_ends_it(settings, monkeypatch,
             finetune(settings, silent)
     finetune(replace(settings, resume=True), silent)
     assert is_same(adapter_in(settings.save), uninterrupted)
+
+
+def test_any_signal_ends_a_run_that_does_not_train_yet_or_any_more_and_says_what_is_left(
+    settings, monkeypatch, tmp_path
+):
+    moments = {
+        "run.choose_kept": (finetune, signal.SIGHUP, "is free for the same command"),
+        "run.save_adapter": (finetune, signal.SIGTERM, "checkpoint-1 is saved"),
+        "rehearsal.time_asking": (rehearse, signal.SIGTERM, ""),
+    }
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for moment, (begin, number, message) in moments.items():
+        folder = settings.save if begin is finetune else tmp_path / "tried"
+        with monkeypatch.context() as patch:
+            patch.setattr(f"visualglm_tools.training.{moment}", lambda *arguments, number=number: send(number)())
+            with pytest.raises(Stopped, match=message) as caught:
+                begin(replace(settings, train_iters=1, save=folder), silent)
+        assert caught.value.number == number
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def handlers():

@@ -14,7 +14,15 @@ from tests.paths import ROOT
 from tests.training_helpers import short_run
 from visualglm_hf import VisualGLMConfig
 from visualglm_tools.training.dataset import read_dataset
-from visualglm_tools.training.encoding import IGNORED, Collator, Encoder, count_shared, describe_truncation, digest
+from visualglm_tools.training.encoding import (
+    IGNORED,
+    Collator,
+    Encoder,
+    count_shared,
+    describe_contradictions,
+    describe_truncation,
+    digest,
+)
 from visualglm_tools.training.layouts import COMPLETION, MARKS, ORIGINAL
 from visualglm_tools.training.run import build_encoder, read_data
 
@@ -226,6 +234,35 @@ def test_no_picture_is_a_conversation_in_words(nothing, read):
     assert conversation.pictures == ()
 
 
+MARKED = {
+    "the original's": {"img": "a.png", "prompt": "<image>\nx", "label": "y"},
+    "questions": {"image": "a.png", "question": "x <image>", "answer": "y"},
+    "two of them": {"images": ["a.png", "a.png"], "question": "<image><image>x", "answer": "y"},
+    "TRL's": {"image": "a.png", "prompt": "<image>x", "completion": "y"},
+}
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_the_mark_of_a_picture_is_no_text_of_its_question(kind, read):
+    [conversation] = read([MARKED[kind]])
+    assert conversation.question == "x"
+    assert len(conversation.pictures) == str(MARKED[kind]).count("a.png")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"img": "a.png", "prompt": "<image><image>x", "label": "y"}, "has 1 picture.* its prompt mentions 2, <image>"),
+        ({"images": ["a.png"] * 2, "question": "<image>x", "answer": "y"}, "its question mentions 1"),
+        ({"img": "a.png", "prompt": "<image>\n", "label": "y"}, "prompt is empty"),
+    ],
+    ids=["more marks", "fewer marks", "nothing else"],
+)
+def test_marks_are_as_many_as_pictures_and_not_all_of_a_question(row, message, read):
+    with pytest.raises(ValueError, match=message):
+        read([row])
+
+
 # ---------------------------------------------------------------- labels
 
 
@@ -390,3 +427,28 @@ def test_held_out_rows_that_are_trained_on_are_counted(read, encoder):
     rows = [GOOD, {"prompt": "x", "label": "y"}, {"prompt": "x", "label": "z"}]
     examples = [example for row in read(rows, convert=encoder) for example in row]
     assert count_shared(examples, examples[:2]) == 2
+
+
+def names_of_one_picture(folder):
+    """The same picture by all that rows may call it."""
+    (folder / "inner").mkdir()
+    (folder / "link.png").symlink_to("a.png")
+    shutil.copy(folder / "a.png", folder / "copy.png")
+    text = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    uri = f"data:image/png;base64,{text}"
+    return ["a.png", "./a.png", "inner/../a.png", str(folder / "a.png"), "link.png", "copy.png", text, uri]
+
+
+def test_a_picture_is_the_same_whatever_it_is_called(read, encoder, folder):
+    names = names_of_one_picture(folder)
+    examples = [example for [example] in read([{**GOOD, "img": name} for name in names], convert=encoder)]
+    for example in examples:
+        assert count_shared(examples, [example]) == len(names)
+    rows = [{**GOOD, "img": name, "label": f"答案{number}"} for number, name in enumerate(names)]
+    warning = describe_contradictions([example for [example] in read(rows, convert=encoder)])
+    assert warning.startswith("1 question(s)") and warning.count("rows.json, row") == len(names)
+
+
+def test_of_endless_answers_to_one_question_not_all_rows_are_named(read, encoder):
+    examples = [example for [example] in read([{**GOOD, "label": f"{n}"} for n in range(500)], convert=encoder)]
+    assert describe_contradictions(examples).endswith(", rows.json, row 10 and 490 more.")

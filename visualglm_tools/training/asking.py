@@ -23,7 +23,7 @@ from visualglm_tools.training.dataset import UNKNOWN, Conversation, Picture, ass
 from visualglm_tools.training.drawing import draw_nothing
 from visualglm_tools.training.encoding import Collator, Encoder, Example
 from visualglm_tools.training.keeping import KeepAnswers, switched_off
-from visualglm_tools.training.output import KEPT
+from visualglm_tools.training.output import KEPT, written
 from visualglm_tools.training.settings import Settings
 
 
@@ -115,7 +115,7 @@ def choose_kept(
         What is kept.
 
     Raises:
-        ValueError: a row that the model says nothing to; answers of a resumed run that are gone.
+        ValueError: a row that the model says nothing to; answers of a resumed run that are gone; no room for them.
     """
     if not settings.keeps_answers:
         return []
@@ -135,18 +135,15 @@ def choose_kept(
                 if trainer.args.world_size > 1:
                     seconds = min(seconds, SHARE_OF_WAITING * trainer.args.ddp_timeout)
                 kept += asker.ask_ordinary(trained, settings.keep_questions, seconds)
-            write_rows(kept, file)
+            with written(settings.save, file.name):
+                write_rows(kept, file)
         if not file.stat().st_size:
             return []
         kept = [row[-1] for row in read_dataset([file], encoder)]  # a conversation's earlier answers are rows, too
         say(f"Keeping {len(kept)} answers; they are in {file}.")
-        trainer.keep_answers(
-            kept,
-            trainer.data_collator,
-            settings.keep_rows,
-            settings.keep_weight,
-            file.with_name("predictions.safetensors"),
-        )
+        predictions = file.with_name("predictions.safetensors")
+        with written(settings.save, predictions.name):
+            trainer.keep_answers(kept, trainer.data_collator, settings.keep_rows, settings.keep_weight, predictions)
     return kept
 
 
@@ -209,14 +206,18 @@ class Asker:
             count: of the questions; None: as many as take so many `seconds`, by the time that the first ones take.
             seconds: see `count`.
         """
-        questions = ordinary_questions(trained)
+        questions, answered = ordinary_questions(trained), []
+        if not questions:
+            self.say("All ordinary questions are trained on, so none is asked: --keep-data keeps rows of yours.")
+            return []
         if count is None:
             self.ask(questions[:1])  # the first call of a model takes longer
             begin = perf_counter()
-            first = self.ask(questions[:AT_ONCE])
-            count = min(int(len(first) * seconds / (perf_counter() - begin)), len(questions))
+            answered = self.ask(questions[:AT_ONCE])
+            count = min(int(len(answered) * seconds / (perf_counter() - begin)), len(questions))
             self.say(describe_plan(count, seconds))
-        answered = self.ask(questions[:count], show=True)
+        rest = questions[len(answered) : count]
+        answered = [*answered[:count], *self.ask(rest, show=bool(rest))]
         return [conversation for conversation in answered if conversation.answer]
 
     def ask(self, questions: Sequence[Conversation], show: bool = False) -> list[Conversation]:
@@ -256,12 +257,32 @@ def say_greedily(
 
 
 def write_rows(conversations: Iterable[Conversation], file: Path) -> None:
-    """Write conversations as rows with `messages`, pictures by their paths or, if they have none, as text."""
+    """Write conversations as rows with `messages`, whole or not at all.
+
+    Pictures are in their messages' parts, by their paths or, if they have none, as text: there `<image>` in a text is
+    text.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as stream:
+    unfinished = file.with_suffix(".unfinished")
+    # A name that is no UTF-8 has halves of characters in Python, which JSON escapes just so.
+    with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         for conversation in conversations:
-            row = {"messages": conversation.messages, "images": [name_of(picture) for picture in conversation.pictures]}
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(json.dumps({"messages": with_names(conversation)}, ensure_ascii=False) + "\n")
+    unfinished.replace(file)
+
+
+def with_names(conversation: Conversation) -> list[dict]:
+    """The messages of a conversation, each of whose parts that is a picture names it."""
+    names = map(name_of, conversation.pictures)
+    return [
+        message
+        | {
+            "content": [
+                part | {"image": next(names)} if part["type"] == "image" else part for part in message["content"]
+            ]
+        }
+        for message in conversation.messages
+    ]
 
 
 def name_of(picture: Picture) -> str:

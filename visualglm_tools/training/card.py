@@ -51,8 +51,8 @@ def describe_adapter(settings: Settings, origin: Origin, report: dict) -> tuple[
     )
     parts = [
         f"# {NAMES[settings.method]} on {origin.name}",
-        f"An adapter for a VisualGLM, trained for {report['steps']} steps with `visualglm finetune` on pictures and "
-        f"answers. It needs its base model, {base}.",
+        f"An adapter for a VisualGLM, trained for {report['steps']} steps with `visualglm finetune`."
+        f"{describe_best(report['best_checkpoint'])} It needs its base model, {base}.",
         f"## How to use it\n\n{LOADING[PEFT]}",
         f"## Results\n\n{describe_results(report['measured'])}",
         f"## What was forgotten\n\n{describe_forgotten(report['measured'])}",
@@ -61,6 +61,10 @@ def describe_adapter(settings: Settings, origin: Origin, report: dict) -> tuple[
         f"## Licence of the weights\n\n{describe_licence(origin)}",
     ]
     return data, "\n\n".join(parts)
+
+
+def describe_best(checkpoint: str | None) -> str:
+    return f" It is the best of the evaluated checkpoints, {checkpoint}." if checkpoint else ""
 
 
 def describe_results(measured: dict[str, dict]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from visualglm_hf.image_processing_visualglm import open_picture, picture_in_base64
+from visualglm_hf.image_processing_visualglm import data_uri_bytes, open_picture, picture_in_base64
 from visualglm_tools.messages import Name, shown
 from visualglm_tools.tables import PictureInTable
 from visualglm_tools.training.layouts import UNKNOWN, Layout, assistant_message, read_row
@@ -129,9 +129,9 @@ def load_picture(picture: Picture) -> Image.Image:
 
 
 def digest_picture(picture: Picture) -> bytes:
-    """By which to know the same picture again."""
+    """By which to know the same picture again, wherever it is."""
     content = picture.read_bytes() if isinstance(picture, (Path, PictureInTable)) else picture
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
+    return hashlib.sha256(data_uri_bytes(content) if isinstance(content, str) else content).digest()
 
 
 def check_picture(picture: Picture) -> None:

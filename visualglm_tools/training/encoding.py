@@ -24,7 +24,7 @@ from visualglm_tools.training.dataset import Conversation, Picture, digest_pictu
 
 
 IGNORED = -100  # as a label: no loss here
-NAMED = 10  # questions with several answers
+NAMED = 10  # questions with several answers, and rows with one of these
 MIN_TARGET_LENGTH = 3  # <sop>, a token, <eop>
 
 
@@ -242,7 +242,7 @@ def describe_contradictions(examples: Iterable[Example]) -> str | None:
         if example.pictures:
             question = (tuple(example.prompt_ids), *map(digest_once, example.pictures))
             asked[question].setdefault(tuple(example.labels), example.conversation.source)
-    several = [", ".join(answers.values()) for answers in asked.values() if len(answers) > 1]
+    several = [first_few(list(answers.values())) for answers in asked.values() if len(answers) > 1]
     if not several:
         return None
     more = f"; and {len(several) - NAMED} more" if len(several) > NAMED else ""
@@ -250,6 +250,11 @@ def describe_contradictions(examples: Iterable[Example]) -> str | None:
         f"{len(several)} question(s) about the same picture have different answers, of which at most one can be "
         f"learned: {'; '.join(several[:NAMED])}{more}."
     )
+
+
+def first_few(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -262,10 +267,19 @@ def digest(examples: Iterable[Example]) -> str:
     return total.hexdigest()
 
 
-def count_shared(examples: Iterable[Example], trained: Iterable[Example]) -> int:
-    """How many of the examples are trained on too."""
-    known = {(tuple(example.input_ids), example.pictures) for example in trained}
-    return sum((tuple(example.input_ids), example.pictures) in known for example in examples)
+def count_shared(examples: Iterable[Example], trained: Iterable[Example], by_question: bool = False) -> int:
+    """How many of the examples, or of their questions alone, are trained on too, whatever their pictures are called."""
+    digest_once, examples = cache(digest_picture), list(examples)
+
+    def text_of(example: Example) -> tuple[int, ...]:
+        return tuple(example.prompt_ids if by_question else example.input_ids)
+
+    def identity(example: Example) -> tuple:
+        return (text_of(example), *map(digest_once, example.pictures))
+
+    texts = {text_of(example) for example in examples}
+    known = {identity(example) for example in trained if text_of(example) in texts}
+    return sum(identity(example) in known for example in examples) if known else 0
 
 
 class Collator:

@@ -17,6 +17,7 @@ the two parts of a step: each is propagated before the next one is computed.
 Not here: which questions are asked, and what the model answers to them (`asking.py`).
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,17 +27,20 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from visualglm_tools.training.encoding import IGNORED, Collator, Example
+from visualglm_tools.checkpoints.adapters import fingerprint
+from visualglm_tools.printing import first_line
+from visualglm_tools.training.encoding import IGNORED, Collator, Example, digest
 from visualglm_tools.training.settings import Settings
 
 
 STORED_AT_MOST = 2 * 2**30  # bytes of predictions on the disk; where there are more, each step computes its own
 STORED = torch.float16
+IDENTITY = "answers and model"  # in the metadata of what is stored
 AT_ONCE, TOKENS_AT_ONCE = 8, 64  # rows, and tokens of answers
 
 
@@ -67,10 +71,13 @@ class KeepAnswers:
                 None: nowhere, each step computes it.
 
         Raises:
-            ValueError: no examples, a model whose adapter cannot be switched off, or DeepSpeed.
+            ValueError: no examples, a model whose adapter cannot be switched off, FSDP or DeepSpeed, or a file that
+                is damaged or has what was predicted of other answers.
         """
-        if self.is_deepspeed_enabled:
-            raise ValueError("DeepSpeed steps after each backward pass, so answers cannot be kept beside it.")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "answers cannot be kept by a model that FSDP or DeepSpeed divides among processes; leave keeping out."
+            )
         check_switchable(self.model)
         if not examples:
             raise ValueError("there are no answers to keep: give some rows, or leave keeping out.")
@@ -174,15 +181,34 @@ class Predictions:
         file: where they are; they are computed and written if it is not there.
         model: with its adapter.
         kept: the answers.
+
+    Raises:
+        ValueError: what is there is damaged, or was predicted of other answers or by another model.
     """
 
     def __init__(self, file: Path, model: PeftModel, kept: KeptAnswers):
         self.file = file
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".unfinished")
-            save_file(dict(self.compute(model, kept)), unfinished)
-            unfinished.rename(file)
+        identity = identify(model, kept.examples)
+        if file.exists():
+            self.check(identity)
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        save_file(dict(self.compute(model, kept)), unfinished, metadata={IDENTITY: identity})
+        unfinished.replace(file)
+
+    def check(self, identity: str) -> None:
+        try:
+            with safe_open(self.file, "pt") as file:
+                found = (file.metadata() or {}).get(IDENTITY)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{self.file} is damaged: {first_line(error)}. Remove it: what it had is computed again."
+            ) from error
+        if found != identity:
+            raise ValueError(
+                f"{self.file} has what was predicted of other answers, or by another model. Remove it, or name another."
+            )
 
     def compute(self, model: PeftModel, kept: KeptAnswers) -> Iterator[tuple[str, torch.Tensor]]:
         for first in range(0, len(kept.examples), AT_ONCE):
@@ -196,6 +222,13 @@ class Predictions:
         """The logarithms of the probabilities, [N, vocab_size], N tokens in all."""
         with safe_open(self.file, "pt", device=str(device)) as file:
             return torch.cat([file.get_tensor(str(number)) for number in numbers])
+
+
+def identify(model: PeftModel, examples: Sequence[Example]) -> str:
+    """By which to know again what a model predicts of some answers without its adapter."""
+    base = model.get_base_model()
+    frozen = sum(each.nbytes for each in [*base.parameters(), *base.buffers()] if not each.requires_grad)
+    return hashlib.sha256(repr((digest(examples), fingerprint(base), frozen)).encode()).hexdigest()
 
 
 def select_answers(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -171,9 +171,16 @@ def ask(row: dict, question: str, answer: str, names: list[Name], needs_answers:
 
 
 def ask_before(row: dict, question: str, names: list[Name]) -> dict:
+    """The message that asks; a mark of each picture in it is no text."""
     if question not in row:
         raise ValueError(f"the field {question!r} is missing.")
-    return {"role": "user", "content": [{"type": "image"}] * len(names) + [text_part(row[question], question)]}
+    asked = text_part(row[question], question)
+    marks = asked["text"].count(PICTURE_MARK) if names else 0
+    if marks and marks != len(names):
+        raise ValueError(f"the row has {len(names)} picture(s), its {question} mentions {marks}, {PICTURE_MARK}.")
+    if marks:
+        asked = text_part(asked["text"].replace(PICTURE_MARK, "").strip(), question)
+    return {"role": "user", "content": [{"type": "image"}] * len(names) + [asked]}
 
 
 def has_answer(row: dict, field: str, needs_answers: bool) -> bool:

@@ -58,10 +58,11 @@ class Step:
         adapter: as PEFT describes it.
         rows, length: B and S of a micro-batch.
         kept_rows: whose answers are kept beside it.
-        answer_length: tokens of the longest answer, of `length`.
+        answer_length: tokens of the longest of these answers.
         bits: 4 or 8; 0 for weights in `dtype`.
         checkpointing: keep only the input of each layer, and compute the rest again.
         dtype: of what has no few bits.
+        kept_length: S of the kept rows; None: as `length`.
     """
 
     adapter: PeftConfig
@@ -72,6 +73,7 @@ class Step:
     bits: int = 0
     checkpointing: bool = False
     dtype: torch.dtype = DTYPE
+    kept_length: int | None = None
 
 
 def default_step(bits: int, rows: int, checkpointing: bool) -> Step:
@@ -109,32 +111,34 @@ def learning(model: torch.nn.Module, config: VisualGLMConfig, step: Step) -> tup
     # The gradients of the logits, in float32 and as they are.
     bytes_per_logit = torch.float32.itemsize + step.dtype.itemsize
     workspace = step.rows * step.length * config.text_config.vocab_size * bytes_per_logit
-    return count_activations(model, config, step, learn, step.rows), workspace
+    return count_activations(model, config, step, learn, (step.rows, step.length)), workspace
 
 
 def keeping(model: torch.nn.Module, config: VisualGLMConfig, step: Step) -> tuple[int, int]:
     """Bytes of activations, and of workspace."""
     # Of the answers' tokens the logits, what was predicted, and gradients, before and after they are put together; of
     # all tokens the gradients; of a few tokens logarithms, what was predicted, and the gradients of both in float32.
-    tokens = 4 * step.kept_rows * min(step.length, step.answer_length) + step.kept_rows * step.length
+    length = step.kept_length or step.length
+    tokens = 4 * step.kept_rows * min(length, step.answer_length) + step.kept_rows * length
     of_few = 4 * TOKENS_AT_ONCE * torch.float32.itemsize
     workspace = config.text_config.vocab_size * (tokens * step.dtype.itemsize + of_few)
-    return count_activations(model, config, step, keep, step.kept_rows), workspace
+    return count_activations(model, config, step, keep, (step.kept_rows, length)), workspace
 
 
 def count_activations(
-    model: torch.nn.Module, config: VisualGLMConfig, step: Step, propagate: Callable, rows: int
+    model: torch.nn.Module, config: VisualGLMConfig, step: Step, propagate: Callable, shape: tuple[int, int]
 ) -> int:
-    """Bytes that are kept from a forward pass to its backward pass; the same whatever the bits of the weights."""
-    activations = saved_bytes(model, propagate, rows, step.length)
+    """Bytes that are kept from a forward pass of [B, S] to its backward pass; the same whatever the weights' bits."""
+    rows, length = shape
+    activations = saved_bytes(model, propagate, rows, length)
     if not step.checkpointing:
         return activations
     text = config.text_config
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    outside = saved_bytes(model, propagate, rows, step.length)
+    outside = saved_bytes(model, propagate, rows, length)
     model.gradient_checkpointing_disable()
     one_layer = (activations - outside) // text.num_hidden_layers
-    inputs = text.num_hidden_layers * rows * step.length * text.hidden_size * step.dtype.itemsize
+    inputs = text.num_hidden_layers * rows * length * text.hidden_size * step.dtype.itemsize
     return outside + inputs + one_layer
 
 

@@ -14,12 +14,13 @@ Not here: training (`run.py`).
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from visualglm_tools.printing import first_line
 from visualglm_tools.training.settings import NONE, SELF, Settings, in_todays_names
@@ -84,6 +85,16 @@ def check_free(folder: Path) -> None:
     if found:
         raise ValueError(
             f"{folder} is in use: it holds {', '.join(found[:4])}. Choose another --save, or go on with --resume."
+        )
+
+
+def check_no_input(folder: Path, files: Sequence[Path]) -> None:
+    """Raise a `ValueError` if one of the files to be read would be removed with what an unsaved run has left."""
+    inside = [file for file in files if file.resolve().is_relative_to(folder.resolve())]
+    if inside and is_unsaved_run(folder):
+        raise ValueError(
+            f"{inside[0]} is left of a run in {folder} that ended before it had saved anything, and would be removed "
+            "with it. Move it elsewhere first, or choose another --save."
         )
 
 
@@ -183,6 +194,15 @@ def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
         if step_of(checkpoint) != str(best_step):
             (checkpoint / COMPLETE).unlink()  # first, so that half of it is never taken for all
             shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@contextmanager
+def written(folder: Path, name: str) -> Iterator[None]:
+    """Have an error of writing something into a run's folder say what that was, and what is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(describe_lost(folder, name, error)) from error
 
 
 def describe_lost(folder: Path, name: str, error: Exception) -> str:

@@ -22,7 +22,7 @@ from visualglm_tools.benchmarking.timing import free_memory
 from visualglm_tools.training.asking import SHARE_OF_ASKING, choose_kept, estimate_seconds, ordinary_questions
 from visualglm_tools.training.encoding import Collator, Encoder, Example
 from visualglm_tools.training.memory import estimate_most, in_words
-from visualglm_tools.training.output import check_free, is_unsaved_run
+from visualglm_tools.training.output import check_free, check_no_input, is_unsaved_run
 from visualglm_tools.training.progress import describe_memory
 from visualglm_tools.training.remedies import describe_remedies, explained_memory, lengths_of, step_of
 from visualglm_tools.training.report import measure
@@ -39,6 +39,7 @@ from visualglm_tools.training.run import (
     training_arguments,
 )
 from visualglm_tools.training.settings import Settings
+from visualglm_tools.training.stopping import ended_by_signals
 from visualglm_tools.training.watching import WATCHED
 
 
@@ -81,6 +82,7 @@ def rehearse(settings: Settings, say: Callable[[str], None]) -> None:
         ValueError: what would end the run before or in its first steps.
     """
     plan = make_plan(settings)
+    check_no_input(plan.settings.save, plan.settings.inputs)
     if not is_unsaved_run(plan.settings.save):
         check_free(plan.settings.save)
     say = said_once(say, plan)
@@ -89,7 +91,8 @@ def rehearse(settings: Settings, say: Callable[[str], None]) -> None:
     say(describe_lengths(data.train, plan.settings))
     say(describe_steps(plan, len(data.train)))
     with (
-        explained_memory(plan.settings, plan.config, data.train, plan.arguments.device),
+        ended_by_signals(),
+        explained_memory(plan.settings, plan.config, data.train, plan.arguments.device, lambda: data.kept),
         tempfile.TemporaryDirectory() as folder,
     ):
         clock = Clock()
@@ -100,7 +103,7 @@ def rehearse(settings: Settings, say: Callable[[str], None]) -> None:
         asking = time_asking(trainer, plan.settings, short.settings, data, encoder)
         train(trainer, short.settings, None)
         times = Times(clock.steps(), asking, time_measuring(trainer, plan.settings, data))
-        say(describe_needed(plan.settings, plan.config, data.train, free, trainer.model.device))
+        say(describe_needed(plan.settings, plan.config, data, free, trainer.model.device))
     say(describe_times(times, plan.settings))
     say("Nothing was kept: leave --dry-run out to train.")
 
@@ -122,7 +125,10 @@ def shortened(plan: Plan, folder: Path) -> Plan:
 
 
 def time_asking(trainer: Trainer, settings: Settings, short: Settings, data: Data, encoder: Encoder) -> float:
-    """Have a trainer keep a few answers; returns the seconds that a run would take to ask for all of its own."""
+    """Have a trainer keep a few answers; returns the seconds that a run would take to ask for all of its own.
+
+    The answers are added to those of the data that are kept.
+    """
     if not settings.keeps_answers:
         return 0.0
     budget = SHARE_OF_ASKING * estimate_seconds(trainer, settings, data.train)
@@ -130,6 +136,7 @@ def time_asking(trainer: Trainer, settings: Settings, short: Settings, data: Dat
     kept = choose_kept(trainer, short, data.train, data.kept[:QUESTIONS], encoder, lambda line: None)
     seconds = (perf_counter() - begin) / max(1, len(kept))
     given = seconds * sum(not example.conversation.is_answered for example in data.kept)
+    data.kept = [*data.kept, *kept]
     if not settings.asks_itself:
         return given
     if settings.keep_questions:
@@ -176,11 +183,9 @@ def describe_steps(plan: Plan, count: int) -> str:
     )
 
 
-def describe_needed(
-    settings: Settings, config: VisualGLMConfig, examples: Sequence[Example], free: int, device: torch.device
-) -> str:
+def describe_needed(settings: Settings, config: VisualGLMConfig, data: Data, free: int, device: torch.device) -> str:
     """The memory that a step takes, computed and as it was, and what would take less if there is too little."""
-    lengths = lengths_of(examples, settings)
+    lengths = lengths_of(data.train, settings, data.kept)
     needed = estimate_most(config, step_of(settings, config, lengths))
     names = ("weights", "adapter", "activations", "workspace")
     parts = ", ".join(f"{name} {in_words(getattr(needed, name))}" for name in names)

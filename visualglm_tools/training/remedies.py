@@ -3,7 +3,7 @@
 Not here: how it is computed (`memory.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -26,15 +26,28 @@ SMALL_PART = 0.1  # of free memory
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the longest examples, cut as they are trained on: in all, and of an answer."""
+    """Tokens of the longest examples, cut as they are trained on: in all, and of an answer.
+
+    The same of those that are kept; 0 where these are not known, and taken to be as the others.
+    """
 
     longest: int
     answer: int
+    kept_longest: int = 0
+    kept_answer: int = 0
+
+    def with_answers_of(self, most: int) -> "Lengths":
+        """The lengths if no answer has more than so many tokens."""
+        answer, kept = min(self.answer, most), min(self.kept_answer, most)
+        return Lengths(self.longest - self.answer + answer, answer, self.kept_longest - self.kept_answer + kept, kept)
 
 
-def lengths_of(examples: Sequence[Example], settings: Settings) -> Lengths:
-    answer = max(min(example.target_length, settings.max_target_length) for example in examples)
-    return Lengths(max(len(example.input_ids) for example in examples), answer)
+def lengths_of(examples: Sequence[Example], settings: Settings, kept: Sequence[Example] = ()) -> Lengths:
+    def longest(of: Sequence[Example]) -> tuple[int, int]:
+        answer = max((min(example.target_length, settings.max_target_length) for example in of), default=0)
+        return max((len(example.input_ids) for example in of), default=0), answer
+
+    return Lengths(*longest(examples), *longest(kept))
 
 
 def step_of(settings: Settings, config: VisualGLMConfig, lengths: Lengths) -> Step:
@@ -45,10 +58,11 @@ def step_of(settings: Settings, config: VisualGLMConfig, lengths: Lengths) -> St
         settings.batch_size,
         lengths.longest,
         -(-settings.keep_rows // settings.gradient_accumulation_steps) if settings.keeps_answers else 0,
-        lengths.answer,
+        lengths.kept_answer or lengths.answer,
         config.quantization_bit or bits,
         settings.checkpoint_activations,
         dtype_of(settings.precision),
+        lengths.kept_longest or lengths.longest,
     )
 
 
@@ -69,9 +83,10 @@ def remedies(settings: Settings, lengths: Lengths, on_gpu: bool) -> Iterator[tup
         yield "--bits 4", replace(settings, bits=4), lengths
     if settings.precision == "float32":
         yield "--fp16" if on_gpu else "--bf16", replace(settings, precision="bfloat16"), lengths
-    if lengths.answer > FEWEST_TOKENS:
-        half = lengths.answer // 2
-        shorter = Lengths(lengths.longest - lengths.answer + half, half)
+    longest = max(lengths.answer, lengths.kept_answer)
+    if longest > FEWEST_TOKENS:
+        half = longest // 2
+        shorter = lengths.with_answers_of(half)
         yield f"--max_target_length {half}", replace(settings, max_target_length=half), shorter
 
 
@@ -89,15 +104,26 @@ def describe_remedies(settings: Settings, config: VisualGLMConfig, lengths: Leng
 
 @contextmanager
 def explained_memory(
-    settings: Settings, config: VisualGLMConfig, examples: Sequence[Example], device: torch.device
+    settings: Settings,
+    config: VisualGLMConfig,
+    examples: Sequence[Example],
+    device: torch.device,
+    kept: Callable[[], Sequence[Example]] = tuple,
 ) -> Iterator[None]:
-    """Make of a device's error that its memory is too small one that says what would take less, and how much less."""
+    """Make of a device's error that its memory is too small one that says what would take less, and how much less.
+
+    Args:
+        settings, config: of the run and its model.
+        examples: that are trained on.
+        device: of the model.
+        kept: gives the examples whose answers are kept, as far as they are known when the error comes.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        remedy = describe_remedies(settings, config, lengths_of(examples, settings), device.type != "cpu")
+        remedy = describe_remedies(settings, config, lengths_of(examples, settings, kept()), device.type != "cpu")
         raise ValueError(f"The memory of the device is too small: {first_line(error)} {remedy}") from error
 
 
@@ -106,7 +132,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def foresee_memory(
-    settings: Settings, config: VisualGLMConfig, examples: Sequence[Example], model: torch.nn.Module
+    settings: Settings,
+    config: VisualGLMConfig,
+    examples: Sequence[Example],
+    model: torch.nn.Module,
+    kept: Sequence[Example] = (),
 ) -> str | None:
     """Say so if training will take more memory than there is beside the model, which is loaded; None if not.
 
@@ -117,7 +147,7 @@ def foresee_memory(
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     if weights < SMALL_PART * free:
         return None
-    lengths = lengths_of(examples, settings)
+    lengths = lengths_of(examples, settings, kept)
     memory = estimate_most(config, step_of(settings, config, lengths))
     if memory.total - memory.weights < free:
         return None

@@ -96,4 +96,6 @@ def is_narrow(limits: tuple[float, float]) -> bool:
 
 
 def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A name that is no UTF-8 has halves of characters in Python, which JSON escapes just so.
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -66,6 +66,7 @@ from visualglm_tools.training.output import (
     UNFINISHED,
     as_begun,
     check_free,
+    check_no_input,
     check_same_run,
     complete_checkpoints,
     describe_lost,
@@ -74,12 +75,13 @@ from visualglm_tools.training.output import (
     remove_incomplete,
     remove_old,
     remove_unsaved_run,
+    written,
 )
 from visualglm_tools.training.progress import Progress
 from visualglm_tools.training.remedies import explained_memory, foresee_memory
 from visualglm_tools.training.report import HELD_OUT, KEPT_ANSWERS, OLD, Measurement, measure, plot_curves, write_json
 from visualglm_tools.training.settings import Settings
-from visualglm_tools.training.stopping import StopAfterStep, Stopped
+from visualglm_tools.training.stopping import StopAfterStep, Stopped, ended_by_signals
 from visualglm_tools.training.watching import Watch
 
 
@@ -142,31 +144,39 @@ def finetune(
     plan = make_plan(settings)
     settings, arguments = plan.settings, plan.arguments
     say = said_once(say, plan)
-    with held(settings.save) if arguments.should_save else nullcontext(), explained_stops(settings.save):
+    place = held(settings.save) if arguments.should_save else nullcontext()
+    with place, explained_stops(settings.save), ended_by_signals():
         record = settings.as_json() | {"processes": arguments.world_size * max(1, arguments.n_gpu)}
         checkpoint = prepare_output(settings, record, arguments, say)
         encoder = build_encoder(settings, plan.config)
         data = read_data(settings, encoder, say)
         record["rows and pictures"] = digest([*data.train, *data.valid])
         check_resumed(settings, record)
-        with explained_memory(settings, plan.config, data.train, arguments.device):
+        with explained_memory(settings, plan.config, data.train, arguments.device, lambda: data.kept):
             trainer = load_trainer(plan, data, Collator(encoder.processor), [Progress(say), *callbacks])
             samples = fingerprint(trainer.model.get_base_model())
             record["base weights"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
             check_resumed(settings, record)
             say(describe_model(trainer.model))
-            shortage = foresee_memory(settings, plan.config, data.train, trainer.model)
-            if shortage and not is_divided(trainer):
-                say(shortage)
-            if arguments.should_save:
-                write_json(settings.save / SETTINGS_FILE, record)
+            is_short = warn_of_shortage(trainer, plan, data, say)
+            if not settings.resume:
+                save_record(settings, record, arguments)
             data.kept = choose_kept(trainer, settings, data.train, data.kept, encoder, say)
+            if settings.keeps_answers:
+                record["kept rows and pictures"] = digest(data.kept)
+                check_resumed(settings, record)
+            save_record(settings, record, arguments)
+            if not is_short:
+                warn_of_shortage(trainer, plan, data, say)  # what is kept may be longer than what is learned
             report = run(trainer, settings, data, encoder, checkpoint, say)
-        card = describe_adapter(settings, read_origin(settings.model, plan.config), report)
+        bits = plan.bits or plan.config.quantization_bit or None
+        card = describe_adapter(replace(settings, bits=bits), read_origin(settings.model, plan.config), report)
         save_adapter(trainer, settings.save, samples, card)
         if arguments.should_save:
-            plot_curves(trainer.state.log_history, settings.save / CURVES_FILE)
-            write_json(settings.save / REPORT_FILE, report)
+            with written(settings.save, CURVES_FILE):
+                plot_curves(trainer.state.log_history, settings.save / CURVES_FILE)
+            with written(settings.save, REPORT_FILE):
+                write_json(settings.save / REPORT_FILE, report)
     say(f"The adapter is in {settings.save / ADAPTER}, the curves are in {settings.save / CURVES_FILE}.")
     return report
 
@@ -252,6 +262,7 @@ def prepare_output(
     """
     if not settings.resume:
         if arguments.should_save:
+            check_no_input(settings.save, settings.inputs)
             remove_unsaved_run(settings.save, say)
             check_free(settings.save)
         return None
@@ -265,6 +276,13 @@ def prepare_output(
     if arguments.should_save:
         remove_incomplete(settings.save)
     return checkpoints[-1]
+
+
+def save_record(settings: Settings, record: dict, arguments: TrainingArguments) -> None:
+    """Write down what the run is, in one of its processes."""
+    if arguments.should_save:
+        with written(settings.save, SETTINGS_FILE):
+            write_json(settings.save / SETTINGS_FILE, record)
 
 
 def check_resumed(settings: Settings, record: dict) -> None:
@@ -314,8 +332,14 @@ def read_data(settings: Settings, encoder: Encoder, say: Callable[[str], None]) 
     trained = sum(min(example.target_length, settings.max_target_length) for example in data.train)
     say(f"{len(data.train)} training examples with {trained} tokens of answers.")
     languages = describe_languages(data)
-    if languages:
+    if languages and not settings.asks_itself:
         say(languages)
+    taught = count_shared(data.kept, data.train, by_question=True)
+    if taught:
+        say(
+            f"{taught} of {len(data.kept)} rows of --keep-data ask what is trained on: their old answers are kept "
+            "against the new ones. Leave them out."
+        )
     shared = count_shared(data.valid, data.train)
     if shared:
         say(f"{shared} of {len(data.valid)} held-out examples are trained on too: their loss says nothing of new ones.")
@@ -367,6 +391,7 @@ class Keeper(TrainerCallback):
         if args.should_save:
             folder = Path(args.output_dir)
             checkpoint = folder / f"checkpoint-{state.global_step}"
+            check_finite(kwargs["model"], state.global_step)
             write_image_size(checkpoint, kwargs["model"])
             (checkpoint / COMPLETE).touch()
             remove_old(folder, self.keep, state.best_global_step)
@@ -374,10 +399,18 @@ class Keeper(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise ValueError(
-                f"The loss is {logs['loss']} at step {state.global_step}: training has failed. Lower --lr, or train in "
-                "bfloat16 or float32."
-            )
+            raise ValueError(describe_failure(f"The loss is {logs['loss']} at step {state.global_step}"))
+
+
+def check_finite(model: torch.nn.Module, step: int) -> None:
+    """Raise a `ValueError` if what was trained is no number any more: the next loss would be none, if one came."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    if not all(torch.isfinite(parameter).all() for parameter in trained):
+        raise ValueError(describe_failure(f"The adapter has values that are no numbers after step {step}"))
+
+
+def describe_failure(what: str) -> str:
+    return f"{what}: training has failed. Lower --lr, or train in bfloat16 or float32."
 
 
 class PerTokenTrainer(KeepAnswers, Trainer):
@@ -424,6 +457,15 @@ def describe_model(model: PeftModel) -> str:
     return f"Training {trainable:,} of {total:,} parameters{': LoRA on ' + where if where else ', a prefix'}."
 
 
+def warn_of_shortage(trainer: Trainer, plan: Plan, data: Data, say: Callable[[str], None]) -> bool:
+    """Say so if training will take more memory than there is; returns whether it will."""
+    shortage = foresee_memory(plan.settings, plan.config, data.train, trainer.model, data.kept)
+    if shortage is None or is_divided(trainer):
+        return False
+    say(shortage)
+    return True
+
+
 def run(
     trainer: Trainer,
     settings: Settings,
@@ -449,6 +491,9 @@ def run(
         name: measure(trainer.model, trainer.data_collator, rows, settings.eval_batch_size)
         for name, rows in lists.items()
     }
+    for name in lists:
+        if math.isfinite(before[name].loss) and not math.isfinite(after[name].loss):
+            raise ValueError(describe_failure(f"The loss of what is {name} is {after[name].loss} after training"))
     measured = {
         name: {"examples": len(rows), "before": before[name].figures, "after": after[name].figures}
         for name, rows in lists.items()

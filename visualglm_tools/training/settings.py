@@ -217,6 +217,11 @@ class Settings:
         return self.asks_itself or bool(self.keep_data)
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """All files and folders of rows."""
+        return (*self.train_data, *self.valid_data, *self.old_data, *self.keep_data)
+
+    @property
     def selects_best(self) -> bool:
         """Whether the result is the checkpoint with the lowest loss on held-out rows, and not the last one."""
         return bool(self.valid_data) and self.eval_interval <= self.train_iters

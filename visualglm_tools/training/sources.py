@@ -189,12 +189,14 @@ def open_pictures(folder: Path, needs_answers: bool) -> Source:
     Raises:
         ValueError: no pictures, or no captions where there must be some.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    shown_files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    inner = [path.name for path in shown_files if path.is_dir()]
+    files = [path for path in shown_files if not path.is_dir()]  # a link to nothing is a bad row, and not left out
     pictures = [path for path in files if path.suffix.lower() in PICTURE_ENDINGS]
     if not pictures:
-        raise ValueError(f"{folder} {describe_other_folder(folder, files)}")
+        raise ValueError(f"{folder} {describe_other_folder(files, inner)}")
     stems = {path.with_suffix("") for path in pictures}
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == CAPTION_ENDING}
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == CAPTION_ENDING and path.is_file()}
     if needs_answers and not stems & set(texts):
         raise ValueError(
             f"{folder} has {len(pictures)} picture(s) and no captions. Write what each shows into a text of its name, "
@@ -204,6 +206,8 @@ def open_pictures(folder: Path, needs_answers: bool) -> Source:
     lonely = sorted(path.name for stem, path in texts.items() if stem not in stems)
     if lonely:
         notes.append(f"{len(lonely)} text(s) have no picture beside them: {', '.join(lonely[:NAMED])}")
+    if inner:
+        notes.append(f"what is in its folders is left out: {', '.join(inner[:NAMED])}; give these as well")
     rows = (
         (f"{number} ({path.name})", row_of_picture(path, texts.get(path.with_suffix("")), needs_answers))
         for number, path in enumerate(pictures, start=1)
@@ -226,14 +230,13 @@ def row_of_picture(picture: Path, text: Path | None, needs_answers: bool) -> dic
         return error
 
 
-def describe_other_folder(folder: Path, files: Sequence[Path]) -> str:
-    """What a folder without pictures is, and what to give instead."""
+def describe_other_folder(files: Sequence[Path], inner: Sequence[str]) -> str:
+    """What a folder without pictures is, of the files and the folders in it, and what to give instead."""
     tables = [path for path in files if is_parquet(path)]
     rows = [path for path in files if path.suffix.lower() in (".json", ".jsonl")]
     if tables or rows:
         given = " ".join(str(path) for path in (*tables, *rows)[:NAMED])
         return f"has no pictures, but files of rows. Give those that you mean: {given}"
-    inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if inner:
         return f"has no pictures, but folders. Give those that have some: {', '.join(inner[:NAMED])}"
     return f"{'has no pictures' if files else 'is empty'}. Give a file of rows, or a folder of pictures with captions."

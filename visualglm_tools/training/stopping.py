@@ -6,7 +6,7 @@ Not here: what a checkpoint is, and what is said about it (`run.py`).
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -31,6 +31,35 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and a closed terminal end a run as Ctrl-C does: what is temporary goes, and what is left is said.
+
+    Not under a launcher: a process may be waiting for another one, where it hears nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() or "WORLD_SIZE" in os.environ:
+        yield
+        return
+    with handled(SIGNALS[1:], end_at_once):
+        yield
+
+
+def end_at_once(number: int, frame) -> None:
+    raise Stopped(number=number)
+
+
+@contextmanager
+def handled(numbers: Iterable[int], handler: Callable) -> Iterator[None]:
+    """Give some signals a handler. A shell has background jobs ignore Ctrl-C, and that stays so."""
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier or signal.SIG_DFL)
+
+
 class StopAfterStep(TrainerCallback):
     """While it listens, the first signal has the step finished and saved, and a second one ends the run at once.
 
@@ -47,14 +76,8 @@ class StopAfterStep(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():  # signals are handled in that one alone
             yield
             return
-        # A shell has background jobs ignore Ctrl-C, and that stays so.
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self.hear) for number in heard}
-        try:
+        with handled(SIGNALS, self.hear):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
 
     def hear(self, number: int, frame) -> None:
         if os.getpid() != self.process:  # it opens pictures: the process that trains says when to end

@@ -22,7 +22,12 @@ MEASURED = {
         "changed": [{"question": "What?\n# no heading", "before": "A cat.", "after": "A dog."}],
     },
 }
-REPORT = {"steps": 300, "measured": MEASURED, "data": ["rows.json: 15 rows, the original's layout."]}
+REPORT = {
+    "steps": 300,
+    "best_checkpoint": None,
+    "measured": MEASURED,
+    "data": ["rows.json: 15 rows, the original's layout."],
+}
 
 
 TINY_ORIGIN = Origin("tiny")
@@ -53,6 +58,18 @@ def test_a_card_says_what_was_learned_and_what_was_forgotten():
     assert "Of 9 kept answers that were right before, 7 are right after training." in text
     assert "- What? # no heading was answered “A cat.”, and is now answered “A dog.”." in text
     assert "rows.json: 15 rows" in text and "/home/somebody" not in text
+
+
+def test_a_card_says_which_checkpoint_it_is_where_that_is_not_the_last_one():
+    assert "best of" not in card_of()[1]
+    _, text = card_of(REPORT | {"best_checkpoint": "checkpoint-60"})
+    assert "trained for 300 steps with `visualglm finetune`. It is the best of the evaluated checkpoints, " in text
+    assert "evaluated checkpoints, checkpoint-60." in text
+
+
+def test_a_card_of_low_bits_says_how_many(tmp_path):
+    finetune(short_run(tmp_path / "out", method="qlora", train_iters=1, answers=0), silent)
+    assert "| `--bits` | 4 |" in (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_card_says_that_nothing_was_measured():

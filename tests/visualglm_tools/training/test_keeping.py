@@ -256,6 +256,27 @@ def test_no_rows_to_keep_is_an_error(processor, tmp_path):
         trainer.keep_answers([], Collator(processor))
 
 
+def test_predictions_of_other_rows_or_of_another_model_are_refused(examples, processor, tmp_path):
+    file = tmp_path / "predictions.safetensors"
+    trainer = KeepingTrainer(model=adapted(), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer.keep_answers(examples[:2], Collator(processor), file=file)
+    trainer.keep_answers(examples[:2], Collator(processor), file=file)
+    with pytest.raises(ValueError, match="has what was predicted of other answers, or by another model. Remove it"):
+        trainer.keep_answers(examples[1:3], Collator(processor), file=file)
+    with torch.no_grad():
+        trainer.model.get_base_model().transformer.word_embeddings.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="or by another model"):
+        trainer.keep_answers(examples[:2], Collator(processor), file=file)
+
+
+def test_a_model_that_is_divided_among_processes_keeps_nothing(examples, processor, tmp_path):
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        trainer = KeepingTrainer(model=adapted(), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+        setattr(trainer, name, True)
+        with pytest.raises(ValueError, match="a model that FSDP or DeepSpeed divides"):
+            trainer.keep_answers(examples[:2], Collator(processor))
+
+
 def test_too_many_predictions_for_the_disk_are_computed_in_each_step(examples, processor, tmp_path, monkeypatch):
     monkeypatch.setattr("visualglm_tools.training.keeping.STORED_AT_MOST", 100)
     trainer = KeepingTrainer(model=adapted(), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))

@@ -110,6 +110,20 @@ def test_a_shortage_is_said_before_training_begins(settings, monkeypatch):
     assert said.index(warning) < [line.startswith("step 1 of 1") for line in said].index(True)
 
 
+def test_kept_rows_that_are_longer_than_what_is_learned_are_counted(settings, model, monkeypatch):
+    config = VisualGLMConfig.from_pretrained(TINY)
+    settings, _ = settings.resolved(4, False)
+    long = SimpleNamespace(input_ids=[0] * 300, target_length=256)
+    lengths = remedies.lengths_of([EXAMPLE], settings, [long])
+    assert lengths == Lengths(9, 5, 300, 256) and lengths.with_answers_of(128) == Lengths(9, 5, 172, 128)
+    needed = estimate_most(config, step_of(settings, config, lengths))
+    monkeypatch.setattr(remedies, "SMALL_PART", 0)
+    monkeypatch.setattr(remedies, "free_memory", lambda device: 0.9 * (needed.total - needed.weights))
+    assert remedies.foresee_memory(settings, config, [EXAMPLE], model) is None
+    said = remedies.foresee_memory(settings, config, [EXAMPLE], model, [long])
+    assert said.startswith("Training takes") and "--max_target_length 128 takes" in said
+
+
 @pytest.mark.parametrize("free", [1e9, 30e6], ids=["as anybody can see", "by what is computed"])
 def test_where_there_is_enough_memory_nothing_is_said(free, settings, monkeypatch, model):
     monkeypatch.setattr(remedies, "free_memory", lambda device: free)

@@ -195,7 +195,35 @@ def test_when_the_disk_fills_the_last_good_checkpoint_survives(settings):
 
 def test_a_loss_that_is_no_number_ends_the_run(settings):
     with pytest.raises(ValueError, match=r"The loss is (nan|inf) at step \d: .*Lower --lr"):
-        finetune(replace(settings, lr=1e30, clip_grad=0.0, lora_alpha=1e20), silent)
+        finetune(replace(settings, lr=1e30, clip_grad=0.0, lora_alpha=1e20, save_interval=4), silent)
+
+
+class Spoil(TrainerCallback):
+    """What the last step makes of the adapter: values that are no numbers, or that are too large to compute with."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == state.max_steps:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.fill_(self.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "The adapter has values that are no numbers after step 1: .*Lower --lr"),
+        (float("inf"), "The adapter has values that are no numbers after step 1"),
+        (1e38, "The loss of what is held out is nan after training: .*Lower --lr"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_the_last_step_has_spoiled_is_no_result(value, message, settings):
+    with pytest.raises(ValueError, match=message):
+        finetune(replace(settings, train_iters=1, valid_data=(HELD_OUT,)), silent, [Spoil(value)])
+    assert not (settings.save / "adapter").exists()
 
 
 # ---------------------------------------------------------------- refusals

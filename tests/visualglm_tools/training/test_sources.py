@@ -48,6 +48,20 @@ def test_a_text_without_a_picture_is_named(pictures):
     assert "1 text(s) have no picture beside them: README.txt" in read(pictures)[1][0]
 
 
+def test_what_is_in_folders_of_a_folder_is_said_to_be_left_out(pictures):
+    (pictures / "night").mkdir()
+    (pictures / ".cache").mkdir()
+    conversations, [line] = read(pictures)
+    assert len(conversations) == 3 and "what is in its folders is left out: night; give these as well" in line
+
+
+def test_a_link_to_a_picture_that_is_gone_is_a_bad_row(pictures):
+    (pictures / "d.png").symlink_to("gone.png")
+    (pictures / "d.txt").write_text("海。", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^1 bad row(.|\n)*pictures, row 4 \(d.png\): there is no picture 'd.png'"):
+        read(pictures)
+
+
 def test_a_folder_may_have_its_rows_in_metadata(pictures):
     rows = [{"file_name": "b.JPG", "text": "A beach."}]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
