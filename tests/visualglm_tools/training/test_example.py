@@ -15,8 +15,10 @@ from visualglm_tools.checkpoints.loading import load_model
 from visualglm_tools.training.settings import METHODS
 
 
-DOCUMENT = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENT, README = (  # with each command in one line
+    re.sub(r"\\\n +", "", file.read_text(encoding="utf-8"))
+    for file in (ROOT / "docs" / "finetuning.md", ROOT / "README.md")
+)
 COMMANDS = re.findall(r"^visualglm (finetune .*--save out/(\w+))$", DOCUMENT, re.MULTILINE)
 NEW_DRAWINGS = 20  # of each kind
 
@@ -75,7 +77,7 @@ def test_the_example_is_learned_from_fifteen_pictures(command, name, tmp_path):
     assert old["after"]["right"] >= 0.9 * old["examples"]  # of which 34 to 36 would be left if nothing was kept
     right = count_right(tmp_path / name / "adapter")
     print(f"{name}: {held_out} {old} {right} of {5 * NEW_DRAWINGS} new drawings")
-    assert right >= 0.7 * 5 * NEW_DRAWINGS  # 78 to 92 by method and seed
+    assert right >= 0.8 * 5 * NEW_DRAWINGS  # 93 to 98 by method and seed
     if name == "lora":
         for answer in re.findall(r"^visualglm (chat .*out/lora.*)$", DOCUMENT + README, re.MULTILINE):
             assert run_documented(answer, tmp_path) == "这张图片的背景是红色的沙滩。\n"
