@@ -219,6 +219,7 @@ def take_screenshots(folder: Path) -> None:
             for number in range(len(turns)):
                 if number:
                     tab.ask(turns[number][0])
+                    wait_until(lambda tab=tab: not tab.question or tab.ask(""))  # Enter does nothing while it answers
                 tab.wait_for(*(text for turn in turns[: number + 1] for text in turn))
             wait_until(lambda tab=tab: tab.question == "")
             path = folder / f"web_{theme}.png"

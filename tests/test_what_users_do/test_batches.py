@@ -413,7 +413,7 @@ def test_a_reader_that_has_gone_is_one_line(tmp_path):
         ("in.jsonl", "x" * 250, "File name too long"),
         ("in.jsonl", "circle", "Too many levels"),
         ("in.jsonl", "taken", "no file but a folder"),
-        ("folder", "out.jsonl", "Is a directory"),
+        ("folder", "out.jsonl", "is a folder. Give a file"),
         ("nowhere.jsonl", "out.jsonl", "No such file"),
         ("in.jsonl", "config.json", "line 1: no answer"),
         ("in.jsonl", "picture.png", "line 1: no answer"),

@@ -383,14 +383,14 @@ def test_an_answer_that_fails_leaves_nothing_behind(model, tokenizer, ask):
         raise ZeroDivisionError
 
     plain = ask["chat"](**PLAIN)
-    before = model.generation_config.to_dict()
+    before, threads = model.generation_config.to_dict(), threading.active_count()
     for options in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": model}, {"guidance_scale": 2.0}):
         for way in ask.values():
             with pytest.raises(ZeroDivisionError):
                 way(**PLAIN, logits_processor=[fail], **options)
         assert ask["chat"](**PLAIN) == plain
     assert model.generation_config.to_dict() == before
-    assert threading.active_count() < 20
+    assert threading.active_count() <= threads + 1  # one may be at its end
 
 
 # Guidance

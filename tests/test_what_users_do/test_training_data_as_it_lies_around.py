@@ -319,7 +319,8 @@ def test_the_lengths_that_are_advised_are_taken_and_cut_nothing(source, target, 
         assert not lengths_in(advice) and "Shorten the longest: rows.json, row" in advice
         assert ("row 2 has a source of" if source >= target else "row 3 a target of") in advice
         return
-    long = Encoder(processor, **lengths_in(advice), max_length=MODEL_LENGTH)
+    lengths = {"max_source_length": 64, "max_target_length": 256} | lengths_in(advice)
+    long = Encoder(processor, **lengths, max_length=MODEL_LENGTH)
     assert describe_truncation([example for row in read(rows, convert=long) for example in row], long) is None
 
 

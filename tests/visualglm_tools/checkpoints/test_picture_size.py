@@ -7,7 +7,7 @@ import pytest
 
 from tests.commands import command
 from tests.paths import CIRCLES, TINY
-from tests.training_helpers import short_run, silent
+from tests.training_helpers import ROWS, short_run, silent
 from visualglm_hf import VisualGLMConfig
 from visualglm_tools.checkpoints.loading import load_model, make_processor
 from visualglm_tools.checkpoints.merging import merge
@@ -72,7 +72,7 @@ def test_a_server_shows_its_pictures_at_the_size_that_it_was_started_with(size):
     "words",
     [
         f"chat --image {CIRCLES} --query 有几个？ --image-size 384",
-        "finetune --use_lora --train_data nothing.json --image_size 384",
+        f"finetune --use_lora --train_data {ROWS} --image_size 384",
     ],
 )
 def test_a_size_that_is_not_whole_patches_is_one_line_with_its_neighbours(words, capsys, tmp_path, monkeypatch):

@@ -269,13 +269,13 @@ class KeepingDPOTrainer(KeepAnswers, trl.DPOTrainer):
 
 
 def test_dpo_may_keep_answers(processor, tmp_path):
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False, "learning_rate": 1e-2}
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "bf16": False, "learning_rate": 1e-3}
     trainer = trl_trainer("DPO", tmp_path, pairs(), TINY, processor, some_lora(), kind=KeepingDPOTrainer, **options)
     old = read_dataset([EXAMPLE / "old_abilities.json"], Encoder(processor, 64, 256, 2048))
-    trainer.keep_answers([example for row in old for example in row][-4:], Collator(processor))
+    trainer.keep_answers([example for row in old for example in row][-4:], Collator(processor), weight=10.0)
     trainer.train()
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert 0 < second["keep_loss"] < first["keep_loss"]
+    assert 0 < second["keep_loss"] < first["keep_loss"] / 2
     assert math.isfinite(second["loss"])
 
 

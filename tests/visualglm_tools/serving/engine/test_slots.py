@@ -89,7 +89,7 @@ def test_a_step_that_cannot_be_recorded_here_is_refused_when_the_engine_begins(l
 
 @pytest.mark.parametrize("door", [serve, web])
 def test_the_doors_refuse_to_record_on_a_cpu_before_anything_is_loaded(door):
-    with pytest.raises(ValueError, match="are for CUDA, not for 'cpu'"):
+    with pytest.raises(ValueError, match="--record is for an NVIDIA GPU, and the model will be on 'cpu'"):
         door.run(door.Options(speed_up="record", device="cpu", port=0))
 
 
