@@ -17,7 +17,8 @@ from visualglm_tools.serving.page.uploads import Upload
 
 
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
-BLANKS = re.compile(r"^[ \t]+", re.MULTILINE)  # four of them would make code of what follows
+# Four of them would make code of what follows; a last line of others, which readers strip, text of the `\` before it.
+BLANKS = re.compile(r"^\s+")
 # What every browser shows, by the bytes it begins with.
 SUFFIXES = {rb"\x89PNG": ".png", rb"\xff\xd8\xff": ".jpg", rb"GIF8": ".gif", rb"RIFF[\s\S]{4}WEBP": ".webp"}
 MAP = re.compile(r'src="data:image/png;base64,([^"]+)"')  # in what `Look` shows

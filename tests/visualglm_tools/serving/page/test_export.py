@@ -56,6 +56,8 @@ def lines_of(text: str) -> list[str]:
 @settings(deadline=None, max_examples=200)
 @given(TEXTS.map("\n".join))
 @example("    four blanks are no code\n\n\n\tnor is a tab")
+@example("# a\n\xa0")
+@example("\u3000\u3000二\n\u2003\n\u3000")
 @example("a\n===\nb\n---\n| a | b |\n|---|---|\n| c | d |")
 @example("<script>alert(1)</script> ![a](http://example.org/a.png) &copy; https://example.org")
 def test_whatever_was_said_is_shown_and_is_no_markup(text):
