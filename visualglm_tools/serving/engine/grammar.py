@@ -29,6 +29,12 @@ MAX_PATTERN_CHARACTERS = 1000  # of all of them together
 MAX_REMAINDERS = 10_000  # least common multiple of all `multipleOf`: each remainder is a state, of some microseconds
 # Nothing between the parts of JSON but what `json.dumps` writes: a model could go on with blanks for ever.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# llguidance's dates have a 29th of February in every year, and a year 0, which are no dates to those who read them.
+YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+DAYS_THAT_EXIST = f"^(?:{YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01][0-9]|2[0-8]))|{LEAP_YEAR}-02-29)"
+FORMATS_OF_DAYS = ("date", "date-time")
+VALUES, NAMED = ("const", "default", "enum", "examples"), ("$defs", "definitions", "patternProperties", "properties")
 # What llguidance may spend; its own limits allow a second for each token, and half a gigabyte.
 LIMITS = {
     "initial_lexer_fuel": 300_000,
@@ -182,10 +188,30 @@ def check_schema(schema: Mapping[str, Any]) -> str:
         )
     if remainders > MAX_REMAINDERS:
         raise ValueError(f"The schema's multipleOf have more than {MAX_REMAINDERS} as their least common multiple.")
-    text = json.dumps({**schema, "x-guidance": LAYOUT})  # a client's own layout gives way
+    text = json.dumps(schema)
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"The schema has {len(text)} characters; at most {MAX_CHARACTERS} are read. Shorten it.")
-    return text
+    return json.dumps({**with_days_that_exist(schema), "x-guidance": LAYOUT})  # a client's own layout gives way
+
+
+def with_days_that_exist(schema: Any) -> Any:
+    """A schema, or what stands in one, whose dates are days that exist."""
+    if isinstance(schema, list):
+        return [with_days_that_exist(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {}
+    for name, value in schema.items():
+        if name in NAMED and isinstance(value, Mapping):
+            found[name] = {each: with_days_that_exist(below) for each, below in value.items()}
+        else:
+            found[name] = value if name in VALUES else with_days_that_exist(value)
+    if schema.get("format") not in FORMATS_OF_DAYS:
+        return found
+    days, others = {"pattern": DAYS_THAT_EXIST}, found.get("allOf", [])
+    if "pattern" not in found:
+        return found | days
+    return found | {"allOf": [*others, days] if isinstance(others, list) else others}
 
 
 def keywords_of(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

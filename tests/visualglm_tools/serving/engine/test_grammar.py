@@ -93,6 +93,38 @@ def test_every_complete_answer_is_what_its_random_schema_says_beside_rows_withou
     assert complete > 0.95 * number
 
 
+DATE = {"type": "string", "format": "date"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        DATE,
+        DATE | {"pattern": "9$"},
+        {"format": "date-time", "type": ["string", "null"]},
+        {"$defs": {"default": DATE}, "$ref": "#/$defs/default"},
+        {"anyOf": [{"type": "null"}, DATE | {"pattern": "29$", "allOf": [{"minLength": 10}]}]},
+    ],
+    ids=str,
+)
+def test_a_date_is_a_day_that_exists(compiler, schema):
+    days = {"2024-02-29": True, "2023-02-29": False, "1900-02-29": False, "2000-02-29": True, "0000-12-29": False}
+    days |= {"8179-02-29": False, "2023-12-29": True, "0004-02-29": True, "2023-01-29": True}
+    time = "T23:59:59Z" if schema.get("format") == "date-time" else ""
+    masked = compiler.compile(schema)
+    for day, exists in days.items():
+        matcher = masked.matcher.deep_copy()
+        text = json.dumps(day + time).encode()
+        tokens = [compiler.vocabulary.token_bytes.index(text[index : index + 1]) for index in range(len(text))]
+        assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == exists, day
+
+
+def test_what_a_schema_gives_as_a_value_is_no_part_of_it(compiler):
+    value = {"format": "date", "properties": {"x": DATE}}
+    schema = {"enum": [value], "default": value}
+    assert json.loads(check_schema(schema)) | schema == json.loads(check_schema(schema))
+
+
 def test_exactly_the_tokens_may_come_with_which_the_text_can_still_become_an_allowed_one(compiler):
     vocabulary, values = compiler.vocabulary, ["红色", "red", "re d", 12, {"a": [True, None]}]
     texts = [begin + json.dumps(value, ensure_ascii=False) for value in values for begin in ("", " ")]
