@@ -85,7 +85,7 @@ def carry_out(options: Options) -> None:
         print(memory_table())
         return
     check_folder(options.model)
-    for place in (*options.train_data, *options.valid_data, *options.old_data, *options.keep_data):
+    for place in options.inputs:
         if not place.exists():
             raise ValueError(f"{place} cannot be read: No such file or directory.")
     for line in describe_obsolete(options):
